@@ -1,0 +1,84 @@
+# make bench | make test do everything, from a bare clone. VENV=PATH uses an environment of yours;
+# TORCH_SPEC chooses the torch; ARGS goes to the benchmark or to pytest.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_SPEC ?= torch==2.13.0
+ABI_TORCH_SPEC ?= torch==2.11.0
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# A stamp per torch, so that another TORCH_SPEC installs it.
+SPEC := $(subst >,-,$(subst <,-,$(subst =,-,$(subst /,-,$(TORCH_SPEC)))))
+ENV_STAMP := $(VENV)/.dlkernels-$(SPEC)
+DEV_STAMP := $(VENV)/.dlkernels-dev
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+O0_NATIVE := build/O0/_C.so
+
+.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test abi-check wheel clean
+
+help:
+	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
+	@echo "make test         the tests; ARGS='-k lstm' narrows them"
+	@echo "make build        compile csrc/ in place, incrementally"
+	@echo "make lint         ruff, mypy, clang-format; make format puts right what can be"
+	@echo "make native-test  the kernels without torch, under the address and undefined-behaviour sanitizers"
+	@echo "make test-O0      the tests on an -O0 build of the kernels"
+	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
+	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
+	@echo "make wheel        dist/*.whl, built against the torch of $(VENV)"
+
+venv: $(ENV_STAMP)
+
+# torch first: the rest must not choose another. The compiled module is left to `build`, which shows its progress.
+$(ENV_STAMP): pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install '$(TORCH_SPEC)'
+	$(PIP) install 'setuptools>=77' ninja 'pybind11>=2.13'
+	DLKERNELS_NO_NATIVE=1 $(PIP) install --no-build-isolation -e '.[bench,test]'
+	rm -f $(VENV)/.dlkernels-torch* && touch $@
+
+$(DEV_STAMP): $(ENV_STAMP)
+	DLKERNELS_NO_NATIVE=1 $(PIP) install --no-build-isolation -e '.[dev]'
+	touch $@
+
+build: $(ENV_STAMP)
+	@$(PY) csrc/setup/native.py
+
+build-O0: $(ENV_STAMP)
+	@$(PY) csrc/setup/native.py --opt 0 --out $(O0_NATIVE)
+
+test: build
+	$(PY) -m pytest $(ARGS)
+
+test-O0: build-O0
+	DLKERNELS_NATIVE=$(O0_NATIVE) $(PY) -m pytest $(ARGS)
+
+test-install: $(ENV_STAMP)
+	$(PY) tests/install/check.py '$(TORCH_SPEC)'
+
+bench: build
+	$(PY) -m dlkernels bench $(ARGS)
+
+lint: $(DEV_STAMP)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: $(DEV_STAMP)
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+native-test:
+	bash tests/native/run.sh
+
+abi-check: build
+	$(PY) tests/abi/check.py '$(ABI_TORCH_SPEC)'
+
+wheel: $(ENV_STAMP)
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info dlkernels/_C.*.so

@@ -1,0 +1,121 @@
+// Turns a typed function into a boxed kernel of the stable ABI, as TORCH_BOX does, over
+// the handles of tensor.h (and without the leak of `str` arguments in torch's conversion).
+#pragma once
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "tensor.h"
+
+namespace dlk {
+
+// Outer autograd has done its part when a kernel runs; what the kernel calls is not to be recorded.
+class NoGrad {
+ public:
+  NoGrad() : was_enabled_(aoti_torch_grad_mode_is_enabled()) {
+    if (was_enabled_) aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGrad() {
+    if (was_enabled_) aoti_torch_grad_mode_set_enabled(true);
+  }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool was_enabled_;
+};
+
+// How a type crosses the stack. take() owns what the value held, give() hands ownership over.
+template <class T>
+struct Crossing {
+  static_assert(std::is_same_v<T, bool> || std::is_same_v<T, int64_t>, "no schema type for T");
+  static T take(StableIValue value) { return torch::stable::detail::to<T>(value); }
+};
+
+template <>
+struct Crossing<Tensor> {
+  static Tensor take(StableIValue value) { return Tensor(torch::stable::detail::to<AtenTensorHandle>(value)); }
+  static StableIValue give(Tensor tensor) { return torch::stable::detail::from(tensor.release()); }
+};
+
+template <>
+struct Crossing<OptionalTensor> {
+  static OptionalTensor take(StableIValue value) {
+    const auto handle = torch::stable::detail::to<std::optional<AtenTensorHandle>>(value);
+    return handle ? OptionalTensor(*handle) : OptionalTensor();
+  }
+};
+
+template <>
+struct Crossing<std::vector<Tensor>> {
+  static std::vector<Tensor> take(StableIValue value) {
+    const auto list = torch::stable::detail::to<StableListHandle>(value);
+    std::vector<Tensor> tensors;
+    size_t size = 0;
+    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    tensors.reserve(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item;
+      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      tensors.push_back(Crossing<Tensor>::take(item));
+    }
+    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    return tensors;
+  }
+  static StableIValue give(std::vector<Tensor> tensors) {
+    StableListHandle list = nullptr;
+    TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));
+    for (Tensor& tensor : tensors) {
+      TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, Crossing<Tensor>::give(std::move(tensor))));
+    }
+    return torch::stable::detail::from(list);
+  }
+};
+
+template <>
+struct Crossing<std::string> {
+  static std::string take(StableIValue value) {
+    const auto handle = torch::stable::detail::to<StringHandle>(value);
+    const char* text = nullptr;
+    size_t length = 0;
+    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    std::string copy(text, length);
+    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    return copy;
+  }
+};
+
+template <class T>
+void give_results(StableIValue* stack, T result) {
+  stack[0] = Crossing<T>::give(std::move(result));
+}
+
+template <class... T>
+void give_results(StableIValue* stack, std::tuple<T...> results) {
+  std::apply([&](T&... result) { ((*stack++ = Crossing<T>::give(std::move(result))), ...); }, results);
+}
+
+template <auto function>
+struct Boxed;
+
+template <class Result, class... Args, Result (*function)(Args...)>
+struct Boxed<function> {
+  static void kernel(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
+    const NoGrad guard;
+    // Braces, so that the values are taken in order.
+    const std::tuple<std::decay_t<Args>...> args = take(stack, std::index_sequence_for<Args...>());
+    give_results(stack, std::apply(function, args));
+  }
+
+ private:
+  template <size_t... I>
+  static std::tuple<std::decay_t<Args>...> take(StableIValue* stack, std::index_sequence<I...>) {
+    return std::tuple<std::decay_t<Args>...>{Crossing<std::decay_t<Args>>::take(stack[I])...};
+  }
+};
+
+}  // namespace dlk

@@ -1,0 +1,313 @@
+// Forward of one recurrent layer.
+//
+// Time is walked in chunks. For each chunk one GEMM makes the input products of all its
+// rows; then every step multiplies the last h with W_hh tile by tile, and each tile goes
+// straight through the cell equation. The rows of one chunk are numbered in order of
+// processing; tables give each one's place in x, y and the products.
+//
+// A team splits either the batch (each member walks alone with its sequences) or the
+// hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
+// With saving, the products are written where the activations will be saved, and the cell
+// equation overwrites them.
+
+template <class C, class Cell>
+class Forward {
+  using V = Vec<C>;
+
+ public:
+  Forward(const ForwardParams& params, const Plan& plan, const SequenceLayout& layout)
+      : p_(params),
+        s_(params.shape),
+        plan_(plan),
+        layout_(layout),
+        weights_(s_, V::size, plan.recurrence == Plan::tiles),
+        O_(s_.outputs()),
+        chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
+        chunk_rows_(chunk_ * (s_.B + plan.threads)),
+        ld_h_(block_ld<C>(O_)),
+        ld_c_(block_ld<C>(s_.H)),
+        in_place_(params.saved && Cell::kSaved > 0) {}
+
+  void carve(Scratch& scratch) {
+    const int64_t rows = s_.B + plan_.threads;
+    for (int d = 0; d < s_.D; ++d) {
+      weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
+      products_[d] = in_place_ ? nullptr : scratch.take<C>(chunk_rows_ * ld_products());
+      h_[d] = scratch.take<C>(2 * rows * ld_h_);
+      c_[d] = Cell::kCellState ? scratch.take<C>(rows * ld_c_) : nullptr;
+      cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_c_) : nullptr;
+    }
+    for (int m = 0; m < plan_.threads; ++m) {
+      tables_[m].x = scratch.take<const void*>(chunk_rows_);
+      tables_[m].products = scratch.take<C*>(chunk_rows_);
+      tables_[m].y = scratch.take<int64_t>(chunk_rows_);
+      tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
+      tables_[m].block = scratch.take<C>(kBlockRows * block_ld<C>(s_.I));
+    }
+  }
+
+  void set_packed(const C* panels) {
+    for (int d = 0; d < s_.D; ++d) weight_memory_[d] = const_cast<C*>(panels) + d * weights_.total;
+  }
+
+  // All of direction d, by a team of its own; `worker` numbers this thread among all.
+  void run(const Member& team, int worker, int d) {
+    if (!p_.packed) {
+      pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, plan_.recurrence == Plan::tiles, weight_memory_[d]);
+      team.sync();
+    }
+    const bool by_rows = plan_.split == Plan::rows;
+    Walk walk{*this,
+              by_rows ? Member{0, 1, nullptr} : team,
+              by_rows ? SequenceSubset(layout_, team.rank, team.size) : SequenceSubset(layout_, 0, 1),
+              tables_[worker],
+              d,
+              by_rows ? team.rank * ((s_.B + team.size - 1) / team.size) : 0};
+    walk.go();
+  }
+
+  // y of the steps after a sequence's end.
+  void finish(const Member& team) const {
+    if (layout_.uniform() || layout_.packed() || !p_.y.data) return;
+    int64_t begin, end;
+    team.share(s_.B, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t t = layout_.length(i); t < s_.T; ++t)
+        std::memset(advance(p_.y.data, s_.dtype, layout_.at(p_.y, t, layout_.sequence(i))), 0,
+                    s_.D * O_ * item_size(s_.dtype));
+  }
+
+ private:
+  struct Tables {
+    const void** x;
+    C** products;
+    int64_t* y;      // element offsets
+    int64_t* first;  // first row of each step of the chunk, and the end
+    C* block;
+  };
+
+  int64_t ld_products() const { return block_ld<C>(Cell::kGates * s_.H); }
+
+  // One member's way through one direction with its sequences.
+  struct Walk {
+    const Forward& f;
+    Member member;
+    SequenceSubset subset;
+    Tables& table;
+    int d;
+    int64_t slot;  // first row in the state buffers
+
+    const LayerShape& s() const { return f.s_; }
+    int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }
+    C* h(int64_t parity, int64_t i) const {
+      return f.h_[d] + (parity * (s().B + f.plan_.threads) + slot + i) * f.ld_h_;
+    }
+    C* c(int64_t i) const { return f.c_[d] + (slot + i) * f.ld_c_; }
+    C* cell_out(int64_t i) const { return f.cell_out_[d] + (slot + i) * f.ld_c_; }
+    // Offset of sequence i in a [D, B, features] state.
+    int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
+    bool is_last(int64_t i, int64_t t) const { return d == 0 ? t == subset.length(i) - 1 : t == 0; }
+
+    void go() {
+      begin_states();
+      member.sync();
+      const int64_t steps = f.layout_.steps();
+      for (int64_t q = 0; q < steps; q += f.chunk_) {
+        const int64_t count = std::min(f.chunk_, steps - q);
+        number_rows(q, count);
+        project(table.first[count]);
+        member.sync();
+        for (int64_t k = 0; k < count; ++k) {
+          step(q + k, table.first[k], table.first[k + 1] - table.first[k]);
+          member.sync();
+        }
+      }
+    }
+
+    void begin_states() {
+      int64_t begin, end;
+      member.share(subset.count, 1, &begin, &end);
+      for (int64_t i = begin; i < end; ++i) {
+        for (int parity = 0; parity < 2; ++parity) fill(h(parity, i), f.p_.h0, state(i, f.O_), f.O_);
+        if constexpr (Cell::kCellState) fill(c(i), f.p_.c0, state(i, s().H), s().H);
+        if (subset.length(i) > 0) continue;
+        if (f.p_.h_n) store_row(s().dtype, advance(f.p_.h_n, s().dtype, state(i, f.O_)), f.O_, h(0, i));
+        if constexpr (Cell::kCellState)
+          if (f.p_.c_n) store_row(s().dtype, advance(f.p_.c_n, s().dtype, state(i, s().H)), s().H, c(i));
+      }
+    }
+
+    void fill(C* to, const void* from, int64_t at, int64_t n) const {
+      if (from) {
+        load_row(s().dtype, advance(from, s().dtype, at), n, to);
+      } else {
+        std::fill_n(to, n, C(0));
+      }
+    }
+
+    void number_rows(int64_t q, int64_t count) {
+      const SequenceLayout& layout = f.layout_;
+      int64_t row = 0, alive = subset.count;
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t t = time(q + k);
+        alive = subset.alive(t, alive);
+        table.first[k] = row;
+        for (int64_t i = 0; i < alive; ++i, ++row) {
+          const int64_t b = subset.sequence(i);
+          table.x[row] = advance(f.p_.x.data, s().dtype, layout.at(f.p_.x, t, b));
+          table.y[row] = layout.at(f.p_.y, t, b) + d * f.O_;
+          table.products[row] =
+              f.in_place_ ? static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * (Cell::kSaved * s().H)
+                          : f.products_[d] + (slot * f.chunk_ + row) * f.ld_products();
+        }
+      }
+      table.first[count] = row;
+    }
+
+    // products[row] = x[row] W_ih^T + bias, gates side by side.
+    void project(int64_t rows) const {
+      const C* weights = f.weight_memory_[d];
+      const C* bias = weights + f.weights_.bias_at;
+      const int64_t N = Cell::kGates * s().H;
+      if (f.plan_.recurrence == Plan::dot) {
+        int64_t begin, end;
+        member.share(N, V::size, &begin, &end);
+        for (int64_t r = 0; r < rows; ++r) {
+          const C* x = static_cast<const C*>(table.x[r]);
+          if (!is_compute_type<C>(s().dtype)) load_row<C>(s().dtype, table.x[r], s().I, table.block), x = table.block;
+          for (int64_t j = begin; j < end; j += V::size) {
+            const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+            const V sum = dot(x, s().I, s().dtype, f.p_.weights[d].w_ih, j, n) + V::load(bias + j);
+            sum.store(table.products[r] + j, n);
+          }
+        }
+        return;
+      }
+      const GemmShare share(member, rows, f.weights_.ih);
+      const auto sink = [&](int64_t row, int64_t column, V value, int n) {
+        (value + V::load(bias + column, n)).store(table.products[row] + column, n);
+      };
+      const auto x_row = [&](int64_t row) { return table.x[row]; };
+      const C* panels = weights + f.weights_.ih_at;
+      if (is_compute_type<C>(s().dtype) && s().I * sizeof(C) % 1024 != 0) {
+        gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, f.weights_.ih, panels, sink);
+      } else {
+        const CopiedRows<C, decltype(x_row)> a{x_row, s().dtype, s().I, block_ld<C>(s().I), table.block};
+        gemm(share.m0, share.m1, share.p0, share.p1, a, f.weights_.ih, panels, sink);
+      }
+    }
+
+    void step(int64_t q, int64_t first, int64_t alive) {
+      const int64_t t = time(q), parity = q & 1;
+      if (f.plan_.recurrence == Plan::dot) {
+        step_dot(t, parity, first, alive);
+      } else {
+        step_tiles(t, parity, first, alive);
+      }
+      if (!s().P) return;
+      member.sync();
+      project_outputs(t, parity, first, alive);
+    }
+
+    void step_dot(int64_t t, int64_t parity, int64_t first, int64_t alive) {
+      int64_t begin, end;
+      member.share(s().H, V::size, &begin, &end);
+      for (int64_t i = 0; i < alive; ++i) {
+        for (int64_t j = begin; j < end; j += V::size) {
+          const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+          V hidden[Cell::kGates];
+          for (int g = 0; g < Cell::kGates; ++g)
+            hidden[g] = dot(h(parity, i), f.O_, s().dtype, f.p_.weights[d].w_hh, g * s().H + j, n);
+          cell(t, parity, first + i, i, j, n, hidden);
+        }
+      }
+    }
+
+    void step_tiles(int64_t t, int64_t parity, int64_t first, int64_t alive) {
+      const PanelShape& shape = f.weights_.hh;
+      const C* panels = f.weight_memory_[d] + f.weights_.hh_at;
+      TileBuffer<C> out;
+      int64_t p0, p1;
+      member.share(shape.count(), 1, &p0, &p1);
+      for (int64_t p = p0; p < p1; ++p) {
+        const int vectors = shape.vectors_in(p), height = tile_rows(vectors);
+        const int64_t unit0 = p * shape.units_per_panel();
+        for (int64_t i0 = 0; i0 < alive; i0 += height) {
+          const int rows = static_cast<int>(std::min<int64_t>(height, alive - i0));
+          const C* a[8];
+          for (int r = 0; r < rows; ++r) a[r] = h(parity, i0 + r);
+          run_tile<C>(rows, vectors, a, f.O_, panels + shape.offset(p), out.data, false);
+          for (int r = 0; r < rows; ++r) {
+            for (int v = 0; v < vectors; v += Cell::kGates) {
+              V hidden[Cell::kGates];
+              for (int g = 0; g < Cell::kGates; ++g) hidden[g] = V::load(out.data + (r * vectors + v + g) * V::size);
+              const int64_t j = unit0 + v / Cell::kGates * V::size;
+              const int n = static_cast<int>(std::min<int64_t>(V::size, s().H - j));
+              cell(t, parity, first + i0 + r, i0 + r, j, n, hidden);
+            }
+          }
+        }
+      }
+    }
+
+    // The cell equation for n units from j on of one row, and everything it leaves behind.
+    DLK_INLINE void cell(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V* hidden) const {
+      C* products = table.products[row];
+      V x[Cell::kGates], saved[Cell::kSaved + 1], previous = V::zero();
+      for (int g = 0; g < Cell::kGates; ++g) x[g] = load_part(products + g * s().H + j, n);
+      if constexpr (Cell::kHiddenBias)
+        hidden[2] = hidden[2] + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + j);
+      if constexpr (Cell::kCellState) previous = V::load(c(i) + j);
+      if constexpr (Cell::kDirectPath) previous = V::load(h(parity, i) + j);
+      const V out = Cell::forward(x, hidden, previous, saved);
+      if (f.in_place_)
+        for (int k = 0; k < Cell::kSaved; ++k) store_part(products + k * s().H + j, saved[k], n);
+      if constexpr (Cell::kCellState) {
+        saved[4].store(c(i) + j);
+        if (f.p_.c_n && is_last(i, t)) store_any<C>(s().dtype, f.p_.c_n, state(i, s().H) + j, saved[4], n);
+      }
+      if (s().P) {
+        out.store(cell_out(i) + j);
+      } else {
+        emit(t, parity, row, i, j, n, out);
+      }
+    }
+
+    // n outputs from j on: the next step's h, y, and h_n at a sequence's last step.
+    DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
+      out.store(h(1 - parity, i) + j);
+      if (f.p_.y.data) store_any<C>(s().dtype, f.p_.y.data, table.y[row] + j, out, n);
+      if (f.p_.h_n && is_last(i, t)) store_any<C>(s().dtype, f.p_.h_n, state(i, f.O_) + j, out, n);
+    }
+
+    // h = cell output times W_hr^T (Sak et al. 2014).
+    void project_outputs(int64_t t, int64_t parity, int64_t first, int64_t alive) const {
+      if (f.plan_.recurrence == Plan::dot) {
+        int64_t begin, end;
+        member.share(s().P, V::size, &begin, &end);
+        for (int64_t i = 0; i < alive; ++i)
+          for (int64_t j = begin; j < end; j += V::size) {
+            const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+            emit(t, parity, first + i, i, j, n, dot(cell_out(i), s().H, s().dtype, f.p_.weights[d].w_hr, j, n));
+          }
+        return;
+      }
+      const PanelShape& shape = f.weights_.hr;
+      int64_t p0, p1;
+      member.share(shape.count(), 1, &p0, &p1);
+      const auto out_row = [&](int64_t i) { return cell_out(i); };
+      gemm(0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row}, shape, f.weight_memory_[d] + f.weights_.hr_at,
+           [&](int64_t i, int64_t j, V value, int n) { emit(t, parity, first + i, i, j, n, value); });
+    }
+  };
+
+  const ForwardParams& p_;
+  const LayerShape& s_;
+  const Plan& plan_;
+  const SequenceLayout& layout_;
+  const WeightLayout weights_;
+  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_c_;
+  const bool in_place_;
+  C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
+  Tables tables_[kMaxMembers];
+};

@@ -1,0 +1,104 @@
+// Matrix products outside the recurrence: input projections, input gradients, weight
+// gradients. C[m][n] = sum_k A[m][k] B[k][n] over packed panels of B (panels.h), in
+// blocks of rows that stay in L2 and slices of k that keep a panel there too. The order
+// of summation over k is fixed: it depends on K alone.
+
+constexpr int kBlockRows = 96;  // a multiple of every tile height and vector size
+constexpr int64_t kBlockBytesOfK = 4096;
+
+// Where a block of A's rows comes from. `rows(m, count, out)` writes count addresses of
+// rows of the compute type, valid until the next call.
+template <class C, class RowAt>
+struct DirectRows {
+  RowAt row;
+  void rows(int64_t m, int count, const C** out) const {
+    for (int r = 0; r < count; ++r) out[r] = static_cast<const C*>(row(m + r));
+  }
+};
+
+// Converted, or moved apart because the rows' own stride would make them evict each other.
+template <class C, class RowAt>
+struct CopiedRows {
+  RowAt row;
+  DType dtype;
+  int64_t K, ld;
+  C* block;  // [kBlockRows][ld]
+  void rows(int64_t m, int count, const C** out) const {
+    for (int r = 0; r < count; ++r) {
+      load_row<C>(dtype, row(m + r), K, block + r * ld);
+      out[r] = block + r * ld;
+    }
+  }
+};
+
+// A is the transpose of src [K][>= m + count], row stride src_ld.
+template <class C>
+struct TransposedRows {
+  const C* src;
+  int64_t src_ld, K, ld;
+  C* block;  // [kBlockRows][ld]
+  void rows(int64_t m, int count, const C** out) const {
+    constexpr int kLanes = Vec<C>::size;
+    for (int r0 = 0; r0 < count; r0 += kLanes) {
+      const int columns = count - r0 < kLanes ? count - r0 : kLanes;
+      for (int64_t k = 0; k < K; k += kLanes) {
+        const int rows = static_cast<int>(K - k < kLanes ? K - k : kLanes);
+        const C* from = src + k * src_ld + m + r0;
+        C* to = block + r0 * ld + k;  // ld leaves room for whole vectors
+        transpose_block(from, src_ld, rows, columns, to, ld);
+      }
+    }
+    for (int r = 0; r < count; ++r) out[r] = block + r * ld;
+  }
+};
+
+// Room for one block of A, in elements, and the padded stride of its rows.
+template <class C>
+DLK_INLINE int64_t block_ld(int64_t K) {
+  constexpr int64_t kLanes = Vec<C>::size;
+  return (K + kLanes - 1) / kLanes * kLanes + kLanes;
+}
+
+// Rows [m0, m1) by panels [p0, p1). sink(m, column, value, n): n <= Vec::size results of row m.
+template <class C, class Rows, class Sink>
+DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const PanelShape& shape,
+                     const C* panels, Sink sink) {
+  using V = Vec<C>;
+  constexpr int64_t kSlice = kBlockBytesOfK / static_cast<int64_t>(sizeof(C));
+  alignas(64) C out[kBlockRows * kMaxVectors * V::size];
+  const C* row[kBlockRows];
+  for (int64_t m = m0; m < m1; m += kBlockRows) {
+    const int block_rows = static_cast<int>(m1 - m < kBlockRows ? m1 - m : kBlockRows);
+    a.rows(m, block_rows, row);
+    for (int64_t p = p0; p < p1; ++p) {
+      const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
+      const C* panel = panels + shape.offset(p);
+      for (int64_t k = 0; k < shape.K; k += kSlice) {
+        const int64_t depth = shape.K - k < kSlice ? shape.K - k : kSlice;
+        for (int r = 0; r < block_rows; r += height) {
+          const int rows = block_rows - r < height ? block_rows - r : height;
+          const C* slice[8];
+          for (int i = 0; i < rows; ++i) slice[i] = row[r + i] + k;
+          run_tile<C>(rows, vectors, slice, depth, panel + k * width, out + r * width, k > 0);
+        }
+      }
+      for (int r = 0; r < block_rows; ++r) {
+        for (int v = 0; v < vectors; ++v)
+          sink(m + r, shape.column(p, v), V::load(out + r * width + v * V::size), shape.valid(p, v));
+      }
+    }
+  }
+}
+
+// A member's part of M rows by all panels: by panels when there are enough of them, so
+// that each core streams its own part of B; else by rows.
+struct GemmShare {
+  int64_t m0, m1, p0, p1;
+  GemmShare(const Member& member, int64_t M, const PanelShape& shape) : m0(0), m1(M), p0(0), p1(shape.count()) {
+    if (p1 >= 4 * member.size) {
+      member.share(p1, 1, &p0, &p1);
+    } else {
+      member.share(M, 8, &m0, &m1);
+    }
+  }
+};

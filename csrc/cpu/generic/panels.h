@@ -1,0 +1,76 @@
+// Packed right-hand sides for tile.h. A matrix of K rows and N columns lies as panels of
+// up to four vectors of columns, each [K][vectors * Vec::size], zero padded to whole
+// vectors. Gate panels take one vector per gate for the same hidden units, so that the
+// tile of a panel holds all that the cell equation of those units needs.
+
+struct PanelShape {
+  int64_t K;       // length of the products
+  int64_t N;       // columns; of one gate for gate panels
+  int gates;       // 0: plain columns, else vector v of a panel belongs to gate v
+  int lanes;       // Vec::size
+  int vectors;     // per full panel
+
+  static PanelShape plain(int64_t K, int64_t N, int lanes) { return {K, N, 0, lanes, kMaxVectors}; }
+  static PanelShape gated(int64_t K, int64_t H, int gates, int lanes) {
+    return gates == 1 ? plain(K, H, lanes) : PanelShape{K, H, gates, lanes, gates};
+  }
+  int64_t units_per_panel() const { return gates ? lanes : static_cast<int64_t>(lanes) * vectors; }
+  int64_t count() const { return (N + units_per_panel() - 1) / units_per_panel(); }
+  // Vectors in panel p: the last plain panel may be narrower.
+  int vectors_in(int64_t p) const {
+    if (gates) return vectors;
+    const int64_t left = (N - p * units_per_panel() + lanes - 1) / lanes;
+    return left < vectors ? static_cast<int>(left) : vectors;
+  }
+  int64_t offset(int64_t p) const { return p * K * lanes * vectors; }
+  int64_t elements() const { return (N + lanes - 1) / lanes * lanes * (gates ? gates : 1) * K; }
+  // Where vector v of panel p begins among the columns, and how many are real.
+  int64_t column(int64_t p, int v) const { return gates ? v * N + p * lanes : (p * vectors + v) * int64_t{lanes}; }
+  int valid(int64_t p, int v) const {
+    const int64_t left = N - (gates ? p * lanes : column(p, v));
+    return left < lanes ? static_cast<int>(left < 0 ? 0 : left) : lanes;
+  }
+};
+
+// From w [columns][K], k contiguous: a transposition, block by block.
+template <class C>
+DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panels) {
+  constexpr int kLanes = Vec<C>::size;
+  const int vectors = shape.vectors_in(p);
+  const int64_t K = shape.K, width = int64_t{vectors} * kLanes;
+  C* panel = panels + shape.offset(p);
+  alignas(64) C block[kLanes * kLanes];
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t first = shape.column(p, v) * K;
+    const int rows = shape.valid(p, v);
+    for (int64_t k = 0; k < K; k += kLanes) {
+      const int columns = static_cast<int>(K - k < kLanes ? K - k : kLanes);
+      C* to = panel + k * width + v * kLanes;
+      if (is_compute_type<C>(dtype)) {
+        transpose_block(static_cast<const C*>(w) + first + k, K, rows, columns, to, width);
+      } else {
+        for (int r = 0; r < rows; ++r) load_any<C>(dtype, w, first + r * K + k, columns).store(block + r * kLanes);
+        transpose_block(block, kLanes, rows, columns, to, width);
+      }
+    }
+  }
+}
+
+// From rows of N columns each: row(k) gives the address of row k. Plain panels only.
+template <class C, class RowAt>
+DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, RowAt row, C* panels) {
+  constexpr int kLanes = Vec<C>::size;
+  const int vectors = shape.vectors_in(p);
+  C* to = panels + shape.offset(p);
+  for (int64_t k = 0; k < shape.K; ++k) {
+    const void* from = row(k);
+    for (int v = 0; v < vectors; ++v, to += kLanes)
+      load_any<C>(dtype, from, shape.column(p, v), shape.valid(p, v)).store(to);
+  }
+}
+
+// From w [K][N], n contiguous.
+template <class C>
+DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panels) {
+  pack_panel_rows<C>(shape, p, dtype, [&](int64_t k) { return advance(w, dtype, k * shape.N); }, panels);
+}

@@ -1,0 +1,14 @@
+#include "system.h"
+
+#ifdef DLK_X86
+
+DLK_TARGET_BEGIN(DLK_TARGET_AVX2)
+namespace dlk::avx2 {
+constexpr int kRegisters = 16;
+#include "../simd/avx2.h"
+#include "../simd/math.h"
+#include "../generic/all.h"
+}  // namespace dlk::avx2
+DLK_TARGET_END
+
+#endif  // DLK_X86

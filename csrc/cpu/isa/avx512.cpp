@@ -1,0 +1,14 @@
+#include "system.h"
+
+#ifdef DLK_X86
+
+DLK_TARGET_BEGIN(DLK_TARGET_AVX512)
+namespace dlk::avx512 {
+constexpr int kRegisters = 32;
+#include "../simd/avx512.h"
+#include "../simd/math.h"
+#include "../generic/all.h"
+}  // namespace dlk::avx512
+DLK_TARGET_END
+
+#endif  // DLK_X86

@@ -1,0 +1,31 @@
+// What each instruction set offers: one table, filled by isa/<name>.cpp.
+#pragma once
+
+#include "../../rnn_params.h"
+#include "../sequence_layout.h"
+
+namespace dlk {
+
+struct KernelTable {
+  int (*forward)(const ForwardParams&, const void* panels, const Plan&, const Runtime&, const SequenceLayout&);
+  int (*backward)(const BackwardParams&, const Plan&, const Runtime&, const SequenceLayout&);
+  size_t (*panel_bytes)(const LayerShape&);  // of all directions
+  void (*pack)(const LayerShape&, const DirectionWeights*, void* panels);
+  int tile_rows;  // height of a gate tile, for the plan
+};
+
+namespace scalar {
+extern const KernelTable kKernels;
+}
+#ifdef DLK_X86
+namespace avx2 {
+extern const KernelTable kKernels;
+}
+namespace avx512 {
+extern const KernelTable kKernels;
+}
+#endif
+
+const KernelTable& kernels(Isa isa);
+
+}  // namespace dlk

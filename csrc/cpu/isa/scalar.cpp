@@ -1,0 +1,8 @@
+#include "system.h"
+
+namespace dlk::scalar {
+constexpr int kRegisters = 16;
+#include "../simd/scalar.h"
+#include "../simd/math.h"
+#include "../generic/all.h"
+}  // namespace dlk::scalar

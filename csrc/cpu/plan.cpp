@@ -1,0 +1,62 @@
+// Decides, before anything runs, how a call is carried out. The kernels follow.
+#include <algorithm>
+
+#include "isa/kernels.h"
+
+namespace dlk {
+namespace {
+
+// Below this many multiply-adds in all, waking a thread costs more than it brings.
+constexpr double kSerialWork = 200e3;
+// A step split over hidden units ends in a barrier of about half a microsecond.
+constexpr double kUnitsWorkPerStep = 40e3;
+// A core's own cache, of which W_hh may take a part when every core reads all of it.
+constexpr int64_t kPrivateCacheBytes = 768 << 10;
+// Rows per GEMM of a chunk: enough to use each panel of weights many times.
+constexpr int64_t kChunkRows = 384;
+constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roughly
+
+}  // namespace
+
+Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
+  const int64_t gates = gate_count(shape.cell), outputs = shape.outputs();
+  const double rows = static_cast<double>(std::max<int64_t>(1, shape.rows));
+  const double recurrent = static_cast<double>(gates * shape.H) * outputs + static_cast<double>(shape.P) * shape.H;
+  const double per_row = recurrent + static_cast<double>(gates * shape.H) * shape.I;
+  const double work = rows * per_row * shape.D * (backward ? 2 : 1);
+  const double work_per_step = recurrent * rows / std::max<int64_t>(1, shape.T);
+
+  Plan plan{};
+  plan.isa = isa;
+  plan.threads = std::min(std::max(threads, 1), kMaxMembers);
+  plan.split = Plan::serial;
+  plan.recurrence = !backward && !deterministic && !packed_weights && (shape.B == 1 || shape.rows <= 4) ? Plan::dot
+                                                                                                     : Plan::tiles;
+  plan.chunk_steps = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
+  plan.patience_us = std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
+  if (plan.threads == 1 || work < kSerialWork) {
+    plan.threads = 1;
+    return plan;
+  }
+
+  plan.directions_side_by_side = shape.D == 2;
+  const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
+  const int height = kernels(isa).tile_rows;
+  const int64_t weight_bytes =
+      gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
+  if (per_direction == 1) {
+    plan.split = Plan::rows;  // of one member: a direction each
+  } else if (shape.B >= int64_t{2} * height * per_direction && weight_bytes <= kPrivateCacheBytes) {
+    plan.split = Plan::rows;
+  } else if (work_per_step >= kUnitsWorkPerStep) {
+    plan.split = Plan::units;
+  } else if (shape.B >= per_direction) {
+    plan.split = Plan::rows;
+  } else {
+    plan.split = Plan::serial;
+    plan.threads = shape.D;
+  }
+  return plan;
+}
+
+}  // namespace dlk

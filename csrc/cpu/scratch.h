@@ -1,0 +1,66 @@
+// Working memory of one call: one block, carved by bump allocation. Small blocks are
+// kept per thread so that a short call costs no malloc; larger ones go back at once.
+// Used twice over the same list of take()s: before allocate() they only add up.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "runtime_flags.h"
+
+namespace dlk {
+
+class Scratch {
+ public:
+  void allocate() {
+    if (total_ <= kKept) {
+      static thread_local Kept kept;
+      base_ = kept.reserve();
+    } else {
+      owned_ = base_ = static_cast<char*>(std::aligned_alloc(kAlign, round_up(total_)));
+      if (!base_) throw std::bad_alloc();
+    }
+    if (poison()) std::memset(base_, 0xff, total_);
+    next_ = base_;
+  }
+
+  // count elements on a cache line of their own; null for none (and before allocate()).
+  template <class T>
+  T* take(int64_t count) {
+    if (count <= 0) return nullptr;
+    if (!base_) {
+      total_ += round_up(static_cast<size_t>(count) * sizeof(T));
+      return nullptr;
+    }
+    T* here = reinterpret_cast<T*>(next_);
+    next_ += round_up(static_cast<size_t>(count) * sizeof(T));
+    return here;
+  }
+
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(owned_); }
+
+ private:
+  static constexpr size_t kAlign = 64, kKept = size_t{2} << 20;
+  static size_t round_up(size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
+
+  struct Kept {
+    char* memory = nullptr;
+    char* reserve() {
+      if (!memory) memory = static_cast<char*>(std::aligned_alloc(kAlign, kKept));
+      if (!memory) throw std::bad_alloc();
+      return memory;
+    }
+    ~Kept() { std::free(memory); }
+  };
+
+  size_t total_ = 0;
+  char *base_ = nullptr, *next_ = nullptr, *owned_ = nullptr;
+};
+
+}  // namespace dlk

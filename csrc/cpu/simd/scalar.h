@@ -1,0 +1,121 @@
+// Vec of one lane: the portable build, and the reading of what each operation means.
+// No include guard: see target.h.
+
+template <class C>
+struct Vec {
+  static constexpr int size = 1;
+  C v;
+
+  static DLK_INLINE Vec zero() { return {C(0)}; }
+  static DLK_INLINE Vec set1(C x) { return {x}; }
+  static DLK_INLINE Vec load(const C* p) { return {*p}; }
+  // n in 0..size: lanes from n on read as 0, memory beyond n is not touched.
+  static DLK_INLINE Vec load(const C* p, int n) { return {n > 0 ? *p : C(0)}; }
+  DLK_INLINE void store(C* p) const { *p = v; }
+  DLK_INLINE void store(C* p, int n) const {
+    if (n > 0) *p = v;
+  }
+};
+
+template <class C>
+DLK_INLINE Vec<C> operator+(Vec<C> a, Vec<C> b) {
+  return {a.v + b.v};
+}
+template <class C>
+DLK_INLINE Vec<C> operator-(Vec<C> a, Vec<C> b) {
+  return {a.v - b.v};
+}
+template <class C>
+DLK_INLINE Vec<C> operator*(Vec<C> a, Vec<C> b) {
+  return {a.v * b.v};
+}
+template <class C>
+DLK_INLINE Vec<C> operator/(Vec<C> a, Vec<C> b) {
+  return {a.v / b.v};
+}
+template <class C>
+DLK_INLINE Vec<C> operator-(Vec<C> a) {
+  return {-a.v};
+}
+
+// a * b + c and c - a * b; one rounding where the ISA has it, std::fma would be a slow call here.
+template <class C>
+DLK_INLINE Vec<C> fma(Vec<C> a, Vec<C> b, Vec<C> c) {
+  return {a.v * b.v + c.v};
+}
+template <class C>
+DLK_INLINE Vec<C> fnma(Vec<C> a, Vec<C> b, Vec<C> c) {
+  return {c.v - a.v * b.v};
+}
+
+// x86 semantics on every ISA: a NaN in either operand gives b.
+template <class C>
+DLK_INLINE Vec<C> min(Vec<C> a, Vec<C> b) {
+  return {a.v < b.v ? a.v : b.v};
+}
+template <class C>
+DLK_INLINE Vec<C> max(Vec<C> a, Vec<C> b) {
+  return {a.v > b.v ? a.v : b.v};
+}
+template <class C>
+DLK_INLINE Vec<C> abs(Vec<C> a) {
+  return {std::fabs(a.v)};
+}
+
+// |a| with the sign of b
+template <class C>
+DLK_INLINE Vec<C> copysign(Vec<C> a, Vec<C> b) {
+  return {std::copysign(a.v, b.v)};
+}
+
+// a > b ? x : y and a < b ? x : y; a comparison with NaN is false.
+template <class C>
+DLK_INLINE Vec<C> select_gt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
+  return {a.v > b.v ? x.v : y.v};
+}
+template <class C>
+DLK_INLINE Vec<C> select_lt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
+  return {a.v < b.v ? x.v : y.v};
+}
+
+// Sum of the lanes; bit for bit what reduce_rows gives for the row.
+template <class C>
+DLK_INLINE C hsum(Vec<C> a) {
+  return a.v;
+}
+
+// Lane i is the sum of the lanes of rows[i].
+template <class C>
+DLK_INLINE Vec<C> reduce_rows(const Vec<C> (&rows)[Vec<C>::size]) {
+  return rows[0];
+}
+
+// rows[i] lane j -> rows[j] lane i
+template <class C>
+DLK_INLINE void transpose(Vec<C> (&)[Vec<C>::size]) {}
+
+// 2^n from the bits of 1.5 * 2^23 + 127 + n (float) or 1.5 * 2^52 + 1023 + n (double).
+DLK_INLINE Vec<float> exponent_from_bits(Vec<float> t) { return {bits_float(float_bits(t.v) << 23)}; }
+DLK_INLINE Vec<double> exponent_from_bits(Vec<double> t) {
+  uint64_t bits;
+  std::memcpy(&bits, &t.v, sizeof bits);
+  bits <<= 52;
+  std::memcpy(&t.v, &bits, sizeof bits);
+  return t;
+}
+
+DLK_INLINE Vec<float> widen(const bf16* p, int n) { return {n > 0 ? to_float(*p) : 0.0f}; }
+DLK_INLINE Vec<float> widen(const bf16* p) { return {to_float(*p)}; }
+DLK_INLINE Vec<float> widen(const f16* p, int n) { return {n > 0 ? to_float(*p) : 0.0f}; }
+DLK_INLINE Vec<float> widen(const f16* p) { return {to_float(*p)}; }
+
+DLK_INLINE void narrow(bf16* p, Vec<float> a) { *p = to_bf16(a.v); }
+DLK_INLINE void narrow(bf16* p, Vec<float> a, int n) {
+  if (n > 0) narrow(p, a);
+}
+DLK_INLINE void narrow(f16* p, Vec<float> a) { *p = to_f16(a.v); }
+DLK_INLINE void narrow(f16* p, Vec<float> a, int n) {
+  if (n > 0) narrow(p, a);
+}
+
+#include "common.h"

@@ -1,0 +1,23 @@
+// What the headers of a target region need, included before the region begins.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "storage.h"
+#include "target.h"
+
+#ifdef DLK_X86
+// GCC 11 and 12 initialise their undefined vectors with themselves and then warn about it.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#ifndef __clang__
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif

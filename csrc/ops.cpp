@@ -1,0 +1,211 @@
+// The operators' schemas, and the host module `_C` that Python imports to get them registered.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "boxing.h"
+#include "cpu/isa/dispatch.h"
+#include "cpu/rnn_ops.h"
+#include "cpu/rnn_reason.h"
+#include "cpu/threads.h"
+
+namespace py = pybind11;
+
+namespace dlk {
+namespace {
+
+using Opt = OptionalTensor;
+
+// One instance per mode, so that the schemas need no mode argument.
+template <CellKind cell>
+struct Ops {
+  static SequenceOutputs forward(const Tensor& x, const Opt& h0, const Opt& c0, const TensorList& weights,
+                                 const Opt& packed, const Opt& batch_sizes, const Opt& lengths, bool bidirectional,
+                                 bool batch_first, bool save, bool deterministic) {
+    return sequence_forward(cell, x, h0, c0, weights, packed, batch_sizes, lengths, bidirectional, batch_first, save,
+                            deterministic);
+  }
+  static TensorList backward(const Opt& dy, const Opt& dh_n, const Opt& dc_n, const Tensor& x, const Opt& h0,
+                             const Opt& c0, const TensorList& weights, const Tensor& y, const Tensor& saved,
+                             const Opt& batch_sizes, const Opt& lengths, bool bidirectional, bool batch_first,
+                             int64_t bptt_steps, bool deterministic, bool need_x, bool need_state, bool need_weights,
+                             bool gate_grads) {
+    return sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, y, saved, batch_sizes, lengths, bidirectional,
+                             batch_first, bptt_steps, deterministic, need_x, need_state, need_weights, gate_grads);
+  }
+  static TensorList step(const Tensor& x, const Opt& h, const Opt& c, const Tensor& w_ih, const Tensor& w_hh,
+                         const Opt& b_ih, const Opt& b_hh, bool save, bool deterministic) {
+    return cell_forward(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save, deterministic);
+  }
+  static TensorList step_backward(const Opt& dh, const Opt& dc, const Tensor& x, const Opt& h, const Opt& c,
+                                  const Tensor& w_ih, const Tensor& w_hh, const Opt& b_ih, const Opt& b_hh,
+                                  const Tensor& h_new, const Tensor& saved, bool deterministic, bool need_x,
+                                  bool need_state, bool need_weights, bool gate_grads) {
+    return cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, h_new, saved, deterministic, need_x,
+                         need_state, need_weights, gate_grads);
+  }
+};
+
+using Library = torch::stable::detail::StableLibrary;
+
+void define(Library& library, CellKind cell) {
+  const std::string mode = mode_name(cell);
+  library.def((mode +
+               "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
+               "Tensor? lengths, bool bidirectional, bool batch_first, bool save, bool deterministic) -> "
+               "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)")
+                  .c_str());
+  library.def((mode +
+               "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+               "Tensor[] weights, Tensor y, Tensor saved, Tensor? batch_sizes, Tensor? lengths, bool bidirectional, "
+               "bool batch_first, int bptt_steps, bool deterministic, bool need_x, bool need_state, "
+               "bool need_weights, bool gate_grads) -> Tensor[]")
+                  .c_str());
+  library.def((mode +
+               "_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+               "bool save, bool deterministic) -> Tensor[]")
+                  .c_str());
+  library.def((mode +
+               "_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, "
+               "Tensor? b_ih, Tensor? b_hh, Tensor h_new, Tensor saved, bool deterministic, bool need_x, "
+               "bool need_state, bool need_weights, bool gate_grads) -> Tensor[]")
+                  .c_str());
+}
+
+template <CellKind cell>
+void implement(Library& library) {
+  const std::string mode = mode_name(cell);
+  library.impl(mode.c_str(), &Boxed<&Ops<cell>::forward>::kernel);
+  library.impl((mode + "_backward").c_str(), &Boxed<&Ops<cell>::backward>::kernel);
+  library.impl((mode + "_cell").c_str(), &Boxed<&Ops<cell>::step>::kernel);
+  library.impl((mode + "_cell_backward").c_str(), &Boxed<&Ops<cell>::step_backward>::kernel);
+}
+
+DType dtype_from_name(std::string name) {
+  const std::string prefix = "torch.";
+  if (name.rfind(prefix, 0) == 0) name = name.substr(prefix.size());
+  for (auto [known, dtype] : {std::pair{"float32", DType::f32}, std::pair{"float64", DType::f64},
+                              std::pair{"bfloat16", DType::bf16}, std::pair{"float16", DType::f16}}) {
+    if (name == known) return dtype;
+  }
+  throw std::invalid_argument("unknown dtype '" + name + "', expected float32, float64, bfloat16 or float16");
+}
+
+LayerShape make_shape(const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                      int64_t P, int D) {
+  if (T < 1 || B < 1 || I < 0 || H < 1 || P < 0 || D < 1 || D > 2) {
+    throw std::invalid_argument("sizes must be positive, and D one or two");
+  }
+  return {cell_from_mode(mode), dtype_from_name(py::str(dtype)), T, B, I, H, P, D, T * B};
+}
+
+py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
+  py::dict dict;
+  dict["kernel"] = std::string("cpu/") + isa_name(plan.isa) + "/" + mode_name(shape.cell);
+  dict["isa"] = isa_name(plan.isa);
+  dict["threads"] = plan.threads;
+  dict["split"] = split_name(plan.split);
+  dict["recurrence"] = plan.recurrence == Plan::dot ? "dot" : "tiles";
+  dict["chunk_steps"] = plan.chunk_steps;
+  dict["directions_side_by_side"] = plan.directions_side_by_side;
+  dict["reason"] = plan_reason(plan, shape);
+  return dict;
+}
+
+py::dict build_info() {
+  py::list isas;
+  for (Isa isa : compiled_isas()) isas.append(isa_name(isa));
+  py::dict info;
+  info["torch_target"] =
+      std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+#if defined(DLKERNELS_BUILD_FLAGS)
+  info["flags"] = DLKERNELS_BUILD_FLAGS;
+#else
+  info["flags"] = "";
+#endif
+  info["isas"] = isas;
+  info["with_cuda"] = false;
+  return info;
+}
+
+py::dict features_dict() {
+  py::dict dict;
+  for (const auto& [name, present] : cpu_features()) dict[name] = present;
+  return dict;
+}
+
+}  // namespace
+}  // namespace dlk
+
+STABLE_TORCH_LIBRARY(dlkernels, library) {
+  using dlk::CellKind;
+  for (CellKind cell : {CellKind::lstm, CellKind::gru, CellKind::rnn_tanh, CellKind::rnn_relu}) {
+    dlk::define(library, cell);
+  }
+  library.def("pack(str mode, Tensor[] weights, bool bidirectional) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
+  using dlk::CellKind;
+  dlk::implement<CellKind::lstm>(library);
+  dlk::implement<CellKind::gru>(library);
+  dlk::implement<CellKind::rnn_tanh>(library);
+  dlk::implement<CellKind::rnn_relu>(library);
+  library.impl("pack", &dlk::Boxed<&dlk::pack_weights>::kernel);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of dlkernels: importing it registers the operators torch.ops.dlkernels.*.";
+
+  m.def("build_info", &dlk::build_info);
+  m.def("cpu_features", &dlk::features_dict);
+  m.def("isa", [] { return dlk::isa_name(dlk::current_isa()); });
+  m.def("available_isas", [] {
+    py::list names;
+    for (dlk::Isa isa : dlk::available_isas()) names.append(dlk::isa_name(isa));
+    return names;
+  });
+  m.def(
+      "set_isa",
+      [](const std::optional<std::string>& name) {
+        if (name) {
+          dlk::set_isa(dlk::isa_from_name(*name));
+        } else {
+          dlk::reset_isa();
+        }
+      },
+      py::arg("name").none(true));
+  m.def("set_poison", &dlk::set_poison, py::arg("on"));
+  m.def(
+      "plan",
+      [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
+         std::optional<int> threads, bool backward, bool deterministic, bool packed_weights) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, I, H, P, D);
+        const dlk::Plan plan = dlk::rnn_plan(shape, dlk::current_isa(), threads ? *threads : dlk::thread_count(),
+                                             backward, deterministic, packed_weights);
+        return dlk::plan_dict(plan, shape);
+      },
+      "What would run for these sizes; threads=None: as many as torch uses now.", py::arg("mode"), py::arg("dtype"),
+      py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("D") = 1,
+      py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
+      py::arg("packed_weights") = false);
+  m.def("last_run", []() -> py::object {
+    const dlk::LayerShape* shape = dlk::last_shape();
+    if (!shape) return py::none();
+    const dlk::LastRun& run = dlk::rnn_last_run();
+    py::dict dict = dlk::plan_dict(run.plan, *shape);
+    dict["members"] = run.members;
+    dict["backward"] = run.backward;
+    return std::move(dict);
+  });
+  m.def(
+      "packed_bytes",
+      [](const std::string& mode, const py::object& dtype, int64_t I, int64_t H, int64_t P, int D) {
+        return dlk::rnn_packed_bytes(dlk::make_shape(mode, dtype, 1, 1, I, H, P, D), dlk::current_isa());
+      },
+      py::arg("mode"), py::arg("dtype"), py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("D") = 1);
+}

@@ -1,0 +1,133 @@
+// What one call of a recurrent layer means, in plain structs: no torch, no Python.
+//
+// Layouts. T steps, B sequences, I input features, H hidden units, P projected
+// units (0 = no projection), O = P ? P : H outputs per direction, D directions
+// (1 or 2), G gates of W (lstm 4, gru 3, rnn 1), S saved slots (lstm 5, gru 4,
+// rnn 0). "Row" is one (t, b) pair: t * B + b for padded input, its position in
+// PackedSequence.data for packed input. All strides count elements.
+//
+// The compute type is double for f64 and float for every other dtype.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dlk {
+
+enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };
+enum class DType : int { f32, f64, bf16, f16 };
+enum class Isa : int { scalar, avx2, avx512 };
+
+constexpr int gate_count(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
+constexpr int saved_slots(CellKind cell) { return cell == CellKind::lstm ? 5 : cell == CellKind::gru ? 4 : 0; }
+// Gate gradients per unit: gru keeps the input and the hidden half of n apart.
+constexpr int gate_grad_slots(CellKind cell) { return cell == CellKind::gru ? 4 : gate_count(cell); }
+
+struct LayerShape {
+  CellKind cell;
+  DType dtype;
+  int64_t T, B, I, H, P;
+  int D;
+  int64_t rows;  // T * B when padded, the sum of the lengths when packed
+  int64_t outputs() const { return P ? P : H; }
+};
+
+// Contiguous; the biases are both there or both null, w_hr is null without projection.
+struct DirectionWeights {
+  const void* w_ih;  // [G*H, I]
+  const void* w_hh;  // [G*H, O]
+  const void* b_ih;  // [G*H]
+  const void* b_hh;  // [G*H]
+  const void* w_hr;  // [P, H]
+};
+
+// A [T, B, F] tensor with contiguous last dimension, or packed [rows, F]
+// (then `t` is the stride from row to row and `b` is not read).
+template <class Pointer>
+struct RowTensor {
+  Pointer data;
+  int64_t t, b;
+};
+
+struct ForwardParams {
+  LayerShape shape;
+  RowTensor<const void*> x;    // features: I
+  const void* h0;              // [D, B, O], null = zeros
+  const void* c0;              // [D, B, H], null = zeros; lstm only
+  DirectionWeights weights[2];
+  const void* packed;          // what pack() wrote for these weights, or null
+  const int64_t* batch_sizes;  // [T], descending: x, y are packed; else null
+  const int64_t* lengths;      // [B], in 0..T, already checked; else null
+  RowTensor<void*> y;          // features: D*O; padding rows are written as 0
+  void* h_n;                   // [D, B, O]
+  void* c_n;                   // [D, B, H], lstm only
+  void* saved;                 // [D, rows, S, H] of the compute type, or null (inference):
+                               // lstm i,f,g,o,c; gru r,z,n,W_hn h + b_hn. Padding rows are not written.
+  bool deterministic;          // a sequence's result must not depend on its batch
+};
+
+struct DirectionGrads {  // shapes and dtype of the weights; all null when not wanted
+  void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+};
+
+struct BackwardParams {
+  LayerShape shape;
+  RowTensor<const void*> x;
+  const void *h0, *c0;
+  DirectionWeights weights[2];
+  const int64_t *batch_sizes, *lengths;
+  RowTensor<const void*> y;
+  const void* saved;            // null only where S = 0
+  RowTensor<const void*> dy;    // features: D*O; data null = zeros
+  const void *dh_n, *dc_n;      // [D, B, O], [D, B, H]; null = zeros
+  int64_t bptt_steps;           // 0 = never cut; else gradients stop at every multiple of it
+  RowTensor<void*> dx;          // data null = not wanted; padding rows are written as 0
+  void *dh0, *dc0;              // null = not wanted
+  DirectionGrads grads[2];
+  void* gate_grads;             // [D, rows, gate_grad_slots, H] of the compute type, or null; padding
+                                // rows are written as 0. gru: dr, dz, dn (input half), dn (hidden half)
+  void* proj_grads;             // [D, rows, P] of the compute type, or null: the whole gradient of h
+  bool deterministic;
+};
+
+// How the kernels reach threads. `parallel` calls fn(ctx, begin, end) for ranges
+// that together cover [0, n), from whichever threads it likes, and returns after all.
+struct Runtime {
+  Isa isa;
+  int threads;
+  void (*parallel)(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end), void* ctx);
+};
+
+// What ran, or would run; explain() and the tests read it.
+constexpr int kMaxMembers = 64;
+
+struct Plan {
+  Isa isa;
+  int threads;                // members asked for, at most kMaxMembers
+  enum Split : int { serial, rows, units } split;
+  enum Recurrence : int { dot, tiles } recurrence;
+  int64_t chunk_steps;        // time steps per input-projection GEMM
+  bool directions_side_by_side;
+  int64_t patience_us;        // how long the first member waits for the others
+};
+
+Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights);
+
+void rnn_forward(const ForwardParams& params, const Runtime& runtime);
+void rnn_backward(const BackwardParams& params, const Runtime& runtime);
+
+// Bytes that pack() writes for all directions, for this ISA; the header in front
+// names ISA, cell, dtype and sizes, and packed_matches() holds a buffer against a shape.
+size_t rnn_packed_bytes(const LayerShape& shape, Isa isa);
+void rnn_pack(const LayerShape& shape, const DirectionWeights* weights, Isa isa, void* out);
+bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shape, Isa isa);
+
+// The last call of this thread: its plan, and how many threads really took part.
+struct LastRun {
+  Plan plan;
+  int members;
+  bool backward;
+};
+const LastRun& rnn_last_run();
+
+}  // namespace dlk

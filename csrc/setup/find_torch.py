@@ -1,0 +1,63 @@
+"""Finds the torch that dlkernels will run with, from inside a build that may be isolated from it.
+
+pip builds in an environment of its own by pointing PYTHONPATH at it, but still with the interpreter of the
+environment it installs into. So that interpreter, started anew without PYTHONPATH, sees the torch that counts; the
+same holds for editable installs and for a virtual environment on top of one that has torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+MINIMUM = (2, 11)  # the LibTorch stable ABI that the module is compiled against
+REQUIREMENT = "torch>=2.11"
+
+# Does not import torch, which takes seconds.
+_PROBE = """
+import importlib.util, json, os, runpy, sys
+sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
+spec = importlib.util.find_spec("torch")
+if spec is not None and spec.origin is not None:
+    folder = os.path.dirname(spec.origin)
+    print(json.dumps([folder, runpy.run_path(os.path.join(folder, "version.py"))["__version__"]]))
+"""
+
+
+class Torch(NamedTuple):
+    folder: Path
+    version: str
+
+    @property
+    def include(self) -> list[Path]:
+        return [self.folder / "include", self.folder / "include" / "torch" / "csrc" / "api" / "include"]
+
+    @property
+    def lib(self) -> Path:
+        return self.folder / "lib"
+
+
+def _probe(dropped: tuple[str, ...]) -> Torch | None:
+    environment = {name: value for name, value in os.environ.items() if name not in dropped}
+    run = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"looking for torch with {sys.executable} failed:\n{run.stderr}")
+    if not run.stdout.strip():
+        return None
+    folder, version = json.loads(run.stdout)
+    major, minor = (int(part) for part in version.split(".")[:2])
+    return Torch(Path(folder), version) if (major, minor) >= MINIMUM else None
+
+
+def find_torch() -> Torch | None:
+    """The torch of the target environment, else (none there yet) the one in the build's own; None if neither."""
+    return _probe(("PYTHONPATH", "PYTHONNOUSERSITE")) or _probe(())
+
+
+def torch_requirement() -> list[str]:
+    """What an isolated build must be given so as to compile: nothing where the target environment has a torch."""
+    return [] if _probe(("PYTHONPATH", "PYTHONNOUSERSITE")) else [REQUIREMENT]

@@ -1,0 +1,209 @@
+"""Compiles csrc/ into the one module `_C` with ninja: incremental, parallel, without importing torch.
+
+setup.py calls `build`; developers run `make build`, which is `python csrc/setup/native.py`: the module lands in
+dlkernels/. `--opt 0 --out FILE` makes another build beside it, to be loaded with DLKERNELS_NATIVE=FILE.
+
+Environment: CXX, CXXFLAGS and LDFLAGS as everywhere; DLKERNELS_OPT=0..3 the optimisation level (2);
+MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from find_torch import REQUIREMENT, find_torch
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_OPT = "2"
+TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11: one module for every torch from there on
+
+_NINJA = """\
+ninja_required_version = 1.5
+cxx = {cxx}
+cflags = {cflags}
+ldflags = {ldflags}
+
+rule compile
+  command = $cxx -MMD -MF $out.d $cflags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
+rule link
+  command = $cxx -shared $in -o $out $ldflags
+  description = link $out
+
+{compiles}
+build {target}: link {objects}
+default {target}
+"""
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler's command (CXX, else the first of c++, g++, clang++), or None where there is none."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        command = shlex.split(candidate)
+        if command and shutil.which(command[0]):
+            return command
+    return None
+
+
+def why_not_compiled() -> str | None:
+    """The reason to install without the compiled module; None if it is to be compiled, come what may."""
+    if os.environ.get("DLKERNELS_NO_NATIVE", "") not in ("", "0"):
+        return "DLKERNELS_NO_NATIVE is set"
+    if sys.platform != "linux":
+        return f"the compiled module is for Linux, not {sys.platform}"
+    if compiler() is None:
+        return f"there is no C++ compiler (looked for {os.environ.get('CXX') or 'c++, g++, clang++'})"
+    return None
+
+
+def module_name() -> str:
+    return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def sources() -> list[Path]:
+    return sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")])
+
+
+def _python_include() -> str:
+    include = sysconfig.get_path("include")
+    if not Path(include, "Python.h").is_file():
+        raise SystemExit(
+            f"dlkernels: there is a C++ compiler but no {include}/Python.h: install Python's headers "
+            f"(Debian: python3-dev), or set DLKERNELS_NO_NATIVE=1 to install without the compiled module"
+        )
+    return include
+
+
+def _pybind11_include(build_dir: Path) -> Path:
+    """pybind11's headers, copied: in an isolated build their folder is new every time, and all would recompile."""
+    import pybind11
+
+    include = build_dir / f"pybind11-{pybind11.__version__}"
+    if not include.is_dir():
+        partial = include.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(Path(pybind11.get_include(), "pybind11"), partial / "pybind11")
+        partial.rename(include)
+    return include
+
+
+def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
+    torch = find_torch()
+    if torch is None:
+        raise SystemExit(f"dlkernels: no {REQUIREMENT} to compile against in the environment of {sys.executable}")
+    tuning = [f"-O{opt}", "-std=c++17", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    system = [_python_include(), _pybind11_include(build_dir), *torch.include]
+    compile_flags = [
+        *tuning,
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fvisibility-inlines-hidden",
+        "-Wall",
+        "-pthread",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+        f'-DDLKERNELS_BUILD_FLAGS="{" ".join(tuning)}"',
+        f"-I{ROOT / 'csrc'}",
+        *(f"-isystem{path}" for path in system),
+    ]
+    # No rpath: torch is imported first, and its libraries then serve by their names.
+    link_flags = [
+        *shlex.split(os.environ.get("LDFLAGS", "")),
+        "-pthread",
+        f"-L{torch.lib}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
+    return compile_flags, link_flags
+
+
+def _ninja_path(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _ninja_command(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def _write_ninja_file(build_dir: Path, opt: str) -> Path:
+    cxx = compiler()
+    assert cxx is not None
+    compile_flags, link_flags = _flags(opt, build_dir)
+    target = build_dir / module_name()
+    objects = {source: build_dir / f"{source.relative_to(ROOT / 'csrc')}.o" for source in sources()}
+    text = _NINJA.format(
+        cxx=_ninja_command(cxx),
+        cflags=_ninja_command(compile_flags),
+        ldflags=_ninja_command(link_flags),
+        compiles="\n".join(f"build {_ninja_path(o)}: compile {_ninja_path(s)}" for s, o in objects.items()),
+        target=_ninja_path(target),
+        objects=" ".join(_ninja_path(o) for o in objects.values()),
+    )
+    file = build_dir / "build.ninja"
+    if not file.is_file() or file.read_text() != text:
+        file.write_text(text)
+    return target
+
+
+def _ninja() -> str:
+    try:
+        import ninja
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise SystemExit("dlkernels: ninja is needed to compile (pip install ninja)") from None
+        return found
+    return os.path.join(ninja.BIN_DIR, "ninja")
+
+
+def build(out: Path, opt: str | None = None) -> None:
+    """Brings `out`, the module's file, up to date with csrc/. A compile error raises SystemExit."""
+    opt = opt or os.environ.get("DLKERNELS_OPT") or DEFAULT_OPT
+    if opt not in ("0", "1", "2", "3"):
+        raise SystemExit(f"dlkernels: DLKERNELS_OPT is the optimisation level, 0 to 3, not {opt!r}")
+    build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}-O{opt}"
+    build_dir.mkdir(parents=True, exist_ok=True)
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    with (build_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
+        target = _write_ninja_file(build_dir, opt)
+        if subprocess.run([_ninja(), "-C", str(build_dir), "-j", jobs]).returncode != 0:
+            raise SystemExit("dlkernels: the native module does not compile (the compiler's messages are above)")
+        _install(target, out)
+
+
+def _install(target: Path, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_file() and out.stat().st_mtime_ns == target.stat().st_mtime_ns:
+        return
+    # Replaced, not overwritten: a process may be running the old one.
+    fresh = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.copy2(target, fresh)
+    fresh.replace(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile dlkernels' native module in place.")
+    parser.add_argument("--out", type=Path, default=ROOT / "dlkernels" / module_name(), help="file to write")
+    parser.add_argument("--opt", choices=["0", "1", "2", "3"], help="optimisation level (DLKERNELS_OPT, else 2)")
+    arguments = parser.parse_args()
+    reason = why_not_compiled()
+    if reason:
+        raise SystemExit(f"dlkernels: nothing compiled: {reason}")
+    build(arguments.out, arguments.opt)
+    print(f"dlkernels: {arguments.out} is up to date")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Fused recurrent layers for PyTorch on the CPU, drop-in for torch.nn.
+
+dlkernels.nn            RNN, LSTM, GRU and their cells
+dlkernels.functional    the same without state
+dlkernels.reference     the same as short PyTorch, for tests
+dlkernels.patch         swaps the layers of a model, `unpatch` swaps them back
+dlkernels.explain       tells which kernel runs for an input, and why
+"""
+
+from __future__ import annotations
+
+from dlkernels import functional, nn, reference
+from dlkernels._version import __version__
+
+# A function and the module that holds it share a name here: the modules are loaded now, so that no later
+# `import dlkernels.patch` puts the module in the function's place.
+from dlkernels.explain import explain
+from dlkernels.info import info
+from dlkernels.patch import patch, patch_report, unpatch
+
+__all__ = ["__version__", "explain", "functional", "info", "nn", "patch", "patch_report", "reference", "unpatch"]

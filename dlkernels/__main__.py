@@ -1,0 +1,31 @@
+"""`python -m dlkernels info | bench`."""
+
+from __future__ import annotations
+
+import sys
+
+USAGE = """usage: python -m dlkernels <command> [options]
+
+commands:
+  info [--json]   what this machine has, and which kernel serves which operator
+  bench           our layers against torch.nn on this machine (--help lists its options)
+"""
+
+
+def main(argv: list[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command == "info":
+        from dlkernels.info import main as print_info
+
+        return print_info(rest)
+    if command == "bench":
+        from dlkernels.bench import main as run_bench
+
+        return run_bench(rest)
+    asked = command in ("-h", "--help", "help")
+    print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,137 @@
+"""vmap of the recurrent operators: mapped samples are folded into the batch, [..., B, ...] -> [..., n*B, ...]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlkernels.reference import DirectionWeights, split_directions
+
+
+def fold(tensor: Tensor | None, mapped_dim: int | None, batch_dim: int, n: int) -> Tensor | None:
+    """Sample-major. A tensor that is not mapped is repeated; one without a batch (an empty placeholder) stays."""
+    if tensor is None:
+        return None
+    if mapped_dim is None:
+        if tensor.dim() <= batch_dim:
+            return tensor
+        tensor = tensor.unsqueeze(batch_dim).expand(*tensor.shape[:batch_dim], n, *tensor.shape[batch_dim:])
+    else:
+        if tensor.dim() - 1 <= batch_dim:
+            return tensor.select(mapped_dim, 0)
+        tensor = tensor.movedim(mapped_dim, batch_dim)
+    return tensor.flatten(batch_dim, batch_dim + 1)
+
+
+def unfold(tensor: Tensor, batch_dim: int, n: int) -> tuple[Tensor, int | None]:
+    """Undoes `fold`: the tensor and where its mapped dimension is, None for an empty placeholder."""
+    if tensor.dim() <= batch_dim:
+        return tensor, None
+    return tensor.unflatten(batch_dim, (n, tensor.shape[batch_dim] // n)), batch_dim
+
+
+def unfold_all(
+    tensors: Sequence[Tensor], batch_dims: Sequence[int], n: int
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    pairs = [unfold(tensor, dim, n) for tensor, dim in zip(tensors, batch_dims, strict=True)]
+    return tuple(tensor for tensor, _ in pairs), tuple(dim for _, dim in pairs)
+
+
+def unfold_groups(
+    grads: Sequence[Tensor], inner_groups: int, n: int
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """As `unfold_all` for weight gradients [n * inner groups, *shape]; inner_groups 0: no vmap inside this one."""
+    out_dims = tuple(None if grad.dim() == 1 else 0 for grad in grads)  # 1-D: a placeholder
+    if inner_groups:
+        grads = [g if dim is None else g.unflatten(0, (n, inner_groups)) for g, dim in zip(grads, out_dims, strict=True)]
+    return tuple(grads), out_dims
+
+
+def each_sample(
+    call: Callable[..., Sequence[Tensor]], n: int, in_dims: Sequence[Any], args: Sequence[Any]
+) -> tuple[tuple[Tensor, ...], int]:
+    """One call per sample, for mapped weights (an ensemble): the operators take one set of weights."""
+    results = []
+    for i in range(n):
+        sample = (
+            arg.select(dim, i) if isinstance(arg, Tensor) and dim is not None else arg
+            for arg, dim in zip(args, in_dims, strict=True)
+        )  # fmt: skip
+        results.append(call(*sample))
+    return tuple(torch.stack(outs) for outs in zip(*results, strict=True)), 0
+
+
+def is_mapped(in_dims: Sequence[Any]) -> bool:
+    return any(dim is not None for dim in in_dims)
+
+
+def _per_group(rows: Tensor, features: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """sum over t, b of rows[t, n, b, :]^T features[t, n, b, :] for [T, n*B, .] -> [n, rows, features]."""
+    return torch.einsum(
+        "tnbr,tnbf->nrf", _split_batch(rows, groups), _split_batch(features, groups).to(rows.dtype)
+    ).to(dtype)  # fmt: skip
+
+
+def _split_batch(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.unflatten(1, (groups, tensor.shape[1] // groups))
+
+
+def _gate_halves(mode: str, dgates: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., S', H] -> the gradients of W_ih x + b_ih and of W_hh h + b_hh, [..., G*H] each; they differ in gru's n."""
+    if mode != "gru":
+        return dgates.flatten(-2), dgates.flatten(-2)
+    r, z, n_input, n_hidden = dgates.unbind(-2)
+    return torch.cat((r, z, n_input), -1), torch.cat((r, z, n_hidden), -1)
+
+
+def _group_grads(
+    w: DirectionWeights, d_ih: Tensor, d_hh: Tensor, x: Tensor, h_before: Tensor, groups: int
+) -> list[Tensor]:
+    grads = [_per_group(d_ih, x, groups, w.w_ih.dtype), _per_group(d_hh, h_before, groups, w.w_hh.dtype)]
+    for bias, rows in ((w.b_ih, d_ih), (w.b_hh, d_hh)):
+        if bias is not None:
+            grads.append(_split_batch(rows, groups).sum((0, 2)).to(bias.dtype))
+    return grads
+
+
+def sequence_weight_grads(
+    mode: str, batch_first: bool, groups: int, x: Tensor, h0: Tensor | None, y: Tensor, saved: Tensor,
+    lengths: Tensor | None, weights: Sequence[Tensor], dgates: Tensor, dproj: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Weight gradients [groups, *shape] of padded input whose batch is groups x B, from the gate gradients."""
+    if batch_first:
+        x, y = x.transpose(0, 1), y.transpose(0, 1)
+    steps = torch.arange(x.shape[0], device=x.device)[:, None]
+    if lengths is not None:
+        x = torch.where((steps < lengths)[:, :, None], x, 0)
+    directions = split_directions(weights, dgates.shape[0])
+    grads: list[Tensor] = []
+    for d, (w, h) in enumerate(zip(directions, y.chunk(len(directions), -1), strict=True)):
+        first = torch.zeros_like(h[:1]) if h0 is None else h0[d : d + 1].to(h.dtype)
+        if d == 0:
+            h_before = torch.cat((first, h[:-1]))
+        else:
+            h_before = torch.cat((h[1:], first))
+            if lengths is not None:
+                h_before = torch.where((steps == lengths - 1)[:, :, None], first, h_before)
+        grads += _group_grads(w, *_gate_halves(mode, dgates[d]), x, h_before, groups)
+        if w.w_hr is not None:
+            hidden = saved[d, :, :, 3] * torch.tanh(saved[d, :, :, 4])  # o tanh(c), the h before its projection
+            if lengths is not None:
+                hidden = torch.where((steps < lengths)[:, :, None], hidden, 0)
+            grads.append(_per_group(dproj[d], hidden, groups, w.w_hr.dtype))
+    return grads
+
+
+def cell_weight_grads(
+    mode: str, groups: int, x: Tensor, h: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, dgates: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """As `sequence_weight_grads` for one step: [dw_ih, dw_hh, db_ih, db_hh], empty for an absent bias."""
+    d_ih, d_hh = _gate_halves(mode, dgates[None])
+    before = x.new_zeros(x.shape[0], w_hh.shape[1]) if h is None else h
+    grads = _group_grads(DirectionWeights(w_ih, w_hh, b_ih, b_hh, None), d_ih, d_hh, x[None], before[None], groups)
+    return grads if b_ih is not None else [*grads, x.new_empty(0), x.new_empty(0)]

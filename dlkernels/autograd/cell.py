@@ -1,0 +1,175 @@
+"""Autograd of single steps; the structure is that of `sequence.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+
+from dlkernels import _native, ops, reference
+from dlkernels.autograd import batching
+from dlkernels.autograd.config import CellConfig, Wanted
+from dlkernels.autograd.gradients import cell_gradients, differentiate
+from dlkernels.autograd.routing import route
+
+
+def cell(
+    cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, ...] | list[Tensor]:  # fmt: skip
+    """One step: x [B, I], h and c [B, H] or None -> h' first, then for the lstm c'; the rest is for the backward."""
+    path = route(x, h, c, w_ih, w_hh, b_ih, b_hh).path
+    if path == "op":
+        return ops.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, False, cfg.deterministic)
+    if path == "reference":
+        _native.announce_reference()
+        new_h, new_c = reference.cell(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        return (new_h,) if new_c is None else (new_h, new_c)
+    args = (cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if path == "eager":
+        return _apply(*unwrap_dead_wrappers(args))
+    return Cell.apply(*args)
+
+
+class Cell(torch.autograd.Function):
+    """(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h', [c' if lstm], [saved if there is any])."""
+
+    @staticmethod
+    def forward(
+        cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None, b_hh: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(ops.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, True, cfg.deterministic))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        cfg, *tensors = inputs
+        states = 2 if cfg.mode == "lstm" else 1
+        saved = output[states:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*saved)
+        ctx.save_for_backward(*tensors, output[0], *saved)
+        ctx.cfg = cfg
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        dc = others[0] if ctx.cfg.mode == "lstm" else None
+        if dh is None and dc is None:
+            return (None,) * len(needs)
+        x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, *saved = ctx.saved_tensors
+        wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[4:]))
+        args = (
+            ctx.cfg, wanted, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved[0] if saved else x.new_empty(0),
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            grads = CellBackward.forward(*args)
+        elif torch._C._are_functorch_transforms_active():
+            grads = CellBackward.apply(*args)
+        elif torch.is_grad_enabled():
+            grads = _apply_backward(*unwrap_dead_wrappers(args))
+        else:
+            grads = CellBackward.forward(*args)
+        return (None, *(grad if need else None for grad, need in zip(grads, needs[1:], strict=True)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        n, (cfg, x, h, c, *weights) = info.batch_size, args
+        _, x_dim, h_dim, c_dim, *weight_dims = in_dims
+        if batching.is_mapped(weight_dims):
+            return batching.each_sample(Cell.apply, n, (None, *in_dims[1:]), args)
+        outputs = Cell.apply(
+            cfg, batching.fold(x, x_dim, 0, n), batching.fold(h, h_dim, 0, n), batching.fold(c, c_dim, 0, n), *weights
+        )
+        return batching.unfold_all(outputs, (0,) * len(outputs), n)
+
+
+class CellBackward(torch.autograd.Function):
+    """(cfg, wanted, dh', dc', x, h, c, w_ih, w_hh, b_ih, b_hh, h', saved) -> (dx, dh, dc, dw_ih, dw_hh, db_ih, db_hh)."""
+
+    @staticmethod
+    def forward(
+        cfg: CellConfig, wanted: Wanted, dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor | None,
+        c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, new_h: Tensor,
+        saved: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        per_sample = wanted.groups > 0
+        grads = ops.cell_backward(
+            cfg.mode, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved, cfg.deterministic, wanted.x, wanted.state,
+            wanted.weights and not per_sample, per_sample,
+        )  # fmt: skip
+        if not per_sample:
+            return tuple(grads)
+        return (
+            *grads[:3],
+            *batching.cell_weight_grads(cfg.mode, wanted.groups, x, h, w_ih, w_hh, b_ih, b_hh, grads[-1]),
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        cfg, wanted, *tensors = inputs
+        _, _, _, h, c, _, _, b_ih, *_ = tensors
+        given = (
+            wanted.x, wanted.state and h is not None, wanted.state and c is not None, wanted.weights, wanted.weights,
+            wanted.weights and b_ih is not None, wanted.weights and b_ih is not None,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(grad for grad, want in zip(output, given, strict=True) if not want))
+        ctx.save_for_backward(*tensors[:9])
+        ctx.cfg, ctx.groups = cfg, wanted.groups
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(needs)
+        cfg, groups = ctx.cfg, ctx.groups
+
+        def gradients(*tensors: Tensor | None) -> list[Tensor | None]:
+            if groups:
+                return _grouped_gradients(cfg, groups, tensors[:2], tensors[2:])
+            return cell_gradients(cfg, tensors[:2], tensors[2:])
+
+        grads = differentiate(gradients, ctx.saved_tensors, needs[2:11], cotangents)
+        return (None, None, *grads, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        n, (cfg, wanted, *tensors) = info.batch_size, args
+        _, _, *dims = in_dims
+        if batching.is_mapped(dims[5:9]):
+            return batching.each_sample(CellBackward.apply, n, (None, None, *dims), args)
+        folded = [
+            tensor if 5 <= i < 9 else batching.fold(tensor, dim, 0, n)
+            for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True))
+        ]
+        groups = n * max(wanted.groups, 1) if wanted.weights else 0
+        grads = CellBackward.apply(cfg, wanted._replace(groups=groups), *folded)
+        inputs, inputs_dims = batching.unfold_all(grads[:3], (0, 0, 0), n)
+        dweights, dweights_dims = batching.unfold_groups(grads[3:], wanted.groups, n)
+        return inputs + dweights, inputs_dims + dweights_dims
+
+
+def _grouped_gradients(
+    cfg: CellConfig, groups: int, cotangents: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """`cell_gradients` of a batch of groups x B: weight gradients per group, [groups, *shape]."""
+    batched = (*cotangents, *inputs[:3])
+    split = [None if t is None else batching.unfold(t, 0, groups)[0] for t in batched]
+    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
+
+    def one_group(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        grads = cell_gradients(cfg, tensors[:2], tensors[2:])
+        return tuple(grads[i] for i in present)  # type: ignore[misc]
+
+    in_dims = (*(None if t is None else 0 for t in split), None, None, None, None)
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(present, torch.vmap(one_group, in_dims)(*split, *inputs[3:]), strict=True):
+        grads[i] = grad.flatten(0, 1) if i < 3 else grad
+    return grads
+
+
+_apply = super(torch.autograd.Function, Cell).apply
+_apply_backward = super(torch.autograd.Function, CellBackward).apply

@@ -1,0 +1,72 @@
+"""Decides how a call runs; the entry points obey it and `explain` prints it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dlkernels import _native
+
+KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+
+class Route(NamedTuple):
+    """path: "op" (the operator alone), "eager" (the Function by its C++ apply), "function" (the Function by its Python
+    apply, for functorch and Dynamo) or "reference" (PyTorch operations)."""
+
+    path: str
+    reason: str
+
+    @property
+    def native(self) -> bool:
+        return self.path != "reference"
+
+
+OP = Route("op", "no gradient is wanted: the operator is called directly")
+EAGER = Route("eager", "a gradient is wanted: autograd Function around the operator")
+TRACED = Route("function", "torch.compile traces the autograd Function around the operator")
+TRANSFORMED = Route("function", "inside a torch.func transform: autograd Function with a vmap rule")
+COMPILED_TRANSFORM = Route(
+    "reference", "a torch.func transform inside torch.compile: Dynamo would drop the Function's own backward"
+)
+
+
+def _no_kernel(reason: str) -> Route:
+    return Route("reference", reason)
+
+
+def route(*tensors: Tensor | None) -> Route:
+    """How a call with these tensors runs now; the first is the input. They are of one device and dtype.
+
+    Raises NotImplementedError when one of them carries a forward-mode tangent.
+    """
+    x = tensors[0]
+    assert x is not None
+    if not _native.HAVE_NATIVE:
+        return _no_kernel(f"no compiled kernels: {_native.why_not}")
+    if not x.is_cpu:
+        return _no_kernel(f"no kernel for {x.device.type} tensors")
+    if x.dtype not in KERNEL_DTYPES:
+        return _no_kernel(f"no kernel for {x.dtype}")
+    compiling = torch.compiler.is_compiling()
+    if not compiling and forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
+    if torch._C._are_functorch_transforms_active():
+        return COMPILED_TRANSFORM if compiling else TRANSFORMED
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return TRACED if compiling else EAGER
+    return OP
+
+
+def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "dlkernels: forward-mode differentiation (jvp, jacfwd, dual tensors) is not supported by the recurrent "
+                "layers; use reverse mode (vjp, jacrev, backward), or dlkernels.reference, which supports both"
+            )

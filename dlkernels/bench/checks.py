@@ -1,0 +1,64 @@
+"""No speed without agreement: a case's results against torch.nn and float64, before it is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..testing import Verdict, within_rule
+from .cases import Case
+from .workload import Build, Inputs, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """The worst tensor of a check: the one whose error is the largest part of its limit."""
+
+    ok: bool
+    worst: str
+    ours: float
+    theirs: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.worst}: error {self.ours:.2e}, torch's {self.theirs:.2e}, limit {self.limit:.2e}"
+
+
+class Checker:
+    """Keeps the float64 reference and torch's results of the last workload: cases that differ in their thread count
+    only come one after another and share them."""
+
+    def __init__(self, theirs: Build):
+        self.theirs = theirs
+        self._key = ""
+        self._reference: dict[str, Tensor] = {}
+        self._measure: dict[str, Tensor] = {}
+
+    def __call__(self, case: Case, inputs: Inputs, ours: Workload) -> Agreement:
+        if case.workload != self._key:
+            plain = dataclasses.replace(case, against="torch")
+            self._reference = Workload(plain, inputs, self.theirs, dtype=torch.float64).results()
+            self._measure = Workload(plain, inputs, self.theirs).results()
+            self._key = case.workload
+        return compare(ours.results(), self._measure, self._reference, getattr(torch, case.dtype))
+
+
+def compare(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype
+) -> Agreement:
+    if ours.keys() != reference.keys():
+        missing = ", ".join(sorted(ours.keys() ^ reference.keys()))
+        return Agreement(False, f"not in both: {missing}", float("inf"), 0.0, 0.0)
+    worst, verdict = "", Verdict(True, 0.0, 0.0, 0.0)
+    share = -1.0
+    for name, ref in reference.items():
+        try:
+            one = within_rule(ours[name], theirs[name], ref, dtype, grad=name.startswith("d"))
+        except AssertionError as problem:
+            return Agreement(False, f"{name} ({problem})", float("inf"), 0.0, 0.0)
+        part = one.ours / one.limit if one.limit > 0 else (0.0 if one.ours == 0 else float("inf"))
+        if part > share:
+            worst, verdict, share = name, one, part
+    return Agreement(verdict.ok, worst, verdict.ours, verdict.theirs, verdict.limit)

@@ -1,0 +1,134 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cases, charlm, machine, plots, results, tables
+from .progress import Progress
+from .runner import Result, Runner
+from .timing import Budget
+
+SUITES = ("main", "grid", "targets", "charlm", "all")
+DTYPES = tuple(cases.SHORT_DTYPE)
+
+
+def _list_of(convert: Any, allowed: Sequence[str] | None = None) -> Any:
+    def parse(text: str) -> list[Any]:
+        found = [part.strip() for part in text.split(",") if part.strip()]
+        if not found or (allowed and not set(found) <= set(allowed)):
+            what = f" of {', '.join(allowed)}" if allowed else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a comma-separated list{what}")
+        return [convert(part) for part in found]
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m dlkernels bench", description="dlkernels against torch.nn on this machine."
+    )
+    add = p.add_argument
+    add("--suite", choices=SUITES, default="main", help="main (the default) is charlm and grid, all adds targets")
+    add("--quick", action="store_true", help="a few cases and short training: under a minute")
+    add("--only", metavar="PATTERN", action="append", default=[], help="cases whose name contains or matches this")
+    add("--threads", metavar="N,...", type=_list_of(_positive), help="thread counts (default: 1 and all cores)")
+    add("--dtypes", metavar="NAME,...", type=_list_of(str, DTYPES), default=["float32", "bfloat16"])
+    add("--seconds", metavar="S", type=float, help="measuring time for each case")
+    add("--out", metavar="DIR", type=Path, help="where results go (default: benchmarks/results)")
+    add("--no-plot", action="store_true", help="no pictures")
+    add("--list", action="store_true", help="print the names of the cases and stop")
+    return p
+
+
+def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
+    args = parser().parse_args(argv)
+    chosen = _cases(args)
+    if args.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    jobs = [] if args.only or args.suite in ("grid", "targets") else [_job(args, mode) for mode in ("lstm", "gru")]
+    if not chosen and not jobs:
+        print("no case matches", file=sys.stderr)
+        return 2
+    runner = runner or Runner(_budget(args))
+    host = machine.describe()
+    print(machine.headline(host, machine.versions()), flush=True)
+    trained = _train(jobs, args)
+    measured = _measure(chosen, runner)
+    doc = results.document(("quick-" if args.quick else "") + args.suite, measured, trained, host)
+    if measured:
+        print("\n" + tables.results_table(measured) + "\n\n" + tables.summary_text(doc["summary"]))
+    path = results.write(doc, args.out or results.home())
+    print(f"\nresults: {path}")
+    if not args.no_plot:
+        _plot(doc, path)
+    if any(r.wrong for r in measured) or not all(job["agree"] for job in trained):
+        return 1
+    return 2 if any(r.reached is False for r in measured) else 0
+
+
+def _cases(args: argparse.Namespace) -> list[cases.Case]:
+    found: list[cases.Case] = []
+    if args.suite in ("main", "grid", "all"):
+        found += cases.grid(args.threads or sorted({1, torch.get_num_threads()}), args.dtypes, args.quick)
+    if args.suite in ("targets", "all"):
+        found += cases.targets(args.threads or (1, 2))
+    return cases.select(found, args.only)
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    if args.quick:
+        return Budget(args.seconds or 0.3, block_seconds=0.01, min_pairs=3)
+    return Budget(args.seconds or (2.0 if args.suite == "targets" else 1.0))
+
+
+def _job(args: argparse.Namespace, mode: str) -> charlm.Config:
+    return charlm.Config.quick(mode) if args.quick else charlm.Config(mode)
+
+
+def _train(jobs: Sequence[charlm.Config], args: argparse.Namespace) -> list[dict[str, Any]]:
+    trained = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(args.threads) if args.threads else before)
+    for job in jobs:
+        trained.append(charlm.train_both(job))
+        print("\n" + charlm.text(trained[-1]), flush=True)
+    torch.set_num_threads(before)
+    return trained
+
+
+def _measure(chosen: Sequence[cases.Case], runner: Runner) -> list[Result]:
+    if not chosen:
+        return []
+    progress = Progress(len(chosen), "cases")
+    found: list[Result] = []
+    progress.show(chosen[0].name)
+    for result in runner.run(chosen):
+        found.append(result)
+        progress.advance()
+        if len(found) < len(chosen):
+            progress.show(chosen[len(found)].name)
+    progress.finish()
+    return found
+
+
+def _plot(doc: dict[str, Any], path: Path) -> None:
+    try:
+        for picture in plots.draw(doc, path):
+            print(f"picture: {picture}")
+    except ImportError:
+        print("no pictures: matplotlib is not installed")

@@ -1,0 +1,114 @@
+"""What ran and on what, as it goes into a result file. No host or user names."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_ENVIRONMENT = re.compile(r"^(OMP|KMP|GOMP|MKL|DNNL|ONEDNN|ATEN|TORCH|DLKERNELS|LD_PRELOAD|MALLOC)(_|$)")
+
+
+def native() -> Any | None:
+    """The compiled module, or None where the reference path runs."""
+    try:
+        from .. import _native
+    except ImportError:
+        return None
+    return _native.native
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model", "Hardware")):
+                return " ".join(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    if sys.platform == "darwin":
+        query = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        name = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        if name:
+            return name
+    return platform.processor() or platform.machine()
+
+
+def isa() -> str:
+    """The instruction set our kernels use, or torch's capability where none are compiled."""
+    module = native()
+    return str(module.isa()) if module else torch.backends.cpu.get_cpu_capability().lower()
+
+
+def last_kernel() -> dict[str, Any]:
+    """The plan of the last op call of this thread; what ran, not what was intended."""
+    module = native()
+    run = module.last_run() if module else None
+    return {k: v for k, v in run.items() if isinstance(v, (str, int, float, bool))} if run else {"kernel": "reference"}
+
+
+def cores() -> int:
+    """Those this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _caches() -> dict[str, str]:
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        except OSError:
+            continue
+        if kind != "Instruction":
+            found[f"L{level}"] = size
+    return found
+
+
+def describe() -> dict[str, Any]:
+    return {
+        "cpu": cpu_model(),
+        "arch": platform.machine(),
+        "system": platform.system(),
+        "cores": cores(),
+        "caches": _caches(),
+        "isa": isa(),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+        # How the OpenMP threads wait between calls changes small-shape times; libgomp's default is to spin.
+        "environment": {k: v for k, v in sorted(os.environ.items()) if _ENVIRONMENT.match(k)},
+        "load_average": [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else [],
+    }
+
+
+def versions() -> dict[str, Any]:
+    from .._version import __version__
+
+    found: dict[str, Any] = {
+        "dlkernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "mkl": torch._C.has_mkl,
+        "onednn": torch._C._has_mkldnn,
+    }
+    module = native()
+    found["build"] = {k: v for k, v in module.build_info().items() if k != "path"} if module else "none: reference path"
+    return found
+
+
+def slug(cpu: str, isa_name: str) -> str:
+    """Folder name of a machine: CPU model and instruction set."""
+    text = re.sub(r"\((r|tm|c)\)", "", f"{cpu} {isa_name}".lower()).replace("@", " ")
+    return re.sub(r"[^a-z0-9.]+", "-", text).strip("-")
+
+
+def headline(machine: dict[str, Any], found: dict[str, Any]) -> str:
+    cores_text = f"{machine['cores']} core" + ("s" if machine["cores"] != 1 else "")
+    return (
+        f"{machine['cpu']}, {cores_text}, {machine['isa']}; "
+        f"dlkernels {found['dlkernels']}, torch {found['torch']}, Python {found['python']}"
+    )

@@ -1,0 +1,157 @@
+"""Rewrites the benchmark block of README.md from committed result files.
+
+    python -m dlkernels.bench.readme benchmarks/results/<machine>/<file>.json ...
+    python -m dlkernels.bench.readme --check
+
+The block remembers its files; `--check` fails when it is not what they say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import results
+from .cases import REGIMES, SHORT_DTYPE
+from .machine import headline
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_SOURCES = re.compile(r"<!-- from: (.*?) -->")
+_OP_ORDER = ("lstm", "gru", "rnn", "lstmcell", "grucell", "rnncell")
+
+
+def render(docs: dict[str, dict[str, Any]]) -> str:
+    """The block between the markers, from {path: result file}."""
+    parts = [f"<!-- from: {' '.join(docs)} -->"]
+    for doc in docs.values():
+        parts.append(f"{headline(doc['machine'], doc['versions'])} ({doc['date'][:10]}).")
+        if doc["suite"].endswith("targets"):
+            parts.append(_targets(doc))
+        elif doc["results"]:
+            parts.append(_regimes(doc))
+        if doc["charlm"]:
+            parts.append(_jobs(doc))
+    return "\n\n".join(parts)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| --- |" + " ---: |" * (len(rows[0]) - 1))
+    return "\n".join(lines)
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def _regimes(doc: dict[str, Any]) -> str:
+    """Geometric means: op by regime, and the overall one."""
+    from .runner import geometric_mean
+
+    rated = [e for e in doc["results"] if "speedup" in e and e["case"]["against"] == "torch"]
+    rows = [["speed-up over torch.nn", *REGIMES]]
+    for op in _OP_ORDER:
+        mine = [e for e in rated if _op(e) == op]
+        for pick, label in ((False, "inference"), (True, "training")):
+            found = [e for e in mine if e["case"]["training"] is pick]
+            if found:
+                means = [geometric_mean([e["speedup"] for e in found if e["regime"] == r]) for r in REGIMES]
+                rows.append([f"{_title(op)} {label}", *map(_times, means)])
+    overall = doc["summary"]["overall"]
+    tail = f"\n\nGeometric means; over all {overall['cases']} cases: {_times(overall['speedup'])}." if overall else ""
+    return _table(rows) + tail
+
+
+def _targets(doc: dict[str, Any]) -> str:
+    """A row per shape and op, a column per use and thread count."""
+    cells: dict[tuple[str, str, str, str], dict[tuple[bool, int], str]] = {}
+    columns: set[tuple[bool, int]] = set()
+    for e in doc["results"]:
+        case = e["case"]
+        layout = "packed" if case["packed"] else ""
+        if case["against"] == "padded":
+            layout = "packed over our own padded, per valid step"
+        shape = f"({case['B']}, {case['T']}, {case['I']}, {case['H']})"
+        key = (shape, layout, _op(e), SHORT_DTYPE[case["dtype"]])
+        column = (case["training"], case["threads"])
+        columns.add(column)
+        mark = "" if e.get("reached", True) else " (target " + f"{case['target']:.2f})"
+        cells.setdefault(key, {})[column] = (_times(e["speedup"]) if "speedup" in e else e["status"]) + mark
+    order = sorted(columns)
+    titles = [f"{'training' if t else 'inference'}, {n} thread{'s' * (n > 1)}" for t, n in order]
+    rows = [["(B, T, I, H)", "op", *titles]]
+    for (shape, layout, op, dtype), found in cells.items():
+        notes = [text for text in (layout, "" if dtype == "f32" else dtype) if text]
+        rows.append([shape, ", ".join([_title(op), *notes]), *(found.get(column, "") for column in order)])
+    reached = doc["summary"]["targets"]
+    tail = f"\n\nTargets reached: {reached['reached']} of {reached['of']}." if reached else ""
+    return f"Speed-up over torch.nn:\n\n{_table(rows)}{tail}"
+
+
+def _jobs(doc: dict[str, Any]) -> str:
+    rows = [["training a character model", "torch.nn", "dlkernels.patch", "speed-up", "bits per character"]]
+    for job in doc["charlm"]:
+        if not job["agree"]:
+            rows.append([f"{job['mode'].upper()}: loss curves disagree", "", "", "", ""])
+            continue
+        label = f"{job['mode'].upper()}, {job['steps']} steps, {job['threads']} threads"
+        seconds = [f"{job['seconds'][side]:.1f} s" for side in ("torch", "dlkernels")]
+        bits = ", ".join(f"{job['validation'][side]:.3f}" for side in ("torch", "dlkernels"))
+        rows.append([label, *seconds, _times(job["speedup"]), bits])
+    return _table(rows)
+
+
+def _op(entry: dict[str, Any]) -> str:
+    return str(entry["case"]["mode"]) + ("cell" if entry["case"]["cell"] else "")
+
+
+def _title(op: str) -> str:
+    return op[:-4].upper() + "Cell" if op.endswith("cell") else op.upper()
+
+
+def split(text: str) -> tuple[str, str, str]:
+    """README -> before the block, the block, after it."""
+    before, found_begin, rest = text.partition(BEGIN)
+    block, found_end, after = rest.partition(END)
+    if not found_begin or not found_end:
+        raise ValueError(f"no {BEGIN} ... {END} block")
+    return before, block.strip("\n"), after
+
+
+def sources(block: str) -> list[str]:
+    found = _SOURCES.search(block)
+    return found.group(1).split() if found else []
+
+
+def rewrite(text: str, docs: dict[str, dict[str, Any]]) -> str:
+    before, _, after = split(text)
+    return f"{before}{BEGIN}\n{render(docs)}\n{END}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m dlkernels.bench.readme", description=__doc__.splitlines()[0])
+    p.add_argument("files", nargs="*", help="result files, relative to the README; default: those the block came from")
+    p.add_argument("--readme", type=Path, default=Path("README.md"))
+    p.add_argument("--check", action="store_true", help="change nothing; fail if the block is out of date")
+    args = p.parse_args(argv)
+    old = args.readme.read_text()
+    block = split(old)[1]
+    paths = args.files or sources(block)
+    if not paths:
+        print("no result file named, here or in the README's block", file=sys.stderr)
+        return 2
+    new = rewrite(old, {path: results.load(args.readme.parent / path) for path in paths})
+    if args.check:
+        if new != old:
+            print(f"{args.readme}: the benchmark block is not what {' '.join(paths)} give", file=sys.stderr)
+        return int(new != old)
+    args.readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The result file: its shape, where it lies, reading and writing."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import machine
+from .runner import Result, summarize
+
+SCHEMA = 1
+_Schema = dict[str, type]
+_TOP: _Schema = {"schema": int, "suite": str, "date": str}
+_TOP |= dict.fromkeys(("machine", "versions", "summary"), dict) | dict.fromkeys(("results", "charlm"), list)
+_ENTRY: _Schema = {"name": str, "case": dict, "regime": str, "status": str, "message": str, "kernel": dict}
+_TIMED: _Schema = dict.fromkeys(("theirs_ms", "ours_ms", "speedup", "ratio_of_all"), float)
+_TIMED |= dict.fromkeys(("spread", "quartiles", "calls"), list) | {"pairs": int}
+_CHARLM: _Schema = {"mode": str, "config": dict, "threads": int, "steps": int}
+_CHARLM |= {"seconds": dict, "losses": dict, "validation": dict, "agree": bool, "message": str}
+_CHARLM_CLAIM: _Schema = {"speedup": float, "spread": list}
+
+
+def document(
+    suite: str, results: Sequence[Result], charlm: Sequence[dict[str, Any]], host: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": host,
+        "versions": machine.versions(),
+        "summary": summarize(results),
+        "charlm": list(charlm),
+        "results": [result.as_json() for result in results],
+    }
+
+
+def problems(doc: dict[str, Any]) -> list[str]:
+    """What is wrong with a result file; nothing for a good one."""
+    found = _mismatches(doc, _TOP, "file")
+    if found:
+        return found
+    if doc["schema"] != SCHEMA:
+        return [f"schema {doc['schema']}, expected {SCHEMA}"]
+    for entry in doc["results"]:
+        found += _judge(entry, entry.get("name", "?"), _ENTRY, _TIMED, entry.get("status") == "ok")
+    for entry in doc["charlm"]:
+        found += _judge(entry, f"charlm {entry.get('mode', '?')}", _CHARLM, _CHARLM_CLAIM, entry.get("agree") is True)
+    return found
+
+
+def _judge(entry: dict[str, Any], name: str, always: _Schema, claim: _Schema, agrees: bool) -> list[str]:
+    found = _mismatches(entry, always | (claim if agrees else {}), name)
+    if not agrees and "speedup" in entry:
+        found.append(f"{name}: a speed-up without agreement")
+    return found
+
+
+def _mismatches(mapping: dict[str, Any], schema: _Schema, where: str) -> list[str]:
+    return [
+        f"{where}: {key} should be {kind.__name__}"
+        for key, kind in schema.items()
+        if not isinstance(mapping.get(key), (float, int) if kind is float else kind)
+    ]
+
+
+def home() -> Path:
+    """benchmarks/results of the checkout, or of the current folder for an installed package."""
+    checkout = Path(__file__).resolve().parents[2]
+    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "benchmarks" / "results"
+
+
+def write(doc: dict[str, Any], root: Path) -> Path:
+    """<root>/<machine>/<date>-<suite>.json; one case a line, so that diffs read well."""
+    folder = root / machine.slug(doc["machine"]["cpu"], doc["machine"]["isa"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{doc['date'][:10]}-{doc['suite']}.json"
+    lists = ("charlm", "results")
+    head = json.dumps({k: v for k, v in doc.items() if k not in lists}, indent=1)
+    for key in lists:
+        body = ",\n".join("  " + json.dumps(entry) for entry in doc[key])
+        head = head[:-2] + f',\n "{key}": [\n{body}\n ]\n}}'
+    path.write_text(head + "\n")
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    doc: dict[str, Any] = json.loads(path.read_text())
+    found = problems(doc)
+    if found:
+        raise ValueError(f"{path}: " + "; ".join(found[:5]))
+    return doc

@@ -1,0 +1,99 @@
+"""Alternating blocks: how two sides are timed on a machine that is never quiet.
+
+A long block of one side and then a long block of the other measures the neighbours. Here short blocks alternate
+(theirs, ours, theirs, ours, ...), the first calls after each switch are thrown away (caches and the spinning threads
+of the other side), and each pair of neighbouring blocks gives one ratio of medians. The result is the median of those
+ratios: a neighbour's load that comes and goes meets both blocks of a pair, where medians over all calls would compare
+one side's quiet time with the other's busy time. Their range shows how far the noise reaches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+Clock = Callable[[], float]
+
+
+class Side(Protocol):
+    def prepare(self) -> None: ...
+    def __call__(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    seconds: float = 1.0
+    block_seconds: float = 0.02
+    discard_seconds: float = 0.002
+    min_pairs: int = 5
+    max_pairs: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Seconds per call (medians over all calls), and theirs / ours for each pair of blocks."""
+
+    theirs: float
+    ours: float
+    pair_ratios: tuple[float, ...]
+    calls: tuple[int, int]
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        return min(self.pair_ratios), max(self.pair_ratios)
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.pair_ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.pair_ratios) < 2:
+            return self.spread
+        low, _, high = statistics.quantiles(self.pair_ratios, n=4, method="inclusive")
+        return low, high
+
+
+def run_block(side: Side, calls: int, discard_seconds: float, clock: Clock = time.perf_counter) -> list[float]:
+    """Times of `calls` calls, after at least one and at least `discard_seconds` of discarded ones."""
+    side.prepare()
+    end = clock() + discard_seconds
+    side()
+    while clock() < end:
+        side()
+    times = []
+    for _ in range(calls):
+        start = clock()
+        side()
+        times.append(clock() - start)
+    return times
+
+
+def calls_per_block(seconds_per_call: float, block_seconds: float) -> int:
+    """At least two, so that a block's median is not one accident."""
+    return max(2, min(5000, round(block_seconds / max(seconds_per_call, 1e-9))))
+
+
+def alternate(theirs: Side, ours: Side, budget: Budget, clock: Clock = time.perf_counter) -> Sample:
+    sides = (theirs, ours)
+    for side in sides:
+        run_block(side, 1, 0.0, clock)
+    calls = [
+        calls_per_block(min(run_block(side, 2, budget.discard_seconds, clock)), budget.block_seconds) for side in sides
+    ]
+    blocks: tuple[list[list[float]], list[list[float]]] = ([], [])
+    start = clock()
+    while len(blocks[0]) < budget.min_pairs or (clock() - start < budget.seconds and len(blocks[0]) < budget.max_pairs):
+        for side, count, kept in zip(sides, calls, blocks, strict=True):
+            kept.append(run_block(side, count, budget.discard_seconds, clock))
+    return summarize(*blocks)
+
+
+def summarize(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> Sample:
+    pairs = tuple(statistics.median(a) / statistics.median(b) for a, b in zip(theirs, ours, strict=True))
+    all_theirs = [t for block in theirs for t in block]
+    all_ours = [t for block in ours for t in block]
+    return Sample(statistics.median(all_theirs), statistics.median(all_ours), pairs, (len(all_theirs), len(all_ours)))

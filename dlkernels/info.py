@@ -1,0 +1,147 @@
+"""What this machine has, what was built, and which kernel serves which operator here."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlkernels import _native
+from dlkernels._version import __version__
+
+__all__ = ["format_info", "info"]
+
+MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_DTYPES = ("float32", "float64", "bfloat16", "float16")
+_ENVIRONMENT = (
+    "DLKERNELS_CPU_ISA", "DLKERNELS_NATIVE", "DLKERNELS_NO_NATIVE", "DLKERNELS_REQUIRE_NATIVE", "OMP_NUM_THREADS",
+    "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS",
+)  # fmt: skip
+
+
+def info() -> dict[str, Any]:
+    """Everything `python -m dlkernels info` prints, as plain data that json can write."""
+    native = _native.native
+    build: dict[str, Any] = dict(native.build_info()) if native is not None else {}
+    return {
+        "versions": {
+            "dlkernels": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+        },
+        "native": {
+            "loaded": native is not None,
+            "file": getattr(native, "__file__", None),
+            "why_not": _native.why_not,
+            "build": build,
+        },
+        "cpu": {
+            "model": _cpu_model(),
+            "features": dict(native.cpu_features()) if native is not None else {},
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "isa": _isa(),
+        "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cpus": _usable_cpus()},
+        "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+        "cuda": {"torch_build": torch.version.cuda, "available": torch.cuda.is_available()},
+        "kernels": _kernels(bool(build.get("with_cuda", False))),
+    }
+
+
+def _isa() -> dict[str, Any]:
+    native = _native.native
+    if native is None:
+        return {"in_force": None, "available": [], "reason": _native.why_not}
+    in_force, available = native.isa(), list(native.available_isas())
+    cap = os.environ.get("DLKERNELS_CPU_ISA")
+    compiled = list(native.build_info().get("isas", []))
+    if cap:
+        reason = f"DLKERNELS_CPU_ISA={cap} caps the choice"
+    elif compiled and in_force == compiled[-1]:
+        reason = "the best that was compiled"
+    else:
+        reason = "the best that this CPU and the build have in common"
+    return {"in_force": in_force, "available": available, "compiled": compiled, "reason": reason}
+
+
+def _kernels(with_cuda: bool) -> list[dict[str, str]]:
+    """One row for each operator and device; a row without a kernel says what serves it instead, and why."""
+    native = _native.native
+    if with_cuda:
+        no_cuda = "" if torch.cuda.is_available() else "torch finds no CUDA device"
+    else:
+        no_cuda = "no CUDA kernels were built" if native is not None else _native.why_not
+    rows = []
+    for mode in MODES:
+        for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):
+            kernel = f"cpu/{native.isa()}/{mode}" if native is not None else "reference"
+            rows.append({"op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(_DTYPES), "reason": _native.why_not})
+            rows.append({
+                "op": op, "device": "cuda", "kernel": f"cuda/{mode}" if not no_cuda else "reference", "dtypes": "",
+                "reason": no_cuda,
+            })  # fmt: skip
+    return rows
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def format_info(data: dict[str, Any]) -> str:
+    """`info()` as text."""
+    versions, native, cpu, isa, threads = (data[key] for key in ("versions", "native", "cpu", "isa", "threads"))
+    lines = [
+        f"dlkernels {versions['dlkernels']}, torch {versions['torch']}, Python {versions['python']}, {versions['platform']}",
+        f"native module: {native['file']}" if native["loaded"] else f"native module: none ({native['why_not']})",
+    ]
+    for key, value in native["build"].items():
+        lines.append(f"  {key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    lines.append(f"CPU: {cpu['model']}, {threads['cpus']} usable CPUs, torch capability {cpu['torch_capability']}")
+    if cpu["features"]:
+        present = [name for name, there in cpu["features"].items() if there]
+        lines.append(f"  features: {', '.join(present) or 'none that matter here'}")
+    lines.append(f"ISA: {isa['in_force'] or 'none'} ({isa['reason']})")
+    if isa["available"]:
+        lines.append(f"  available here: {', '.join(isa['available'])}")
+    lines.append(f"threads: {threads['torch']} (torch.get_num_threads), {threads['interop']} interop")
+    lines += [f"  {name}={value}" for name, value in data["environment"].items()]
+    cuda = data["cuda"]
+    built = f"with {cuda['torch_build']}" if cuda["torch_build"] else "without it"
+    lines.append(f"CUDA: torch built {built}, {'a device' if cuda['available'] else 'no device'} found")
+    return "\n".join([*lines, "", *_kernel_table(data["kernels"])])
+
+
+def _kernel_table(rows: list[dict[str, str]]) -> list[str]:
+    width = {key: max([len(key), *(len(row[key]) for row in rows)]) for key in ("op", "device", "kernel")}
+    table = [f"{'op':{width['op']}}  {'device':{width['device']}}  {'kernel':{width['kernel']}}  dtypes, or why not"]
+    for row in rows:
+        head = f"{row['op']:{width['op']}}  {row['device']:{width['device']}}  {row['kernel']:{width['kernel']}}"
+        table.append(f"{head}  {row['reason'] or row['dtypes']}".rstrip())
+    return table
+
+
+def main(argv: list[str]) -> int:
+    """`python -m dlkernels info [--json]`."""
+    if any(argument != "--json" for argument in argv):
+        print("usage: python -m dlkernels info [--json]", file=sys.stderr)
+        return 2
+    data = info()
+    print(json.dumps(data, indent=2, default=str) if argv else format_info(data))
+    return 0

@@ -1,0 +1,115 @@
+"""RNNCell, LSTMCell and GRUCell: torch.nn's classes with another forward.
+
+A cell's work is a few microseconds. So forward first looks whether the call is the common one of inference (batched,
+nothing to record for autograd, no transform) and then hands it to the operator, which refuses whatever does not fit.
+Only then comes the functional form, with all the checks that find the right words for a mistake.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dlkernels import functional, ops
+from dlkernels._native import HAVE_NATIVE
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_transforms_active = torch._C._are_functorch_transforms_active
+_is_deterministic = torch.are_deterministic_algorithms_enabled
+
+Weights = tuple[Any, Any, Any, Any]
+
+
+def _weights(cell: torch.nn.RNNCellBase) -> Weights:
+    parameters: dict[str, Any] = cell._parameters
+    try:
+        return parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]
+    except KeyError:  # parametrized, weight-normed or replicated: an attribute of another kind
+        return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+
+
+def _by_operator(mode: str, x: Any, h: Any, c: Any, weights: Weights) -> list[Tensor] | None:
+    """[h'] or [h', c'], or None where the call is another than the common one, or a mistake."""
+    if _is_compiling() or _are_transforms_active() or _is_any_autocast_enabled() or forward_ad._current_level >= 0:
+        return None
+    w_ih, w_hh, b_ih, b_hh = weights
+    try:
+        if not x.is_cpu or (
+            _is_grad_enabled()
+            and (w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh)))
+        ):
+            return None
+        return ops.cell_forward(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return None
+
+
+if not HAVE_NATIVE:
+
+    def _by_operator(mode: str, x: Any, h: Any, c: Any, weights: Weights) -> list[Tensor] | None:
+        return None
+
+
+def _check_rank(name: str, tensor: Any, what: str) -> None:
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
+
+
+def _check(name: str, input: Any, hx: Any) -> None:
+    _check_rank(name, input, "input")
+    if hx is not None:
+        _check_rank(name, hx, "hidden")
+
+
+class RNNCell(torch.nn.RNNCell):
+    """`torch.nn.RNNCell` on a fused kernel."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        weights = _weights(self)
+        if self.nonlinearity in ("tanh", "relu"):
+            out = _by_operator(f"rnn_{self.nonlinearity}", input, hx, None, weights)
+            if out is not None:
+                return out[0]
+        _check("RNNCell", input, hx)
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
+
+
+class GRUCell(torch.nn.GRUCell):
+    """`torch.nn.GRUCell` on a fused kernel."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        weights = _weights(self)
+        out = _by_operator("gru", input, hx, None, weights)
+        if out is not None:
+            return out[0]
+        _check("GRUCell", input, hx)
+        return functional.gru_cell(input, hx, *weights)
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """`torch.nn.LSTMCell` on a fused kernel."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        weights = _weights(self)
+        h = c = None
+        if type(hx) is tuple and len(hx) == 2:
+            h, c = hx
+        # Anything else that is not None is for the checks to judge; with one of two states missing it is a mistake.
+        if hx is None or (h is not None and c is not None):
+            out = _by_operator("lstm", input, h, c, weights)
+            if out is not None:
+                return out[0], out[1]
+        _check_rank("LSTMCell", input, "input")
+        if hx is not None:
+            for at, state in enumerate(hx):
+                _check_rank("LSTMCell", state, f"hx[{at}]")
+        return functional.lstm_cell(input, hx, *weights)

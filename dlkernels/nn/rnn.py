@@ -1,0 +1,310 @@
+"""RNN, LSTM and GRU with every argument, parameter name and input form of their torch.nn namesakes.
+
+They derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its sisters: Dynamo refuses any instance of those.
+Nothing is cached between calls: the weights are looked up by name in every forward, so parametrizations, weight tying,
+`functional_call` and writes through `.data` take effect at once. The one exception is what `prepack()` was asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn import Module, RNNBase
+from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Self
+
+from dlkernels import functional, ops
+from dlkernels._native import HAVE_NATIVE, announce_reference
+
+__all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
+
+_PACKABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Prepacked:
+    """The packed weights of a layer, one buffer for each entry of its stack, and which tensors they were made from."""
+
+    weights: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    buffers: tuple[Tensor, ...]
+
+    def why_not(self, weights: list[Tensor]) -> str:
+        """Why these buffers must not stand in for `weights` in a call made now; empty when they may."""
+        if any(now is not then for now, then in zip(weights, self.weights, strict=True)):
+            return "the weights are no longer the tensors that were packed"
+        if tuple(map(_version, weights)) != self.versions:
+            return "the weights were written to after prepack()"
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return "gradients of the weights are wanted"
+        if functional.autocast_dtype(weights[0]) not in (None, weights[0].dtype):
+            return "autocast computes in another dtype"
+        return ""
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors keep no count of their writes; nor can Dynamo read it.
+    return -1 if tensor.is_inference() or torch.compiler.is_compiling() else tensor._version
+
+
+class RecurrentLayer(RNNBase):
+    """What the three layers share. `hx` is one tensor, or for the LSTM a pair."""
+
+    _prepacked: Prepacked | None = None
+
+    @property
+    def op_mode(self) -> str:
+        """The name of the layer's operators: "lstm", "gru", "rnn_tanh" or "rnn_relu"."""
+        return self.mode.lower()
+
+    # torch keeps a list of the weights for cuDNN and has to keep it up to date; here it is a view of the attributes.
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read the weights where they lie."""
+
+    def __setattr__(self, attr: str, value: Any) -> None:
+        Module.__setattr__(self, attr, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _replicate_for_data_parallel(self) -> Self:
+        replica = Module._replicate_for_data_parallel(self)
+        replica.__dict__.pop("_prepacked", None)
+        return replica  # type: ignore[return-value]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_prepacked", None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Module.__setstate__(self, state)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", prepacked=True" if self._prepacked is not None else "")
+
+    def weight_list(self) -> list[Tensor]:
+        """The weights as they are now, in the order of `_flat_weights_names`."""
+        parameters: dict[str, Any] = self._parameters
+        try:
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, weight-normed or replicated: an attribute of another kind
+            return [getattr(self, name) for name in self._flat_weights_names]
+
+    def prepack(self) -> Self:
+        """Packs the weights once for inference on the CPU; calls that want no weight gradients then use the packed copy.
+
+        The copy is not part of the state: saving, copying, pickling and `to()` leave it out. Replacing a parameter or
+        writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) puts the copy out
+        of use, but a write through `.data` or numpy is NOT noticed: call `prepack()` again after it, or `unpack()`.
+        """
+        self.unpack()
+        weights = self.weight_list()
+        if any(self._parameters.get(name) is None for name in self._flat_weights_names):
+            raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
+        first = weights[0]
+        if first.device.type != "cpu" or first.dtype not in _PACKABLE:
+            raise RuntimeError(f"prepack: expected floating-point weights on the CPU, got {first.dtype} on {first.device}")
+        if not HAVE_NATIVE:
+            announce_reference()
+            return self
+        per_layer = len(weights) // self.num_layers
+        with torch.no_grad():
+            buffers = tuple(
+                ops.pack(self.op_mode, weights[at : at + per_layer], bool(self.bidirectional))
+                for at in range(0, len(weights), per_layer)
+            )
+        self._prepacked = Prepacked(tuple(weights), tuple(map(_version, weights)), buffers)
+        return self
+
+    def unpack(self) -> Self:
+        """Forgets what `prepack()` made."""
+        self.__dict__.pop("_prepacked", None)
+        return self
+
+    def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
+        # The functional form does the checking. What is asked of the arguments here, `dim` above all, is what torch.nn
+        # asks of them too, and fails with the same exceptions.
+        weights = self.weight_list()
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths: a PackedSequence has its own, pass one or the other")
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            self._check_packed(data, batch_sizes, hx, weights)
+            output, hidden = self._call(data, hx, weights, None, batch_sizes, bptt_steps)
+            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(hidden, unsorted_indices)
+        input.dim()
+        if hx is not None:
+            self._check_states(hx)
+        return self._call(input, hx, weights, lengths, None, bptt_steps)
+
+    def _call(
+        self, input: Tensor, hx: Any, weights: list[Tensor], lengths: Tensor | None, batch_sizes: Tensor | None,
+        bptt_steps: int,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        prepacked = self._prepacked
+        packed = prepacked.buffers if prepacked is not None and not prepacked.why_not(weights) else None
+        return self._function(
+            input, hx, weights, num_layers=self.num_layers, bidirectional=bool(self.bidirectional),
+            batch_first=self.batch_first, dropout=self.dropout, training=self.training, lengths=lengths,
+            batch_sizes=batch_sizes, bptt_steps=bptt_steps, packed=packed,
+        )  # fmt: skip
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    def _check_states(self, hx: Any) -> None:
+        hx.dim()
+
+    def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
+        batch_sizes[0]  # of no sequences at all an IndexError, as in torch
+        if hx is not None:
+            hx.size()
+
+
+class _OneState(RecurrentLayer):
+    @overload  # type: ignore[override]
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, bptt_steps: int = 0
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, *, lengths: None = None, bptt_steps: int = 0
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
+        """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
+        0, h_n is its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0: never).
+        """
+        return self._run(input, hx, lengths, bptt_steps)
+
+
+class RNN(_OneState):
+    """`torch.nn.RNN` on fused kernels: Elman layers with tanh or ReLU."""
+
+    nonlinearity: str
+
+    @overload
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...  # fmt: skip
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        return functional.rnn(input, hx, weights, nonlinearity=self.mode[4:].lower(), **options)
+
+
+class GRU(_OneState):
+    """`torch.nn.GRU` on fused kernels."""
+
+    @overload
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, device: Any = None, dtype: Any = None,
+    ) -> None: ...  # fmt: skip
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        return functional.gru(input, hx, weights, **options)
+
+
+class LSTM(RecurrentLayer):
+    """`torch.nn.LSTM` on fused kernels, projections (`proj_size`) included."""
+
+    @overload
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None, dtype: Any = None,
+    ) -> None: ...  # fmt: skip
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    @overload  # type: ignore[override]
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
+        bptt_steps: int = 0,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: None = None,
+        bptt_steps: int = 0,
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...  # fmt: skip
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
+        """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
+        0, h_n and c_n are its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0:
+        never).
+        """
+        return self._run(input, hx, lengths, bptt_steps)
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        return functional.lstm(input, hx, weights, **options)
+
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def _check_states(self, hx: Any) -> None:
+        hx[0].dim(), hx[1].dim()
+
+    def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
+        # torch.nn.LSTM leaves packed input to its kernels, which find other words for some mistakes.
+        batch_sizes[0]
+        if data.dtype != weights[0].dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"RNN input dtype ({data.dtype}) does not match weight dtype ({weights[0].dtype})")
+        if isinstance(hx, (tuple, list)):
+            for name, state in zip(("hx", "cx"), hx, strict=False):
+                if isinstance(state, Tensor) and state.dim() < 3:
+                    raise IndexError(f"For packed input, {name} should be 3-D but got {state.dim()}-D tensor")
+
+
+def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+

@@ -1,0 +1,11 @@
+"""Short PyTorch for every operator: the oracle of the tests, the formula of double backward, and the path that runs
+where no kernel does. Any floating dtype and device; differentiable any number of times; works under functorch transforms.
+
+float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels hold their state.
+"""
+
+from dlkernels.reference.cells import cell
+from dlkernels.reference.sequences import sequence, stack
+from dlkernels.reference.weights import GATES, DirectionWeights, split_directions
+
+__all__ = ["GATES", "DirectionWeights", "cell", "sequence", "split_directions", "stack"]

@@ -1,0 +1,55 @@
+"""Runs the module that this environment's torch compiled under another torch release.
+
+    python tests/abi/check.py torch==2.11.0
+
+Makes a virtual environment in build/ with that torch (gigabytes), loads the very same file there and compares its
+layers with torch's. Exits non-zero unless the results agree under both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = Path(__file__).with_name("smoke.py")
+
+
+def compiled_module() -> Path:
+    query = "from dlkernels._native import native; print(native.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", query], env=environment(), check=True, stdout=subprocess.PIPE, text=True
+    )
+    return Path(found.stdout.strip())
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "DLKERNELS_REQUIRE_NATIVE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def other_python(spec: str) -> Path:
+    folder = ROOT / "build" / f"abi-{re.sub(r'[^0-9A-Za-z.]+', '-', spec)}"
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", spec, "numpy"], check=True)
+    return python
+
+
+def main() -> int:
+    spec = sys.argv[1] if len(sys.argv) > 1 else "torch==2.11.0"
+    module = compiled_module()
+    print(f"{module}\nsha256 {hashlib.sha256(module.read_bytes()).hexdigest()}", flush=True)
+    pythons = [Path(sys.executable), other_python(spec)]
+    settings = {**environment(), "DLKERNELS_NATIVE": str(module)}
+    # Away from the sources of both: each interpreter is to take torch from its own environment.
+    codes = [subprocess.run([str(python), str(SMOKE)], env=settings, cwd="/").returncode for python in pythons]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Session set-up: the compiled module must be there, buffers start as NaN, settings are restored."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+ALLOW_REFERENCE = os.environ.get("DLKERNELS_TEST_ALLOW_REFERENCE") == "1"
+if not ALLOW_REFERENCE:
+    # Before the first import of dlkernels: a missing `_C` is an error here, never a quiet walk down the reference path.
+    os.environ["DLKERNELS_REQUIRE_NATIVE"] = "1"
+
+import torch  # noqa: E402
+
+from dlkernels import _native  # noqa: E402
+
+BEST_ISA_LAST = ("scalar", "avx2", "avx512")
+
+
+def available_isas() -> list[str]:
+    """What set_isa accepts here, weakest first; DLKERNELS_CPU_ISA caps it."""
+    if not _native.HAVE_NATIVE:
+        return ["reference"]
+    return sorted(_native.native.available_isas(), key=BEST_ISA_LAST.index)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if _native.HAVE_NATIVE:
+        return
+    if not ALLOW_REFERENCE:
+        pytest.exit(
+            "dlkernels._C is not loaded: the suite would only test the reference path against itself", returncode=3
+        )
+    bar = "!" * 100
+    print(
+        f"{bar}\n!!! dlkernels._C IS NOT LOADED: only the reference path is tested. This proves no kernel.\n{bar}",
+        file=sys.stderr,
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "heavy: takes more than a few seconds")
+    config.addinivalue_line("markers", "o0_skip(reason): measures memory or time, which means nothing in an -O0 build")
+
+
+def _optimised() -> bool:
+    flags = str(_native.native.build_info().get("flags", "")) if _native.HAVE_NATIVE else ""
+    return "-O0" not in flags
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if _optimised():
+        return
+    for item in items:
+        marker = item.get_closest_marker("o0_skip")
+        if marker is not None:
+            reason = marker.args[0] if marker.args else marker.kwargs.get("reason", "")
+            item.add_marker(pytest.mark.skip(reason=f"-O0 build: {reason}"))
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if not _native.HAVE_NATIVE:
+        return [f"dlkernels: NO NATIVE MODULE, reference path only; torch {torch.__version__}"]
+    info = _native.native.build_info()
+    return [
+        f"dlkernels: ISA {_native.native.isa()} of {', '.join(available_isas())}; torch {torch.__version__}; "
+        f"{torch.get_num_threads()} threads",
+        "dlkernels build: " + "; ".join(f"{key} {info.get(key)}" for key in ("compiler", "flags", "torch_target")),
+    ]
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for each instruction set of this machine."""
+    if request.param == "reference":
+        yield request.param
+        return
+    _native.native.set_isa(request.param)
+    try:
+        assert _native.native.isa() == request.param
+        yield request.param
+    finally:
+        _native.native.set_isa(None)
+
+
+@pytest.fixture
+def best_isa() -> str:
+    return available_isas()[-1]
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Every output and scratch buffer starts as NaN, so that what a kernel forgets to write shows."""
+    if not _native.HAVE_NATIVE:
+        yield
+        return
+    _native.native.set_poison(True)
+    try:
+        yield
+    finally:
+        _native.native.set_poison(False)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, put back afterwards."""
+    before = torch.get_num_threads()
+    try:
+        yield torch.set_num_threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native() -> Any:
+    if not _native.HAVE_NATIVE:
+        pytest.skip("needs the compiled module (DLKERNELS_TEST_ALLOW_REFERENCE is set)")
+    return _native.native

@@ -1,0 +1,394 @@
+"""One way to describe a recurrent layer's call (Case), to make its data, to run it with torch.nn or with dlkernels, and
+to hold the results against float64. The oracle here is built on torch.nn alone, not on dlkernels.reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import dlkernels.nn
+from dlkernels import _native
+from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, error, floor, within_rule
+
+MODES = ("lstm", "lstm_proj", "gru", "rnn_tanh", "rnn_relu")
+CELL_MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CLASS_NAMES = {"lstm": "LSTM", "lstm_proj": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+OP_MODES = {mode: mode.removesuffix("_proj") for mode in MODES}
+
+warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
+
+Results = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of a layer; `packed`: the lengths come as a PackedSequence, not as lengths=."""
+
+    mode: str
+    T: int = 5
+    B: int = 3
+    I: int = 4
+    H: int = 6
+    P: int = 0
+    layers: int = 1
+    bias: bool = True
+    bidirectional: bool = False
+    batch_first: bool = False
+    contiguous: bool = True
+    lengths: tuple[int, ...] | None = None
+    packed: bool = False
+    hx: bool = True
+    bptt_steps: int = 0
+    cotangents: str = "yhc"
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    @property
+    def D(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def O(self) -> int:  # noqa: E743
+        return self.P or self.H
+
+    @property
+    def is_lstm(self) -> bool:
+        return self.mode.startswith("lstm")
+
+    def __post_init__(self) -> None:
+        if (self.mode == "lstm_proj") != (self.P > 0):
+            raise ValueError(f"P={self.P} with mode {self.mode}")
+
+
+def layer_kwargs(case: Case) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {
+        "input_size": case.I, "hidden_size": case.H, "num_layers": case.layers, "bias": case.bias,
+        "batch_first": case.batch_first, "bidirectional": case.bidirectional,
+    }  # fmt: skip
+    if case.P:
+        kwargs["proj_size"] = case.P
+    if case.mode.startswith("rnn"):
+        kwargs["nonlinearity"] = case.mode.removeprefix("rnn_")
+    return kwargs
+
+
+@dataclass
+class Data:
+    """Float64 values that are exact in the case's dtype; time-major."""
+
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    dy: Tensor
+    dh: Tensor
+    dc: Tensor
+    params: dict[str, Tensor]
+
+
+def make_data(case: Case) -> Data:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        values = (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * scale
+        return values.to(case.dtype).double()
+
+    states = case.layers * case.D
+    with torch.device("meta"):
+        shapes = {
+            name: p.shape
+            for name, p in getattr(torch.nn, CLASS_NAMES[case.mode])(**layer_kwargs(case)).named_parameters()
+        }
+    scale = 1.0 if case.H < 16 else (16 / case.H) ** 0.5 / 2
+    params = {name: draw(*shape, scale=scale) for name, shape in shapes.items()}
+    x = draw(case.T, case.B, case.I)
+    h0 = draw(states, case.B, case.O) if case.hx else None
+    c0 = draw(states, case.B, case.H) if case.hx and case.is_lstm else None
+    if case.mode == "rnn_relu":
+        params = {
+            name: (p * (2.0 / max(4, p.shape[-1])) if p.dim() == 2 else p).to(case.dtype).double()
+            for name, p in params.items()
+        }
+        if case.dtype in (torch.bfloat16, torch.float16):
+            # A pre-activation near 0 falls to either side with 16-bit rounding, and its gradient is there or not. So
+            # here every sum has terms of one sign: x, h >= 0 and each unit's weights and biases share their sign.
+            x, h0 = x.abs(), None if h0 is None else h0.abs()
+            sign = torch.rand(case.H, generator=generator) < 0.3
+            params = {
+                name: torch.where(sign.view(-1, *[1] * (p.dim() - 1)), -p.abs(), p.abs()) for name, p in params.items()
+            }
+    dy, dh, dc = draw(case.T, case.B, case.D * case.O), draw(states, case.B, case.O), draw(states, case.B, case.H)
+    return Data(x, h0, c0, dy, dh, dc, params)
+
+
+def new_layer(case: Case, data: Data, dtype: torch.dtype, package: Any = dlkernels.nn, **more: Any) -> torch.nn.Module:
+    layer = getattr(package, CLASS_NAMES[case.mode])(**layer_kwargs(case), dtype=dtype, **more)
+    layer.load_state_dict({name: p.to(dtype) for name, p in data.params.items()})
+    return layer
+
+
+def leaf(values: Tensor | None, dtype: torch.dtype, contiguous: bool, batch_first: bool = False) -> Tensor | None:
+    """A leaf that wants its gradient; strided in its last dimension and transposed in the others if not contiguous."""
+    if values is None:
+        return None
+    values = values.to(dtype)
+    if batch_first:
+        values = values.transpose(0, 1)
+    if contiguous:
+        return values.contiguous().clone().requires_grad_()
+    shape = [values.shape[1], values.shape[0], 2 * values.shape[2] + 1]
+    view = torch.full(shape, float("nan"), dtype=dtype).transpose(0, 1)[..., 1::2]
+    return view.copy_(values).detach().requires_grad_()
+
+
+def gradients(case: Case, data: Data, dtype: torch.dtype, outputs: Results, leaves: dict[str, Tensor]) -> Results:
+    picked = [(outputs[k], d) for k, d in (("y", data.dy), ("h_n", data.dh), ("c_n", data.dc))
+              if k in outputs and k[0] in case.cotangents]  # fmt: skip
+    grads = torch.autograd.grad(
+        [o for o, _ in picked], list(leaves.values()), [d.to(dtype) for _, d in picked], allow_unused=True
+    )
+    # torch leaves out what no cotangent reaches; for the comparison that is a zero.
+    return {
+        f"d{name}": torch.zeros_like(at) if g is None else g
+        for (name, at), g in zip(leaves.items(), grads, strict=True)
+    }
+
+
+def run_layer(
+    case: Case, data: Data, dtype: torch.dtype, package: Any, grad: bool = True, layer: torch.nn.Module | None = None
+) -> Results:
+    """Outputs and gradients, time-major and padded with zeros whatever the form of the call. torch.nn gets lengths by
+    way of its packed path, dlkernels through lengths= or a PackedSequence, as the case says."""
+    ours = package is dlkernels.nn
+    more = {"bptt_steps": case.bptt_steps} if case.bptt_steps else {}
+    if layer is None:
+        layer = new_layer(case, data, dtype, package)
+    layer.requires_grad_(grad)
+    x = leaf(data.x, dtype, case.contiguous, case.batch_first)
+    h0, c0 = leaf(data.h0, dtype, case.contiguous), leaf(data.c0, dtype, case.contiguous)
+    hx = None if h0 is None else (h0, c0) if case.is_lstm else h0
+    with torch.set_grad_enabled(grad):
+        if case.lengths is None:
+            y, state = layer(x, hx, **more)
+        elif ours and not case.packed:
+            y, state = layer(x, hx, lengths=torch.tensor(case.lengths), **more)
+        else:
+            packed = pack_padded_sequence(x, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False)
+            packed_y, state = layer(packed, hx, **more)
+            y = pad_packed_sequence(packed_y, case.batch_first, total_length=case.T)[0]
+        if case.batch_first:
+            y = y.transpose(0, 1)
+        outputs = {"y": y, "h_n": state[0], "c_n": state[1]} if case.is_lstm else {"y": y, "h_n": state}
+    assert all(o.dtype == dtype for o in outputs.values())
+    if not grad:
+        return outputs
+    leaves = {"x": x, "h0": h0, "c0": c0, **dict(layer.named_parameters())}
+    grads = gradients(case, data, dtype, outputs, {k: v for k, v in leaves.items() if v is not None})
+    if case.batch_first:
+        grads["dx"] = grads["dx"].transpose(0, 1)
+    return {**{k: v.detach() for k, v in outputs.items()}, **grads}
+
+
+def run_torch_alone(case: Case, data: Data, dtype: torch.dtype) -> Results:
+    """What the semantics say, spelt out with torch.nn: every layer, direction and sequence on its own, a sequence cut
+    into pieces of bptt_steps with the state detached between them. Serves lengths of 0 and bptt_steps, where torch.nn
+    has no word for it."""
+    params = {name: p.to(dtype).requires_grad_() for name, p in data.params.items()}
+    x, h0, c0 = leaf(data.x, dtype, True), leaf(data.h0, dtype, True), leaf(data.c0, dtype, True)
+    lengths = case.lengths or (case.T,) * case.B
+    zeros = torch.zeros(case.layers * case.D, case.B, max(case.O, case.H), dtype=dtype)
+    layer_input, h_n, c_n = x, [], []
+    for layer in range(case.layers):
+        outputs = []
+        for direction in range(case.D):
+            suffix = f"_l{layer}" + ("_reverse" if direction else "")
+            single = dataclasses.replace(
+                case, layers=1, bidirectional=False, batch_first=False, I=layer_input.shape[-1]
+            )
+            module = getattr(torch.nn, CLASS_NAMES[case.mode])(**layer_kwargs(single), dtype=dtype)
+            names = {name: f"{name[:-3]}{suffix}" for name, _ in module.named_parameters()}
+            weights = {name: params[full] for name, full in names.items()}
+            index = layer * case.D + direction
+            columns, h_last, c_last = [], [], []
+            for b, length in enumerate(lengths):
+                h = (zeros[index, b : b + 1, : case.O] if h0 is None else h0[index, b : b + 1]).unsqueeze(0)
+                c = (zeros[index, b : b + 1, : case.H] if c0 is None else c0[index, b : b + 1]).unsqueeze(0)
+                sequence = layer_input[:length, b : b + 1]
+                sequence = sequence.flip(0) if direction else sequence
+                pieces = []
+                for start in range(0, length, case.bptt_steps or max(length, 1)):
+                    if start:
+                        h, c = h.detach(), c.detach()
+                    piece = sequence[start : start + (case.bptt_steps or length)]
+                    y, state = torch.func.functional_call(module, weights, (piece, (h, c) if case.is_lstm else h))
+                    h, c = state if case.is_lstm else (state, c)
+                    pieces.append(y)
+                column = torch.cat(pieces) if pieces else sequence.new_zeros(0, 1, case.O)
+                column = column.flip(0) if direction else column
+                columns.append(torch.cat([column, column.new_zeros(case.T - length, 1, case.O)]))
+                h_last.append(h[0])
+                c_last.append(c[0])
+            outputs.append(torch.cat(columns, 1))
+            h_n.append(torch.cat(h_last))
+            c_n.append(torch.cat(c_last))
+        layer_input = torch.cat(outputs, 2)
+    results = {"y": layer_input, "h_n": torch.stack(h_n)}
+    if case.is_lstm:
+        results["c_n"] = torch.stack(c_n)
+    leaves = {k: v for k, v in {"x": x, "h0": h0, "c0": c0, **params}.items() if v is not None}
+    return {**{k: v.detach() for k, v in results.items()}, **gradients(case, data, dtype, results, leaves)}
+
+
+def torch_results(case: Case, data: Data, dtype: torch.dtype) -> Results:
+    if case.bptt_steps or (case.lengths is not None and 0 in case.lengths):
+        return run_torch_alone(case, data, dtype)
+    return run_layer(case, data, dtype, torch.nn)
+
+
+# In a tensor of a few values torch's error is one throw of the dice: it may round almost everything right where we
+# are one unit off. So a verdict against us is checked with torch's errors at this many inputs close by; the largest counts.
+NEIGHBOURS = 8
+second_opinions: list[str] = []
+
+
+def neighbour(values: Tensor | None, dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
+    """The same problem, rounded otherwise: every value changed by up to 1%, exact in `dtype`, signs and zeros kept."""
+    if values is None:
+        return None
+    factors = 1 + (torch.rand(values.shape, generator=generator, dtype=torch.float64) - 0.5) / 50
+    return (values.detach().double() * factors).to(dtype).double()
+
+
+def torch_errors(case: Case, data: Data) -> dict[str, float]:
+    """Torch's largest error in each result, over neighbours of the case."""
+    generator = torch.Generator().manual_seed(case.seed)
+    worst: dict[str, float] = {}
+    for _ in range(NEIGHBOURS):
+        moved = dataclasses.replace(
+            data,
+            **{
+                name: neighbour(getattr(data, name), case.dtype, generator)
+                for name in ("x", "h0", "c0", "dy", "dh", "dc")
+            },
+            params={name: neighbour(p, case.dtype, generator) for name, p in data.params.items()},
+        )
+        theirs, ref = torch_results(case, moved, case.dtype), torch_results(case, moved, torch.float64)
+        for name in theirs:
+            worst[name] = max(worst.get(name, 0.0), error(theirs[name], ref[name]))
+    return worst
+
+
+def disagreements(case: Case, data: Data, ours: Results, theirs: Results, ref: Results) -> list[str]:
+    """Where `ours` breaks the tolerance rule; padding must be exactly 0, which the rule alone would not ask for."""
+    assert ours.keys() <= theirs.keys() == ref.keys(), (ours.keys(), theirs.keys(), ref.keys())
+    found: list[str] = []
+    worst: dict[str, float] = {}
+    for name, value in ours.items():
+        is_grad = name not in ("y", "h_n", "c_n")
+        verdict = within_rule(value, theirs[name], ref[name], case.dtype, grad=is_grad)
+        if verdict.ok:
+            continue
+        if not worst:
+            worst = torch_errors(case, data)
+            second_opinions.append(f"{case}: {name} {verdict}")
+        limit = (FACTOR_GRAD if is_grad else FACTOR_FORWARD) * worst[name] + floor(ref[name], case.dtype)
+        if not verdict.ours <= limit:
+            found.append(
+                f"{name}: error {verdict.ours:.2e}, limit {verdict.limit:.2e} (torch's error {verdict.theirs:.2e}, "
+                f"{worst[name]:.2e} among neighbours)"
+            )
+    if case.lengths is not None:
+        padding = torch.arange(case.T)[:, None] >= torch.tensor(case.lengths)
+        padded = [name for name in ("y", "dx") if name in ours and ours[name][padding].ne(0).any()]
+        found += [f"{name}: padding is not 0" for name in padded]
+    return found
+
+
+def check_case(case: Case, package: Any = None) -> None:
+    """Outputs and every gradient of our layer under the tolerance rule."""
+    data = make_data(case)
+    theirs, ref = torch_results(case, data, case.dtype), torch_results(case, data, torch.float64)
+    ours = run_layer(case, data, case.dtype, package or dlkernels.nn)
+    found = disagreements(case, data, ours, theirs, ref)
+    assert not found, f"{case}\n  " + "\n  ".join(found)
+
+
+def assert_bit_equal(name: str, actual: Tensor, expected: Tensor) -> None:
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} against {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{name}: {actual.dtype} against {expected.dtype}"
+    if not torch.equal(actual, expected):
+        difference = (actual.double() - expected.double()).abs()
+        count = int((actual != expected).sum())
+        raise AssertionError(f"{name}: {count} of {actual.numel()} values differ, up to {difference.max():.3e}")
+
+
+def assert_same_results(actual: Results, expected: Results) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in actual.items():
+        assert_bit_equal(name, value, expected[name])
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    if not _native.HAVE_NATIVE:
+        yield
+        return
+    _native.native.set_isa(name)
+    try:
+        yield
+    finally:
+        _native.native.set_isa(None)
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def run_python(source: str, timeout: float = 120, **env: str) -> str:
+    """Runs `source` in a fresh interpreter that sees these helpers; returns what it printed."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = [here, *[p for p in (os.environ.get("PYTHONPATH"),) if p]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **env}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", inspect.cleandoc(source)], capture_output=True, text=True, timeout=timeout,
+            env=environment, cwd=os.path.dirname(here),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"no end after {timeout} s\n{error.stdout}\n{error.stderr}") from error
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def as_packed(
+    x: Tensor, lengths: tuple[int, ...], batch_first: bool = False, enforce_sorted: bool = False
+) -> PackedSequence:
+    return pack_padded_sequence(x, torch.tensor(lengths), batch_first, enforce_sorted)

@@ -1,0 +1,94 @@
+"""Shows that pip installs dlkernels, with plain build isolation, without fetching a second torch.
+
+    python tests/install/check.py torch==2.13.0
+
+Three ways, each timed, each followed by the smoke test with the compiled module: into a virtual environment that has
+torch; editable; into a virtual environment on top of a Python that has torch. Takes minutes and 3 GB under /tmp.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = ROOT / "tests" / "abi" / "smoke.py"
+LEAVE_OUT = shutil.ignore_patterns(
+    ".*_cache", ".git", ".venv*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "results"
+)
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    words = [str(word) for word in command]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DLKERNELS_"))}
+    done = subprocess.run(
+        words, env={**inherited, **environment}, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(words)}\n{done.stdout}\nfailed with {done.returncode}")
+    return done.stdout
+
+
+def processor_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def install(name: str, python: Path, *what: str) -> None:
+    begin, processor = time.monotonic(), processor_seconds()
+    log = run(python, "-m", "pip", "install", "-v", *what)
+    seconds, processor = time.monotonic() - begin, processor_seconds() - processor
+    if "Requirement already satisfied: torch" not in log:
+        raise SystemExit(f"{name}: pip did not settle for the torch that is there:\n{log}")
+    fetched = [line for line in log.splitlines() if line.strip().startswith(("Collecting torch", "Downloading torch"))]
+    if fetched:
+        raise SystemExit(f"{name}: torch was fetched again: {fetched}")
+    print(
+        f"{name}: pip install took {seconds:.0f} s ({processor:.0f} s of processor time), no torch fetched", flush=True
+    )
+    print(run(python, "-W", "ignore", SMOKE, DLKERNELS_REQUIRE_NATIVE="1"), flush=True)
+
+
+def source(folder: Path, name: str) -> str:
+    """A copy of the tree for each install, so that each compiles everything."""
+    return str(shutil.copytree(ROOT, folder / name, ignore=LEAVE_OUT))
+
+
+def python_with_torch(folder: Path, spec: str) -> Path | None:
+    """A whole interpreter of its own with torch in it, as in a container; None where this one cannot be copied."""
+    if sys.base_prefix in ("/usr", "/usr/local"):
+        return None
+    shutil.copytree(sys.base_prefix, folder, symlinks=True)
+    python = folder / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    run(python, "-m", "pip", "install", spec, "numpy")
+    return python
+
+
+def main() -> int:
+    spec = sys.argv[1] if len(sys.argv) > 1 else "torch==2.13.0"
+    with tempfile.TemporaryDirectory(prefix="dlkernels-install-") as name:
+        folder = Path(name)
+        run(sys.executable, "-m", "venv", folder / "env")
+        python = folder / "env" / "bin" / "python"
+        run(python, "-m", "pip", "install", spec, "numpy")
+        install("plain", python, source(folder, "plain"))
+        run(python, "-m", "pip", "uninstall", "-y", "dlkernels")
+        install("editable", python, "-e", source(folder, "editable"))
+        shutil.rmtree(folder / "env")
+        below = python_with_torch(folder / "python", spec)
+        if below is None:
+            print(f"on top of another environment: not shown, {sys.base_prefix} is the system's Python")
+            return 0
+        run(below, "-m", "venv", "--system-site-packages", folder / "top")
+        install("on top of an environment with torch", folder / "top" / "bin" / "python", source(folder, "top-source"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

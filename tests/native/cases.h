@@ -1,0 +1,280 @@
+// Random layer calls for the kernel tests: shapes, layouts, and buffers of exactly the
+// size that the contract in rnn_params.h gives, so that the sanitizer sees any overreach.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/rnn_params.h"
+#include "naive.h"
+
+namespace dlk {
+
+using Random = std::mt19937_64;
+
+inline int64_t item_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+inline bool chance(Random& random, double p) { return std::uniform_real_distribution<double>()(random) < p; }
+
+template <class T, size_t n>
+T pick(Random& random, const T (&from)[n]) {
+  return from[std::uniform_int_distribution<size_t>(0, n - 1)(random)];
+}
+
+class Buffer {
+ public:
+  Buffer() = default;  // absent: a null pointer
+  Buffer(int64_t count, DType dtype)  // every element a NaN until it is written
+      : count_(count), dtype_(dtype), bytes_(new char[static_cast<size_t>(count * item_bytes(dtype))]) {
+    if (count) std::memset(bytes_.get(), 0xff, static_cast<size_t>(count * item_bytes(dtype)));
+  }
+  static Buffer random(int64_t count, DType dtype, Random& random, double scale) {
+    Buffer buffer(count, dtype);
+    std::uniform_real_distribution<double> uniform(-scale, scale);
+    for (int64_t i = 0; i < count; ++i) naive::store(buffer.get(), i, dtype, uniform(random));
+    return buffer;
+  }
+
+  void* get() const { return bytes_.get(); }
+  int64_t count() const { return count_; }
+  DType dtype() const { return dtype_; }
+  double at(int64_t i) const { return naive::load(get(), i, dtype_); }
+  bool same_bits(int64_t i, const Buffer& other, int64_t j) const {
+    const size_t n = static_cast<size_t>(item_bytes(dtype_));
+    return std::memcmp(bytes_.get() + static_cast<size_t>(i) * n, other.bytes_.get() + static_cast<size_t>(j) * n, n) == 0;
+  }
+  void copy(int64_t to, const Buffer& from, int64_t at, int64_t n) {
+    const int64_t size = item_bytes(dtype_);
+    if (n) std::memcpy(bytes_.get() + to * size, from.bytes_.get() + at * size, static_cast<size_t>(n * size));
+  }
+
+ private:
+  int64_t count_ = 0;
+  DType dtype_ = DType::f32;
+  std::unique_ptr<char[]> bytes_;
+};
+
+struct Case {
+  LayerShape shape{};
+  Isa isa = Isa::scalar;
+  int threads = 1;
+  bool bias = true, h0 = true, c0 = true, save = true, prepacked = false, deterministic = false;
+  bool dy = true, dh_n = true, dc_n = true, need_x = true, need_state = true, need_weights = true, gate_grads = false;
+  bool batch_first = false;
+  int64_t gap = 0;  // unused elements between rows
+  int64_t bptt_steps = 0;
+  std::vector<int64_t> batch_sizes, lengths;  // at most one of them
+
+  bool packed() const { return !batch_sizes.empty(); }
+  int64_t length(int64_t b) const {
+    return naive::Walk{shape, packed() ? batch_sizes.data() : nullptr, lengths.empty() ? nullptr : lengths.data()}.length(b);
+  }
+  int64_t row(int64_t t, int64_t b) const {
+    return naive::Walk{shape, packed() ? batch_sizes.data() : nullptr, nullptr}.row(t, b);
+  }
+
+  // Strides and size of a tensor with this many features.
+  int64_t stride_t(int64_t features) const {
+    return packed() || batch_first ? features + gap : (features + gap) * shape.B;
+  }
+  int64_t stride_b(int64_t features) const { return batch_first ? (features + gap) * shape.T : features + gap; }
+  int64_t elements(int64_t features) const { return shape.rows ? (shape.rows - 1) * (features + gap) + features : 0; }
+  int64_t offset(int64_t features, int64_t t, int64_t b) const {
+    return packed() ? row(t, b) * stride_t(features) : t * stride_t(features) + b * stride_b(features);
+  }
+  template <class Pointer>
+  RowTensor<Pointer> view(const Buffer& buffer, int64_t features) const {
+    return {buffer.get(), stride_t(features), packed() ? 0 : stride_b(features)};
+  }
+
+  std::string text() const {
+    static const char* const cells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
+    static const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};
+    static const char* const isas[] = {"scalar", "avx2", "avx512"};
+    const LayerShape& s = shape;
+    char line[400];
+    std::snprintf(line, sizeof line,
+                  "%s %s %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s bias=%d h0=%d c0=%d save=%d prepacked=%d "
+                  "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
+                  cells[int(s.cell)], dtypes[int(s.dtype)], isas[int(isa)], int(s.T), int(s.B), int(s.I), int(s.H),
+                  int(s.P), s.D, threads, packed() ? "packed" : lengths.empty() ? "padded" : "lengths", bias, h0, c0,
+                  save, prepacked, deterministic, dy, dh_n, dc_n, batch_first, int(gap), int(bptt_steps));
+    return line;
+  }
+};
+
+inline Case random_case(Random& random, const std::vector<Isa>& isas) {
+  static const int64_t sizes[] = {1, 2, 3, 5, 8, 16, 17, 33, 40};
+  Case c;
+  LayerShape& s = c.shape;
+  s.cell = static_cast<CellKind>(random() % 4);
+  s.dtype = static_cast<DType>(random() % 4);
+  s.H = pick(random, sizes), s.I = pick(random, sizes), s.B = pick(random, sizes);
+  s.T = pick(random, {0, 1, 1, 2, 3, 5, 9, 13});
+  if (chance(random, 0.02)) s.B = 0;
+  if (chance(random, 0.02)) s.I = 0;
+  s.P = s.cell == CellKind::lstm && s.H > 1 && chance(random, 0.4) ? 1 + int64_t(random() % uint64_t(s.H - 1)) : 0;
+  s.D = 1 + int(random() % 2);
+  if (chance(random, 0.03)) {  // longer than any chunk of time
+    s.T = 390 + int64_t(random() % 20), s.B = 1 + int64_t(random() % 2), s.H = std::min<int64_t>(s.H, 8);
+    s.I = std::min<int64_t>(s.I, 8), s.P = s.P ? 1 : 0;
+    if (s.H == 1) s.P = 0;
+  } else if (chance(random, 0.25)) {  // enough work for every way to split it
+    s.H = pick(random, {33, 40, 65}), s.B = pick(random, {3, 8, 17, 33, 70}), s.T = pick(random, {5, 13});
+    if (s.P) s.P = 17;
+  }
+  c.isa = isas[random() % isas.size()];
+  c.threads = 1 + int(random() % 4);
+  for (bool* flag : {&c.bias, &c.h0, &c.c0, &c.save, &c.dy, &c.dh_n, &c.dc_n, &c.need_x, &c.need_state, &c.need_weights}) {
+    *flag = chance(random, 0.75);
+  }
+  for (bool* flag : {&c.prepacked, &c.deterministic, &c.gate_grads}) *flag = chance(random, 0.3);
+  c.gap = pick(random, {0, 0, 0, 3});
+  if (chance(random, 0.3)) c.bptt_steps = 1 + int64_t(random() % 4);
+
+  std::vector<int64_t> lengths(static_cast<size_t>(s.B));
+  for (int64_t& n : lengths) n = int64_t(random() % uint64_t(s.T + 1));
+  const double form = std::uniform_real_distribution<double>()(random);
+  if (form < 0.25 && s.T && s.B) {
+    std::sort(lengths.rbegin(), lengths.rend());
+    for (int64_t& n : lengths) n = std::max<int64_t>(n, 1);
+    lengths[0] = s.T;
+    for (int64_t t = 0; t < s.T; ++t) {
+      c.batch_sizes.push_back(std::count_if(lengths.begin(), lengths.end(), [&](int64_t n) { return n > t; }));
+    }
+    s.rows = 0;
+    for (int64_t n : c.batch_sizes) s.rows += n;
+  } else {
+    if (form < 0.6 && s.B) c.lengths = lengths;
+    c.batch_first = chance(random, 0.4);
+    s.rows = s.T * s.B;
+  }
+  return c;
+}
+
+struct Inputs {
+  Buffer x, h0, c0, weights[2][5];
+  Buffer dy, dh_n, dc_n;
+
+  Inputs(const Case& c, Random& random) {
+    const LayerShape& s = c.shape;
+    const int64_t H = s.H, O = s.outputs(), GH = gate_count(s.cell) * H;
+    const double scale = 1.2 / std::sqrt(static_cast<double>(H));
+    const bool lstm = s.cell == CellKind::lstm;
+    const auto make = [&](bool wanted, int64_t n, double size) {
+      return wanted ? Buffer::random(n, s.dtype, random, size) : Buffer();
+    };
+    x = make(true, c.elements(s.I), 1.5);
+    h0 = make(c.h0, s.D * s.B * O, 1);
+    c0 = make(c.c0 && lstm, s.D * s.B * H, 1.5);
+    for (int d = 0; d < s.D; ++d) {
+      weights[d][0] = make(true, GH * s.I, scale);
+      weights[d][1] = make(true, GH * O, scale);
+      weights[d][2] = make(c.bias, GH, 0.5);
+      weights[d][3] = make(c.bias, GH, 0.5);
+      weights[d][4] = make(s.P > 0, s.P * H, scale);
+    }
+    dy = make(c.dy, c.elements(s.D * O), 1);
+    dh_n = make(c.dh_n, s.D * s.B * O, 1);
+    dc_n = make(c.dc_n && lstm, s.D * s.B * H, 1);
+  }
+  Inputs() = default;
+
+  DirectionWeights direction(int d) const {
+    const auto& w = weights[d];
+    return {w[0].get(), w[1].get(), w[2].get(), w[3].get(), w[4].get()};
+  }
+};
+
+struct Outputs {
+  Buffer y, h_n, c_n, saved;
+
+  Outputs(const Case& c, bool save) {
+    const LayerShape& s = c.shape;
+    const int64_t slots = saved_slots(s.cell);
+    y = Buffer(c.elements(s.D * s.outputs()), s.dtype);
+    h_n = Buffer(s.D * s.B * s.outputs(), s.dtype);
+    if (s.cell == CellKind::lstm) c_n = Buffer(s.D * s.B * s.H, s.dtype);
+    if (save && slots) saved = Buffer(s.D * s.rows * slots * s.H, naive::compute_dtype(s.dtype));
+  }
+};
+
+struct Gradients {
+  Buffer dx, dh0, dc0, weights[2][5], gates, projected;
+
+  explicit Gradients(const Case& c) {
+    const LayerShape& s = c.shape;
+    const DType compute = naive::compute_dtype(s.dtype);
+    const int64_t H = s.H, O = s.outputs(), GH = gate_count(s.cell) * H;
+    if (c.need_x) dx = Buffer(c.elements(s.I), s.dtype);
+    if (c.need_state) {
+      dh0 = Buffer(s.D * s.B * O, s.dtype);
+      if (s.cell == CellKind::lstm) dc0 = Buffer(s.D * s.B * H, s.dtype);
+    }
+    for (int d = 0; c.need_weights && d < s.D; ++d) {
+      weights[d][0] = Buffer(GH * s.I, s.dtype);
+      weights[d][1] = Buffer(GH * O, s.dtype);
+      if (c.bias) weights[d][2] = Buffer(GH, s.dtype), weights[d][3] = Buffer(GH, s.dtype);
+      if (s.P) weights[d][4] = Buffer(s.P * H, s.dtype);
+    }
+    if (c.gate_grads) {
+      gates = Buffer(s.D * s.rows * gate_grad_slots(s.cell) * H, compute);
+      if (s.P) projected = Buffer(s.D * s.rows * s.P, compute);
+    }
+  }
+};
+
+inline ForwardParams forward_params(const Case& c, const Inputs& in, const Outputs& out, const void* prepacked) {
+  const LayerShape& s = c.shape;
+  ForwardParams p{};
+  p.shape = s;
+  p.x = c.view<const void*>(in.x, s.I);
+  p.h0 = in.h0.get();
+  p.c0 = in.c0.get();
+  for (int d = 0; d < s.D; ++d) p.weights[d] = in.direction(d);
+  p.packed = prepacked;
+  p.batch_sizes = c.packed() ? c.batch_sizes.data() : nullptr;
+  p.lengths = c.lengths.empty() ? nullptr : c.lengths.data();
+  p.y = c.view<void*>(out.y, s.D * s.outputs());
+  p.h_n = out.h_n.get();
+  p.c_n = out.c_n.get();
+  p.saved = out.saved.get();
+  p.deterministic = c.deterministic;
+  return p;
+}
+
+inline BackwardParams backward_params(const Case& c, const Inputs& in, const Outputs& out, const Gradients& grads) {
+  const LayerShape& s = c.shape;
+  BackwardParams p{};
+  p.shape = s;
+  p.x = c.view<const void*>(in.x, s.I);
+  p.h0 = in.h0.get();
+  p.c0 = in.c0.get();
+  for (int d = 0; d < s.D; ++d) {
+    const auto& w = grads.weights[d];
+    p.weights[d] = in.direction(d);
+    p.grads[d] = {w[0].get(), w[1].get(), w[2].get(), w[3].get(), w[4].get()};
+  }
+  p.batch_sizes = c.packed() ? c.batch_sizes.data() : nullptr;
+  p.lengths = c.lengths.empty() ? nullptr : c.lengths.data();
+  p.y = c.view<const void*>(out.y, s.D * s.outputs());
+  p.saved = out.saved.get();
+  p.dy = c.view<const void*>(in.dy, s.D * s.outputs());
+  p.dh_n = in.dh_n.get();
+  p.dc_n = in.dc_n.get();
+  p.bptt_steps = c.bptt_steps;
+  p.dx = c.view<void*>(grads.dx, s.I);
+  p.dh0 = grads.dh0.get();
+  p.dc0 = grads.dc0.get();
+  p.gate_grads = grads.gates.get();
+  p.proj_grads = grads.projected.get();
+  p.deterministic = c.deterministic;
+  return p;
+}
+
+}  // namespace dlk

@@ -1,0 +1,384 @@
+// The recurrent layers once more, as slowly and plainly as possible: one sequence after
+// the other, one step after the other, every number a double. Takes the same structs as
+// the kernels and judges them; shares no code with them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/rnn_params.h"
+
+namespace dlk {
+namespace naive {
+
+using Vector = std::vector<double>;
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline double half_to_double(uint16_t half) {
+  const int exponent = (half >> 10) & 31, mantissa = half & 1023;
+  const double sign = half & 0x8000 ? -1.0 : 1.0;
+  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
+  return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
+}
+
+inline uint16_t double_to_half(double value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  if (std::isnan(value)) return sign | 0x7e00;
+  const double magnitude = std::fabs(value);
+  if (magnitude >= 65520.0) return sign | 0x7c00;
+  int exponent;
+  std::frexp(magnitude, &exponent);
+  if (magnitude == 0.0 || exponent < -13) exponent = -13;  // subnormal: the step is 2^-24
+  const double steps = std::nearbyint(std::ldexp(magnitude, 11 - exponent));
+  // A normal number has 1024..2047 steps; a carry to 2048 lands in the next exponent by itself.
+  const int biased = exponent + 14;
+  return sign | static_cast<uint16_t>(steps + (biased > 1 ? (biased - 1) * 1024.0 : 0.0));
+}
+
+inline uint16_t double_to_bfloat(double value) {
+  const uint32_t bits = float_to_bits(static_cast<float>(value));
+  if (std::isnan(value)) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline double load(const void* data, int64_t index, DType dtype) {
+  switch (dtype) {
+    case DType::f64:
+      return static_cast<const double*>(data)[index];
+    case DType::f32:
+      return static_cast<const float*>(data)[index];
+    case DType::bf16:
+      return bits_to_float(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16);
+    case DType::f16:
+      return half_to_double(static_cast<const uint16_t*>(data)[index]);
+  }
+  return NAN;
+}
+
+inline void store(void* data, int64_t index, DType dtype, double value) {
+  switch (dtype) {
+    case DType::f64:
+      static_cast<double*>(data)[index] = value;
+      break;
+    case DType::f32:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+      break;
+    case DType::bf16:
+      static_cast<uint16_t*>(data)[index] = double_to_bfloat(value);
+      break;
+    case DType::f16:
+      static_cast<uint16_t*>(data)[index] = double_to_half(value);
+      break;
+  }
+}
+
+inline DType compute_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+// `count` elements from `index` on; zeros where there is no array.
+inline Vector load_vector(const void* data, int64_t index, int64_t count, DType dtype) {
+  Vector values(static_cast<size_t>(count), 0.0);
+  if (data) {
+    for (int64_t i = 0; i < count; ++i) values[i] = load(data, index + i, dtype);
+  }
+  return values;
+}
+
+inline void store_vector(void* data, int64_t index, const Vector& values, DType dtype) {
+  if (!data) return;
+  for (size_t i = 0; i < values.size(); ++i) store(data, index + static_cast<int64_t>(i), dtype, values[i]);
+}
+
+// Row-major [rows, columns].
+struct Matrix {
+  int64_t rows = 0, columns = 0;
+  Vector values;
+  Matrix(int64_t r, int64_t c) : rows(r), columns(c), values(static_cast<size_t>(r * c), 0.0) {}
+  Matrix(const void* data, int64_t r, int64_t c, DType dtype)
+      : rows(r), columns(c), values(load_vector(data, 0, r * c, dtype)) {}
+
+  void add_product(const Vector& x, Vector* y) const {  // y += M x
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) (*y)[r] += values[r * columns + c] * x[c];
+    }
+  }
+  void add_transposed_product(const Vector& y, Vector* x) const {  // x += M' y
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) (*x)[c] += values[r * columns + c] * y[r];
+    }
+  }
+  void add_outer(const Vector& y, const Vector& x) {  // M += y x'
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < columns; ++c) values[r * columns + c] += y[r] * x[c];
+    }
+  }
+};
+
+inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+
+inline void add(const Vector& from, Vector* to) {
+  for (size_t i = 0; i < from.size(); ++i) (*to)[i] += from[i];
+}
+
+struct Weights {
+  Matrix w_ih, w_hh, w_hr;
+  Vector b_ih, b_hh;
+  Weights(const DirectionWeights& w, const LayerShape& s)
+      : w_ih(w.w_ih, gate_count(s.cell) * s.H, s.I, s.dtype),
+        w_hh(w.w_hh, gate_count(s.cell) * s.H, s.outputs(), s.dtype),
+        w_hr(w.w_hr, s.P, s.H, s.dtype),
+        b_ih(load_vector(w.b_ih, 0, gate_count(s.cell) * s.H, s.dtype)),
+        b_hh(load_vector(w.b_hh, 0, gate_count(s.cell) * s.H, s.dtype)) {}
+};
+
+// Where a step of a sequence lies, for padded, packed and `lengths` input alike.
+struct Walk {
+  const LayerShape& shape;
+  const int64_t *batch_sizes, *lengths;
+
+  int64_t length(int64_t b) const {
+    if (lengths) return lengths[b];
+    if (!batch_sizes) return shape.T;
+    int64_t n = 0;
+    while (n < shape.T && batch_sizes[n] > b) ++n;
+    return n;
+  }
+  // The time of step s in its direction's own order.
+  int64_t time(int d, int64_t s, int64_t length) const { return d == 0 ? s : length - 1 - s; }
+  int64_t row(int64_t t, int64_t b) const {
+    if (!batch_sizes) return t * shape.B + b;
+    int64_t first = 0;
+    for (int64_t i = 0; i < t; ++i) first += batch_sizes[i];
+    return first + b;
+  }
+  template <class Pointer>
+  int64_t offset(const RowTensor<Pointer>& tensor, int64_t t, int64_t b) const {
+    return batch_sizes ? row(t, b) * tensor.t : t * tensor.t + b * tensor.b;
+  }
+  // Every padding row: past a sequence's end.
+  template <class Visit>
+  void padding(Visit visit) const {
+    if (batch_sizes) return;
+    for (int64_t b = 0; b < shape.B; ++b) {
+      for (int64_t t = length(b); t < shape.T; ++t) visit(t, b);
+    }
+  }
+};
+
+inline void forward(const ForwardParams& p) {
+  const LayerShape& s = p.shape;
+  const int64_t H = s.H, O = s.outputs(), S = saved_slots(s.cell), GH = gate_count(s.cell) * H;
+  const Walk walk{s, p.batch_sizes, p.lengths};
+  const DType compute = compute_dtype(s.dtype);
+
+  for (int d = 0; d < s.D; ++d) {
+    const Weights w(p.weights[d], s);
+    for (int64_t b = 0; b < s.B; ++b) {
+      const int64_t state = d * s.B + b, length = walk.length(b);
+      Vector h = load_vector(p.h0, state * O, O, s.dtype);
+      Vector c = load_vector(s.cell == CellKind::lstm ? p.c0 : nullptr, state * H, H, s.dtype);
+      for (int64_t step = 0; step < length; ++step) {
+        const int64_t t = walk.time(d, step, length);
+        const Vector x = load_vector(p.x.data, walk.offset(p.x, t, b), s.I, s.dtype);
+        Vector from_x = w.b_ih, from_h = w.b_hh;
+        w.w_ih.add_product(x, &from_x);
+        w.w_hh.add_product(h, &from_h);
+        Vector a(static_cast<size_t>(GH)), saved(static_cast<size_t>(S * H)), raw(static_cast<size_t>(H));
+        for (int64_t i = 0; i < GH; ++i) a[i] = from_x[i] + from_h[i];
+        for (int64_t j = 0; j < H; ++j) {
+          switch (s.cell) {
+            case CellKind::lstm: {
+              const double i = sigmoid(a[j]), f = sigmoid(a[H + j]), g = std::tanh(a[2 * H + j]);
+              const double o = sigmoid(a[3 * H + j]);
+              c[j] = f * c[j] + i * g;
+              raw[j] = o * std::tanh(c[j]);
+              saved[j] = i, saved[H + j] = f, saved[2 * H + j] = g, saved[3 * H + j] = o, saved[4 * H + j] = c[j];
+              break;
+            }
+            case CellKind::gru: {
+              const double r = sigmoid(a[j]), z = sigmoid(a[H + j]), hidden = from_h[2 * H + j];
+              const double n = std::tanh(from_x[2 * H + j] + r * hidden);
+              raw[j] = (1 - z) * n + z * h[j];
+              saved[j] = r, saved[H + j] = z, saved[2 * H + j] = n, saved[3 * H + j] = hidden;
+              break;
+            }
+            case CellKind::rnn_tanh:
+              raw[j] = std::tanh(a[j]);
+              break;
+            case CellKind::rnn_relu:
+              raw[j] = a[j] > 0 || std::isnan(a[j]) ? a[j] : 0.0;
+              break;
+          }
+        }
+        if (s.P) {
+          h.assign(static_cast<size_t>(O), 0.0);
+          w.w_hr.add_product(raw, &h);
+        } else {
+          h = raw;
+        }
+        store_vector(p.saved, (d * s.rows + walk.row(t, b)) * S * H, saved, compute);
+        if (p.y.data) store_vector(p.y.data, walk.offset(p.y, t, b) + d * O, h, s.dtype);
+      }
+      store_vector(p.h_n, state * O, h, s.dtype);
+      if (s.cell == CellKind::lstm) store_vector(p.c_n, state * H, c, s.dtype);
+    }
+  }
+  if (!p.y.data) return;
+  walk.padding([&](int64_t t, int64_t b) {
+    store_vector(p.y.data, walk.offset(p.y, t, b), Vector(static_cast<size_t>(s.D * O), 0.0), s.dtype);
+  });
+}
+
+// One step back through the cell equations.
+struct StepGrads {
+  Vector input;   // of the pre-activations W_ih x + b_ih, [G*H]
+  Vector hidden;  // of the pre-activations W_hh h + b_hh, [G*H]
+  Vector slots;   // as gate_grads has it
+  Vector h_prev;  // what reaches the previous h other than through W_hh
+};
+
+inline StepGrads cell_step_backward(const LayerShape& s, const Vector& saved, const Vector& y, const Vector& c_prev,
+                                    const Vector& h_prev, const Vector& dh, Vector* dc) {
+  const int64_t H = s.H, GH = gate_count(s.cell) * H;
+  StepGrads g{Vector(static_cast<size_t>(GH)), {}, Vector(static_cast<size_t>(gate_grad_slots(s.cell) * H)),
+              Vector(static_cast<size_t>(H), 0.0)};
+  g.hidden = g.input;
+  for (int64_t j = 0; j < H; ++j) {
+    switch (s.cell) {
+      case CellKind::lstm: {
+        const double i = saved[j], f = saved[H + j], n = saved[2 * H + j], o = saved[3 * H + j];
+        const double tanh_c = std::tanh(saved[4 * H + j]);
+        const double dcj = (*dc)[j] + dh[j] * o * (1 - tanh_c * tanh_c);
+        g.input[j] = dcj * n * i * (1 - i);
+        g.input[H + j] = dcj * c_prev[j] * f * (1 - f);
+        g.input[2 * H + j] = dcj * i * (1 - n * n);
+        g.input[3 * H + j] = dh[j] * tanh_c * o * (1 - o);
+        (*dc)[j] = dcj * f;
+        break;
+      }
+      case CellKind::gru: {
+        const double r = saved[j], z = saved[H + j], n = saved[2 * H + j], hidden = saved[3 * H + j];
+        const double dn = dh[j] * (1 - z) * (1 - n * n);
+        g.input[j] = dn * hidden * r * (1 - r);
+        g.input[H + j] = dh[j] * (h_prev[j] - n) * z * (1 - z);
+        g.input[2 * H + j] = dn;
+        g.slots[3 * H + j] = dn * r;
+        g.h_prev[j] = dh[j] * z;
+        break;
+      }
+      case CellKind::rnn_tanh:
+        g.input[j] = dh[j] * (1 - y[j] * y[j]);
+        break;
+      case CellKind::rnn_relu:
+        g.input[j] = y[j] > 0 ? dh[j] : 0.0;
+        break;
+    }
+  }
+  g.hidden = g.input;
+  for (int64_t i = 0; i < GH; ++i) g.slots[i] = g.input[i];
+  if (s.cell == CellKind::gru) {
+    for (int64_t j = 0; j < H; ++j) g.hidden[2 * H + j] = g.slots[3 * H + j];
+  }
+  return g;
+}
+
+inline void backward(const BackwardParams& p) {
+  const LayerShape& s = p.shape;
+  const int64_t H = s.H, O = s.outputs(), S = saved_slots(s.cell), GH = gate_count(s.cell) * H;
+  const int64_t slots = gate_grad_slots(s.cell);
+  const bool lstm = s.cell == CellKind::lstm;
+  const Walk walk{s, p.batch_sizes, p.lengths};
+  const DType compute = compute_dtype(s.dtype);
+  Matrix dx(s.rows, s.I);
+
+  for (int d = 0; d < s.D; ++d) {
+    const Weights w(p.weights[d], s);
+    Matrix dw_ih(GH, s.I), dw_hh(GH, O), dw_hr(s.P, H), db_ih(GH, 1), db_hh(GH, 1);
+    const Vector one(1, 1.0);
+    for (int64_t b = 0; b < s.B; ++b) {
+      const int64_t state = d * s.B + b, length = walk.length(b);
+      Vector dh = load_vector(p.dh_n, state * O, O, s.dtype);
+      Vector dc = load_vector(lstm ? p.dc_n : nullptr, state * H, H, s.dtype);
+      for (int64_t step = length - 1; step >= 0; --step) {
+        const int64_t t = walk.time(d, step, length), row = walk.row(t, b);
+        const int64_t before = step > 0 ? walk.time(d, step - 1, length) : -1;
+        const int64_t record = (d * s.rows + row) * S * H;
+        const Vector x = load_vector(p.x.data, walk.offset(p.x, t, b), s.I, s.dtype);
+        const Vector y = load_vector(p.y.data, walk.offset(p.y, t, b) + d * O, O, s.dtype);
+        const Vector saved = load_vector(p.saved, record, S * H, compute);
+        const Vector h_prev = step > 0 ? load_vector(p.y.data, walk.offset(p.y, before, b) + d * O, O, s.dtype)
+                                       : load_vector(p.h0, state * O, O, s.dtype);
+        Vector c_prev;
+        if (lstm) {
+          c_prev = step > 0 ? load_vector(p.saved, ((d * s.rows + walk.row(before, b)) * S + 4) * H, H, compute)
+                            : load_vector(p.c0, state * H, H, s.dtype);
+        }
+
+        if (p.dy.data) add(load_vector(p.dy.data, walk.offset(p.dy, t, b) + d * O, O, s.dtype), &dh);
+        Vector d_raw = dh;
+        if (s.P) {
+          store_vector(p.proj_grads, (d * s.rows + row) * s.P, dh, compute);
+          Vector raw(static_cast<size_t>(H));
+          for (int64_t j = 0; j < H; ++j) raw[j] = saved[3 * H + j] * std::tanh(saved[4 * H + j]);
+          dw_hr.add_outer(dh, raw);
+          d_raw.assign(static_cast<size_t>(H), 0.0);
+          w.w_hr.add_transposed_product(dh, &d_raw);
+        }
+        const StepGrads g = cell_step_backward(s, saved, y, c_prev, h_prev, d_raw, &dc);
+        store_vector(p.gate_grads, (d * s.rows + row) * slots * H, g.slots, compute);
+
+        Vector dx_row(static_cast<size_t>(s.I), 0.0);
+        w.w_ih.add_transposed_product(g.input, &dx_row);
+        for (int64_t i = 0; i < s.I; ++i) dx.values[row * s.I + i] += dx_row[i];
+        dw_ih.add_outer(g.input, x);
+        dw_hh.add_outer(g.hidden, h_prev);
+        db_ih.add_outer(g.input, one);
+        db_hh.add_outer(g.hidden, one);
+
+        dh.assign(static_cast<size_t>(O), 0.0);
+        const bool cut = p.bptt_steps > 0 && step > 0 && step % p.bptt_steps == 0;
+        if (cut) {
+          dc.assign(static_cast<size_t>(H), 0.0);
+        } else {
+          w.w_hh.add_transposed_product(g.hidden, &dh);
+          if (!s.P) add(g.h_prev, &dh);
+        }
+      }
+      store_vector(p.dh0, state * O, dh, s.dtype);
+      if (lstm) store_vector(p.dc0, state * H, dc, s.dtype);
+    }
+    store_vector(p.grads[d].w_ih, 0, dw_ih.values, s.dtype);
+    store_vector(p.grads[d].w_hh, 0, dw_hh.values, s.dtype);
+    store_vector(p.grads[d].b_ih, 0, db_ih.values, s.dtype);
+    store_vector(p.grads[d].b_hh, 0, db_hh.values, s.dtype);
+    store_vector(p.grads[d].w_hr, 0, dw_hr.values, s.dtype);
+    walk.padding([&](int64_t t, int64_t b) {
+      const int64_t row = d * s.rows + walk.row(t, b);
+      store_vector(p.gate_grads, row * slots * H, Vector(static_cast<size_t>(slots * H), 0.0), compute);
+      store_vector(p.proj_grads, row * s.P, Vector(static_cast<size_t>(s.P), 0.0), compute);
+    });
+  }
+  if (!p.dx.data) return;
+  for (int64_t b = 0; b < s.B; ++b) {
+    const int64_t length = p.batch_sizes ? walk.length(b) : s.T;
+    for (int64_t t = 0; t < length; ++t) {
+      const auto first = dx.values.begin() + walk.row(t, b) * s.I;
+      store_vector(p.dx.data, walk.offset(p.dx, t, b), Vector(first, first + s.I), s.dtype);
+    }
+  }
+}
+
+}  // namespace naive
+}  // namespace dlk

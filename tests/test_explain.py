@@ -1,0 +1,146 @@
+"""explain and info: what they say is what runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import dlkernels
+from dlkernels import _native
+
+MODES = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru", "RNNCell": "rnn_tanh", "LSTMCell": "lstm", "GRUCell": "gru"}
+
+
+def make(name: str, **kwargs: Any) -> tuple[Any, torch.Tensor]:
+    module = getattr(dlkernels.nn, name)(8, 16, **kwargs)
+    return module, torch.randn((3, 8) if name.endswith("Cell") else (5, 3, 8))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_the_kernel_named_is_the_kernel_that_ran(name: str, isa: str) -> None:
+    module, x = make(name)
+    explanation = dlkernels.explain(module, x)
+    assert explanation.layers[0].grad
+    with torch.no_grad():
+        inference = dlkernels.explain(module, x)
+        module(x)
+    assert not inference.layers[0].grad
+    assert not inference.layers[0].backward
+    if isa == "reference":
+        assert explanation.kernel == "reference"
+        return
+    assert inference.native
+    assert inference.kernel == f"cpu/{isa}/{MODES[name]}"
+    ran = _native.native.last_run()
+    assert {key: ran[key] for key in inference.layers[0].forward} == inference.layers[0].forward
+    result = module(x)
+    (result if name in ("RNNCell", "GRUCell") else result[0]).sum().backward()
+    ran = _native.native.last_run()
+    assert ran["backward"]
+    assert {key: ran[key] for key in explanation.layers[0].backward} == explanation.layers[0].backward
+
+
+def test_one_entry_for_each_layer_of_the_stack() -> None:
+    layer = dlkernels.nn.LSTM(8, 16, num_layers=3, bidirectional=True, proj_size=4)
+    layer.requires_grad_(False)
+    layer.weight_ih_l1.requires_grad_(True)
+    explanation = dlkernels.explain(layer, torch.randn(5, 3, 8))
+    assert [entry.name for entry in explanation.layers] == ["layer 0", "layer 1", "layer 2"]
+    # What stands above a recorded layer is recorded too.
+    assert [entry.grad for entry in explanation.layers] == [False, True, True]
+    text = str(explanation)
+    assert text.startswith("LSTM(8, 16, proj_size=4, num_layers=3, bidirectional=True)\n")
+    assert "input [5, 3, 8] float32 cpu" in text
+    assert "layer 2" in text
+
+
+def test_every_form_of_input() -> None:
+    layer = dlkernels.nn.GRU(8, 16, batch_first=True)
+    packed = pack_sequence([torch.randn(5, 8), torch.randn(2, 8)])
+    assert "of 2 sequences, up to 5 steps" in dlkernels.explain(layer, packed).call
+    assert "with lengths" in dlkernels.explain(layer, torch.randn(2, 5, 8), lengths=torch.tensor([5, 1])).call
+    assert "every 2 steps" in dlkernels.explain(layer, torch.randn(2, 5, 8), bptt_steps=2).call
+    assert "given hx" in dlkernels.explain(layer, torch.randn(5, 8), torch.zeros(1, 16)).call
+    with pytest.raises(ValueError, match="2D or 3D"):
+        dlkernels.explain(layer, torch.randn(8))
+    if _native.HAVE_NATIVE:
+        assert dlkernels.explain(layer, torch.randn(0, 5, 8)).layers[0].path == "nothing"
+
+
+def test_reference_path_says_why() -> None:
+    explanation = dlkernels.explain(dlkernels.nn.GRU(8, 16, device="meta"), torch.empty(5, 3, 8, device="meta"))
+    assert explanation.kernel == "reference"
+    assert not explanation.native
+    assert explanation.layers[0].reason
+    complex_layer = dlkernels.nn.RNN(8, 16, dtype=torch.complex64)
+    assert dlkernels.explain(complex_layer, torch.randn(5, 3, 8, dtype=torch.complex64)).kernel == "reference"
+
+
+def test_layers_of_torch_and_other_modules() -> None:
+    layer, x = nn.LSTM(8, 16), torch.randn(5, 3, 8)
+    explanation = dlkernels.explain(layer, x)
+    assert explanation.layers[0].path == "torch"
+    assert "not patched" in str(explanation)
+    assert dlkernels.explain(dlkernels.patch(layer), x).layers[0].path != "torch"
+    with pytest.raises(TypeError, match="recurrent layer"):
+        dlkernels.explain(nn.Linear(8, 16), x)
+
+
+@pytest.mark.skipif(not _native.HAVE_NATIVE, reason="nothing is packed on the reference path")
+def test_prepacked_weights_are_explained() -> None:
+    layer, x = make("GRU")
+    layer.prepack()
+    assert "gradients" in dlkernels.explain(layer, x).layers[0].packed_weights
+    with torch.no_grad():
+        assert dlkernels.explain(layer, x).layers[0].packed_weights == "used"
+        layer.weight_hh_l0.mul_(2)
+        assert "written to" in dlkernels.explain(layer, x).layers[0].packed_weights
+        layer.weight_hh_l0 = nn.Parameter(torch.zeros(48, 16))
+        assert "no longer" in str(dlkernels.explain(layer, x))
+
+
+def test_settings_in_force_are_named(deterministic: None) -> None:
+    layer, x = make("LSTM")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        call = dlkernels.explain(layer, x).call
+    assert "autocast bfloat16" in call
+    assert "deterministic" in call
+
+
+def test_info_is_complete_plain_data() -> None:
+    data = dlkernels.info()
+    assert json.loads(json.dumps(data, default=str))["versions"]["torch"] == torch.__version__
+    ops = {row["op"] for row in data["kernels"]}
+    assert len(ops) == 16
+    assert data["native"]["loaded"] is _native.HAVE_NATIVE
+    assert all(row["reason"] for row in data["kernels"] if row["kernel"] == "reference")
+    if _native.HAVE_NATIVE:
+        assert data["isa"]["in_force"] == _native.native.isa()
+        assert {row["kernel"] for row in data["kernels"] if row["op"] == "gru_cell_backward" and row["device"] == "cpu"} == {
+            f"cpu/{_native.native.isa()}/gru"
+        }
+
+
+def run_cli(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "dlkernels", *args], capture_output=True, text=True, timeout=120)
+
+
+def test_command_line() -> None:
+    text = run_cli("info")
+    assert text.returncode == 0, text.stderr
+    assert "ISA:" in text.stdout
+    assert "lstm_backward" in text.stdout
+    as_json = run_cli("info", "--json")
+    assert json.loads(as_json.stdout)["versions"]["torch"] == torch.__version__
+    assert run_cli("--help").returncode == 0
+    for wrong in ((), ("nonsense",), ("info", "--nonsense")):
+        result = run_cli(*wrong)
+        assert result.returncode == 2
+        assert "usage" in result.stderr

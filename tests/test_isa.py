@@ -1,0 +1,137 @@
+"""The choice of instruction set, and that the kernel which the plan names is the one that ran."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import BEST_ISA_LAST, available_isas
+from helpers import MODES, OP_MODES, Case, make_data, num_threads, run_layer, run_python
+
+import dlkernels.nn
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+def test_available_isas(native) -> None:
+    names = native.available_isas()
+    assert names and set(names) <= set(BEST_ISA_LAST)
+    assert "scalar" in names
+    assert native.isa() == available_isas()[-1], "the best one is in force unless capped"
+
+
+def test_set_isa(native) -> None:
+    automatic = native.isa()
+    try:
+        for name in available_isas():
+            native.set_isa(name)
+            assert native.isa() == name
+    finally:
+        native.set_isa(None)
+    assert native.isa() == automatic
+
+
+@pytest.mark.parametrize("name", ["", "sse9", "AVX-512", "neon"])
+def test_set_isa_refuses_nonsense(native, name: str) -> None:
+    before = native.isa()
+    with pytest.raises((ValueError, RuntimeError), match="scalar"):
+        native.set_isa(name)
+    assert native.isa() == before
+
+
+CAPPED = """
+import torch
+from dlkernels import _native
+from helpers import *
+native = _native.native
+print("isa", native.isa())
+print("available", *native.available_isas())
+for mode in MODES:
+    check_case(Case(mode, T=4, B=3, I=5, H=17, P=3 if mode == "lstm_proj" else 0, lengths=(2, 4, 1)))
+    assert native.last_run()["isa"] == native.isa()
+"""
+
+
+@pytest.mark.parametrize("cap", BEST_ISA_LAST)
+def test_environment_caps(cap: str) -> None:
+    """A cap above what the machine has is no error: the best below it is used."""
+    allowed = [name for name in available_isas() if BEST_ISA_LAST.index(name) <= BEST_ISA_LAST.index(cap)]
+    output = run_python(CAPPED, DLKERNELS_CPU_ISA=cap)
+    assert f"isa {allowed[-1]}" in output.splitlines()
+    assert sorted(output.split("available", 1)[1].split()) == sorted(allowed)
+
+
+def test_environment_of_nonsense() -> None:
+    output = run_python(
+        """
+        try:
+            import torch, dlkernels.nn
+            from dlkernels import _native
+            _native.native.isa()
+            dlkernels.nn.GRU(3, 4)(torch.randn(2, 1, 3))
+        except Exception as error:
+            print(type(error).__name__, error)
+        else:
+            print("NO ERROR")
+        """,
+        DLKERNELS_CPU_ISA="sse9",
+    )
+    assert "NO ERROR" not in output
+    assert "DLKERNELS_CPU_ISA" in output and "sse9" in output
+    assert all(name in output for name in BEST_ISA_LAST), "the message says what is allowed"
+
+
+PLAN_KEYS = ("kernel", "isa", "threads", "split", "recurrence", "chunk_steps", "directions_side_by_side")
+SHAPES = [(1, 1, 8, 16), (20, 1, 16, 64), (10, 4, 8, 33), (6, 32, 16, 64), (3, 64, 8, 128), (4, 2, 16, 400)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_the_planned_kernel_ran(mode: str, dtype: torch.dtype, count: int, isa: str, native) -> None:
+    op_mode = OP_MODES[mode]
+    for t, b, i, h in SHAPES:
+        for bidirectional in (False, True):
+            proj = h // 2 if mode == "lstm_proj" else 0
+            case = Case(mode, t, b, i, h, proj, bidirectional=bidirectional, dtype=dtype)
+            data = make_data(case)
+            name = str(dtype).removeprefix("torch.")
+            with num_threads(count):
+                for backward in (False, True):
+                    run_layer(case, data, dtype, dlkernels.nn, grad=backward)
+                    run = native.last_run()
+                    plan = native.plan(op_mode, name, t, b, i, h, proj, case.D, count, backward, False, False)
+                    assert run["backward"] == backward
+                    assert {key: run[key] for key in PLAN_KEYS} == {key: plan[key] for key in PLAN_KEYS}
+                    assert plan["isa"] == isa and plan["reason"]
+                    assert isa in plan["kernel"] and op_mode in plan["kernel"]
+                    assert run["members"] <= run["threads"] <= count
+
+
+def test_the_plan_is_no_constant(native) -> None:
+    """Batch 1 uses the weights as they lie, batches use tiles; one thread never splits."""
+
+    def plan(b: int, h: int, threads: int) -> dict:
+        return native.plan("gru", "float32", 50, b, h, h, 0, 1, threads, False, False, False)
+
+    assert plan(1, 128, 1)["recurrence"] == "dot"
+    assert plan(64, 256, 1)["recurrence"] == "tiles"
+    assert plan(64, 256, 1)["split"] == plan(1, 8, 2)["split"] == "serial"
+    assert plan(128, 256, 2)["split"] in ("rows", "units")
+
+
+def test_last_run_belongs_to_its_thread(native) -> None:
+    import threading
+
+    dlkernels.nn.GRU(3, 4)(torch.randn(2, 1, 3))
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(native.last_run()))
+    thread.start()
+    thread.join()
+    assert seen == [None] and native.last_run() is not None
+
+
+def test_build_info(native) -> None:
+    info = native.build_info()
+    assert set(available_isas()) <= set(info["isas"])
+    assert {"torch_target", "compiler", "flags"} <= set(info)
+    assert isinstance(native.cpu_features(), dict)

@@ -1,0 +1,249 @@
+"""Threads: every count, several Python threads, another parallel region, OpenMP's limits, fork."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import MODES, Case, assert_bit_equal, check_case, make_data, run_layer, run_python
+
+import dlkernels.nn
+
+# Shapes that the planner would split over rows, over hidden units, and not at all, with and without lengths.
+SHAPES = [(6, 32, 24, 48, 16), (12, 1, 32, 256, 64), (3, 2, 4, 6, 2), (8, 5, 64, 192, 32)]
+ROW_RESULTS = ("y", "h_n", "c_n", "dx", "dh0", "dc0")
+
+
+def cases_of(mode: str, dtype: torch.dtype = torch.float32) -> list[Case]:
+    cases = []
+    for number, (t, b, i, h, p) in enumerate(SHAPES):
+        lengths = tuple(1 + (3 * k + t - 1) % t for k in range(b)) if number % 2 == 0 else None
+        cases.append(
+            Case(
+                mode,
+                t,
+                b,
+                i,
+                h,
+                p if mode == "lstm_proj" else 0,
+                bidirectional=number != 1,
+                lengths=lengths,
+                dtype=dtype,
+            )
+        )
+    return cases
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+@pytest.mark.parametrize("mode", MODES)
+def test_any_number_of_threads(mode: str, count: int, isa: str, threads: Callable[[int], None]) -> None:
+    threads(count)
+    for case in cases_of(mode):
+        check_case(case)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_more_members_than_threads(mode: str, native, threads: Callable[[int], None]) -> None:
+    for count in (1, 2, 3):
+        threads(count)
+        for case in cases_of(mode):
+            run_layer(case, make_data(case), case.dtype, dlkernels.nn)
+            run = native.last_run()
+            assert 1 <= run["members"] <= count, run
+            assert run["threads"] <= count, run
+
+
+def test_several_python_threads(isa: str, deterministic: None) -> None:
+    """Different layers and shapes at once, with torch's own matrix product beside them."""
+    work = [(case, make_data(case)) for mode in MODES for case in cases_of(mode)]
+    expected = [run_layer(case, data, case.dtype, dlkernels.nn) for case, data in work]
+    left, right = torch.randn(192, 192), torch.randn(192, 192)
+    product = left @ right
+
+    def run(index: int) -> None:
+        if index % 5 == 4:
+            torch.testing.assert_close(left @ right, product)
+            return
+        case, data = work[index % len(work)]
+        actual = run_layer(case, data, case.dtype, dlkernels.nn)
+        for name in ROW_RESULTS:
+            if name in actual:
+                assert_bit_equal(f"{name} of {case}", actual[name], expected[index % len(work)][name])
+        for name, value in actual.items():
+            torch.testing.assert_close(value, expected[index % len(work)][name], rtol=1e-4, atol=1e-4, msg=name)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(6 * len(work))))
+
+
+def test_one_layer_from_several_threads(isa: str, deterministic: None) -> None:
+    layer = dlkernels.nn.LSTM(16, 48, bidirectional=True)
+    inputs = [torch.randn(9, b, 16) for b in (1, 2, 5, 8, 16, 20)]
+    with torch.no_grad():
+        expected = [layer(x)[0] for x in inputs]
+
+        def run(index: int) -> None:
+            # Grad mode is thread-local: the pool's threads start with it on.
+            with torch.no_grad():
+                assert_bit_equal("y", layer(inputs[index % 6])[0], expected[index % 6])
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, range(120)))
+
+
+PRELUDE = """
+import ctypes, os, select, sys, threading
+import torch
+import dlkernels
+from dlkernels import _native
+import dlkernels.nn
+from helpers import *
+from test_threads import cases_of
+if _native.HAVE_NATIVE:
+    _native.native.set_poison(True)
+last_run = _native.native.last_run if _native.HAVE_NATIVE else lambda: None
+"""
+
+
+def run_with_prelude(source: str, **env: str) -> str:
+    import inspect
+
+    return run_python(inspect.cleandoc(PRELUDE) + "\n" + inspect.cleandoc(source), **env)
+
+
+def test_inside_another_parallel_region() -> None:
+    """torch's OpenMP team is busy: each of its threads runs layers, with backward, from inside the region."""
+    output = run_with_prelude(
+        """
+        library = os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp.so.1")
+        if not os.path.exists(library):
+            print("no libgomp in this torch")
+            sys.exit(0)
+        gomp = ctypes.CDLL(library)
+        torch.mm(torch.ones(300, 300), torch.ones(300, 300))
+        failures, inside = [], []
+
+        def body(_):
+            inside.append((threading.get_ident(), gomp.omp_in_parallel()))
+            try:
+                for mode in MODES:
+                    for case in cases_of(mode):
+                        check_case(case)
+            except BaseException as error:
+                failures.append(repr(error))
+
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
+        gomp.GOMP_parallel(callback, None, 2, 0)
+        assert not failures, failures
+        assert len(set(inside)) == 2 and all(flag == 1 for _, flag in inside), inside
+        print("both members passed")
+        """
+    )
+    if "no libgomp" in output:
+        pytest.skip("this torch does not ship libgomp")
+    assert "both members passed" in output
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMP_THREAD_LIMIT": "1"},
+        {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4"},
+        {"OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "3"},
+        {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "active"},
+        {"OMP_NUM_THREADS": "1"},
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()),
+)
+def test_openmp_limits(variables: dict[str, str]) -> None:
+    output = run_with_prelude(
+        """
+        for mode in MODES:
+            for dtype in (torch.float32, torch.bfloat16):
+                for case in cases_of(mode, dtype):
+                    check_case(case)
+        torch.set_num_threads(3)
+        for mode in MODES:
+            for case in cases_of(mode):
+                check_case(case)
+        print("passed", torch.get_num_threads())
+        """,
+        **variables,
+    )
+    assert "passed" in output
+
+
+def test_after_fork() -> None:
+    """torch's pool does not survive a fork: the child, of a parent that used it, must neither hang nor be wrong."""
+    output = run_with_prelude(
+        """
+        torch.set_num_threads(2)
+        work = [(case, make_data(case)) for mode in MODES for case in cases_of(mode)]
+        expected = [run_layer(case, data, case.dtype, dlkernels.nn) for case, data in work]
+        torch.mm(torch.randn(400, 400), torch.randn(400, 400))
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            verdict = b"failed"
+            try:
+                for (case, data), results in zip(work, expected):
+                    actual = run_layer(case, data, case.dtype, dlkernels.nn)
+                    for name, value in actual.items():
+                        torch.testing.assert_close(value, results[name], rtol=1e-4, atol=1e-4)
+                    with torch.no_grad():
+                        run_layer(case, data, case.dtype, dlkernels.nn, grad=False)
+                    run = last_run()
+                    assert run is None or run["members"] == 1, run
+                verdict = b"passed"
+            except BaseException as error:
+                verdict = repr(error).encode()
+            finally:
+                os.write(writer, verdict)
+                os._exit(0)
+        ready = select.select([reader], [], [], 60)[0]
+        if not ready:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            raise SystemExit("the child hangs")
+        verdict = os.read(reader, 4000).decode()
+        os.waitpid(child, 0)
+        assert verdict == "passed", verdict
+        # The parent's pool is as it was.
+        for (case, data), results in zip(work, expected):
+            for name, value in run_layer(case, data, case.dtype, dlkernels.nn).items():
+                assert torch.equal(value, results[name]), name
+        print("child and parent passed")
+        """
+    )
+    assert "child and parent passed" in output
+
+
+def test_data_loader_workers() -> None:
+    output = run_with_prelude(
+        """
+        class Encoded(torch.utils.data.Dataset):
+            def __init__(self):
+                torch.manual_seed(0)
+                self.layer = dlkernels.nn.GRU(16, 64, bidirectional=True)
+                self.inputs = torch.randn(12, 10, 4, 16)
+
+            def __len__(self):
+                return len(self.inputs)
+
+            def __getitem__(self, index):
+                with torch.no_grad():
+                    return self.layer(self.inputs[index])[0]
+
+        data = Encoded()
+        expected = torch.stack([data[i] for i in range(len(data))])
+        torch.mm(torch.randn(400, 400), torch.randn(400, 400))
+        loader = torch.utils.data.DataLoader(
+            data, batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60
+        )
+        torch.testing.assert_close(torch.cat(list(loader)), expected)
+        print("workers passed")
+        """
+    )
+    assert "workers passed" in output
