@@ -19,12 +19,12 @@ std::string concat(const Parts&... parts) {
 }
 
 // RuntimeError in Python; DLK_CHECK_VALUE: ValueError.
-#define DLK_CHECK(condition, ...)                                             \
-  do {                                                                        \
-    if (!(condition)) throw std::runtime_error(::dlk::concat(__VA_ARGS__));    \
+#define DLK_CHECK(condition, ...)                                           \
+  do {                                                                      \
+    if (!(condition)) throw std::runtime_error(::dlk::concat(__VA_ARGS__)); \
   } while (false)
-#define DLK_CHECK_VALUE(condition, ...)                                       \
-  do {                                                                        \
+#define DLK_CHECK_VALUE(condition, ...)                                        \
+  do {                                                                         \
     if (!(condition)) throw std::invalid_argument(::dlk::concat(__VA_ARGS__)); \
   } while (false)
 
@@ -66,8 +66,7 @@ inline DType check_float(const Tensor& tensor, const char* what) {
   for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16}) {
     if (found == torch_dtype(dtype)) return dtype;
   }
-  throw std::runtime_error(
-      concat(what, " must be float32, float64, bfloat16 or float16, got ", dtype_text(found)));
+  throw std::runtime_error(concat(what, " must be float32, float64, bfloat16 or float16, got ", dtype_text(found)));
 }
 
 }  // namespace dlk

@@ -40,8 +40,8 @@ struct Ops {
                                   const Tensor& w_ih, const Tensor& w_hh, const Opt& b_ih, const Opt& b_hh,
                                   const Tensor& h_new, const Tensor& saved, bool deterministic, bool need_x,
                                   bool need_state, bool need_weights, bool gate_grads) {
-    return cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, h_new, saved, deterministic, need_x,
-                         need_state, need_weights, gate_grads);
+    return cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, h_new, saved, deterministic, need_x, need_state,
+                         need_weights, gate_grads);
   }
 };
 
@@ -49,10 +49,9 @@ using Library = torch::stable::detail::StableLibrary;
 
 void define(Library& library, CellKind cell) {
   const std::string mode = mode_name(cell);
-  library.def((mode +
-               "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
-               "Tensor? lengths, bool bidirectional, bool batch_first, bool save, bool deterministic) -> "
-               "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)")
+  library.def((mode + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
+                      "Tensor? lengths, bool bidirectional, bool batch_first, bool save, bool deterministic) -> "
+                      "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)")
                   .c_str());
   library.def((mode +
                "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
@@ -60,9 +59,8 @@ void define(Library& library, CellKind cell) {
                "bool batch_first, int bptt_steps, bool deterministic, bool need_x, bool need_state, "
                "bool need_weights, bool gate_grads) -> Tensor[]")
                   .c_str());
-  library.def((mode +
-               "_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-               "bool save, bool deterministic) -> Tensor[]")
+  library.def((mode + "_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+                      "bool save, bool deterministic) -> Tensor[]")
                   .c_str());
   library.def((mode +
                "_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, "

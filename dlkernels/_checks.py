@@ -29,8 +29,8 @@ def bptt_steps(value: Any) -> int:
         return 0
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"bptt_steps should be of type int, got: {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"bptt_steps should be 0 (never cut) or a positive number of steps, got {value}")
+    if not 0 <= value < 2**63:
+        raise ValueError(f"bptt_steps should be 0 (never cut) or a positive 64-bit number of steps, got {value}")
     return value
 
 
@@ -54,12 +54,14 @@ def states(function: str, hx: Any) -> tuple[Tensor | None, Tensor | None]:
     return hx[0], hx[1]
 
 
-def same_kind(x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None]) -> None:
-    """One dtype, floating, and one device."""
+def same_kind(
+    x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None], mismatch: type[Exception] = ValueError
+) -> None:  # fmt: skip
+    """One dtype, floating, and one device. `mismatch`: what torch.nn raises for an input of another dtype."""
     dtype, device = x.dtype, x.device
     first = weights[0]
     if first is not None and first.dtype != dtype:
-        raise ValueError(
+        raise mismatch(
             f"RNN input dtype ({dtype}) does not match weight dtype ({first.dtype}). "
             f"Convert input: input.to({first.dtype}), or convert model: model.to({dtype})"
         )
@@ -101,7 +103,9 @@ def weight_count(function: str, mode: str, weights: Any, num_layers: int, direct
     return per_direction * directions
 
 
-def layer_weights(mode: str, layer: int, weights: Sequence[Tensor], input_size: int, directions: int) -> tuple[int, int]:
+def layer_weights(
+    mode: str, layer: int, weights: Sequence[Tensor], input_size: int, directions: int
+) -> tuple[int, int]:
     """Checks the shapes of one layer and returns (H, O)."""
     hidden = outputs = -1
     for d, w in enumerate(split_directions(weights, directions)):
@@ -121,7 +125,9 @@ def layer_weights(mode: str, layer: int, weights: Sequence[Tensor], input_size: 
         ]
         for name, weight, shape in expected:
             if weight is not None and weight.shape != shape:
-                raise RuntimeError(f"weights of layer {layer}: expected {name} of size {shape}, got {tuple(weight.shape)}")
+                raise RuntimeError(
+                    f"weights of layer {layer}: expected {name} of size {shape}, got {tuple(weight.shape)}"
+                )
     return hidden, outputs
 
 
@@ -146,9 +152,7 @@ def state_ranks(batched: bool, h: Tensor | None, c: Tensor | None) -> None:
 
 def input_size(x: Tensor, w_ih: Tensor) -> None:
     if w_ih.dim() == 2 and x.shape[-1] != w_ih.shape[1]:
-        raise RuntimeError(
-            f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}"
-        )
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[-1]}")
 
 
 def state_sizes(h: Tensor | None, c: Tensor | None, entries: int, batch: int, outputs: int, hidden: int) -> None:
@@ -180,15 +184,22 @@ def lengths(value: Any, batch: int, device: torch.device) -> Tensor:
     return value.to(device, torch.int64)
 
 
-def length_values(value: Tensor, steps: int) -> None:
-    """The operator's own check, for the reference path. Reads the values: for eager calls on the CPU only."""
-    if value.numel() and (int(value.min()) < 0 or int(value.max()) > steps):
-        raise RuntimeError(f"lengths should be in [0, {steps}], got {value.tolist()}")
+def values_for_reference(x: Tensor, sizes: Tensor | None, lengths: Tensor | None, steps: int) -> None:
+    """The values of batch_sizes and lengths, which the operators check themselves. For eager calls: it reads them."""
+    if sizes is not None:
+        if bool((sizes <= 0).any()) or bool((sizes[1:] > sizes[:-1]).any()):
+            raise ValueError(f"batch_sizes must be positive and must not increase, got {sizes.tolist()}")
+        if int(sizes.sum()) != x.shape[0]:
+            raise ValueError(f"batch_sizes must sum to the rows of x, got {int(sizes.sum())} and {x.shape[0]}")
+    if lengths is not None and lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > steps):
+        raise ValueError(f"lengths must lie in 0..T (T={steps}), got {lengths.tolist()}")
 
 
 def cell(name: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, gates: int) -> None:
     """Sizes of one step; x is 2-D, unbatched calls have their dimension by now."""
     batch, features = x.shape
+    if w_hh.dim() != 2:
+        raise RuntimeError(f"weight_hh must have 2 dimensions, got {w_hh.dim()}")
     hidden = w_hh.shape[-1]
     if w_ih.shape != (gates * hidden, features):
         if w_ih.dim() == 2 and w_ih.shape[1] != features:

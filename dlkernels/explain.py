@@ -92,6 +92,8 @@ def explain(
     """Says which kernel `layer(input, hx, lengths=lengths, bptt_steps=bptt_steps)` would run if it were called now, in
     the present grad mode, autocast, thread and determinism settings, and why. The layer is not run.
     """
+    if not isinstance(input, (Tensor, PackedSequence)):
+        raise TypeError(f"explain(): argument 'input' must be Tensor or PackedSequence, not {type(input).__name__}")
     if not isinstance(layer, (RecurrentLayer, *_OUR_CELLS)):
         return _not_ours(layer, input)
     if isinstance(layer, RecurrentLayer):
@@ -107,9 +109,11 @@ def _not_ours(layer: Module, input: Any) -> Explanation:
     known = (torch.nn.RNNBase, torch.nn.RNNCellBase)
     if not isinstance(layer, known):
         raise TypeError(f"explain: expected a recurrent layer or cell, got {type(layer).__name__}")
-    reason = "torch.nn layer: not patched" if type(layer).__module__.startswith("torch.") else "not a layer of dlkernels"
+    of_torch = type(layer).__module__.startswith("torch.")
+    reason = "torch.nn layer: not patched" if of_torch else "not a layer of dlkernels"
     data = input.data if isinstance(input, PackedSequence) else input
-    return Explanation(repr(layer), _describe("input", data), (LayerExplanation("whole module", "torch", reason, False),))
+    only = LayerExplanation("whole module", "torch", reason, grad=False)
+    return Explanation(repr(layer), _describe("input", data), (only,))
 
 
 def _describe(name: str, tensor: Tensor) -> str:
@@ -150,7 +154,7 @@ def _layer_call(
     return _Call(text + (", given hx" if states else ", hx zeros"), data, states, steps, batch)
 
 
-def _cell_call(input: Tensor, hx: Any) -> _Call:
+def _cell_call(input: Any, hx: Any) -> _Call:
     states = _states(hx)
     text = _describe("input", input) + (", given hx" if states else ", hx zeros")
     return _Call(text, input, states, 1, input.size(0) if input.dim() == 2 else 1)
@@ -196,7 +200,8 @@ def _explain_one(
     decided = route(probe, *tensors)
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not decided.native:
-        return LayerExplanation(name, "reference", decided.reason, grad, packed_weights=packed and "ignored: no kernel runs")
+        packed = packed and "ignored: no kernel runs"
+        return LayerExplanation(name, "reference", decided.reason, grad, packed_weights=packed)
     if call.batch == 0 or sizes["H"] == 0:
         return LayerExplanation(name, "nothing", "there is nothing to compute", grad)
     native = _native.native

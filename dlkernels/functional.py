@@ -1,8 +1,8 @@
 """Stateless recurrent layers: weights come as arguments.
 
 All take floating-point tensors of one dtype and one device (float32, float64, bfloat16 and float16 have kernels on the
-CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast the input, the states and
-the weights are cast to the autocast dtype, float64 excepted, as torch casts the arguments of `linear`; outputs and
+CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast the input, the states
+and the weights are cast to the autocast dtype, float64 excepted, as torch casts the arguments of `linear`; outputs and
 states are returned in that dtype and gradients arrive in the dtypes that came in.
 
 Sizes in this module: T steps, B sequences, I input features, H hidden units, D directions, L layers, P projected units,
@@ -39,7 +39,8 @@ def lstm(
 
         i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f = sigmoid(W_if x + b_if + W_hf h + b_hf)
         g = tanh(W_ig x + b_ig + W_hg h + b_hg)         o = sigmoid(W_io x + b_io + W_ho h + b_ho)
-        c' = f * c + i * g                              h' = o * tanh(c'),  projected: h' = W_hr (o * tanh(c'))  (Sak 2014)
+        c' = f * c + i * g                              h' = o * tanh(c')
+    and with a projection (Sak et al. 2014)             h' = W_hr (o * tanh(c'))
 
     input: [T, B, I], [B, T, I] with `batch_first`, [T, I] unbatched, or the data [rows, I] of a PackedSequence with its
         `batch_sizes` (int64 [T] on the CPU, descending).
@@ -48,8 +49,8 @@ def lstm(
         then b_ih, b_hh [4H] if there are biases, then w_hr [P, H] if there is a projection.
     dropout: probability with which an output of every layer but the last is zeroed when `training`; the masks are those
         of torch.nn for the same seed.
-    lengths: integers [B] of 0..T, in any order, for padded batches: outputs after a sequence's end are 0, its states are
-        its last ones (h_0, c_0 for length 0) and its reverse direction starts at its own end.
+    lengths: integers [B] of 0..T, in any order, for padded batches: outputs after a sequence's end are 0, its states
+        are its last ones (h_0, c_0 for length 0) and its reverse direction starts at its own end.
     bptt_steps: k > 0 cuts the gradient that flows through the state before every k-th step (truncated back-propagation
         through time); 0 or None never cuts.
     packed: one buffer of `dlkernels.ops.pack` for each layer, made of these very weights.
@@ -188,7 +189,7 @@ def _layers(
         if lengths is not None:
             raise ValueError("lengths: packed input has its own, pass lengths or batch_sizes")
         _checks.batch_sizes(x, batch_sizes)
-        batch_first = False
+        batch_first, steps = False, 0
         # The number of sequences is data; a compiler leaves it to the operator.
         batch = None if torch.compiler.is_compiling() or (h0 is None and c0 is None) else int(batch_sizes[0])
     else:
@@ -206,21 +207,19 @@ def _layers(
         features = directions * outputs
         if layer == 0 and batch is not None:
             _checks.state_sizes(h0, c0, num_layers * directions, batch, outputs, hidden)
-    if lengths is not None and lengths.is_cpu and not _values_unreadable() and not route(x, *weights).native:
-        _checks.length_values(lengths, steps)
+    if (lengths is not None or batch_sizes is not None) and x.is_cpu and _readable() and not route(x).native:
+        _checks.values_for_reference(x, batch_sizes, lengths, steps)
 
     cfg = SequenceConfig(
         mode, bool(bidirectional), bool(batch_first), steps_between_cuts, torch.are_deterministic_algorithms_enabled()
     )
     if num_layers == 1:
         return layer_forward(cfg, x, h0, c0, weights, None if packed is None else packed[0], batch_sizes, lengths)
-    return _stack(
-        cfg, x, h0, c0, weights, num_layers, dropout if training else 0.0, lengths, batch_sizes, packed
-    )
+    return _stack(cfg, x, h0, c0, weights, num_layers, dropout if training else 0.0, lengths, batch_sizes, packed)
 
 
-def _values_unreadable() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _readable() -> bool:
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def _stack(
@@ -244,7 +243,8 @@ def _stack(
         here = slice(layer * directions, (layer + 1) * directions)
         x, h, c = layer_forward(
             cfg, x, None if h0 is None else h0[here], None if c0 is None else c0[here],
-            weights[layer * count : (layer + 1) * count], None if packed is None else packed[layer], batch_sizes, lengths,
+            weights[layer * count : (layer + 1) * count], None if packed is None else packed[layer], batch_sizes,
+            lengths,
         )  # fmt: skip
         h_n.append(h)
         c_n.append(c)
@@ -258,8 +258,9 @@ def _cell(
     function = f"{name[:-4].lower()}_cell"
     for argument, value in (("input", x), ("w_ih", w_ih), ("w_hh", w_hh)):
         _checks.tensor(function, argument, value)
-    if h is not None:
-        _checks.tensor(function, "hx", h)
+    for argument, optional in (("hx", h), ("b_ih", b_ih), ("b_hh", b_hh)):
+        if optional is not None:
+            _checks.tensor(function, argument, optional)
     if x.dim() != 2:
         if x.dim() != 1:
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x.dim()}D instead")
@@ -273,7 +274,7 @@ def _cell(
         b_ih = torch.zeros_like(b_hh)
     elif b_hh is None and b_ih is not None:
         b_hh = torch.zeros_like(b_ih)
-    _checks.same_kind(x, (h, c), (w_ih, w_hh, b_ih, b_hh))
+    _checks.same_kind(x, (h, c), (w_ih, w_hh, b_ih, b_hh), RuntimeError)
     _checks.cell(name, x, h, c, w_ih, w_hh, gates)
     if b_ih is not None:
         _checks.cell_biases(b_ih, b_hh, w_ih.shape[0])

@@ -47,11 +47,13 @@ def info() -> dict[str, Any]:
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "isa": _isa(),
-        "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cpus": _usable_cpus()},
+        "threads": {
+            "torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cpus": _usable_cpus(),
+        },
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "cuda": {"torch_build": torch.version.cuda, "available": torch.cuda.is_available()},
         "kernels": _kernels(bool(build.get("with_cuda", False))),
-    }
+    }  # fmt: skip
 
 
 def _isa() -> dict[str, Any]:
@@ -81,7 +83,9 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     for mode in MODES:
         for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):
             kernel = f"cpu/{native.isa()}/{mode}" if native is not None else "reference"
-            rows.append({"op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(_DTYPES), "reason": _native.why_not})
+            rows.append({
+                "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(_DTYPES), "reason": _native.why_not,
+            })  # fmt: skip
             rows.append({
                 "op": op, "device": "cuda", "kernel": f"cuda/{mode}" if not no_cuda else "reference", "dtypes": "",
                 "reason": no_cuda,
@@ -108,7 +112,7 @@ def format_info(data: dict[str, Any]) -> str:
     """`info()` as text."""
     versions, native, cpu, isa, threads = (data[key] for key in ("versions", "native", "cpu", "isa", "threads"))
     lines = [
-        f"dlkernels {versions['dlkernels']}, torch {versions['torch']}, Python {versions['python']}, {versions['platform']}",
+        ", ".join([*(f"{name} {versions[name]}" for name in ("dlkernels", "torch", "python")), versions["platform"]]),
         f"native module: {native['file']}" if native["loaded"] else f"native module: none ({native['why_not']})",
     ]
     for key, value in native["build"].items():

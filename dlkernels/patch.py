@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy as copylib
 import warnings
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import Module
@@ -85,6 +85,7 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
     scripted module, an instance with its own `forward`) stay as they are, and a warning names them and the reason.
     `verbose` prints the report, which `patch_report(model)` gives at any time. Patching twice changes nothing.
     """
+    _check_module("patch", model)
     if copy:
         model = copylib.deepcopy(model)
     for module in model.modules():
@@ -106,6 +107,7 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
 
 def unpatch(model: M) -> M:
     """Gives every layer that `patch` swapped its torch.nn class back, in place, and returns the model."""
+    _check_module("unpatch", model)
     for module in model.modules():
         if not module.__dict__.pop(_MARK, False):
             continue
@@ -133,6 +135,11 @@ def patch_report(model: Module) -> PatchReport:
     return PatchReport(entries)
 
 
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(f"{function}(): argument 'model' must be a torch.nn.Module, not {type(model).__name__}")
+
+
 def _layer_name(module: Module) -> str:
     if isinstance(module, torch.jit.ScriptModule):
         return str(module.original_name)
@@ -143,11 +150,11 @@ def _obstacle(module: Module) -> str:
     """Why a recurrent layer of torch cannot be swapped; empty where it can, or where the module is something else."""
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript" if module.original_name in _NAMES else ""
-    cls = type_before_parametrizations(module)
+    cls: Any = type_before_parametrizations(module)
     if isinstance(module, _OUR_CLASSES) or not isinstance(module, _TORCH):
         return ""
     if cls not in _SWAPS:
-        base = next(theirs for theirs in _TORCH if isinstance(module, theirs))
+        base: Any = next(theirs for theirs in _TORCH if isinstance(module, theirs))
         own = "with its own forward" if cls.forward is not base.forward else "whose methods may rely on its class"
         return f"a subclass of torch.nn.{base.__name__} {own}"
     if "forward" in module.__dict__:

@@ -258,7 +258,7 @@ def torch_results(case: Case, data: Data, dtype: torch.dtype) -> Results:
 
 
 # In a tensor of a few values torch's error is one throw of the dice: it may round almost everything right where we
-# are one unit off. So a verdict against us is checked with torch's errors at this many inputs close by; the largest counts.
+# are one unit off. So a verdict against us is checked with the largest of torch's errors at this many inputs close by.
 NEIGHBOURS = 8
 second_opinions: list[str] = []
 

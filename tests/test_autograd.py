@@ -26,7 +26,9 @@ VARIANTS = {
     "two-directions": {"bidirectional": True},
     "batch-first": {"batch_first": True},
     "projected": {"projected": True, "bidirectional": True},
-    "projected-lengths": {"projected": True, "bias": False, "bidirectional": True, "lengths": True, "batch_first": True},
+    "projected-lengths": {
+        "projected": True, "bias": False, "bidirectional": True, "lengths": True, "batch_first": True
+    },
     "lengths": {"lengths": True, "bidirectional": True},
     "packed": {"packed": True, "bidirectional": True},
     "truncated": {"bptt_steps": 2, "bidirectional": True},
@@ -89,8 +91,9 @@ class Case:
         x, h0, c0, weights = self.split(tensors)
         cfg = self.cfg
         outs = reference.sequence(
-            cfg.mode, x, h0, c0, weights, self.batch_sizes, self.lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps
-        )
+            cfg.mode, x, h0, c0, weights, self.batch_sizes, self.lengths, cfg.bidirectional, cfg.batch_first,
+            cfg.bptt_steps,
+        )  # fmt: skip
         return outs if cfg.mode == "lstm" else outs[:2]
 
 
@@ -190,9 +193,8 @@ def test_only_what_is_needed_gets_a_gradient(mode: str) -> None:
         expected = torch.autograd.grad(loss(case.expected(*tensors)), tensors[i], create_graph=True)
         all_close(got, expected)
         if got[0].requires_grad:
-            all_close(
-                torch.autograd.grad(got[0].sin().sum(), tensors[i]), torch.autograd.grad(expected[0].sin().sum(), tensors[i])
-            )
+            second, expected_second = (torch.autograd.grad(g[0].sin().sum(), tensors[i]) for g in (got, expected))
+            all_close(second, expected_second)
 
 
 # vmap and functorch
@@ -241,7 +243,8 @@ def test_vmap_forward(mode: str, batch_first: bool) -> None:
     x, *rest = (t.detach() for t in case.tensors)
     xs = torch.randn(x.shape[0], 4, *x.shape[1:], dtype=x.dtype)
     got = torch.vmap(case, (1, *(None for _ in rest)), 0)(xs, *rest)
-    all_close(got, [torch.stack(outs) for outs in zip(*(case.expected(xs[:, i], *rest) for i in range(4)), strict=True)])
+    alone = [case.expected(xs[:, i], *rest) for i in range(4)]
+    all_close(got, [torch.stack(outs) for outs in zip(*alone, strict=True)])
 
 
 def test_vmap_over_states_lengths_and_two_levels() -> None:
@@ -254,9 +257,7 @@ def test_vmap_over_states_lengths_and_two_levels() -> None:
     hs = torch.randn(3, 2, *h0.shape, dtype=h0.dtype)  # type: ignore[union-attr]
     inner = torch.vmap(lambda h: sequence(case.cfg, x, h, c0, weights, None, None, LENGTHS))
     got = torch.vmap(inner)(hs)
-    all_close(
-        [t[2, 1] for t in got], reference.sequence("lstm", x, hs[2, 1], c0, weights, None, LENGTHS, True)
-    )
+    all_close([t[2, 1] for t in got], reference.sequence("lstm", x, hs[2, 1], c0, weights, None, LENGTHS, True))
 
 
 def test_vmap_in_vmap_of_grad() -> None:

@@ -91,6 +91,6 @@ def test_what_torch_has_not(group: str) -> None:
             wrong.append(f"{key[1]}: {'crashes' if 'crash' in ours else 'is accepted'}")
         elif not {"TypeError", "ValueError", "RuntimeError"} & set(ours["bases"]):
             wrong.append(f"{key[1]}: raises {ours['bases'][0]}: {ours['message']}")
-        elif argument not in ours["message"]:
+        elif argument != "*" and argument not in ours["message"]:
             wrong.append(f"{key[1]}: the message does not name {argument}: {ours['message']}")
     assert not wrong, "\n".join(wrong)

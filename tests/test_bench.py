@@ -132,6 +132,8 @@ class TestTiming:
         assert timing.calls_per_block(0.0, 0.02) == 5000
         slow = timing.alternate(FakeSide([1.0]), FakeSide([1.0]), Budget(0.1, min_pairs=2), clock)
         assert len(slow.pair_ratios) == 2
+        slowest = timing.alternate(FakeSide([1.0]), FakeSide([1.0]), Budget(0.1, max_seconds=7.0), clock)
+        assert len(slowest.pair_ratios) == 2, "fewer pairs than asked for, when they take too long"
 
     def test_noise_that_meets_both_sides_cancels(self) -> None:
         load = [1, 1, 5, 5, 5, 1, 1]

@@ -1,4 +1,4 @@
-"""The operators themselves, called without autograd: torch's own checks of custom operators, values, refusals."""
+"""The operators themselves, called without autograd: torch's own checks of custom operators, values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_calls import GATES, LENGTHS, SLOTS, B, Call, CellCall, H, I, P, T, op
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -13,74 +14,13 @@ from dlkernels import ops
 
 pytestmark = pytest.mark.usefixtures("native")
 
-T, B, I, H, P = 5, 3, 4, 6, 2
-LENGTHS = (5, 2, 4)
 LAYOUTS = ("padded", "batch_first", "packed", "packed_h0", "lengths")
 VARIANTS = [(mode, 0) for mode in ops.MODES] + [("lstm", P)]
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-SLOTS = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
 
 variants = pytest.mark.parametrize(("mode", "proj"), VARIANTS, ids=lambda value: str(value))
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 directions = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
 modes = pytest.mark.parametrize("mode", ops.MODES)
-
-
-def op(name: str) -> Any:
-    return getattr(torch.ops.dlkernels, name).default
-
-
-def peer(mode: str, proj: int = 0, bidirectional: bool = False, **options: Any) -> torch.nn.RNNBase:
-    """torch's layer of the same kind, in float64."""
-    options = {"bidirectional": bidirectional, "dtype": torch.float64, **options}
-    if mode == "lstm":
-        return torch.nn.LSTM(I, H, proj_size=proj, **options)
-    if mode == "gru":
-        return torch.nn.GRU(I, H, **options)
-    return torch.nn.RNN(I, H, nonlinearity=mode.removeprefix("rnn_"), **options)
-
-
-class Call:
-    """Arguments of the forward operator by name, and of the backward operator that follows it."""
-
-    def __init__(self, mode: str, proj: int = 0, bidirectional: bool = False, layout: str = "padded") -> None:
-        self.mode, self.layout, self.directions = mode, layout, 2 if bidirectional else 1
-        self.peer = peer(mode, proj, bidirectional, batch_first=layout == "batch_first")
-        out = proj or H
-        x = torch.randn((B, T, I) if layout == "batch_first" else (T, B, I), dtype=torch.float64)
-        h0 = torch.randn(self.directions, B, out, dtype=torch.float64)
-        c0 = torch.randn(self.directions, B, H, dtype=torch.float64) if mode == "lstm" else None
-        batch_sizes = lengths = None
-        if layout.startswith("packed"):
-            self.packed_x = pack_padded_sequence(x, torch.tensor(sorted(LENGTHS, reverse=True)))
-            x, batch_sizes = self.packed_x.data, self.packed_x.batch_sizes
-        if layout == "packed":
-            h0 = c0 = None
-        if layout == "lengths":
-            lengths = torch.tensor(LENGTHS)
-        self.args = {
-            "x": x, "h0": h0, "c0": c0, "weights": [w.detach() for w in self.peer._flat_weights], "packed": None,
-            "batch_sizes": batch_sizes, "lengths": lengths, "bidirectional": bidirectional,
-            "batch_first": layout == "batch_first", "save": True, "deterministic": False,
-        }  # fmt: skip
-
-    def forward(self, **changes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return op(self.mode)(*{**self.args, **changes}.values())
-
-    def backward_args(self, **changes: Any) -> dict[str, Any]:
-        y, h_n, c_n, saved = self.forward()
-        a = self.args
-        args = {
-            "dy": torch.randn_like(y), "dh_n": torch.randn_like(h_n),
-            "dc_n": torch.randn_like(c_n) if self.mode == "lstm" else None, "x": a["x"], "h0": a["h0"], "c0": a["c0"],
-            "weights": a["weights"], "y": y, "saved": saved, "batch_sizes": a["batch_sizes"], "lengths": a["lengths"],
-            "bidirectional": a["bidirectional"], "batch_first": a["batch_first"], "bptt_steps": 0,
-            "deterministic": False, "need_x": True, "need_state": True, "need_weights": True, "gate_grads": False,
-        }  # fmt: skip
-        return {**args, **changes}
-
-    def backward(self, **changes: Any) -> list[Tensor]:
-        return op(f"{self.mode}_backward")(*self.backward_args(**changes).values())
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
@@ -112,38 +52,6 @@ def test_opcheck_backward(mode: str, proj: int, layout: str, bidirectional: bool
 def test_opcheck_of_a_backward_that_wants_little(mode: str) -> None:
     args = Call(mode).backward_args(dh_n=None, dc_n=None, need_x=False, need_state=False, need_weights=False)
     torch.library.opcheck(op(f"{mode}_backward"), tuple(args.values()))
-
-
-class CellCall:
-    def __init__(self, mode: str, bias: bool = True, states: bool = True, batch: int = B, hidden: int = H) -> None:
-        self.mode = mode
-
-        def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, dtype=torch.float64)
-
-        g = GATES[mode] * hidden
-        self.args = {
-            "x": draw(batch, I), "h": draw(batch, hidden) if states else None,
-            "c": draw(batch, hidden) if states and mode == "lstm" else None, "w_ih": draw(g, I),
-            "w_hh": draw(g, hidden), "b_ih": draw(g) if bias else None, "b_hh": draw(g) if bias else None, "save": True,
-            "deterministic": False,
-        }  # fmt: skip
-
-    def forward(self, **changes: Any) -> list[Tensor]:
-        return op(f"{self.mode}_cell")(*{**self.args, **changes}.values())
-
-    def backward_args(self, **changes: Any) -> dict[str, Any]:
-        h, *others = self.forward()
-        inputs = dict(list(self.args.items())[:7])
-        args = {
-            "dh": torch.randn_like(h), "dc": torch.randn_like(others[0]) if self.mode == "lstm" else None, **inputs,
-            "h_new": h, "saved": others[-1] if SLOTS[self.mode] else h.new_empty(0), "deterministic": False,
-            "need_x": True, "need_state": True, "need_weights": True, "gate_grads": True,
-        }  # fmt: skip
-        return {**args, **changes}
-
-    def backward(self, **changes: Any) -> list[Tensor]:
-        return op(f"{self.mode}_cell_backward")(*self.backward_args(**changes).values())
 
 
 @modes
@@ -374,6 +282,23 @@ def test_an_empty_batch(mode: str, proj: int, bidirectional: bool) -> None:
         assert_close(grad, torch.zeros_like(weight))
 
 
+@variants
+@directions
+def test_sequences_of_no_steps(mode: str, proj: int, bidirectional: bool) -> None:
+    """Lengths of 0: the state goes through, and so does its gradient."""
+    call = Call(mode, proj, bidirectional, "lengths")
+    none = torch.zeros(B, dtype=torch.int64)
+    call.args["lengths"] = none
+    y, h_n, c_n, _ = call.forward()
+    assert not y.any() and torch.equal(h_n, call.args["h0"])
+    args = call.backward_args()
+    dx, dh0, dc0, *dweights = op(f"{mode}_backward")(*args.values())
+    assert not dx.any() and torch.equal(dh0, args["dh_n"])
+    if mode == "lstm":
+        assert torch.equal(c_n, call.args["c0"]) and torch.equal(dc0, args["dc_n"])
+    assert not any(grad.any() for grad in dweights)
+
+
 @modes
 @pytest.mark.parametrize(("batch", "hidden"), [(0, H), (B, 0), (0, 0)])
 def test_an_empty_cell(mode: str, batch: int, hidden: int) -> None:
@@ -398,132 +323,6 @@ def test_no_input_features(mode: str) -> None:
     )  # fmt: skip
     assert grads[0].shape == x.shape and grads[3].shape == (gates, 0)
     assert all(grad.isfinite().all() for grad in grads)
-
-
-# Refusals
-
-D = torch.float64
-
-
-def zeros(*shape: int, dtype: torch.dtype = D) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-FORWARD_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "x of two dimensions": ({"x": zeros(T, I)}, RuntimeError, r"x must have shape \[T, B, input_size\]"),
-    "x of wrong size": ({"x": zeros(T, B, I + 1)}, RuntimeError, r"w_ih must have shape \[24, 5\], got \[24, 4\]"),
-    "x of integers": ({"x": zeros(T, B, I, dtype=torch.int64)}, RuntimeError, "x must be float32, .*got int64"),
-    "x of another dtype": ({"x": zeros(T, B, I, dtype=torch.float32)}, RuntimeError, "w_ih must be float32"),
-    "no steps": ({"x": zeros(0, B, I)}, RuntimeError, "at least one time step"),
-    "h0 of wrong batch": ({"h0": zeros(1, 1, H)}, RuntimeError, r"h0 must have shape \[1, 3, 6\], got \[1, 1, 6\]"),
-    "h0 of wrong rank": ({"h0": zeros(B, H)}, RuntimeError, "h0 must have shape"),
-    "c0 of wrong size": ({"c0": zeros(1, B, H + 1)}, RuntimeError, "c0 must have shape"),
-    "no weights": ({"weights": []}, RuntimeError, "weights must hold"),
-    "one weight": ({"weights": [zeros(24, I)]}, RuntimeError, "weights must hold .* got 1 tensor"),
-    "w_hh of wrong size": (
-        {"weights": [zeros(24, I), zeros(24, H + 1), zeros(24), zeros(24)]}, RuntimeError, "w_hh must have shape",
-    ),
-    "w_hh of one dimension": ({"weights": [zeros(24, I), zeros(24)]}, RuntimeError, "w_hh must have shape"),
-    "hidden size 0": ({"weights": [zeros(0, I), zeros(0, 0)]}, RuntimeError, "hidden_size must be positive"),
-    "w_hr of wrong rank": ({"weights": [zeros(24, I), zeros(24, H), zeros(H)]}, RuntimeError, "w_hr must have shape"),
-    "biases of wrong size": (
-        {"weights": [zeros(24, I), zeros(24, H), zeros(23), zeros(24)]}, RuntimeError, "b_ih must have shape",
-    ),
-    "one direction's weights for two": ({"bidirectional": True}, RuntimeError, "w_ih|w_hh|h0|weights"),
-    "lengths too long": (
-        {"lengths": torch.tensor([5, 0, 9])}, ValueError, r"lengths must lie in 0..T \(T=5\), got 9 at position 2",
-    ),
-    "lengths negative": ({"lengths": torch.tensor([5, -1, 2])}, ValueError, "got -1 at position 1"),
-    "lengths of floats": ({"lengths": torch.tensor([1.0, 2.0, 3.0])}, RuntimeError, "lengths must be int64"),
-    "lengths too few": ({"lengths": torch.tensor([1, 2])}, RuntimeError, r"lengths must have shape \[3\], got \[2\]"),
-    "lengths of two dimensions": ({"lengths": torch.ones(1, 3).long()}, RuntimeError, "one-dimensional"),
-    "batch_sizes for padded x": ({"batch_sizes": torch.tensor([3, 2])}, RuntimeError, "x must be packed"),
-    "batch_sizes that grow": (
-        {"x": zeros(5, I), "batch_sizes": torch.tensor([2, 3])}, ValueError, "must not increase, got 3 at step 1",
-    ),
-    "batch_sizes of 0": ({"x": zeros(5, I), "batch_sizes": torch.tensor([5, 0])}, ValueError, "must be positive"),
-    "batch_sizes too large": ({"x": zeros(5, I), "batch_sizes": torch.tensor([2**62])}, ValueError, "batch_sizes"),
-    "batch_sizes of another sum": ({"x": zeros(5, I), "batch_sizes": torch.tensor([3, 1])}, ValueError, "must sum"),
-    "no batch_sizes": ({"x": zeros(0, I), "batch_sizes": torch.tensor([]).long()}, RuntimeError, "must not be empty"),
-    "lengths and batch_sizes": (
-        {"x": zeros(3, I), "batch_sizes": torch.tensor([3]), "lengths": torch.tensor([1, 1, 1])}, RuntimeError,
-        "give one of them",
-    ),
-    "packed of floats": ({"packed": zeros(9)}, RuntimeError, "packed must be what"),
-    "packed of nothing": ({"packed": zeros(9, dtype=torch.uint8)}, RuntimeError, "packed does not fit"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FORWARD_MISTAKES)
-def test_forward_refuses(name: str) -> None:
-    changes, kind, message = FORWARD_MISTAKES[name]
-    call = Call("lstm")
-    with pytest.raises(kind, match=message):
-        call.forward(**changes)
-    if "packed" not in changes:
-        args = {key: value for key, value in call.backward_args().items() if key not in changes}
-        with pytest.raises(kind, match=message):
-            op("lstm_backward")(**{**args, **changes})
-
-
-BACKWARD_MISTAKES = {
-    "dy of wrong size": ({"dy": zeros(T, B, H + 1)}, "dy must have shape"),
-    "dy of another dtype": ({"dy": zeros(T, B, H, dtype=torch.float32)}, "dy must be float64"),
-    "dh_n of wrong size": ({"dh_n": zeros(1, B + 1, H)}, "dh_n must have shape"),
-    "dc_n of wrong size": ({"dc_n": zeros(2, B, H)}, "dc_n must have shape"),
-    "y of wrong size": ({"y": zeros(T + 1, B, H)}, "y must have shape"),
-    "saved of an inference run": ({"saved": zeros(0)}, r"saved must have shape \[1, 5, 3, 5, 6\], got \[0\]"),
-}
-
-
-@pytest.mark.parametrize("name", BACKWARD_MISTAKES)
-def test_backward_refuses(name: str) -> None:
-    changes, message = BACKWARD_MISTAKES[name]
-    with pytest.raises(RuntimeError, match=message):
-        Call("lstm").backward(**changes)
-
-
-def test_backward_refuses_negative_steps() -> None:
-    with pytest.raises(ValueError, match="bptt_steps must not be negative, got -1"):
-        Call("gru").backward(bptt_steps=-1)
-
-
-CELL_MISTAKES = {
-    "x of three dimensions": ({"x": zeros(1, B, I)}, "x must have shape"),
-    "x of wrong size": ({"x": zeros(B, I + 1)}, "w_ih must have shape"),
-    "h of wrong batch": ({"h": zeros(B + 1, H)}, "h must have shape"),
-    "c of wrong size": ({"c": zeros(B, H + 1)}, "c must have shape"),
-    "one bias": ({"b_hh": None}, "b_ih and b_hh must both"),
-    "b_hh of wrong size": ({"b_hh": zeros(3)}, "b_hh must have shape"),
-    "w_hh of wrong rank": ({"w_hh": zeros(24)}, "w_hh must have two dimensions"),
-    "another dtype": ({"w_hh": zeros(24, H, dtype=torch.float32)}, "w_hh must be float64, got float32"),
-}
-
-
-@pytest.mark.parametrize("name", CELL_MISTAKES)
-def test_cell_refuses(name: str) -> None:
-    changes, message = CELL_MISTAKES[name]
-    call = CellCall("lstm")
-    with pytest.raises(RuntimeError, match=message):
-        call.forward(**changes)
-    with pytest.raises(RuntimeError, match=message):
-        call.backward(**changes)
-
-
-@pytest.mark.parametrize("mode", ["gru", "rnn_tanh", "rnn_relu"])
-def test_only_the_lstm_has_a_cell_state_and_projections(mode: str) -> None:
-    call = Call(mode)
-    with pytest.raises(RuntimeError, match="c0 must be None"):
-        call.forward(c0=zeros(1, B, H))
-    with pytest.raises(RuntimeError, match="c must be None"):
-        CellCall(mode).forward(c=zeros(B, H))
-    with pytest.raises(RuntimeError, match="only lstm has projections"):
-        call.forward(weights=[*call.args["weights"], zeros(P, H)])
-
-
-def test_pack_refuses_an_unknown_mode() -> None:
-    with pytest.raises(ValueError, match="unknown mode 'peephole', expected lstm, gru, rnn_tanh or rnn_relu"):
-        ops.pack("peephole", [zeros(24, I), zeros(24, H)], False)
 
 
 @modes

@@ -12,7 +12,6 @@ from helpers import (
     Case,
     Results,
     check_case,
-    disagreements,
     make_data,
     new_layer,
     run_layer,

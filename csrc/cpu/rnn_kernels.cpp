@@ -37,14 +37,18 @@ void rnn_forward(const ForwardParams& params, const Runtime& runtime) {
   Plan plan = rnn_plan(shape, runtime.isa, runtime.threads, false, params.deterministic, params.packed != nullptr);
   const SequenceLayout layout(shape, params.batch_sizes, params.lengths);
   const void* panels = params.packed ? static_cast<const char*>(params.packed) + kHeaderBytes : nullptr;
-  const int members = kernels(plan.isa).forward(params, panels, plan, runtime, layout);
+  const KernelTable& table = kernels(plan.isa);
+  const int members = table.forward(params, panels, plan, runtime, layout);
+  plan.isa = table.isa;
   g_last_run = {plan, members, false};
 }
 
 void rnn_backward(const BackwardParams& params, const Runtime& runtime) {
   Plan plan = rnn_plan(params.shape, runtime.isa, runtime.threads, true, params.deterministic, false);
   const SequenceLayout layout(params.shape, params.batch_sizes, params.lengths);
-  const int members = kernels(plan.isa).backward(params, plan, runtime, layout);
+  const KernelTable& table = kernels(plan.isa);
+  const int members = table.backward(params, plan, runtime, layout);
+  plan.isa = table.isa;
   g_last_run = {plan, members, true};
 }
 

@@ -40,8 +40,8 @@ const char* split_name(Plan::Split split) {
 }
 
 std::string plan_reason(const Plan& plan, const LayerShape& shape) {
-  std::string text = std::string(isa_name(plan.isa)) + ": " + recurrence_reason(plan, shape) + "; " +
-                     split_reason(plan, shape);
+  std::string text =
+      std::string(isa_name(plan.isa)) + ": " + recurrence_reason(plan, shape) + "; " + split_reason(plan, shape);
   if (plan.chunk_steps > 0) {
     text += plan.chunk_steps >= shape.T ? "; the input projection of all " + count(shape.T, "step") + " is one product"
                                         : "; the input projection is one product per " +

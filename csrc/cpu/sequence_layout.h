@@ -14,7 +14,7 @@ namespace dlk {
 class SequenceLayout {
  public:
   SequenceLayout(const LayerShape& shape, const int64_t* batch_sizes, const int64_t* lengths)
-      : B_(shape.B), batch_sizes_(batch_sizes), uniform_(!batch_sizes && !lengths), steps_(shape.T) {
+      : B_(shape.B), batch_sizes_(batch_sizes), uniform_(!batch_sizes && !lengths), steps_(shape.B ? shape.T : 0) {
     if (uniform_) return;
     order_.resize(B_);
     length_.resize(B_);

@@ -26,11 +26,15 @@ def fold(tensor: Tensor | None, mapped_dim: int | None, batch_dim: int, n: int) 
     return tensor.flatten(batch_dim, batch_dim + 1)
 
 
+def _unflatten(tensor: Tensor, dim: int, outer: int, inner: int) -> Tensor:
+    return tensor.reshape(*tensor.shape[:dim], outer, inner, *tensor.shape[dim + 1 :])
+
+
 def unfold(tensor: Tensor, batch_dim: int, n: int) -> tuple[Tensor, int | None]:
     """Undoes `fold`: the tensor and where its mapped dimension is, None for an empty placeholder."""
     if tensor.dim() <= batch_dim:
         return tensor, None
-    return tensor.unflatten(batch_dim, (n, tensor.shape[batch_dim] // n)), batch_dim
+    return _unflatten(tensor, batch_dim, n, tensor.shape[batch_dim] // n), batch_dim
 
 
 def unfold_all(
@@ -46,7 +50,7 @@ def unfold_groups(
     """As `unfold_all` for weight gradients [n * inner groups, *shape]; inner_groups 0: no vmap inside this one."""
     out_dims = tuple(None if grad.dim() == 1 else 0 for grad in grads)  # 1-D: a placeholder
     if inner_groups:
-        grads = [g if dim is None else g.unflatten(0, (n, inner_groups)) for g, dim in zip(grads, out_dims, strict=True)]
+        grads = [grad if grad.dim() == 1 else _unflatten(grad, 0, n, inner_groups) for grad in grads]
     return tuple(grads), out_dims
 
 
@@ -76,7 +80,7 @@ def _per_group(rows: Tensor, features: Tensor, groups: int, dtype: torch.dtype) 
 
 
 def _split_batch(tensor: Tensor, groups: int) -> Tensor:
-    return tensor.unflatten(1, (groups, tensor.shape[1] // groups))
+    return _unflatten(tensor, 1, groups, tensor.shape[1] // groups)
 
 
 def _gate_halves(mode: str, dgates: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +30,8 @@ def cell(
         return (new_h,) if new_c is None else (new_h, new_c)
     args = (cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
     if path == "eager":
-        return _apply(*unwrap_dead_wrappers(args))
-    return Cell.apply(*args)
+        return _apply(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return]
+    return Cell.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Cell(torch.autograd.Function):
@@ -67,7 +68,7 @@ class Cell(torch.autograd.Function):
         if torch.compiler.is_compiling():
             grads = CellBackward.forward(*args)
         elif torch._C._are_functorch_transforms_active():
-            grads = CellBackward.apply(*args)
+            grads = CellBackward.apply(*args)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
             grads = _apply_backward(*unwrap_dead_wrappers(args))
         else:
@@ -80,14 +81,17 @@ class Cell(torch.autograd.Function):
         _, x_dim, h_dim, c_dim, *weight_dims = in_dims
         if batching.is_mapped(weight_dims):
             return batching.each_sample(Cell.apply, n, (None, *in_dims[1:]), args)
-        outputs = Cell.apply(
+        outputs = Cell.apply(  # type: ignore[no-untyped-call]
             cfg, batching.fold(x, x_dim, 0, n), batching.fold(h, h_dim, 0, n), batching.fold(c, c_dim, 0, n), *weights
         )
         return batching.unfold_all(outputs, (0,) * len(outputs), n)
 
 
 class CellBackward(torch.autograd.Function):
-    """(cfg, wanted, dh', dc', x, h, c, w_ih, w_hh, b_ih, b_hh, h', saved) -> (dx, dh, dc, dw_ih, dw_hh, db_ih, db_hh)."""
+    """(cfg, wanted, dh', dc', x, h, c, w_ih, w_hh, b_ih, b_hh, h', saved) -> the gradients of x to b_hh.
+
+    What is not wanted comes back empty.
+    """
 
     @staticmethod
     def forward(
@@ -146,7 +150,9 @@ class CellBackward(torch.autograd.Function):
             for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True))
         ]
         groups = n * max(wanted.groups, 1) if wanted.weights else 0
-        grads = CellBackward.apply(cfg, wanted._replace(groups=groups), *folded)
+        grads = CellBackward.apply(  # type: ignore[no-untyped-call]
+            cfg, wanted._replace(groups=groups), *folded
+        )
         inputs, inputs_dims = batching.unfold_all(grads[:3], (0, 0, 0), n)
         dweights, dweights_dims = batching.unfold_groups(grads[3:], wanted.groups, n)
         return inputs + dweights, inputs_dims + dweights_dims
@@ -171,5 +177,5 @@ def _grouped_gradients(
     return grads
 
 
-_apply = super(torch.autograd.Function, Cell).apply
-_apply_backward = super(torch.autograd.Function, CellBackward).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, Cell).apply
+_apply_backward: Callable[..., Any] = super(torch.autograd.Function, CellBackward).apply

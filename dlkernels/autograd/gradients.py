@@ -15,8 +15,9 @@ Tensors = tuple[Tensor, ...]
 
 
 def pullback(
-    forward: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+    forward: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
     """The gradient of `forward` for every input, None for those that are None.
 
     None among the cotangents: that output does not count. Uses torch.func, so it holds under functorch too and can be
@@ -32,7 +33,7 @@ def pullback(
         results = forward(*full)
         return tuple(results[i] for i in counted)  # type: ignore[misc]
 
-    _, vjp = torch.func.vjp(outputs, *(inputs[i] for i in present))
+    vjp: Callable[..., Tensors] = torch.func.vjp(outputs, *(inputs[i] for i in present))[1]
     grads: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(present, vjp(tuple(cotangents[i] for i in counted)), strict=True):
         grads[i] = grad
@@ -53,8 +54,9 @@ def sequence_gradients(
 
     def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor, **cut: Any) -> Tensors:
         return reference.sequence(
-            cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps, **cut
-        )
+            cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
+            **cut,
+        )  # fmt: skip
 
     if not cfg.bptt_steps:
         return pullback(run, inputs, cotangents)
@@ -85,7 +87,7 @@ def differentiate(
     gradients: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], wanted: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The second derivative: pulls cotangents of `gradients(*inputs)` back to the wanted inputs, None for the others."""
+    """The second derivative: cotangents of `gradients(*inputs)` pulled back to the wanted inputs, else None."""
 
     def of_wanted(*tensors: Tensor | None) -> Sequence[Tensor | None]:
         return gradients(*(t if want else fixed for t, want, fixed in zip(tensors, wanted, inputs, strict=True)))

@@ -65,7 +65,7 @@ def route(*tensors: Tensor | None) -> Route:
 
 def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
                 "dlkernels: forward-mode differentiation (jvp, jacfwd, dual tensors) is not supported by the recurrent "
                 "layers; use reverse mode (vjp, jacrev, backward), or dlkernels.reference, which supports both"

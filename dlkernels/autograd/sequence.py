@@ -6,6 +6,7 @@ backward operator; the second exists so that the first can be differentiated twi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Tensors
 from typing import Any
 
@@ -46,8 +47,10 @@ def sequence(
         )
     args = (cfg, x, h0, c0, packed, batch_sizes, lengths, *weights)
     if path == "eager":
-        return _apply(*unwrap_dead_wrappers(args))[:3]
-    return Sequence.apply(*args)[:3]
+        y, h_n, c_n, _ = _apply(*unwrap_dead_wrappers(args))
+    else:
+        y, h_n, c_n, _ = Sequence.apply(*args)  # type: ignore[no-untyped-call]
+    return y, h_n, c_n
 
 
 class Sequence(torch.autograd.Function):
@@ -88,7 +91,7 @@ class Sequence(torch.autograd.Function):
         if torch.compiler.is_compiling():
             grads = SequenceBackward.forward(*args)
         elif torch._C._are_functorch_transforms_active():
-            grads = SequenceBackward.apply(*args)
+            grads = SequenceBackward.apply(*args)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
             grads = _apply_backward(*unwrap_dead_wrappers(args))
         else:
@@ -110,7 +113,7 @@ class Sequence(torch.autograd.Function):
             )
         if batching.is_mapped((packed_dim, *weight_dims)):
             return batching.each_sample(Sequence.apply, n, (None, *in_dims[1:]), args)
-        outputs = Sequence.apply(
+        outputs = Sequence.apply(  # type: ignore[no-untyped-call]
             cfg, batching.fold(x, x_dim, cfg.batch_dim, n), batching.fold(h0, h0_dim, 1, n),
             batching.fold(c0, c0_dim, 1, n), packed, batch_sizes, batching.fold(lengths, lengths_dim, 0, n), *weights,
         )  # fmt: skip
@@ -186,7 +189,7 @@ class SequenceBackward(torch.autograd.Function):
         ]
         # Samples that an inner vmap folded before are groups already, and this one's go around them.
         groups = n * max(wanted.groups, 1) if wanted.weights else 0
-        grads = SequenceBackward.apply(
+        grads = SequenceBackward.apply(  # type: ignore[no-untyped-call]
             cfg, wanted._replace(groups=groups), *folded, None, batching.fold(lengths, dims[9], 0, n), *weights
         )
         inputs, inputs_dims = batching.unfold_all(grads[:3], (cfg.batch_dim, 1, 1), n)
@@ -201,7 +204,9 @@ def _grouped_gradients(
     """`sequence_gradients` of a batch of groups x B: weight gradients per group, [groups, *shape]."""
     tensors = (*cotangents, *inputs)
     batch_dims = (cfg.batch_dim, 1, 1, cfg.batch_dim, 1, 1)
-    split = [None if t is None else batching.unfold(t, dim, groups)[0] for t, dim in zip(tensors, batch_dims, strict=False)]
+    split = [
+        None if t is None else batching.unfold(t, dim, groups)[0] for t, dim in zip(tensors, batch_dims, strict=False)
+    ]
     present = [i for i, tensor in enumerate(inputs) if tensor is not None]
 
     def one_group(lengths: Tensor | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -211,7 +216,7 @@ def _grouped_gradients(
     in_dims = [None if t is None else dim for t, dim in zip(split, batch_dims, strict=True)]
     out_dims = (*(batch_dims[3 + i] if i < 3 else 0 for i in present),)
     results = torch.vmap(one_group, (None if lengths is None else 0, *in_dims, *(None for _ in inputs[3:])), out_dims)(
-        None if lengths is None else lengths.unflatten(0, (groups, lengths.shape[0] // groups)), *split, *inputs[3:]
+        None if lengths is None else batching.unfold(lengths, 0, groups)[0], *split, *inputs[3:]
     )
     grads: list[Tensor | None] = [None] * len(inputs)
     for i, grad in zip(present, results, strict=True):
@@ -220,5 +225,5 @@ def _grouped_gradients(
 
 
 # The C++ apply alone: a fifth of the cost of Function.apply, which serves functorch and binds default arguments.
-_apply = super(torch.autograd.Function, Sequence).apply
-_apply_backward = super(torch.autograd.Function, SequenceBackward).apply
+_apply: Callable[..., Any] = super(torch.autograd.Function, Sequence).apply
+_apply_backward: Callable[..., Any] = super(torch.autograd.Function, SequenceBackward).apply

@@ -49,7 +49,7 @@ class Config:
 
     @staticmethod
     def quick(mode: str) -> Config:
-        return Config(mode, steps=120, block=5, seconds=8.0)
+        return Config(mode, steps=120, block=4, seconds=8.0)
 
 
 class CharLM(nn.Module):
@@ -185,7 +185,7 @@ def compare(theirs: list[float], ours: list[float]) -> tuple[bool, str]:
 
 
 def text(job: dict[str, Any]) -> str:
-    lines = [f"char-LM, {job['mode'].upper()}, {job['steps']} steps, {job['threads']} threads"]
+    lines = [f"char-LM, {job['mode'].upper()}, {job['steps']} steps, threads: {job['threads']}"]
     if job["agree"]:
         low, high = job["spread"]
         lines.append(f"  loss curves agree: {job['message']}")

@@ -98,7 +98,7 @@ def _jobs(doc: dict[str, Any]) -> str:
         if not job["agree"]:
             rows.append([f"{job['mode'].upper()}: loss curves disagree", "", "", "", ""])
             continue
-        label = f"{job['mode'].upper()}, {job['steps']} steps, {job['threads']} threads"
+        label = f"{job['mode'].upper()}, {job['steps']} steps, {job['threads']} thread{'s' * (job['threads'] > 1)}"
         seconds = [f"{job['seconds'][side]:.1f} s" for side in ("torch", "dlkernels")]
         bits = ", ".join(f"{job['validation'][side]:.3f}" for side in ("torch", "dlkernels"))
         rows.append([label, *seconds, _times(job["speedup"]), bits])

@@ -30,6 +30,13 @@ class Budget:
     discard_seconds: float = 0.002
     min_pairs: int = 5
     max_pairs: int = 100
+    # Slow cases stop here, even with fewer pairs than min_pairs.
+    max_seconds: float = 60.0
+
+    def wants_more(self, pairs: int, elapsed: float) -> bool:
+        if pairs < self.min_pairs:
+            return pairs == 0 or elapsed < self.max_seconds
+        return pairs < self.max_pairs and elapsed < self.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ def alternate(theirs: Side, ours: Side, budget: Budget, clock: Clock = time.perf
     ]
     blocks: tuple[list[list[float]], list[list[float]]] = ([], [])
     start = clock()
-    while len(blocks[0]) < budget.min_pairs or (clock() - start < budget.seconds and len(blocks[0]) < budget.max_pairs):
+    while budget.wants_more(len(blocks[0]), clock() - start):
         for side, count, kept in zip(sides, calls, blocks, strict=True):
             kept.append(run_block(side, count, budget.discard_seconds, clock))
     return summarize(*blocks)

@@ -37,7 +37,9 @@ def _weights(cell: torch.nn.RNNCellBase) -> Weights:
 
 def _by_operator(mode: str, x: Any, h: Any, c: Any, weights: Weights) -> list[Tensor] | None:
     """[h'] or [h', c'], or None where the call is another than the common one, or a mistake."""
-    if _is_compiling() or _are_transforms_active() or _is_any_autocast_enabled() or forward_ad._current_level >= 0:
+    if not HAVE_NATIVE or _is_compiling() or _are_transforms_active() or _is_any_autocast_enabled():
+        return None
+    if forward_ad._current_level >= 0:  # the operator would drop the tangents
         return None
     w_ih, w_hh, b_ih, b_hh = weights
     try:
@@ -51,21 +53,23 @@ def _by_operator(mode: str, x: Any, h: Any, c: Any, weights: Weights) -> list[Te
         return None
 
 
-if not HAVE_NATIVE:
-
-    def _by_operator(mode: str, x: Any, h: Any, c: Any, weights: Weights) -> list[Tensor] | None:
-        return None
-
-
 def _check_rank(name: str, tensor: Any, what: str) -> None:
     if tensor.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
 
 
-def _check(name: str, input: Any, hx: Any) -> None:
+def _check(name: str, input: Any, states: dict[str, Any], weights: Weights) -> None:
+    """What torch.nn has other exceptions for than the functional form: all that concerns ranks."""
     _check_rank(name, input, "input")
-    if hx is not None:
-        _check_rank(name, hx, "hidden")
+    for what, state in states.items():
+        _check_rank(name, state, what)
+    for what, state in states.items():
+        if input.dim() == 1 and state.dim() == 2:
+            raise RuntimeError(f"For unbatched 1-D input, {what} should also be 1-D but got 2-D tensor")
+    # IndexErrors, where a weight has no such dimension.
+    w_ih, w_hh = weights[:2]
+    if isinstance(w_ih, Tensor) and isinstance(w_hh, Tensor):
+        w_ih.size(0 if name == "RNNCell" else 1), w_hh.size(1)
 
 
 class RNNCell(torch.nn.RNNCell):
@@ -77,7 +81,7 @@ class RNNCell(torch.nn.RNNCell):
             out = _by_operator(f"rnn_{self.nonlinearity}", input, hx, None, weights)
             if out is not None:
                 return out[0]
-        _check("RNNCell", input, hx)
+        _check("RNNCell", input, {} if hx is None else {"hidden": hx}, weights)
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
@@ -91,7 +95,7 @@ class GRUCell(torch.nn.GRUCell):
         out = _by_operator("gru", input, hx, None, weights)
         if out is not None:
             return out[0]
-        _check("GRUCell", input, hx)
+        _check("GRUCell", input, {} if hx is None else {"hidden": hx}, weights)
         return functional.gru_cell(input, hx, *weights)
 
 
@@ -103,13 +107,13 @@ class LSTMCell(torch.nn.LSTMCell):
         h = c = None
         if type(hx) is tuple and len(hx) == 2:
             h, c = hx
-        # Anything else that is not None is for the checks to judge; with one of two states missing it is a mistake.
+        # One state of two is a mistake, and another kind of hx is left to the checks.
         if hx is None or (h is not None and c is not None):
             out = _by_operator("lstm", input, h, c, weights)
             if out is not None:
                 return out[0], out[1]
-        _check_rank("LSTMCell", input, "input")
-        if hx is not None:
-            for at, state in enumerate(hx):
-                _check_rank("LSTMCell", state, f"hx[{at}]")
+        states = {} if hx is None else {f"hx[{at}]": state for at, state in enumerate(hx)}
+        _check("LSTMCell", input, states, weights)
+        if hx is not None and input.dim() == 1:
+            hx = hx[0], hx[1]
         return functional.lstm_cell(input, hx, *weights)

@@ -34,6 +34,8 @@ class Prepacked:
 
     def why_not(self, weights: list[Tensor]) -> str:
         """Why these buffers must not stand in for `weights` in a call made now; empty when they may."""
+        if torch.compiler.is_compiling():
+            return "compiled code could not notice that the weights were written to"
         if any(now is not then for now, then in zip(weights, self.weights, strict=True)):
             return "the weights are no longer the tensors that were packed"
         if tuple(map(_version, weights)) != self.versions:
@@ -46,8 +48,7 @@ class Prepacked:
 
 
 def _version(tensor: Tensor) -> int:
-    # Inference tensors keep no count of their writes; nor can Dynamo read it.
-    return -1 if tensor.is_inference() or torch.compiler.is_compiling() else tensor._version
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count of their writes
 
 
 class RecurrentLayer(RNNBase):
@@ -63,7 +64,7 @@ class RecurrentLayer(RNNBase):
     # torch keeps a list of the weights for cuDNN and has to keep it up to date; here it is a view of the attributes.
 
     @property
-    def _flat_weights(self) -> list[Any]:
+    def _flat_weights(self) -> list[Any]:  # type: ignore[override]
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     def _init_flat_weights(self) -> None:
@@ -80,12 +81,13 @@ class RecurrentLayer(RNNBase):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self.unpack()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
-    def _replicate_for_data_parallel(self) -> Self:
-        replica = Module._replicate_for_data_parallel(self)
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
         replica.__dict__.pop("_prepacked", None)
-        return replica  # type: ignore[return-value]
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -93,7 +95,7 @@ class RecurrentLayer(RNNBase):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Module.__setstate__(self, state)
+        Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", prepacked=True" if self._prepacked is not None else "")
@@ -107,11 +109,12 @@ class RecurrentLayer(RNNBase):
             return [getattr(self, name) for name in self._flat_weights_names]
 
     def prepack(self) -> Self:
-        """Packs the weights once for inference on the CPU; calls that want no weight gradients then use the packed copy.
+        """Packs the weights for inference on the CPU; calls that want no weight gradients then use the packed copy.
 
         The copy is not part of the state: saving, copying, pickling and `to()` leave it out. Replacing a parameter or
         writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) puts the copy out
         of use, but a write through `.data` or numpy is NOT noticed: call `prepack()` again after it, or `unpack()`.
+        Under torch.compile the weights are used as they lie.
         """
         self.unpack()
         weights = self.weight_list()
@@ -119,7 +122,9 @@ class RecurrentLayer(RNNBase):
             raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
         first = weights[0]
         if first.device.type != "cpu" or first.dtype not in _PACKABLE:
-            raise RuntimeError(f"prepack: expected floating-point weights on the CPU, got {first.dtype} on {first.device}")
+            raise RuntimeError(
+                f"prepack: expected weights of a floating dtype on the CPU, got {first.dtype} {first.device}"
+            )
         if not HAVE_NATIVE:
             announce_reference()
             return self
@@ -148,22 +153,29 @@ class RecurrentLayer(RNNBase):
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
             self._check_packed(data, batch_sizes, hx, weights)
-            output, hidden = self._call(data, hx, weights, None, batch_sizes, bptt_steps)
+            try:
+                output, hidden = self._call(data, hx, weights, None, batch_sizes, bptt_steps)
+            except ValueError as error:
+                if str(error).startswith("batch_sizes"):  # the operator's word for a sum or an order that is wrong
+                    raise RuntimeError(str(error)) from None
+                raise
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(hidden, unsorted_indices)
         input.dim()
         if hx is not None:
-            self._check_states(hx)
+            self._check_states(input, hx)
         return self._call(input, hx, weights, lengths, None, bptt_steps)
 
     def _call(
         self, input: Tensor, hx: Any, weights: list[Tensor], lengths: Tensor | None, batch_sizes: Tensor | None,
         bptt_steps: int,
     ) -> tuple[Tensor, Any]:  # fmt: skip
+        if not isinstance(self.bidirectional, bool):
+            raise TypeError(f"bidirectional should be of type bool, got: {type(self.bidirectional).__name__}")
         prepacked = self._prepacked
         packed = prepacked.buffers if prepacked is not None and not prepacked.why_not(weights) else None
         return self._function(
-            input, hx, weights, num_layers=self.num_layers, bidirectional=bool(self.bidirectional),
+            input, hx, weights, num_layers=self.num_layers, bidirectional=self.bidirectional,
             batch_first=self.batch_first, dropout=self.dropout, training=self.training, lengths=lengths,
             batch_sizes=batch_sizes, bptt_steps=bptt_steps, packed=packed,
         )  # fmt: skip
@@ -171,17 +183,19 @@ class RecurrentLayer(RNNBase):
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
-    def _check_states(self, hx: Any) -> None:
+    def _check_states(self, input: Tensor, hx: Any) -> None:
         hx.dim()
 
     def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
         batch_sizes[0]  # of no sequences at all an IndexError, as in torch
         if hx is not None:
             hx.size()
+        elif batch_sizes.is_floating_point():
+            raise TypeError(f"batch_sizes should be of dtype torch.int64, got {batch_sizes.dtype}")
 
 
 class _OneState(RecurrentLayer):
-    @overload  # type: ignore[override]
+    @overload
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, bptt_steps: int = 0
     ) -> tuple[Tensor, Tensor]: ...
@@ -264,7 +278,7 @@ class LSTM(RecurrentLayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    @overload  # type: ignore[override]
+    @overload
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
         bptt_steps: int = 0,
@@ -287,15 +301,19 @@ class LSTM(RecurrentLayer):
         return functional.lstm(input, hx, weights, **options)
 
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
-    check_forward_args = torch.nn.LSTM.check_forward_args
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    def _check_states(self, hx: Any) -> None:
+    def _check_states(self, input: Tensor, hx: Any) -> None:
+        if isinstance(hx, Tensor):
+            torch.nn.LSTM.forward(self, input, hx)  # type: ignore[call-overload]  # raises, in one of several ways
         hx[0].dim(), hx[1].dim()
 
     def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
         # torch.nn.LSTM leaves packed input to its kernels, which find other words for some mistakes.
         batch_sizes[0]
+        if hx is None and batch_sizes.is_floating_point():
+            raise TypeError(f"batch_sizes should be of dtype torch.int64, got {batch_sizes.dtype}")
         if data.dtype != weights[0].dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"RNN input dtype ({data.dtype}) does not match weight dtype ({weights[0].dtype})")
         if isinstance(hx, (tuple, list)):
@@ -307,4 +325,3 @@ class LSTM(RecurrentLayer):
 def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
     if "proj_size" in kwargs:
         raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-

@@ -1,5 +1,5 @@
 """Short PyTorch for every operator: the oracle of the tests, the formula of double backward, and the path that runs
-where no kernel does. Any floating dtype and device; differentiable any number of times; works under functorch transforms.
+where no kernel does. Any floating dtype and device, differentiable any number of times, under functorch transforms too.
 
 float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels hold their state.
 """

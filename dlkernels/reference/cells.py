@@ -12,11 +12,12 @@ from torch.nn.functional import linear
 def step(mode: str, gi: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The gate equations. gi = W_ih x + b_ih and gh = W_hh h + b_hh [B, G*H], h [B, H] (unread by lstm), c [B, H].
 
-    lstm  i, f, o = sigmoid(.), g = tanh(.), c' = f c + i g, h' = o tanh(c')        (Hochreiter & Schmidhuber 1997 with
-          the forget gate of Gers et al. 2000)
-    gru   r, z = sigmoid(.), n = tanh(gi_n + r gh_n), h' = (1 - z) n + z h          (Cho et al. 2014, with the reset gate
-          after the matrix product, as torch and cuDNN have it)
-    rnn   h' = tanh(gi + gh) or relu(gi + gh)                                        (Elman 1990)
+    lstm  i, f, o = sigmoid(.), g = tanh(.), c' = f c + i g, h' = o tanh(c')
+          (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000)
+    gru   r, z = sigmoid(.), n = tanh(gi_n + r gh_n), h' = (1 - z) n + z h
+          (Cho et al. 2014, with the reset gate after the matrix product, as torch and cuDNN have it)
+    rnn   h' = tanh(gi + gh) or relu(gi + gh)
+          (Elman 1990)
     """
     if mode == "lstm":
         assert c is not None

@@ -28,22 +28,24 @@ def sequence(
 
     h0 [D, B, O] and c0 [D, B, H], None for zeros. `lengths` [B] of 0..T: y is 0 after a sequence's end, the states are
     its last ones and the reverse direction starts at its end. Every `bptt_steps` steps (0: never) the state goes
-    through `cut`. Returns y (the layout of x, D*O features), h_n [D, B, O] and c_n [D, B, H], which is empty for gru and
-    rnn. A projection is h' = W_hr h (Sak et al. 2014).
+    through `cut`. Returns y (the layout of x, D*O features), h_n [D, B, O] and c_n [D, B, H], which is empty for gru
+    and rnn. A projection is h' = W_hr h (Sak et al. 2014).
     """
     if batch_sizes is not None:
         present = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # [T, B]
         row = (present.flatten().cumsum(0) - 1).view_as(present).to(x.device)
         present = present.to(x.device)
-        y, h_n, c_n = sequence(
+        padded, last_h, last_c = sequence(
             mode, x[row], h0, c0, weights, None, present.sum(0), bidirectional, False, bptt_steps, cut
         )
-        return y[present], h_n, c_n
+        return padded[present], last_h, last_c
 
     dtype = compute_dtype(x.dtype)
     xs = (x.transpose(0, 1) if batch_first else x).to(dtype)
-    steps, batch = xs.shape[:2]
-    ys, h_n, c_n = [], [], []
+    batch = xs.shape[1]
+    ys: list[Tensor] = []
+    h_n: list[Tensor] = []
+    c_n: list[Tensor] = []
     with without_autocast(x.device):
         for d, w in enumerate(split_directions(weights, 1 + bidirectional)):
             w = DirectionWeights(*(None if t is None else t.to(dtype) for t in w))  # type: ignore[arg-type]
@@ -52,8 +54,8 @@ def sequence(
             if mode == "lstm":
                 hidden = w.w_hh.shape[0] // 4
                 c = xs.new_zeros(batch, hidden) if c0 is None else c0[d].to(dtype)
-            y, h, c = _scan(mode, _in_order(xs, lengths, d), h, c, w, lengths, bptt_steps, cut)
-            ys.append(_in_order(y, lengths, d))
+            out, h, c = _scan(mode, _in_order(xs, lengths, d), h, c, w, lengths, bptt_steps, cut)
+            ys.append(_in_order(out, lengths, d))
             h_n.append(h)
             c_n.append(xs.new_zeros(0) if c is None else c)
         y = torch.cat(ys, -1).to(x.dtype)

@@ -252,7 +252,9 @@ struct StepGrads {
 inline StepGrads cell_step_backward(const LayerShape& s, const Vector& saved, const Vector& y, const Vector& c_prev,
                                     const Vector& h_prev, const Vector& dh, Vector* dc) {
   const int64_t H = s.H, GH = gate_count(s.cell) * H;
-  StepGrads g{Vector(static_cast<size_t>(GH)), {}, Vector(static_cast<size_t>(gate_grad_slots(s.cell) * H)),
+  StepGrads g{Vector(static_cast<size_t>(GH)),
+              {},
+              Vector(static_cast<size_t>(gate_grad_slots(s.cell) * H)),
               Vector(static_cast<size_t>(H), 0.0)};
   g.hidden = g.input;
   for (int64_t j = 0; j < H; ++j) {

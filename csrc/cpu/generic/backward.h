@@ -14,6 +14,7 @@ template <class C, class Cell>
 class Backward {
   using V = Vec<C>;
   static constexpr int kSlots = Cell::kGateGrads;
+  static constexpr int64_t kBiasRows = 16;  // summed by themselves, to keep rounding errors small
 
  public:
   Backward(const BackwardParams& params, const Plan& plan, const SequenceLayout& layout)
@@ -427,7 +428,12 @@ class Backward {
     for (int64_t j = begin; j < end; j += V::size) {
       const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
       V sum = V::zero();
-      for (int64_t r = 0; r < rows; ++r) sum = sum + load_part(dgates + r * ld_gates_ + j, n);
+      for (int64_t r0 = 0; r0 < rows; r0 += kBiasRows) {
+        V part = V::zero();
+        for (int64_t r = r0; r < std::min(rows, r0 + kBiasRows); ++r)
+          part = part + load_part(dgates + r * ld_gates_ + j, n);
+        sum = sum + part;
+      }
       store_part(x.dbias + j, load_part(x.dbias + j, n) + sum, n);
     }
   }

@@ -4,7 +4,7 @@
 // of summation over k is fixed: it depends on K alone.
 
 constexpr int kBlockRows = 96;  // a multiple of every tile height and vector size
-constexpr int64_t kBlockBytesOfK = 4096;
+
 
 // Where a block of A's rows comes from. `rows(m, count, out)` writes count addresses of
 // rows of the compute type, valid until the next call.
@@ -64,7 +64,6 @@ template <class C, class Rows, class Sink>
 DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const PanelShape& shape,
                      const C* panels, Sink sink) {
   using V = Vec<C>;
-  constexpr int64_t kSlice = kBlockBytesOfK / static_cast<int64_t>(sizeof(C));
   alignas(64) C out[kBlockRows * kMaxVectors * V::size];
   const C* row[kBlockRows];
   for (int64_t m = m0; m < m1; m += kBlockRows) {
@@ -73,7 +72,7 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
     for (int64_t p = p0; p < p1; ++p) {
       const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
       const C* panel = panels + shape.offset(p);
-      for (int64_t k = 0; k < shape.K; k += kSlice) {
+      for (int64_t k = 0; k == 0 || k < shape.K; k += kSlice) {  // once for K = 0 too: a product of zeros
         const int64_t depth = shape.K - k < kSlice ? shape.K - k : kSlice;
         for (int r = 0; r < block_rows; r += height) {
           const int rows = block_rows - r < height ? block_rows - r : height;

@@ -1,11 +1,14 @@
 // The one inner product kernel: out[r][v] (+)= sum_k a[r][k] * b[k][v] for a tile of a
-// few rows and 1..4 vectors of columns that stays in registers over all of k.
+// few rows and 1..4 vectors of columns that stays in registers.
 //
-// b is a panel: [K][vectors * Vec::size], zero padded. Every output is one chain of FMAs
-// in the order of k, whatever the tile's height, so a row's result does not depend on
-// the rows beside it. No include guard: included once per ISA, see docs/architecture.md.
+// b is a panel: [K][vectors * Vec::size], zero padded. Every output is a chain of FMAs in
+// the order of k, cut into slices whose sums are added up in order: the rounding error of
+// one long chain grows with its length. The order is the same for every height of the tile,
+// so a row's result does not depend on the rows beside it.
+// No include guard: included once per ISA, see docs/architecture.md.
 
 constexpr int kMaxVectors = 4;
+constexpr int64_t kSlice = 128;
 
 // Rows of a tile by its vectors: accumulators plus operands must fit the registers.
 constexpr int tile_rows(int vectors) {
@@ -26,8 +29,7 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, C* out, bool ac
   for (int r = 0; r < kRows; ++r) {
     row[r] = a[r];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      acc[r][v] = accumulate ? V::load(out + r * kWidth + v * V::size) : V::zero();
+    for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
   }
   for (int64_t k = 0; k < K; ++k, b += kWidth) {
     V column[kVectors];
@@ -43,7 +45,11 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, C* out, bool ac
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v].store(out + r * kWidth + v * V::size);
+    for (int v = 0; v < kVectors; ++v) {
+      C* to = out + r * kWidth + v * V::size;
+      if (accumulate) acc[r][v] = V::load(to) + acc[r][v];
+      acc[r][v].store(to);
+    }
   }
 }
 
@@ -60,6 +66,7 @@ DLK_INLINE TileFn<C> pick_tile(int rows) {
 
 template <class C>
 DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, const C* b, C* out, bool accumulate) {
+  const int width = vectors * Vec<C>::size;
   TileFn<C> fn;
   switch (vectors) {
     case 1: fn = pick_tile<C, 1>(rows); break;
@@ -67,7 +74,16 @@ DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, co
     case 3: fn = pick_tile<C, 3>(rows); break;
     default: fn = pick_tile<C, 4>(rows); break;
   }
-  fn(a, K, b, out, accumulate);
+  const C* at[8];
+  for (int r = 0; r < rows; ++r) at[r] = a[r];
+  for (int64_t k = 0;;) {
+    const int64_t left = K - k, depth = left < kSlice + kSlice / 2 ? left : kSlice;
+    fn(at, depth, b + k * width, out, accumulate);
+    k += depth;
+    if (k >= K) break;
+    for (int r = 0; r < rows; ++r) at[r] += depth;
+    accumulate = true;
+  }
 }
 
 // A tile's home between the product and what uses it: 1.5 KB that never leave L1.

@@ -45,9 +45,9 @@ bool bit(uint64_t word, int index) { return (word >> index) & 1; }
 Cpu detect() {
   const Registers basic = cpuid(1, 0), extended = cpuid(7, 0), more = cpuid(7, 1);
   const uint64_t xcr0 = bit(basic.ecx, 27) ? xgetbv0() : 0;
-  const bool os_ymm = (xcr0 & 0x6) == 0x6;          // xmm, ymm
+  const bool os_ymm = (xcr0 & 0x6) == 0x6;              // xmm, ymm
   const bool os_zmm = os_ymm && (xcr0 & 0xe0) == 0xe0;  // opmask, both halves of zmm
-  const bool os_amx = (xcr0 & 0x60000) == 0x60000;  // tile configuration and data
+  const bool os_amx = (xcr0 & 0x60000) == 0x60000;      // tile configuration and data
   const bool avx = bit(basic.ecx, 28), fma = bit(basic.ecx, 12), f16c = bit(basic.ecx, 29);
   const bool avx2 = bit(extended.ebx, 5);
   const bool avx512f = bit(extended.ebx, 16), avx512dq = bit(extended.ebx, 17);
@@ -157,8 +157,8 @@ Isa current_isa() {
 
 void set_isa(Isa isa) {
   if (isa > best_allowed()) {
-    throw std::invalid_argument(std::string(isa_name(isa)) + " is more than this machine or DLKERNELS_CPU_ISA allows: " +
-                                isa_name(best_allowed()));
+    throw std::invalid_argument(std::string(isa_name(isa)) +
+                                " is more than this machine or DLKERNELS_CPU_ISA allows: " + isa_name(best_allowed()));
   }
   g_override.store(static_cast<int>(isa), std::memory_order_relaxed);
 }

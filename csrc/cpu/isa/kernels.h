@@ -3,10 +3,12 @@
 
 #include "../../rnn_params.h"
 #include "../sequence_layout.h"
+#include "../simd/target.h"
 
 namespace dlk {
 
 struct KernelTable {
+  Isa isa;  // what these kernels were compiled for: what last_run() reports
   int (*forward)(const ForwardParams&, const void* panels, const Plan&, const Runtime&, const SequenceLayout&);
   int (*backward)(const BackwardParams&, const Plan&, const Runtime&, const SequenceLayout&);
   size_t (*panel_bytes)(const LayerShape&);  // of all directions

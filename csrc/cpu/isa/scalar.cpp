@@ -1,6 +1,7 @@
 #include "system.h"
 
 namespace dlk::scalar {
+constexpr Isa kIsa = Isa::scalar;
 constexpr int kRegisters = 16;
 #include "../simd/scalar.h"
 #include "../simd/math.h"
