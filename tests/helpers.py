@@ -111,7 +111,8 @@ def make_data(case: Case) -> Data:
             name: p.shape
             for name, p in getattr(torch.nn, CLASS_NAMES[case.mode])(**layer_kwargs(case)).named_parameters()
         }
-    scale = 1.0 if case.H < 16 else (16 / case.H) ** 0.5 / 2
+    # Recurrences that amplify their state amplify the luck of the first roundings too, in torch's result and in ours.
+    scale = min(1.0, 1.4 * case.H**-0.5)
     params = {name: draw(*shape, scale=scale) for name, shape in shapes.items()}
     x = draw(case.T, case.B, case.I)
     h0 = draw(states, case.B, case.O) if case.hx else None
@@ -154,8 +155,12 @@ def leaf(values: Tensor | None, dtype: torch.dtype, contiguous: bool, batch_firs
 
 
 def gradients(case: Case, data: Data, dtype: torch.dtype, outputs: Results, leaves: dict[str, Tensor]) -> Results:
-    picked = [(outputs[k], d) for k, d in (("y", data.dy), ("h_n", data.dh), ("c_n", data.dc))
-              if k in outputs and k[0] in case.cotangents]  # fmt: skip
+    wanted = [("y", data.dy), ("h_n", data.dh), ("c_n", data.dc)]
+    picked = [
+        (outputs[k], d) for k, d in wanted if k in outputs and k[0] in case.cotangents and outputs[k].requires_grad
+    ]
+    if not picked:  # the oracle, when every length is 0 and the states are not given
+        return {f"d{name}": torch.zeros_like(at) for name, at in leaves.items()}
     grads = torch.autograd.grad(
         [o for o, _ in picked], list(leaves.values()), [d.to(dtype) for _, d in picked], allow_unused=True
     )
@@ -259,7 +264,7 @@ def torch_results(case: Case, data: Data, dtype: torch.dtype) -> Results:
 
 # In a tensor of a few values torch's error is one throw of the dice: it may round almost everything right where we
 # are one unit off. So a verdict against us is checked with the largest of torch's errors at this many inputs close by.
-NEIGHBOURS = 8
+NEIGHBOURS = 16
 second_opinions: list[str] = []
 
 

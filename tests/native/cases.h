@@ -28,7 +28,7 @@ T pick(Random& random, const T (&from)[n]) {
 
 class Buffer {
  public:
-  Buffer() = default;  // absent: a null pointer
+  Buffer() = default;                 // absent: a null pointer
   Buffer(int64_t count, DType dtype)  // every element a NaN until it is written
       : count_(count), dtype_(dtype), bytes_(new char[static_cast<size_t>(count * item_bytes(dtype))]) {
     if (count) std::memset(bytes_.get(), 0xff, static_cast<size_t>(count * item_bytes(dtype)));
@@ -46,7 +46,8 @@ class Buffer {
   double at(int64_t i) const { return naive::load(get(), i, dtype_); }
   bool same_bits(int64_t i, const Buffer& other, int64_t j) const {
     const size_t n = static_cast<size_t>(item_bytes(dtype_));
-    return std::memcmp(bytes_.get() + static_cast<size_t>(i) * n, other.bytes_.get() + static_cast<size_t>(j) * n, n) == 0;
+    return std::memcmp(bytes_.get() + static_cast<size_t>(i) * n, other.bytes_.get() + static_cast<size_t>(j) * n, n) ==
+           0;
   }
   void copy(int64_t to, const Buffer& from, int64_t at, int64_t n) {
     const int64_t size = item_bytes(dtype_);
@@ -72,7 +73,8 @@ struct Case {
 
   bool packed() const { return !batch_sizes.empty(); }
   int64_t length(int64_t b) const {
-    return naive::Walk{shape, packed() ? batch_sizes.data() : nullptr, lengths.empty() ? nullptr : lengths.data()}.length(b);
+    return naive::Walk{shape, packed() ? batch_sizes.data() : nullptr, lengths.empty() ? nullptr : lengths.data()}
+        .length(b);
   }
   int64_t row(int64_t t, int64_t b) const {
     return naive::Walk{shape, packed() ? batch_sizes.data() : nullptr, nullptr}.row(t, b);
@@ -102,8 +104,11 @@ struct Case {
                   "%s %s %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s bias=%d h0=%d c0=%d save=%d prepacked=%d "
                   "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
                   cells[int(s.cell)], dtypes[int(s.dtype)], isas[int(isa)], int(s.T), int(s.B), int(s.I), int(s.H),
-                  int(s.P), s.D, threads, packed() ? "packed" : lengths.empty() ? "padded" : "lengths", bias, h0, c0,
-                  save, prepacked, deterministic, dy, dh_n, dc_n, batch_first, int(gap), int(bptt_steps));
+                  int(s.P), s.D, threads,
+                  packed()          ? "packed"
+                  : lengths.empty() ? "padded"
+                                    : "lengths",
+                  bias, h0, c0, save, prepacked, deterministic, dy, dh_n, dc_n, batch_first, int(gap), int(bptt_steps));
     return line;
   }
 };
@@ -130,7 +135,8 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
   }
   c.isa = isas[random() % isas.size()];
   c.threads = 1 + int(random() % 4);
-  for (bool* flag : {&c.bias, &c.h0, &c.c0, &c.save, &c.dy, &c.dh_n, &c.dc_n, &c.need_x, &c.need_state, &c.need_weights}) {
+  for (bool* flag :
+       {&c.bias, &c.h0, &c.c0, &c.save, &c.dy, &c.dh_n, &c.dc_n, &c.need_x, &c.need_state, &c.need_weights}) {
     *flag = chance(random, 0.75);
   }
   for (bool* flag : {&c.prepacked, &c.deterministic, &c.gate_grads}) *flag = chance(random, 0.3);

@@ -9,13 +9,13 @@ inline int& failures() {
 }
 
 // Prints the first twenty, counts all.
-#define CHECK(condition, ...)                               \
-  do {                                                      \
-    if (!(condition) && ++failures() <= 20) {              \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    if (!(condition) && ++failures() <= 20) {                     \
       std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                             \
-      std::printf("\n");                                    \
-    }                                                       \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 inline int report(const char* name) {

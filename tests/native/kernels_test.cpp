@@ -214,7 +214,8 @@ void run_case(const Case& c, Random& random) {
   naive::forward(forward_params(c, in, oracle, nullptr));
   Outputs out = forward(c, in, c.save);
   if (!c.save) oracle.saved = Buffer();
-  each_output(out, oracle, [&](const char* name, const Buffer& got, const Buffer& want) { compare(c, name, got, want); });
+  each_output(out, oracle,
+              [&](const char* name, const Buffer& got, const Buffer& want) { compare(c, name, got, want); });
 
   // The backward starts from the oracle's forward, so that only its own error shows.
   if (!c.save && saved_slots(c.shape.cell)) {

@@ -1,29 +1,33 @@
 #!/bin/sh
-# Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan] [cases]
+# Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan] [cases] [seed]
 # CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects.
 set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}
-cxx=${CXX:-g++}
 build=${BUILD:-/tmp/dlkernels-native-$mode}
 case $mode in
-  asan) sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all"; cases=${2:-1500} ;;
-  tsan) sanitizers="-fsanitize=thread"; cases=${2:-250} ;;
-  *) echo "usage: run.sh [asan|tsan] [cases]" >&2; exit 2 ;;
+  asan) sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all" cases=1000 ;;
+  tsan) sanitizers="-fsanitize=thread" cases=250 ;;
+  *) echo "usage: run.sh [asan|tsan] [cases] [seed]" >&2; exit 2 ;;
 esac
+CXX=${CXX:-g++}
+FLAGS="-std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
+export CXX FLAGS build
 mkdir -p "$build"
+
 csrc=../../csrc/cpu
+kernels="isa/avx512 isa/avx2 isa/scalar isa/dispatch plan rnn_kernels team"  # the slowest to compile first
 objects=
-compile_all() {
-  for source in $csrc/isa/avx512.cpp $csrc/isa/avx2.cpp $csrc/isa/scalar.cpp $csrc/isa/dispatch.cpp $csrc/plan.cpp \
-    $csrc/rnn_kernels.cpp $csrc/team.cpp kernels_test.cpp simd_test.cpp; do
-    echo "$source"
-  done | xargs -P 2 -I{} sh -c \
-    "$cxx -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer $sanitizers -pthread -c {} -o $build/\$(basename {} .cpp).o"
-}
-compile_all
-for name in avx512 avx2 scalar dispatch plan rnn_kernels team; do objects="$objects $build/$name.o"; done
-$cxx $sanitizers -pthread "$build/simd_test.o" -o "$build/simd_test"
-$cxx $sanitizers -pthread "$build/kernels_test.o" $objects -o "$build/kernels_test"
+for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
+{
+  for name in $kernels; do echo "$csrc/$name.cpp"; done
+  echo kernels_test.cpp
+  echo simd_test.cpp
+} | xargs -P 2 -I{} sh -c '$CXX $FLAGS -c {} -o "$build/$(basename {} .cpp).o"'
+# shellcheck disable=SC2086
+$CXX $FLAGS $objects "$build/kernels_test.o" -o "$build/kernels_test"
+# shellcheck disable=SC2086
+$CXX $FLAGS "$build/simd_test.o" -o "$build/simd_test"
+
 [ "$mode" = tsan ] || "$build/simd_test"
-"$build/kernels_test" "$cases"
+"$build/kernels_test" "${2:-$cases}" "${3:-0}"

@@ -48,7 +48,8 @@ double error_in_ulps(C got, R want) {
 // exponents for double; then the range where things happen, evenly.
 std::vector<float> samples(float) {
   std::vector<float> out;
-  for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 6151) out.push_back(dlk::bits_float(static_cast<uint32_t>(bits)));
+  for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 6151)
+    out.push_back(dlk::bits_float(static_cast<uint32_t>(bits)));
   for (int i = -200000; i <= 200000; ++i) out.push_back(static_cast<float>(i) * 5.3e-4f);
   return out;
 }

@@ -125,7 +125,10 @@ void test_arithmetic(const char* isa) {
       } cases[] = {{"+", x + y, a + b},
                    {"-", x - y, a - b},
                    {"*", x * y, a * b},
-                   {"/", x / y, a == 0 && b == 0 ? nan : b == 0 ? std::copysign(C(1), a) * C(HUGE_VAL) * (a == a ? 1 : nan) : a / b},
+                   {"/", x / y,
+                    a == 0 && b == 0 ? nan
+                    : b == 0         ? std::copysign(C(1), a) * C(HUGE_VAL) * (a == a ? 1 : nan)
+                                     : a / b},
                    {"negate", -x, -a},
                    {"fma", fma(x, y, x), a * b + a},
                    {"fnma", fnma(x, y, x), a - a * b},
@@ -195,7 +198,8 @@ void test_type(const char* isa, const char* type) {
   test_shuffles<C>(isa);
   test_arithmetic<C>(isa);
   const MathErrors worst = test_math<C>(isa);
-  std::printf("%s %s: error in ulps exp %.2f sigmoid %.2f tanh %.2f\n", isa, type, worst.exp, worst.sigmoid, worst.tanh);
+  std::printf("%s %s: error in ulps exp %.2f sigmoid %.2f tanh %.2f\n", isa, type, worst.exp, worst.sigmoid,
+              worst.tanh);
   CHECK(worst.exp < 1.1, "%s %s", isa, type);
   CHECK(worst.sigmoid < 2.5, "%s %s", isa, type);
   CHECK(worst.tanh < 2, "%s %s", isa, type);

@@ -8,7 +8,7 @@
 // No include guard: included once per ISA, see docs/architecture.md.
 
 constexpr int kMaxVectors = 4;
-constexpr int64_t kSlice = 128;
+constexpr int64_t kSlice = 64;
 
 // Rows of a tile by its vectors: accumulators plus operands must fit the registers.
 constexpr int tile_rows(int vectors) {

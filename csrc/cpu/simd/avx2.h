@@ -7,9 +7,7 @@ struct Vec;
 DLK_INLINE __m256i lanes32(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-DLK_INLINE __m256i lanes64(int n) {
-  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
-}
+DLK_INLINE __m256i lanes64(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 
 template <>
 struct Vec<float> {
@@ -108,7 +106,8 @@ DLK_INLINE Vec<float> reduce_rows<float>(const Vec<float> (&rows)[8]) {
   for (int i = 0; i < 2; ++i) {
     const __m256d ab = _mm256_castps_pd(add_pairs(rows[4 * i].v, rows[4 * i + 1].v));
     const __m256d cd = _mm256_castps_pd(add_pairs(rows[4 * i + 2].v, rows[4 * i + 3].v));
-    quads[i] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
+    quads[i] =
+        _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)), _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)));
   }
   return {_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
                         _mm256_permute2f128_ps(quads[0], quads[1], 0x31))};

@@ -57,11 +57,13 @@ DLK_INLINE Vec<double> abs(Vec<double> a) { return {_mm512_andnot_pd(_mm512_set1
 // 0xd8 is the truth table of sign ? b : a.
 DLK_INLINE Vec<float> copysign(Vec<float> a, Vec<float> b) {
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v), sign, 0xd8))};
+  return {
+      _mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v), sign, 0xd8))};
 }
 DLK_INLINE Vec<double> copysign(Vec<double> a, Vec<double> b) {
   const __m512i sign = _mm512_set1_epi64(INT64_MIN);
-  return {_mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(a.v), _mm512_castpd_si512(b.v), sign, 0xd8))};
+  return {
+      _mm512_castsi512_pd(_mm512_ternarylogic_epi64(_mm512_castpd_si512(a.v), _mm512_castpd_si512(b.v), sign, 0xd8))};
 }
 
 DLK_INLINE Vec<float> select_gt(Vec<float> a, Vec<float> b, Vec<float> x, Vec<float> y) {
@@ -113,7 +115,8 @@ DLK_INLINE Vec<float> reduce_rows<float>(const Vec<float> (&rows)[16]) {
   for (int i = 0; i < 4; ++i) {
     const __m512d ab = _mm512_castps_pd(add_pairs(rows[4 * i].v, rows[4 * i + 1].v));
     const __m512d cd = _mm512_castps_pd(add_pairs(rows[4 * i + 2].v, rows[4 * i + 3].v));
-    quads[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
+    quads[i] =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)));
   }
   return {add_quarters(add_quarters(quads[0], quads[1]), add_quarters(quads[2], quads[3]))};
 }
