@@ -8,7 +8,6 @@ import inspect
 import os
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ CELL_MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CLASS_NAMES = {"lstm": "LSTM", "lstm_proj": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
 OP_MODES = {mode: mode.removesuffix("_proj") for mode in MODES}
-
-warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 Results = dict[str, Tensor]
 

@@ -38,9 +38,9 @@ def bad_values(good: Any) -> dict[str, Any]:
     if good.dim() > 1:
         values["rank - 1"] = good[0]
     for dim in range(good.dim()):
-        values[f"size of dim {dim} + 1"] = torch.zeros([n + (d == dim) for d, n in enumerate(good.shape)])
-        values[f"size of dim {dim} = 0"] = torch.zeros([n * (d != dim) for d, n in enumerate(good.shape)])
-        values[f"size of dim {dim} = 1"] = torch.zeros([1 if d == dim else n for d, n in enumerate(good.shape)])
+        values[f"size of dim {dim} + 1"] = good.new_zeros([n + (d == dim) for d, n in enumerate(good.shape)])
+        values[f"size of dim {dim} = 0"] = good.new_zeros([n * (d != dim) for d, n in enumerate(good.shape)])
+        values[f"size of dim {dim} = 1"] = good.new_zeros([1 if d == dim else n for d, n in enumerate(good.shape)])
     return values
 
 

@@ -1,4 +1,4 @@
-"""Mistakes with what torch.nn does not have, grouped as "argument of function": the message has to name the argument."""
+"""Mistakes with what torch.nn does not have, grouped as "argument of function": the message names the argument."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from mistakes import LAYER_KINDS, B, H, I, Mistake, P, T, bad_values, good_input, new_layer
+from op_calls import Call, op
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import dlkernels
 import dlkernels.nn
 from dlkernels import functional
-from mistakes import LAYER_KINDS, B, H, I, Mistake, P, T, bad_values, good_input, new_layer
 
 GOOD_LENGTHS = torch.tensor([5, 3, 1])
 BAD_LENGTHS: dict[str, Any] = {
@@ -24,7 +25,8 @@ BAD_LENGTHS: dict[str, Any] = {
     "wraps in 32 bits": torch.tensor([5, 2**32 + 2, 1]),
 }  # fmt: skip
 BAD_STEPS: dict[str, Any] = {
-    "-1": -1, "-2**40": -(2**40), "1.5": 1.5, "2.0": 2.0, "str": "2", "list": [2], "tensor of floats": torch.tensor(2.5),
+    "-1": -1, "-2**40": -(2**40), "1.5": 1.5, "2.0": 2.0, "str": "2", "list": [2],
+    "tensor of floats": torch.tensor(2.5),
 }  # fmt: skip
 BAD_BATCH_SIZES: dict[str, Any] = {
     "list": [3, 3, 2, 1, 1], "int": 3, "float": torch.tensor([3.0, 3.0, 2.0, 1.0, 1.0]),
@@ -137,6 +139,37 @@ def tools() -> Group:
     yield from calls("explain of dlkernels, input", inputs, lambda bad: dlkernels.explain(layer, bad))
 
 
+def operators() -> Group:
+    """Called directly, past every check in Python. Some of these fit together by chance; none may crash."""
+    for mode in ("lstm", "gru", "rnn_relu"):
+        for layout in ("padded", "lengths", "packed_h0"):
+            call = Call(mode, P if mode == "lstm" else 0, True, layout)
+            for name, arguments in ((mode, call.args), (f"{mode}_backward", call.backward_args())):
+                yield from operator_mistakes(name, layout, arguments)
+
+
+def operator_mistakes(name: str, layout: str, arguments: dict[str, Any]) -> Group:
+    def run(changes: dict[str, Any]) -> Any:
+        return op(name)(**{**arguments, **changes})
+
+    run({})
+    changes: dict[str, Any] = {}
+    for argument, good in arguments.items():
+        if isinstance(good, torch.Tensor):
+            bad_ones = {**bad_values(good), "None": None}
+            changes |= {f"{argument} {what}": {argument: bad} for what, bad in bad_ones.items()}
+        elif argument == "weights":
+            for at, weight in enumerate(good):
+                for what, bad in bad_values(weight).items():
+                    changes[f"weight {at} {what}"] = {"weights": [*good[:at], bad, *good[at + 1 :]]}
+            changes |= {f"{count} weights": {"weights": good[:count]} for count in range(len(good))}
+        elif isinstance(good, bool):
+            changes[f"not {argument}"] = {argument: not good}
+    extremes = {"lengths": [2**62, -1, 5], "batch_sizes": [2**62, 2**62, 1]}
+    changes |= {f"{key} of extremes": {key: torch.tensor(values)} for key, values in extremes.items()}
+    yield from calls(f"! {name}, {layout}", changes, run)
+
+
 def all_mistakes() -> Group:
-    for part in (layer_options, functional_options, cells, tools):
+    for part in (layer_options, functional_options, cells, tools, operators):
         yield from part()

@@ -1,5 +1,6 @@
 // Decides, before anything runs, how a call is carried out. The kernels follow.
 #include <algorithm>
+#include <cstdlib>
 
 #include "isa/kernels.h"
 
@@ -14,6 +15,8 @@ constexpr double kUnitsWorkPerStep = 40e3;
 constexpr int64_t kPrivateCacheBytes = 768 << 10;
 // Rows per GEMM of a chunk: enough to use each panel of weights many times.
 constexpr int64_t kChunkRows = 384;
+// So many rows are multiplied with the weights as they lie.
+constexpr int64_t kDotRows = 8;
 constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roughly
 
 }  // namespace
@@ -30,9 +33,10 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   plan.isa = isa;
   plan.threads = std::min(std::max(threads, 1), kMaxMembers);
   plan.split = Plan::serial;
-  plan.recurrence = !backward && !deterministic && !packed_weights && (shape.B == 1 || shape.rows <= 4) ? Plan::dot
-                                                                                                     : Plan::tiles;
-  plan.chunk_steps = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
+  // Packing the weights costs about as much as a few rows' products with them.
+  plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
+  static const int64_t chunk_rows = std::getenv("DLK_CHUNK") ? std::atoi(std::getenv("DLK_CHUNK")) : kChunkRows;
+  plan.chunk_steps = std::max<int64_t>(1, chunk_rows / std::max<int64_t>(1, shape.B));
   plan.patience_us = std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
   if (plan.threads == 1 || work < kSerialWork) {
     plan.threads = 1;

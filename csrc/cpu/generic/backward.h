@@ -61,7 +61,7 @@ class Backward {
       x.dbias = scratch.take<C>(weights ? block_ld<C>(kSlots * s_.H) : 0);
       x.dx = d == 1 && p_.dx.data ? scratch.take<C>(s_.rows * s_.I) : nullptr;
     }
-    for (int m = 0; m < plan_.threads; ++m) block_[m] = scratch.take<C>(kBlockRows * block_ld<C>(chunk_rows_));
+    for (int m = 0; m < plan_.threads; ++m) block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(chunk_rows_));
   }
 
   // Once, before the team starts.
@@ -194,6 +194,8 @@ class Backward {
     // The step before this one: where its gate gradients lie, and how many sequences it had.
     const C* next_gates = nullptr;
     int64_t next_alive = 0;
+    bool to_and_fro = false;         // see Forward
+    const Row* step_rows = nullptr;  // this step's, null outside of it
 
     const LayerShape& s() const { return f.s_; }
     int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
@@ -232,6 +234,7 @@ class Backward {
     void step(int64_t q, int64_t k, int64_t parity) {
       const int64_t t = f.time(d, q), alive = subset.alive(t, next_alive), first = x.first[k];
       leave(alive);
+      step_rows = x.rows + first;
       if (s().P) {
         recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
           V total = dh + incoming(i, t, j, n);
@@ -246,6 +249,8 @@ class Backward {
       }
       next_gates = f.gates(d, parity) + first * f.ld_gates_;
       next_alive = alive;
+      to_and_fro = !to_and_fro;
+      step_rows = nullptr;
     }
 
     void finish() { leave(0); }
@@ -280,7 +285,8 @@ class Backward {
       TileBuffer<C> out;
       int64_t p0, p1;
       member.share(shape.count(), 1, &p0, &p1);
-      for (int64_t p = p0; p < p1; ++p) {
+      for (int64_t turn = p0; turn < p1; ++turn) {
+        const int64_t p = to_and_fro ? p1 - 1 - (turn - p0) : turn;
         const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
         const C* panel = x.hh + shape.offset(p);
         for (int64_t i0 = begin; i0 < end; i0 += height) {
@@ -292,6 +298,7 @@ class Backward {
             any |= !zero;
             a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * f.ld_gates_;
             tail[r] = zero ? f.zeros_ : a[r] + 3 * H;
+            fetch(i0 + r, shape.column(p, 0), vectors);
           }
           if (any) {
             run_tile<C>(rows, vectors, a, head, panel, out.data, false);
@@ -307,12 +314,24 @@ class Backward {
       }
     }
 
+    // What the cell will want of this step's sequence i for the units from j on.
+    DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
+      if (Cell::kSaved == 0 || s().P || !step_rows) return;
+      const Row& at = step_rows[in_step(i)];
+      const C* saved = static_cast<const C*>(f.p_.saved) +
+                       (d * s().rows + f.layout_.row(at.t, at.b)) * (Cell::kSaved * s().H) + j;
+      for (int k = 0; k < Cell::kSaved; ++k)
+        for (int v = 0; v < vectors; ++v) __builtin_prefetch(saved + k * s().H + v * V::size);
+    }
+
     void through_projection(int64_t alive, int64_t first, int64_t parity) const {
       const C* dproj = f.proj(d, parity);
       const auto row = [&](int64_t i) { return dproj + (first + in_step(i)) * f.ld_proj_; };
       int64_t p0, p1;
       member.share(f.hr_.count(), 1, &p0, &p1);
+      const C* dgates = f.gates(d, parity);
       gemm(0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.hr_, x.hr,
+           [&](int64_t i, int64_t j) -> const void* { return dgates + (first + in_step(i)) * f.ld_gates_ + j; },
            [&](int64_t i, int64_t j, V dh, int n) { cell(i, first + in_step(i), parity, j, n, dh); });
     }
 
@@ -380,7 +399,12 @@ class Backward {
     if (p_.dx.data) {
       const auto row = [&](int64_t r) { return dgates + r * ld_gates_; };
       const GemmShare share(team, rows, ih_);
-      gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, ih_, x.ih,
+      const auto out = [&](int64_t r, int64_t j) -> const void* {
+        const Row& to = x.rows[r];
+        if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + j;
+        return advance(p_.dx.data, s_.dtype, layout_.at(p_.dx, to.t, to.b) + j);
+      };
+      gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, ih_, x.ih, out,
            [&](int64_t r, int64_t j, V value, int n) {
              if (d == 1) {
                value.store(x.dx + layout_.row(x.rows[r].t, x.rows[r].b) * s_.I + j, n);
@@ -409,10 +433,12 @@ class Backward {
       int64_t begin, end;
       team.share(M, 24, &begin, &end);
       const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(rows), block_[worker]};
-      gemm(begin, end, 0, shape.count(), a, shape, panels, [&](int64_t m, int64_t j, V value, int n) {
-        C* to = sum + m * shape.N + j;
-        store_part(to, load_part(to, n) + value, n);
-      });
+      gemm(begin, end, 0, shape.count(), a, shape, panels,
+           [&](int64_t m, int64_t j) -> const void* { return sum + m * shape.N + j; },
+           [&](int64_t m, int64_t j, V value, int n) {
+             C* to = sum + m * shape.N + j;
+             store_part(to, load_part(to, n) + value, n);
+           });
     };
     add(dgates, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
     if constexpr (Cell::kDirectPath) {

@@ -42,7 +42,7 @@ class Forward {
       tables_[m].products = scratch.take<C*>(chunk_rows_);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
-      tables_[m].block = scratch.take<C>(kBlockRows * block_ld<C>(s_.I));
+      tables_[m].block = scratch.take<C>((is_compute_type<C>(s_.dtype) ? 0 : kBlockRows) * block_ld<C>(s_.I));
     }
   }
 
@@ -188,12 +188,14 @@ class Forward {
         (value + V::load(bias + column, n)).store(table.products[row] + column, n);
       };
       const auto x_row = [&](int64_t row) { return table.x[row]; };
+      const auto out = [&](int64_t row, int64_t column) -> const void* { return table.products[row] + column; };
       const C* panels = weights + f.weights_.ih_at;
-      if (is_compute_type<C>(s().dtype) && s().I * sizeof(C) % 1024 != 0) {
-        gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, f.weights_.ih, panels, sink);
+      if (is_compute_type<C>(s().dtype)) {
+        gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, f.weights_.ih, panels, out,
+             sink);
       } else {
         const CopiedRows<C, decltype(x_row)> a{x_row, s().dtype, s().I, block_ld<C>(s().I), table.block};
-        gemm(share.m0, share.m1, share.p0, share.p1, a, f.weights_.ih, panels, sink);
+        gemm(share.m0, share.m1, share.p0, share.p1, a, f.weights_.ih, panels, out, sink);
       }
     }
 
@@ -229,13 +231,22 @@ class Forward {
       TileBuffer<C> out;
       int64_t p0, p1;
       member.share(shape.count(), 1, &p0, &p1);
-      for (int64_t p = p0; p < p1; ++p) {
+      for (int64_t turn = p0; turn < p1; ++turn) {
+        // To and fro, so that a step begins with the panels that the last one left in the cache.
+        const int64_t p = parity ? p1 - 1 - (turn - p0) : turn;
         const int vectors = shape.vectors_in(p), height = tile_rows(vectors);
         const int64_t unit0 = p * shape.units_per_panel();
         for (int64_t i0 = 0; i0 < alive; i0 += height) {
           const int rows = static_cast<int>(std::min<int64_t>(height, alive - i0));
           const C* a[8];
-          for (int r = 0; r < rows; ++r) a[r] = h(parity, i0 + r);
+          for (int r = 0; r < rows; ++r) {
+            a[r] = h(parity, i0 + r);
+            if (f.p_.y.data && !s().P)
+              __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[first + i0 + r] + unit0), 1);
+            for (int v = 0; v < vectors; ++v)
+              __builtin_prefetch(table.products[first + i0 + r] + unit0 +
+                                 (Cell::kGates > 1 ? v * s().H : v * int64_t{V::size}));
+          }
           run_tile<C>(rows, vectors, a, f.O_, panels + shape.offset(p), out.data, false);
           for (int r = 0; r < rows; ++r) {
             for (int v = 0; v < vectors; v += Cell::kGates) {
@@ -297,6 +308,7 @@ class Forward {
       member.share(shape.count(), 1, &p0, &p1);
       const auto out_row = [&](int64_t i) { return cell_out(i); };
       gemm(0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row}, shape, f.weight_memory_[d] + f.weights_.hr_at,
+           [&](int64_t i, int64_t j) -> const void* { return h(1 - parity, i) + j; },
            [&](int64_t i, int64_t j, V value, int n) { emit(t, parity, first + i, i, j, n, value); });
     }
   };

@@ -1,24 +1,28 @@
 // Matrix products outside the recurrence: input projections, input gradients, weight
-// gradients. C[m][n] = sum_k A[m][k] B[k][n] over packed panels of B (panels.h), in
-// blocks of rows that stay in L2 and slices of k that keep a panel there too. The order
-// of summation over k is fixed: it depends on K alone.
+// gradients. C[m][n] = sum_k A[m][k] B[k][n] over packed panels of B (panels.h). A panel
+// is fetched into L2 once for a whole block of rows of A, which stream by; where K is so
+// long that a panel would not stay there, in parts. The order of summation over k is
+// fixed: it depends on K alone.
 
-constexpr int kBlockRows = 96;  // a multiple of every tile height and vector size
-
+constexpr int kBlockRows = 384;
+constexpr int kTransposedRows = 192;  // both multiples of every tile height and vector size
+constexpr int64_t kPanelDepth = 1024;
 
 // Where a block of A's rows comes from. `rows(m, count, out)` writes count addresses of
 // rows of the compute type, valid until the next call.
 template <class C, class RowAt>
 struct DirectRows {
+  static constexpr int kRows = kBlockRows;
   RowAt row;
   void rows(int64_t m, int count, const C** out) const {
     for (int r = 0; r < count; ++r) out[r] = static_cast<const C*>(row(m + r));
   }
 };
 
-// Converted, or moved apart because the rows' own stride would make them evict each other.
+// Converted from their storage dtype.
 template <class C, class RowAt>
 struct CopiedRows {
+  static constexpr int kRows = kBlockRows;
   RowAt row;
   DType dtype;
   int64_t K, ld;
@@ -34,9 +38,10 @@ struct CopiedRows {
 // A is the transpose of src [K][>= m + count], row stride src_ld.
 template <class C>
 struct TransposedRows {
+  static constexpr int kRows = kTransposedRows;
   const C* src;
   int64_t src_ld, K, ld;
-  C* block;  // [kBlockRows][ld]
+  C* block;  // [kTransposedRows][ld]
   void rows(int64_t m, int count, const C** out) const {
     constexpr int kLanes = Vec<C>::size;
     for (int r0 = 0; r0 < count; r0 += kLanes) {
@@ -60,30 +65,37 @@ DLK_INLINE int64_t block_ld(int64_t K) {
 }
 
 // Rows [m0, m1) by panels [p0, p1). sink(m, column, value, n): n <= Vec::size results of row m.
-template <class C, class Rows, class Sink>
+// out(m, column) is where they will go: fetched into the cache while the product is made.
+template <class C, class Rows, class Out, class Sink>
 DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const PanelShape& shape,
-                     const C* panels, Sink sink) {
+                     const C* panels, Out out, Sink sink) {
   using V = Vec<C>;
-  alignas(64) C out[kBlockRows * kMaxVectors * V::size];
-  const C* row[kBlockRows];
-  for (int64_t m = m0; m < m1; m += kBlockRows) {
-    const int block_rows = static_cast<int>(m1 - m < kBlockRows ? m1 - m : kBlockRows);
+  constexpr int kRows = Rows::kRows;
+  alignas(64) C sums[kRows * kMaxVectors * V::size];
+  const C* row[kRows];
+  for (int64_t m = m0; m < m1; m += kRows) {
+    const int block_rows = static_cast<int>(m1 - m < kRows ? m1 - m : kRows);
     a.rows(m, block_rows, row);
     for (int64_t p = p0; p < p1; ++p) {
       const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
       const C* panel = panels + shape.offset(p);
-      for (int64_t k = 0; k == 0 || k < shape.K; k += kSlice) {  // once for K = 0 too: a product of zeros
-        const int64_t depth = shape.K - k < kSlice ? shape.K - k : kSlice;
+      for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: a product of zeros
+        const int64_t depth = shape.K - k < kPanelDepth ? shape.K - k : kPanelDepth;
         for (int r = 0; r < block_rows; r += height) {
           const int rows = block_rows - r < height ? block_rows - r : height;
-          const C* slice[8];
-          for (int i = 0; i < rows; ++i) slice[i] = row[r + i] + k;
-          run_tile<C>(rows, vectors, slice, depth, panel + k * width, out + r * width, k > 0);
+          C* sum = shape.K <= kPanelDepth ? sums : sums + r * width;
+          const C* part[8];
+          for (int i = 0; i < rows; ++i) {
+            part[i] = row[r + i] + k;
+            const char* to = static_cast<const char*>(out(m + r + i, shape.column(p, 0)));
+            for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * 64, 1);
+          }
+          run_tile<C>(rows, vectors, part, depth, panel + k * width, sum, k > 0);
+          if (k + depth < shape.K) continue;
+          for (int i = 0; i < rows; ++i)
+            for (int v = 0; v < vectors; ++v)
+              sink(m + r + i, shape.column(p, v), V::load(sum + i * width + v * V::size), shape.valid(p, v));
         }
-      }
-      for (int r = 0; r < block_rows; ++r) {
-        for (int v = 0; v < vectors; ++v)
-          sink(m + r, shape.column(p, v), V::load(out + r * width + v * V::size), shape.valid(p, v));
       }
     }
   }

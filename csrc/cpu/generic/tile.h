@@ -8,7 +8,10 @@
 // No include guard: included once per ISA, see docs/architecture.md.
 
 constexpr int kMaxVectors = 4;
-constexpr int64_t kSlice = 64;
+
+// Short products take short slices: there the relative error is what torch's own products
+// have to be matched in, and the extra additions cost least.
+constexpr int64_t slice_of(int64_t K) { return K > 512 ? 128 : 64; }
 
 // Rows of a tile by its vectors: accumulators plus operands must fit the registers.
 constexpr int tile_rows(int vectors) {
@@ -31,10 +34,16 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, C* out, bool ac
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
   }
+  // A tall tile has the time to fetch its panel ahead from L2 or beyond; a low one would
+  // only load the same lines twice.
+  constexpr bool kFetchAhead = kRows * kVectors >= 16;
   for (int64_t k = 0; k < K; ++k, b += kWidth) {
     V column[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = V::load(b + v * V::size);
+    for (int v = 0; v < kVectors; ++v) {
+      column[v] = V::load(b + v * V::size);
+      if constexpr (kFetchAhead && V::size * sizeof(C) == 64) __builtin_prefetch(b + 8 * kWidth + v * V::size);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const V x = V::set1(row[r][k]);
@@ -76,8 +85,9 @@ DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, co
   }
   const C* at[8];
   for (int r = 0; r < rows; ++r) at[r] = a[r];
+  const int64_t slice = slice_of(K);
   for (int64_t k = 0;;) {
-    const int64_t left = K - k, depth = left < kSlice + kSlice / 2 ? left : kSlice;
+    const int64_t left = K - k, depth = left < slice + slice / 2 ? left : slice;
     fn(at, depth, b + k * width, out, accumulate);
     k += depth;
     if (k >= K) break;
