@@ -4,8 +4,10 @@ to hold the results against float64. The oracle here is built on torch.nn alone,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import dlkernels.nn
 from dlkernels import _native
-from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, error, floor, within_rule
+from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, Verdict, error, floor, within_rule
 
 MODES = ("lstm", "lstm_proj", "gru", "rnn_tanh", "rnn_relu")
 CELL_MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -259,10 +261,24 @@ def torch_results(case: Case, data: Data, dtype: torch.dtype) -> Results:
     return run_layer(case, data, dtype, torch.nn)
 
 
-# In a tensor of a few values torch's error is one throw of the dice: it may round almost everything right where we
-# are one unit off. So a verdict against us is checked with the largest of torch's errors at this many inputs close by.
-NEIGHBOURS = 16
-second_opinions: list[str] = []
+@functools.lru_cache(maxsize=4096)
+def _expected(case: Case) -> tuple[Data, Results, Results]:
+    data = make_data(case)
+    return data, torch_results(case, data, case.dtype), torch_results(case, data, torch.float64)
+
+
+def expected(case: Case) -> tuple[Data, Results, Results]:
+    """The data, torch's results and those in float64, computed once for all ISAs and both forms of lengths."""
+    return _expected(dataclasses.replace(case, packed=False))
+
+
+# The error of a tensor of a few values is one throw of the dice: torch may have rounded almost everything right where we
+# are some units off, or the other way round. So a verdict against us is looked at again, with this many inputs close by:
+# our median error has to be within the rule, with torch's median for the measure. What is wrong with a kernel, and not
+# with the throw, is wrong there too. And the one throw may not be out of the ordinary: RETRY_CAP times the limit.
+NEIGHBOURS = 15
+RETRY_CAP = 4.0
+second_looks: list[str] = []
 
 
 def neighbour(values: Tensor | None, dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
@@ -273,43 +289,53 @@ def neighbour(values: Tensor | None, dtype: torch.dtype, generator: torch.Genera
     return (values.detach().double() * factors).to(dtype).double()
 
 
-def torch_errors(case: Case, data: Data) -> dict[str, float]:
-    """Torch's largest error in each result, over neighbours of the case."""
+def neighbours(case: Case, data: Data) -> Iterator[Data]:
     generator = torch.Generator().manual_seed(case.seed)
-    worst: dict[str, float] = {}
     for _ in range(NEIGHBOURS):
-        moved = dataclasses.replace(
-            data,
-            **{
-                name: neighbour(getattr(data, name), case.dtype, generator)
-                for name in ("x", "h0", "c0", "dy", "dh", "dc")
-            },
-            params={name: neighbour(p, case.dtype, generator) for name, p in data.params.items()},
-        )
-        theirs, ref = torch_results(case, moved, case.dtype), torch_results(case, moved, torch.float64)
-        for name in theirs:
-            worst[name] = max(worst.get(name, 0.0), error(theirs[name], ref[name]))
-    return worst
+        moved = {k: neighbour(getattr(data, k), case.dtype, generator) for k in ("x", "h0", "c0", "dy", "dh", "dc")}
+        params = {name: neighbour(p, case.dtype, generator) for name, p in data.params.items()}
+        yield Data(**moved, params=params)
+
+
+def errors_nearby(case: Case, data: Data) -> dict[str, tuple[float, float]]:
+    """Our median error and torch's in each result, over neighbours of the case."""
+    ours: dict[str, list[float]] = {}
+    theirs: dict[str, list[float]] = {}
+    for moved in neighbours(case, data):
+        ref = torch_results(case, moved, torch.float64)
+        for found, results in (
+            (ours, run_layer(case, moved, case.dtype, dlkernels.nn)),
+            (theirs, torch_results(case, moved, case.dtype)),
+        ):
+            for name, value in results.items():
+                found.setdefault(name, []).append(error(value, ref[name]))
+    return {name: (statistics.median(ours[name]), statistics.median(theirs[name])) for name in ref}
+
+
+def acceptable_nearby(
+    verdict: Verdict, nearby: tuple[float, float], ref: Tensor, dtype: torch.dtype, grad: bool
+) -> bool:
+    ours, theirs = nearby
+    limit = (FACTOR_GRAD if grad else FACTOR_FORWARD) * theirs + floor(ref, dtype)
+    return ours <= limit and verdict.ours <= RETRY_CAP * max(limit, verdict.limit)
 
 
 def disagreements(case: Case, data: Data, ours: Results, theirs: Results, ref: Results) -> list[str]:
     """Where `ours` breaks the tolerance rule; padding must be exactly 0, which the rule alone would not ask for."""
     assert ours.keys() <= theirs.keys() == ref.keys(), (ours.keys(), theirs.keys(), ref.keys())
     found: list[str] = []
-    worst: dict[str, float] = {}
+    nearby: dict[str, tuple[float, float]] = {}
     for name, value in ours.items():
         is_grad = name not in ("y", "h_n", "c_n")
         verdict = within_rule(value, theirs[name], ref[name], case.dtype, grad=is_grad)
         if verdict.ok:
             continue
-        if not worst:
-            worst = torch_errors(case, data)
-            second_opinions.append(f"{case}: {name} {verdict}")
-        limit = (FACTOR_GRAD if is_grad else FACTOR_FORWARD) * worst[name] + floor(ref[name], case.dtype)
-        if not verdict.ours <= limit:
+        nearby = nearby or errors_nearby(case, data)
+        second_looks.append(f"{case}: {name} {verdict}, nearby {nearby[name]}")
+        if not acceptable_nearby(verdict, nearby[name], ref[name], case.dtype, is_grad):
             found.append(
-                f"{name}: error {verdict.ours:.2e}, limit {verdict.limit:.2e} (torch's error {verdict.theirs:.2e}, "
-                f"{worst[name]:.2e} among neighbours)"
+                f"{name}: error {verdict.ours:.2e}, limit {verdict.limit:.2e} (torch's error {verdict.theirs:.2e}; "
+                f"nearby ours {nearby[name][0]:.2e}, torch's {nearby[name][1]:.2e})"
             )
     if case.lengths is not None:
         padding = torch.arange(case.T)[:, None] >= torch.tensor(case.lengths)
@@ -318,11 +344,10 @@ def disagreements(case: Case, data: Data, ours: Results, theirs: Results, ref: R
     return found
 
 
-def check_case(case: Case, package: Any = None) -> None:
+def check_case(case: Case) -> None:
     """Outputs and every gradient of our layer under the tolerance rule."""
-    data = make_data(case)
-    theirs, ref = torch_results(case, data, case.dtype), torch_results(case, data, torch.float64)
-    ours = run_layer(case, data, case.dtype, package or dlkernels.nn)
+    data, theirs, ref = expected(case)
+    ours = run_layer(case, data, case.dtype, dlkernels.nn)
     found = disagreements(case, data, ours, theirs, ref)
     assert not found, f"{case}\n  " + "\n  ".join(found)
 

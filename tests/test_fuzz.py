@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import available_isas
-from helpers import DTYPES, MODES, Case, check_case, deterministic_algorithms, num_threads, second_opinions, use_isa
+from helpers import DTYPES, MODES, Case, check_case, deterministic_algorithms, num_threads, second_looks, use_isa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -93,16 +93,16 @@ def run(strategy: st.SearchStrategy[tuple[Case, Setting]], examples: int) -> set
 
 @pytest.mark.heavy
 def test_small_configurations() -> None:
-    doubts = len(second_opinions)
+    doubts = len(second_looks)
     passed = run(configurations(SMALL), EXAMPLES)
     counts = {
         field: dict(sorted(collections.Counter(str(getattr(case, field)) for case, _ in passed).items()))
         for field in ("mode", "dtype", "packed", "layers", "bidirectional", "batch_first", "contiguous", "bias", "hx")
     }
     print(f"\n{len(passed)} distinct configurations, none disagrees: {counts}")
-    print(f"{len(second_opinions) - doubts} of them after a second look at torch's own error")
+    print(f"{len(second_looks) - doubts} of them after a second look at torch's own error")
     assert len(passed) >= REQUIRED
-    assert len(second_opinions) - doubts <= len(passed) // 50
+    assert len(second_looks) - doubts <= len(passed) // 50
     assert all(len(by_value) > 1 and min(by_value.values()) >= len(passed) // 20 for by_value in counts.values())
     assert {setting.isa for _, setting in passed} == set(ISAS)
 

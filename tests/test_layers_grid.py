@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import DTYPES, MODES, Case, Data, Results, check_case, disagreements, make_data, run_layer, torch_results
+from helpers import DTYPES, MODES, Case, check_case, disagreements, expected, run_layer
 
 import dlkernels.nn
 
@@ -24,17 +24,6 @@ def combination(mode: str, dtype: torch.dtype, index: int, packed: bool = False)
         bidirectional=bidirectional, batch_first=batch_first, contiguous=contiguous, lengths=lengths, packed=packed,
         hx=index % 3 != 0, dtype=dtype, seed=index,
     )  # fmt: skip
-
-
-# torch's results do not depend on our ISA: computed once for all of them.
-_expected: dict[Case, tuple[Data, Results, Results]] = {}
-
-
-def expected(case: Case) -> tuple[Data, Results, Results]:
-    if case not in _expected:
-        data = make_data(case)
-        _expected[case] = data, torch_results(case, data, case.dtype), torch_results(case, data, torch.float64)
-    return _expected[case]
 
 
 def test_there_are_64_combinations() -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from helpers import NEIGHBOURS, neighbour, use_isa
+from helpers import NEIGHBOURS, acceptable_nearby, neighbour, use_isa
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, ModuleInput, module_db
 
 import dlkernels.nn
-from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, error, floor, within_rule
+from dlkernels.testing import error, within_rule
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 INFOS = {
@@ -84,28 +87,48 @@ def test_every_entry_is_there() -> None:
         assert len(list(samples(info, torch.float32, True))) >= 2
 
 
-def neighbour_errors(theirs: torch.nn.Module, sample: ModuleInput, dtype: torch.dtype) -> list[list[float]]:
-    """torch's largest errors in outputs and gradients over neighbours of the sample (see helpers.NEIGHBOURS)."""
+Nearby = list[list[tuple[float, float]]]
+
+
+def errors_nearby(ours: torch.nn.Module, theirs: torch.nn.Module, sample: ModuleInput, dtype: torch.dtype) -> Nearby:
+    """Our median errors and torch's, of outputs and of gradients, over neighbours of the sample (see helpers)."""
     generator = torch.Generator().manual_seed(3)
 
     def moved(value: Tensor) -> Tensor:
         return neighbour(value, dtype, generator).requires_grad_(value.requires_grad)
 
-    worst: list[list[float]] = []
+    errors: list[list[list[tuple[float, float]]]] = []
     for _ in range(NEIGHBOURS):
-        module = copy.deepcopy(theirs)
-        for parameter in module.parameters():
-            parameter.data = moved(parameter.detach()).to(dtype)
+        state = {name: moved(p.detach()) for name, p in theirs.state_dict().items()}
         inputs = ModuleInput(
             sample.constructor_input,
             FunctionInput(
                 *transform(sample.forward_input.args, moved), **transform(sample.forward_input.kwargs, moved)
             ),
         )
-        pairs = zip(evaluate(module, inputs, dtype), evaluate(module.double(), inputs, torch.float64), strict=True)
-        errors = [[error(a, b) for a, b in zip(*pair, strict=True)] for pair in pairs]
-        worst = [[max(m) for m in zip(*g, strict=True)] for g in zip(worst or errors, errors, strict=True)]
-    return worst
+        results = []
+        for module, own_dtype in ((ours, dtype), (theirs, dtype), (copy.deepcopy(theirs).double(), torch.float64)):
+            copied = copy.deepcopy(module)
+            copied.load_state_dict(state)
+            results.append(evaluate(copied, inputs, own_dtype))
+        groups = zip(*results, strict=True)
+        errors.append([[(error(a, c), error(b, c)) for a, b, c in zip(*g, strict=True)] for g in groups])
+    return [
+        [
+            (statistics.median(a for a, _ in draws), statistics.median(b for _, b in draws))
+            for draws in zip(*group, strict=True)
+        ]
+        for group in zip(*errors, strict=True)
+    ]
+
+
+@functools.cache
+def of_torch(name: str, dtype: torch.dtype, training: bool, number: int) -> tuple[torch.nn.Module, Any, Any]:
+    """torch's module for a sample, its results and those in float64: once for all ISAs."""
+    sample = next(itertools.islice(samples(INFOS[name], dtype, training), number, None))
+    module = build(torch.nn, name, sample, dtype, training)
+    ref = evaluate(copy.deepcopy(module).double(), sample, torch.float64)
+    return module, evaluate(module, sample, dtype), ref
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -114,20 +137,18 @@ def neighbour_errors(theirs: torch.nn.Module, sample: ModuleInput, dtype: torch.
 def test_outputs_and_gradients(name: str, dtype: torch.dtype, training: bool, isa: str) -> None:
     for number, sample in enumerate(samples(INFOS[name], dtype, training)):
         ours = build(dlkernels.nn, name, sample, dtype, training)
-        theirs = build(torch.nn, name, sample, dtype, training)
+        theirs, *expected = of_torch(name, dtype, training, number)
         ours.load_state_dict(theirs.state_dict())
-        ref = copy.deepcopy(theirs).double()
-        results = [evaluate(module, sample, d) for module, d in ((ours, dtype), (theirs, dtype), (ref, torch.float64))]
-        worst: list[list[float]] = []
+        results = [evaluate(ours, sample, dtype), *expected]
+        nearby: Nearby = []
         for grad, group in enumerate(zip(*results, strict=True)):
             for index, (a, b, c) in enumerate(zip(*group, strict=True)):
                 what = f"{name} sample {number}, {'gradient' if grad else 'output'} {index}"
                 assert a.shape == b.shape, what
                 verdict = within_rule(a, b, c, dtype, grad=bool(grad))
                 if not verdict.ok:
-                    worst = worst or neighbour_errors(theirs, sample, dtype)
-                    factor = FACTOR_GRAD if grad else FACTOR_FORWARD
-                    assert verdict.ours <= factor * worst[grad][index] + floor(c, dtype), f"{what}: {verdict}"
+                    nearby = nearby or errors_nearby(ours, theirs, sample, dtype)
+                    assert acceptable_nearby(verdict, nearby[grad][index], c, dtype, bool(grad)), f"{what}: {verdict}"
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -148,7 +169,7 @@ def test_structure_of_the_result(name: str, training: bool, isa: str) -> None:
         assert describe(ours(*args, **kwargs)) == describe(theirs(*args, **kwargs))
 
 
-def grad_check(name: str, second_order: bool) -> None:
+def grad_check(name: str, second_order: bool, fast: bool) -> None:
     for sample in samples(INFOS[name], torch.float64, True):
         module = build(dlkernels.nn, name, sample, torch.float64, True)
         names, parameters = zip(*module.named_parameters(), strict=True)
@@ -175,16 +196,17 @@ def grad_check(name: str, second_order: bool) -> None:
 
         flat = (*(t.detach().clone().requires_grad_() for t in inputs), *parameters)
         check = torch.autograd.gradgradcheck if second_order else torch.autograd.gradcheck
-        assert check(call, flat, fast_mode=second_order)
+        assert check(call, flat, fast_mode=fast)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradcheck(name: str, isa: str) -> None:
-    grad_check(name, second_order=False)
+def test_gradcheck(name: str, isa: str, best_isa: str) -> None:
+    # Every entry of the Jacobian on the best ISA, a random projection of it on the others.
+    grad_check(name, second_order=False, fast=isa != best_isa)
 
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", NAMES)
 def test_gradgradcheck(name: str, best_isa: str) -> None:
     with use_isa(best_isa):
-        grad_check(name, second_order=True)
+        grad_check(name, second_order=True, fast=True)

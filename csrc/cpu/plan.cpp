@@ -1,6 +1,5 @@
 // Decides, before anything runs, how a call is carried out. The kernels follow.
 #include <algorithm>
-#include <cstdlib>
 
 #include "isa/kernels.h"
 
@@ -35,8 +34,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   plan.split = Plan::serial;
   // Packing the weights costs about as much as a few rows' products with them.
   plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
-  static const int64_t chunk_rows = std::getenv("DLK_CHUNK") ? std::atoi(std::getenv("DLK_CHUNK")) : kChunkRows;
-  plan.chunk_steps = std::max<int64_t>(1, chunk_rows / std::max<int64_t>(1, shape.B));
+  plan.chunk_steps = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
   plan.patience_us = std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
   if (plan.threads == 1 || work < kSerialWork) {
     plan.threads = 1;

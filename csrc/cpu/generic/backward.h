@@ -29,18 +29,18 @@ class Backward {
         ld_gates_(block_ld<C>(kSlots * s_.H)),
         ld_unit_(block_ld<C>(s_.H)),
         ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
-        hh_(PanelShape::plain(G_, O_, V::size)),
-        ih_(PanelShape::plain(G_, s_.I, V::size)),
-        hr_(PanelShape::plain(s_.P, s_.H, V::size)) {}
+        hh_(weight_shape(G_, O_)),
+        ih_(weight_shape(G_, s_.I)),
+        hr_(weight_shape(s_.P, s_.H)) {}
 
   void carve(Scratch& scratch) {
     const bool weights = wants_weights();
     zeros_ = scratch.take<C>(zero_count());
     for (int d = 0; d < s_.D; ++d) {
       Direction& x = direction_[d];
-      x.hh = scratch.take<C>(hh_.elements());
-      x.ih = p_.dx.data ? scratch.take<C>(ih_.elements()) : nullptr;
-      x.hr = scratch.take<C>(hr_.elements());
+      x.hh = weight_memory(scratch, hh_, p_.weights[d].w_hh);
+      x.ih = p_.dx.data ? weight_memory(scratch, ih_, p_.weights[d].w_ih) : nullptr;
+      x.hr = weight_memory(scratch, hr_, p_.weights[d].w_hr);
       x.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
       x.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
       x.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
@@ -84,7 +84,7 @@ class Backward {
         walk.member.sync();
       }
       team.sync();
-      chunk_products(team, worker, d, parity);
+      chunk_products(team, worker, d, parity, q == 0);
       team.sync();
     }
     walk.finish();
@@ -140,6 +140,14 @@ class Backward {
     C* dx;                                    // the second direction's part
   };
 
+  PanelShape weight_shape(int64_t K, int64_t N) const {
+    const PanelShape shape = PanelShape::plain(K, N, V::size);
+    return is_compute_type<C>(s_.dtype) ? in_place(shape) : shape;
+  }
+  static C* weight_memory(Scratch& scratch, const PanelShape& shape, const void* w) {
+    return shape.ld ? static_cast<C*>(const_cast<void*>(w)) : scratch.take<C>(shape.elements());
+  }
+
   int64_t zero_count() const { return block_ld<C>(std::max(kSlots * s_.H, std::max(s_.I, O_))); }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
   int64_t time(int d, int64_t q) const { return d == 0 ? layout_.steps() - 1 - q : q; }
@@ -152,13 +160,13 @@ class Backward {
     const DirectionWeights& w = p_.weights[d];
     int64_t task = 0;
     const auto mine = [&] { return task++ % team.size == team.rank; };
-    for (int64_t p = 0; p < hh_.count(); ++p)
+    for (int64_t p = 0; !hh_.ld && p < hh_.count(); ++p)
       if (mine()) pack_panel_matrix<C>(hh_, p, s_.dtype, w.w_hh, x.hh);
-    for (int64_t p = 0; x.ih && p < ih_.count(); ++p)
+    for (int64_t p = 0; x.ih && !ih_.ld && p < ih_.count(); ++p)
       if (mine()) pack_panel_matrix<C>(ih_, p, s_.dtype, w.w_ih, x.ih);
-    for (int64_t p = 0; s_.P && p < hr_.count(); ++p)
+    for (int64_t p = 0; s_.P && !hr_.ld && p < hr_.count(); ++p)
       if (mine()) pack_panel_matrix<C>(hr_, p, s_.dtype, w.w_hr, x.hr);
-    if (!wants_weights()) return;
+    if (!wants_weights() || layout_.steps() > 0) return;  // else the first chunk writes them
     const auto clear = [&](C* sum, int64_t n) {
       int64_t begin, end;
       team.share(n, 1024, &begin, &end);
@@ -288,6 +296,7 @@ class Backward {
       for (int64_t turn = p0; turn < p1; ++turn) {
         const int64_t p = to_and_fro ? p1 - 1 - (turn - p0) : turn;
         const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
+        const int64_t ldb = shape.stride(p);
         const C* panel = x.hh + shape.offset(p);
         for (int64_t i0 = begin; i0 < end; i0 += height) {
           const int rows = static_cast<int>(std::min<int64_t>(height, end - i0));
@@ -301,9 +310,9 @@ class Backward {
             fetch(i0 + r, shape.column(p, 0), vectors);
           }
           if (any) {
-            run_tile<C>(rows, vectors, a, head, panel, out.data, false);
+            run_tile<C>(rows, vectors, a, head, panel, ldb, out.data, false);
             // gru: r and z, then n's hidden half, which lies behind its input half.
-            if constexpr (Cell::kDirectPath) run_tile<C>(rows, vectors, tail, H, panel + head * width, out.data, true);
+            if constexpr (Cell::kDirectPath) run_tile<C>(rows, vectors, tail, H, panel + head * ldb, ldb, out.data, true);
           } else {
             std::fill_n(out.data, rows * width, C(0));
           }
@@ -391,7 +400,7 @@ class Backward {
   };
 
   // dx, weight gradients and gate gradients of the rows of one chunk.
-  void chunk_products(const Member& team, int worker, int d, int64_t parity) {
+  void chunk_products(const Member& team, int worker, int d, int64_t parity, bool first) {
     const Direction& x = direction_[d];
     const int64_t rows = x.row_count, H = s_.H;
     C* dgates = gates(d, parity);
@@ -437,7 +446,7 @@ class Backward {
            [&](int64_t m, int64_t j) -> const void* { return sum + m * shape.N + j; },
            [&](int64_t m, int64_t j, V value, int n) {
              C* to = sum + m * shape.N + j;
-             store_part(to, load_part(to, n) + value, n);
+             store_part(to, first ? value : load_part(to, n) + value, n);
            });
     };
     add(dgates, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
@@ -460,7 +469,7 @@ class Backward {
           part = part + load_part(dgates + r * ld_gates_ + j, n);
         sum = sum + part;
       }
-      store_part(x.dbias + j, load_part(x.dbias + j, n) + sum, n);
+      store_part(x.dbias + j, first ? sum : load_part(x.dbias + j, n) + sum, n);
     }
   }
 

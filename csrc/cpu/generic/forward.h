@@ -231,33 +231,49 @@ class Forward {
       TileBuffer<C> out;
       int64_t p0, p1;
       member.share(shape.count(), 1, &p0, &p1);
-      for (int64_t turn = p0; turn < p1; ++turn) {
+      // Few rows leave room in the buffer for the tiles of several panels: the products then stream through
+      // the weights undisturbed, and the long dependency chains of the cells overlap with each other.
+      const int64_t together = 8 / std::min<int64_t>(8, std::max<int64_t>(1, alive));
+      for (int64_t turn = p0; turn < p1; turn += together) {
+        const int count = static_cast<int>(std::min(together, p1 - turn));
         // To and fro, so that a step begins with the panels that the last one left in the cache.
-        const int64_t p = parity ? p1 - 1 - (turn - p0) : turn;
-        const int vectors = shape.vectors_in(p), height = tile_rows(vectors);
-        const int64_t unit0 = p * shape.units_per_panel();
+        const int64_t p = parity ? p0 + p1 - turn - count : turn;
+        const int height = tile_rows(shape.vectors_in(p));
         for (int64_t i0 = 0; i0 < alive; i0 += height) {
           const int rows = static_cast<int>(std::min<int64_t>(height, alive - i0));
           const C* a[8];
-          for (int r = 0; r < rows; ++r) {
-            a[r] = h(parity, i0 + r);
-            if (f.p_.y.data && !s().P)
-              __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[first + i0 + r] + unit0), 1);
-            for (int v = 0; v < vectors; ++v)
-              __builtin_prefetch(table.products[first + i0 + r] + unit0 +
-                                 (Cell::kGates > 1 ? v * s().H : v * int64_t{V::size}));
+          for (int r = 0; r < rows; ++r) a[r] = h(parity, i0 + r);
+          C* tile = out.data;
+          for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
+            for (int r = 0; r < rows; ++r) fetch(p + k, first + i0 + r);
+            run_tile<C>(rows, shape.vectors_in(p + k), a, f.O_, panels + shape.offset(p + k), shape.stride(p + k), tile,
+                        false);
           }
-          run_tile<C>(rows, vectors, a, f.O_, panels + shape.offset(p), out.data, false);
-          for (int r = 0; r < rows; ++r) {
-            for (int v = 0; v < vectors; v += Cell::kGates) {
-              V hidden[Cell::kGates];
-              for (int g = 0; g < Cell::kGates; ++g) hidden[g] = V::load(out.data + (r * vectors + v + g) * V::size);
-              const int64_t j = unit0 + v / Cell::kGates * V::size;
-              const int n = static_cast<int>(std::min<int64_t>(V::size, s().H - j));
-              cell(t, parity, first + i0 + r, i0 + r, j, n, hidden);
-            }
-          }
+          tile = out.data;
+          for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size)
+            for (int r = 0; r < rows; ++r) cells_of_panel(t, parity, first + i0 + r, i0 + r, p + k, tile, r);
         }
+      }
+    }
+
+    // What the cells of a panel's units will want of one row.
+    DLK_INLINE void fetch(int64_t p, int64_t row) const {
+      const PanelShape& shape = f.weights_.hh;
+      const int64_t unit = p * shape.units_per_panel(), apart = Cell::kGates > 1 ? s().H : int64_t{V::size};
+      for (int v = 0; v < shape.vectors_in(p); ++v) __builtin_prefetch(table.products[row] + unit + v * apart);
+      if (f.p_.y.data && !s().P) __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[row] + unit), 1);
+    }
+
+    // Row r of a tile through the cells of its panel.
+    DLK_INLINE void cells_of_panel(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t p, const C* tile,
+                                   int r) const {
+      const PanelShape& shape = f.weights_.hh;
+      const int vectors = shape.vectors_in(p);
+      for (int v = 0; v < vectors; v += Cell::kGates) {
+        V hidden[Cell::kGates];
+        for (int g = 0; g < Cell::kGates; ++g) hidden[g] = V::load(tile + (r * vectors + v + g) * V::size);
+        const int64_t j = p * shape.units_per_panel() + v / Cell::kGates * V::size;
+        cell(t, parity, row, i, j, static_cast<int>(std::min<int64_t>(V::size, s().H - j)), hidden);
       }
     }
 

@@ -79,6 +79,7 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
     for (int64_t p = p0; p < p1; ++p) {
       const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
       const C* panel = panels + shape.offset(p);
+      const int64_t ldb = shape.stride(p);
       for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: a product of zeros
         const int64_t depth = shape.K - k < kPanelDepth ? shape.K - k : kPanelDepth;
         for (int r = 0; r < block_rows; r += height) {
@@ -90,7 +91,7 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
             const char* to = static_cast<const char*>(out(m + r + i, shape.column(p, 0)));
             for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * 64, 1);
           }
-          run_tile<C>(rows, vectors, part, depth, panel + k * width, sum, k > 0);
+          run_tile<C>(rows, vectors, part, depth, panel + k * ldb, ldb, sum, k > 0);
           if (k + depth < shape.K) continue;
           for (int i = 0; i < rows; ++i)
             for (int v = 0; v < vectors; ++v)

@@ -9,10 +9,11 @@ struct PanelShape {
   int gates;       // 0: plain columns, else vector v of a panel belongs to gate v
   int lanes;       // Vec::size
   int vectors;     // per full panel
+  int64_t ld = 0;  // not 0: no panels but the matrix itself, [K][ld]; see in_place()
 
-  static PanelShape plain(int64_t K, int64_t N, int lanes) { return {K, N, 0, lanes, kMaxVectors}; }
+  static PanelShape plain(int64_t K, int64_t N, int lanes) { return {K, N, 0, lanes, kMaxVectors, 0}; }
   static PanelShape gated(int64_t K, int64_t H, int gates, int lanes) {
-    return gates == 1 ? plain(K, H, lanes) : PanelShape{K, H, gates, lanes, gates};
+    return gates == 1 ? plain(K, H, lanes) : PanelShape{K, H, gates, lanes, gates, 0};
   }
   int64_t units_per_panel() const { return gates ? lanes : static_cast<int64_t>(lanes) * vectors; }
   int64_t count() const { return (N + units_per_panel() - 1) / units_per_panel(); }
@@ -22,7 +23,8 @@ struct PanelShape {
     const int64_t left = (N - p * units_per_panel() + lanes - 1) / lanes;
     return left < vectors ? static_cast<int>(left) : vectors;
   }
-  int64_t offset(int64_t p) const { return p * K * lanes * vectors; }
+  int64_t offset(int64_t p) const { return ld ? p * lanes * vectors : p * K * lanes * vectors; }
+  int64_t stride(int64_t p) const { return ld ? ld : int64_t{vectors_in(p)} * lanes; }
   int64_t elements() const { return (N + lanes - 1) / lanes * lanes * (gates ? gates : 1) * K; }
   // Where vector v of panel p begins among the columns, and how many are real.
   int64_t column(int64_t p, int v) const { return gates ? v * N + p * lanes : (p * vectors + v) * int64_t{lanes}; }
@@ -31,6 +33,13 @@ struct PanelShape {
     return left < lanes ? static_cast<int>(left < 0 ? 0 : left) : lanes;
   }
 };
+
+// A [K][N] matrix of the compute type is as good as its panels when its rows are whole
+// vectors and lie close together.
+DLK_INLINE PanelShape in_place(PanelShape shape) {
+  if (shape.N % shape.lanes == 0 && shape.N <= 16 * shape.lanes) shape.ld = shape.N;
+  return shape;
+}
 
 // From w [columns][K], k contiguous: a transposition, block by block.
 template <class C>

@@ -1,7 +1,8 @@
 // The one inner product kernel: out[r][v] (+)= sum_k a[r][k] * b[k][v] for a tile of a
 // few rows and 1..4 vectors of columns that stays in registers.
 //
-// b is a panel: [K][vectors * Vec::size], zero padded. Every output is a chain of FMAs in
+// b has rows of that many columns, ldb apart: a packed panel, zero padded to whole vectors
+// (panels.h), or a part of a matrix as it lies. Every output is a chain of FMAs in
 // the order of k, cut into slices whose sums are added up in order: the rounding error of
 // one long chain grows with its length. The order is the same for every height of the tile,
 // so a row's result does not depend on the rows beside it.
@@ -9,9 +10,9 @@
 
 constexpr int kMaxVectors = 4;
 
-// Short products take short slices: there the relative error is what torch's own products
-// have to be matched in, and the extra additions cost least.
-constexpr int64_t slice_of(int64_t K) { return K > 512 ? 128 : 64; }
+// Chosen by measuring the error against torch's own products: up to 128 one chain is as
+// good as theirs, for the next sizes it takes slices of 64, and longer ones of 128 again.
+constexpr int64_t slice_of(int64_t K) { return K > 128 && K <= 512 ? 64 : 128; }
 
 // Rows of a tile by its vectors: accumulators plus operands must fit the registers.
 constexpr int tile_rows(int vectors) {
@@ -20,10 +21,10 @@ constexpr int tile_rows(int vectors) {
 }
 
 template <class C>
-using TileFn = void (*)(const C* const* a, int64_t K, const C* b, C* out, bool accumulate);
+using TileFn = void (*)(const C* const* a, int64_t K, const C* b, int64_t ldb, C* out, bool accumulate);
 
 template <class C, int kRows, int kVectors>
-DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, C* out, bool accumulate) {
+DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t ldb, C* out, bool accumulate) {
   using V = Vec<C>;
   constexpr int kWidth = kVectors * V::size;
   V acc[kRows][kVectors];
@@ -37,12 +38,12 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, C* out, bool ac
   // A tall tile has the time to fetch its panel ahead from L2 or beyond; a low one would
   // only load the same lines twice.
   constexpr bool kFetchAhead = kRows * kVectors >= 16;
-  for (int64_t k = 0; k < K; ++k, b += kWidth) {
+  for (int64_t k = 0; k < K; ++k, b += ldb) {
     V column[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       column[v] = V::load(b + v * V::size);
-      if constexpr (kFetchAhead && V::size * sizeof(C) == 64) __builtin_prefetch(b + 8 * kWidth + v * V::size);
+      if constexpr (kFetchAhead && V::size * sizeof(C) == 64) __builtin_prefetch(b + 8 * ldb + v * V::size);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -74,8 +75,8 @@ DLK_INLINE TileFn<C> pick_tile(int rows) {
 }
 
 template <class C>
-DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, const C* b, C* out, bool accumulate) {
-  const int width = vectors * Vec<C>::size;
+DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, const C* b, int64_t ldb, C* out,
+                         bool accumulate) {
   TileFn<C> fn;
   switch (vectors) {
     case 1: fn = pick_tile<C, 1>(rows); break;
@@ -88,7 +89,7 @@ DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, co
   const int64_t slice = slice_of(K);
   for (int64_t k = 0;;) {
     const int64_t left = K - k, depth = left < slice + slice / 2 ? left : slice;
-    fn(at, depth, b + k * width, out, accumulate);
+    fn(at, depth, b + k * ldb, ldb, out, accumulate);
     k += depth;
     if (k >= K) break;
     for (int r = 0; r < rows; ++r) at[r] += depth;
