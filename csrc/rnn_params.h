@@ -51,9 +51,9 @@ struct RowTensor {
 
 struct ForwardParams {
   LayerShape shape;
-  RowTensor<const void*> x;    // features: I
-  const void* h0;              // [D, B, O], null = zeros
-  const void* c0;              // [D, B, H], null = zeros; lstm only
+  RowTensor<const void*> x;  // features: I
+  const void* h0;            // [D, B, O], null = zeros
+  const void* c0;            // [D, B, H], null = zeros; lstm only
   DirectionWeights weights[2];
   const void* packed;          // what pack() wrote for these weights, or null
   const int64_t* batch_sizes;  // [T], descending: x, y are packed; else null
@@ -77,16 +77,16 @@ struct BackwardParams {
   DirectionWeights weights[2];
   const int64_t *batch_sizes, *lengths;
   RowTensor<const void*> y;
-  const void* saved;            // null only where S = 0
-  RowTensor<const void*> dy;    // features: D*O; data null = zeros
-  const void *dh_n, *dc_n;      // [D, B, O], [D, B, H]; null = zeros
-  int64_t bptt_steps;           // 0 = never cut; else gradients stop at every multiple of it
-  RowTensor<void*> dx;          // data null = not wanted; padding rows are written as 0
-  void *dh0, *dc0;              // null = not wanted
+  const void* saved;          // null only where S = 0
+  RowTensor<const void*> dy;  // features: D*O; data null = zeros
+  const void *dh_n, *dc_n;    // [D, B, O], [D, B, H]; null = zeros
+  int64_t bptt_steps;         // 0 = never cut; else gradients stop at every multiple of it
+  RowTensor<void*> dx;        // data null = not wanted; padding rows are written as 0
+  void *dh0, *dc0;            // null = not wanted
   DirectionGrads grads[2];
-  void* gate_grads;             // [D, rows, gate_grad_slots, H] of the compute type, or null; padding
-                                // rows are written as 0. gru: dr, dz, dn (input half), dn (hidden half)
-  void* proj_grads;             // [D, rows, P] of the compute type, or null: the whole gradient of h
+  void* gate_grads;  // [D, rows, gate_grad_slots, H] of the compute type, or null; padding
+                     // rows are written as 0. gru: dr, dz, dn (input half), dn (hidden half)
+  void* proj_grads;  // [D, rows, P] of the compute type, or null: the whole gradient of h
   bool deterministic;
 };
 
@@ -103,12 +103,12 @@ constexpr int kMaxMembers = 64;
 
 struct Plan {
   Isa isa;
-  int threads;                // members asked for, at most kMaxMembers
+  int threads;  // members asked for, at most kMaxMembers
   enum Split : int { serial, rows, units } split;
   enum Recurrence : int { dot, tiles } recurrence;
-  int64_t chunk_steps;        // time steps per input-projection GEMM
+  int64_t chunk_steps;  // time steps per input-projection GEMM
   bool directions_side_by_side;
-  int64_t patience_us;        // how long the first member waits for the others
+  int64_t patience_us;  // how long the first member waits for the others
 };
 
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights);

@@ -272,10 +272,10 @@ def expected(case: Case) -> tuple[Data, Results, Results]:
     return _expected(dataclasses.replace(case, packed=False))
 
 
-# The error of a tensor of a few values is one throw of the dice: torch may have rounded almost everything right where we
-# are some units off, or the other way round. So a verdict against us is looked at again, with this many inputs close by:
-# our median error has to be within the rule, with torch's median for the measure. What is wrong with a kernel, and not
-# with the throw, is wrong there too. And the one throw may not be out of the ordinary: RETRY_CAP times the limit.
+# The error of a tensor of a few values is one throw of the dice: torch may have rounded almost everything right where
+# we are some units off, or the other way round. So a verdict against us is looked at again, with this many inputs close
+# by: our median error has to be within the rule, with torch's median for the measure. What is wrong with a kernel, and
+# not with the throw, is wrong there too. And the one throw may be out of the ordinary by no more than RETRY_CAP.
 NEIGHBOURS = 15
 RETRY_CAP = 4.0
 second_looks: list[str] = []
@@ -365,57 +365,3 @@ def assert_same_results(actual: Results, expected: Results) -> None:
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         assert_bit_equal(name, value, expected[name])
-
-
-@contextmanager
-def num_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def use_isa(name: str) -> Iterator[None]:
-    if not _native.HAVE_NATIVE:
-        yield
-        return
-    _native.native.set_isa(name)
-    try:
-        yield
-    finally:
-        _native.native.set_isa(None)
-
-
-@contextmanager
-def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(enabled)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def run_python(source: str, timeout: float = 120, **env: str) -> str:
-    """Runs `source` in a fresh interpreter that sees these helpers; returns what it printed."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    paths = [here, *[p for p in (os.environ.get("PYTHONPATH"),) if p]]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **env}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", inspect.cleandoc(source)], capture_output=True, text=True, timeout=timeout,
-            env=environment, cwd=os.path.dirname(here),
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise AssertionError(f"no end after {timeout} s\n{error.stdout}\n{error.stderr}") from error
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
-def as_packed(
-    x: Tensor, lengths: tuple[int, ...], batch_first: bool = False, enforce_sorted: bool = False
-) -> PackedSequence:
-    return pack_padded_sequence(x, torch.tensor(lengths), batch_first, enforce_sorted)

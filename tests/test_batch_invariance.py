@@ -4,17 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import (
-    MODES,
-    Case,
-    Data,
-    Results,
-    assert_bit_equal,
-    assert_same_results,
-    make_data,
-    num_threads,
-    run_layer,
-)
+from helpers import MODES, Case, Data, Results, assert_bit_equal, assert_same_results, make_data, run_layer
+from settings import num_threads
 
 import dlkernels.nn
 

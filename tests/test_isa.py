@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import BEST_ISA_LAST, available_isas
-from helpers import MODES, OP_MODES, Case, make_data, num_threads, run_layer, run_python
+from helpers import MODES, OP_MODES, Case, make_data, run_layer
+from settings import num_threads, run_python
 
 import dlkernels.nn
 

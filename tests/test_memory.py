@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import run_python
+from settings import run_python
 
 pytestmark = [pytest.mark.heavy, pytest.mark.o0_skip(reason="memory is the same at -O0, only slower")]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import NEIGHBOURS, acceptable_nearby, neighbour, use_isa
+from helpers import NEIGHBOURS, acceptable_nearby, neighbour
+from settings import use_isa
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, ModuleInput, module_db

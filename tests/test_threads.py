@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from helpers import MODES, Case, assert_bit_equal, check_case, make_data, run_layer, run_python
+from helpers import MODES, Case, assert_bit_equal, check_case, make_data, run_layer
+from settings import run_python
 
 import dlkernels.nn
 

@@ -35,7 +35,8 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   // Packing the weights costs about as much as a few rows' products with them.
   plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
   plan.chunk_steps = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
-  plan.patience_us = std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
+  plan.patience_us =
+      std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
   if (plan.threads == 1 || work < kSerialWork) {
     plan.threads = 1;
     return plan;
@@ -44,8 +45,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   plan.directions_side_by_side = shape.D == 2;
   const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
   const int height = kernels(isa).tile_rows;
-  const int64_t weight_bytes =
-      gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
+  const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
   } else if (shape.B >= int64_t{2} * height * per_direction && weight_bytes <= kPrivateCacheBytes) {

@@ -35,11 +35,11 @@ class SequenceLayout {
   }
 
   int64_t batch() const { return B_; }
-  int64_t steps() const { return steps_; }                                           // the longest sequence
-  bool uniform() const { return uniform_; }                                          // all live to the end
+  int64_t steps() const { return steps_; }   // the longest sequence
+  bool uniform() const { return uniform_; }  // all live to the end
   bool packed() const { return batch_sizes_ != nullptr; }
-  int64_t sequence(int64_t i) const { return uniform_ ? i : order_[i]; }             // index in the caller's batch
-  int64_t length(int64_t i) const { return uniform_ ? steps_ : length_[i]; }         // of the i-th longest
+  int64_t sequence(int64_t i) const { return uniform_ ? i : order_[i]; }      // index in the caller's batch
+  int64_t length(int64_t i) const { return uniform_ ? steps_ : length_[i]; }  // of the i-th longest
   int64_t row(int64_t t, int64_t b) const { return packed() ? first_row_[t] + b : t * B_ + b; }
   // Where element 0 of (t, b) lies in a tensor with these strides.
   template <class Pointer>

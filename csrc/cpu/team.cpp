@@ -89,8 +89,8 @@ int run_team(const Runtime& runtime, int wanted, int64_t patience_us, void (*fn)
   assembly.fn = fn;
   assembly.ctx = ctx;
   runtime.parallel(
-      wanted,
-      [](void* self, int64_t begin, int64_t end) { static_cast<Assembly*>(self)->arrive(end - begin); }, &assembly);
+      wanted, [](void* self, int64_t begin, int64_t end) { static_cast<Assembly*>(self)->arrive(end - begin); },
+      &assembly);
   return assembly.size.load(std::memory_order_acquire);
 }
 

@@ -23,6 +23,7 @@ _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_deterministic = torch.are_deterministic_algorithms_enabled
+_operator = ops.eager_cell
 
 Weights = tuple[Any, Any, Any, Any]
 
@@ -48,7 +49,7 @@ def _by_operator(mode: str, x: Any, h: Any, c: Any, weights: Weights) -> list[Te
             and (w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh)))
         ):
             return None
-        return ops.cell_forward(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
+        return _operator[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return None
 

@@ -48,7 +48,9 @@ class Backward {
       x.rows = scratch.take<Row>(chunk_rows_);
       x.first = scratch.take<int64_t>(chunk_);
       // Right-hand sides of the weight gradients: x, h and the cell's output, as panels.
-      const auto columns = [&](int64_t n) { return weights ? chunk_rows_ * ((n + V::size - 1) / V::size * V::size) : 0; };
+      const auto columns = [&](int64_t n) {
+        return weights ? chunk_rows_ * ((n + V::size - 1) / V::size * V::size) : 0;
+      };
       x.x_panels = scratch.take<C>(columns(s_.I));
       x.h_panels = scratch.take<C>(columns(O_));
       x.out_panels = scratch.take<C>(s_.P ? columns(s_.H) : 0);
@@ -104,8 +106,8 @@ class Backward {
         const C* other = direction_[1].dx + layout_.row(t, b) * s_.I;
         for (int64_t j = 0; j < s_.I; j += V::size) {
           const int n = static_cast<int>(std::min<int64_t>(V::size, s_.I - j));
-          store_any<C>(s_.dtype, p_.dx.data, at + j, load_any<C>(s_.dtype, p_.dx.data, at + j, n) + V::load(other + j, n),
-                       n);
+          store_any<C>(s_.dtype, p_.dx.data, at + j,
+                       load_any<C>(s_.dtype, p_.dx.data, at + j, n) + V::load(other + j, n), n);
         }
       }
       if (layout_.packed()) continue;
@@ -128,16 +130,16 @@ class Backward {
   };
 
   struct Direction {
-    C *hh, *ih, *hr;                          // panels of the weights
-    C *gates, *proj;                          // gradients of a chunk's gates and projected h, twice
-    C* cell_out;                              // o * tanh(c') of a chunk, for dw_hr
-    C* carry;                                 // lstm: dc; gru: the part of dh that passes the gates by
-    Row* rows;                                // of the chunk
-    int64_t* first;                           // first row of each step of the chunk
-    int64_t row_count;                        // of the chunk
-    C *x_panels, *h_panels, *out_panels;      // see carve()
-    C *dw_ih, *dw_hh, *dw_hr, *dbias;         // sums so far
-    C* dx;                                    // the second direction's part
+    C *hh, *ih, *hr;                      // panels of the weights
+    C *gates, *proj;                      // gradients of a chunk's gates and projected h, twice
+    C* cell_out;                          // o * tanh(c') of a chunk, for dw_hr
+    C* carry;                             // lstm: dc; gru: the part of dh that passes the gates by
+    Row* rows;                            // of the chunk
+    int64_t* first;                       // first row of each step of the chunk
+    int64_t row_count;                    // of the chunk
+    C *x_panels, *h_panels, *out_panels;  // see carve()
+    C *dw_ih, *dw_hh, *dw_hr, *dbias;     // sums so far
+    C* dx;                                // the second direction's part
   };
 
   PanelShape weight_shape(int64_t K, int64_t N) const {
@@ -281,8 +283,9 @@ class Backward {
     // use(i, row, column, n, dgates(next) W_hh) for all `alive` sequences and this member's columns.
     template <class Use>
     void recurrent(int64_t t, int64_t alive, int64_t first, Use use) const {
-      products(0, alive, [&](int64_t i) { return is_joining(i) || cut(i, t); },
-               [&](int64_t i, int64_t j, int n, V dh) { use(i, first + in_step(i), j, n, dh); });
+      products(
+          0, alive, [&](int64_t i) { return is_joining(i) || cut(i, t); },
+          [&](int64_t i, int64_t j, int n, V dh) { use(i, first + in_step(i), j, n, dh); });
     }
 
     // sink(i, column, n, dgates(next) W_hh) for sequences [begin, end); skip(i): zero instead.
@@ -312,7 +315,8 @@ class Backward {
           if (any) {
             run_tile<C>(rows, vectors, a, head, panel, ldb, out.data, false);
             // gru: r and z, then n's hidden half, which lies behind its input half.
-            if constexpr (Cell::kDirectPath) run_tile<C>(rows, vectors, tail, H, panel + head * ldb, ldb, out.data, true);
+            if constexpr (Cell::kDirectPath)
+              run_tile<C>(rows, vectors, tail, H, panel + head * ldb, ldb, out.data, true);
           } else {
             std::fill_n(out.data, rows * width, C(0));
           }
@@ -327,8 +331,8 @@ class Backward {
     DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
       if (Cell::kSaved == 0 || s().P || !step_rows) return;
       const Row& at = step_rows[in_step(i)];
-      const C* saved = static_cast<const C*>(f.p_.saved) +
-                       (d * s().rows + f.layout_.row(at.t, at.b)) * (Cell::kSaved * s().H) + j;
+      const C* saved =
+          static_cast<const C*>(f.p_.saved) + (d * s().rows + f.layout_.row(at.t, at.b)) * (Cell::kSaved * s().H) + j;
       for (int k = 0; k < Cell::kSaved; ++k)
         for (int v = 0; v < vectors; ++v) __builtin_prefetch(saved + k * s().H + v * V::size);
     }
@@ -339,9 +343,10 @@ class Backward {
       int64_t p0, p1;
       member.share(f.hr_.count(), 1, &p0, &p1);
       const C* dgates = f.gates(d, parity);
-      gemm(0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.hr_, x.hr,
-           [&](int64_t i, int64_t j) -> const void* { return dgates + (first + in_step(i)) * f.ld_gates_ + j; },
-           [&](int64_t i, int64_t j, V dh, int n) { cell(i, first + in_step(i), parity, j, n, dh); });
+      gemm(
+          0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.hr_, x.hr,
+          [&](int64_t i, int64_t j) -> const void* { return dgates + (first + in_step(i)) * f.ld_gates_ + j; },
+          [&](int64_t i, int64_t j, V dh, int n) { cell(i, first + in_step(i), parity, j, n, dh); });
     }
 
     // The cell's backward for n units from j on; dh is the whole gradient of its output.
@@ -387,10 +392,12 @@ class Backward {
     void leave(int64_t alive) const {
       if (alive >= next_alive) return;
       if (f.p_.dh0) {
-        products(alive, next_alive, [](int64_t) { return false; }, [&](int64_t i, int64_t j, int n, V dh) {
-          if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
-          store_any<C>(s().dtype, f.p_.dh0, state(i, f.O_) + j, dh, n);
-        });
+        products(
+            alive, next_alive, [](int64_t) { return false; },
+            [&](int64_t i, int64_t j, int n, V dh) {
+              if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
+              store_any<C>(s().dtype, f.p_.dh0, state(i, f.O_) + j, dh, n);
+            });
       }
       if (f.p_.dc0 && member.rank == 0) {
         for (int64_t i = alive; i < next_alive; ++i)
@@ -434,20 +441,22 @@ class Backward {
       if (mine()) pack_panel_rows<C>(hs, p, s_.dtype, [&](int64_t r) { return past_h_row(d, x.rows[r]); }, x.h_panels);
     for (int64_t p = 0; s_.P && p < os.count(); ++p)
       if (mine())
-        pack_panel_rows<C>(os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32,
-                           [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels);
+        pack_panel_rows<C>(
+            os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32,
+            [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels);
     team.sync();
 
     const auto add = [&](const C* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* panels, C* sum) {
       int64_t begin, end;
       team.share(M, 24, &begin, &end);
       const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(rows), block_[worker]};
-      gemm(begin, end, 0, shape.count(), a, shape, panels,
-           [&](int64_t m, int64_t j) -> const void* { return sum + m * shape.N + j; },
-           [&](int64_t m, int64_t j, V value, int n) {
-             C* to = sum + m * shape.N + j;
-             store_part(to, first ? value : load_part(to, n) + value, n);
-           });
+      gemm(
+          begin, end, 0, shape.count(), a, shape, panels,
+          [&](int64_t m, int64_t j) -> const void* { return sum + m * shape.N + j; },
+          [&](int64_t m, int64_t j, V value, int n) {
+            C* to = sum + m * shape.N + j;
+            store_part(to, first ? value : load_part(to, n) + value, n);
+          });
     };
     add(dgates, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
     if constexpr (Cell::kDirectPath) {
@@ -473,14 +482,11 @@ class Backward {
     }
   }
 
-  const void* x_row(int, const Row& row) const {
-    return advance(p_.x.data, s_.dtype, layout_.at(p_.x, row.t, row.b));
-  }
+  const void* x_row(int, const Row& row) const { return advance(p_.x.data, s_.dtype, layout_.at(p_.x, row.t, row.b)); }
 
   // h before the row's step.
   const void* past_h_row(int d, const Row& row) const {
-    if (!row.first)
-      return advance(p_.y.data, s_.dtype, layout_.at(p_.y, past(d, row.t), row.b) + d * O_);
+    if (!row.first) return advance(p_.y.data, s_.dtype, layout_.at(p_.y, past(d, row.t), row.b) + d * O_);
     return p_.h0 ? advance(p_.h0, s_.dtype, (d * s_.B + row.b) * O_) : zeros_;
   }
 
@@ -504,7 +510,8 @@ class Backward {
     const auto store = [&](void* out, const C* sum, int64_t n) {
       int64_t begin, end;
       team.share(n, 1024, &begin, &end);
-      if (out && out != sum && begin < end) store_row(s_.dtype, advance(out, s_.dtype, begin), end - begin, sum + begin);
+      if (out && out != sum && begin < end)
+        store_row(s_.dtype, advance(out, s_.dtype, begin), end - begin, sum + begin);
     };
     store(to.w_ih, x.dw_ih, G_ * s_.I);
     store(to.w_hh, x.dw_hh, G_ * O_);

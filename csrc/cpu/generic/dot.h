@@ -34,9 +34,12 @@ DLK_NOINLINE Vec<C> dot(const C* a, int64_t K, DType dtype, const void* w, int64
     return dot_vector(a, K, static_cast<const double*>(w) + skip, K, rows);
   } else {
     switch (dtype) {
-      case DType::bf16: return dot_vector(a, K, static_cast<const bf16*>(w) + skip, K, rows);
-      case DType::f16: return dot_vector(a, K, static_cast<const f16*>(w) + skip, K, rows);
-      default: return dot_vector(a, K, static_cast<const float*>(w) + skip, K, rows);
+      case DType::bf16:
+        return dot_vector(a, K, static_cast<const bf16*>(w) + skip, K, rows);
+      case DType::f16:
+        return dot_vector(a, K, static_cast<const f16*>(w) + skip, K, rows);
+      default:
+        return dot_vector(a, K, static_cast<const float*>(w) + skip, K, rows);
     }
   }
 }

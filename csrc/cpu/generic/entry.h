@@ -3,10 +3,14 @@
 template <class F>
 DLK_INLINE auto with_cell(CellKind cell, F f) {
   switch (cell) {
-    case CellKind::lstm: return f(LstmCell{});
-    case CellKind::gru: return f(GruCell{});
-    case CellKind::rnn_tanh: return f(ElmanCell<false>{});
-    default: return f(ElmanCell<true>{});
+    case CellKind::lstm:
+      return f(LstmCell{});
+    case CellKind::gru:
+      return f(GruCell{});
+    case CellKind::rnn_tanh:
+      return f(ElmanCell<false>{});
+    default:
+      return f(ElmanCell<true>{});
   }
 }
 
@@ -96,4 +100,6 @@ inline void pack_entry(const LayerShape& shape, const DirectionWeights* weights,
   });
 }
 
-const KernelTable kKernels = {kIsa, forward_entry, backward_entry, panel_bytes_entry, pack_entry, tile_rows(kMaxVectors)};
+const KernelTable kKernels = {
+    kIsa, forward_entry, backward_entry, panel_bytes_entry, pack_entry, tile_rows(kMaxVectors),
+};

@@ -323,9 +323,10 @@ class Forward {
       int64_t p0, p1;
       member.share(shape.count(), 1, &p0, &p1);
       const auto out_row = [&](int64_t i) { return cell_out(i); };
-      gemm(0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row}, shape, f.weight_memory_[d] + f.weights_.hr_at,
-           [&](int64_t i, int64_t j) -> const void* { return h(1 - parity, i) + j; },
-           [&](int64_t i, int64_t j, V value, int n) { emit(t, parity, first + i, i, j, n, value); });
+      gemm(
+          0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row}, shape, f.weight_memory_[d] + f.weights_.hr_at,
+          [&](int64_t i, int64_t j) -> const void* { return h(1 - parity, i) + j; },
+          [&](int64_t i, int64_t j, V value, int n) { emit(t, parity, first + i, i, j, n, value); });
     }
   };
 

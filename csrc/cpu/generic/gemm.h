@@ -57,7 +57,7 @@ struct TransposedRows {
   }
 };
 
-// Room for one block of A, in elements, and the padded stride of its rows.
+// Stride of a block's rows of K elements: whole vectors can be stored over the end of each.
 template <class C>
 DLK_INLINE int64_t block_ld(int64_t K) {
   constexpr int64_t kLanes = Vec<C>::size;

@@ -2,9 +2,7 @@
 // The dtype is a run-time value: a branch per vector, always taken the same way, against
 // one more copy of every algorithm per dtype.
 
-DLK_INLINE int64_t item_size(DType dtype) {
-  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-}
+DLK_INLINE int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 DLK_INLINE const void* advance(const void* p, DType dtype, int64_t elements) {
   return static_cast<const char*>(p) + elements * item_size(dtype);

@@ -79,10 +79,18 @@ DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, co
                          bool accumulate) {
   TileFn<C> fn;
   switch (vectors) {
-    case 1: fn = pick_tile<C, 1>(rows); break;
-    case 2: fn = pick_tile<C, 2>(rows); break;
-    case 3: fn = pick_tile<C, 3>(rows); break;
-    default: fn = pick_tile<C, 4>(rows); break;
+    case 1:
+      fn = pick_tile<C, 1>(rows);
+      break;
+    case 2:
+      fn = pick_tile<C, 2>(rows);
+      break;
+    case 3:
+      fn = pick_tile<C, 3>(rows);
+      break;
+    default:
+      fn = pick_tile<C, 4>(rows);
+      break;
   }
   const C* at[8];
   for (int r = 0; r < rows; ++r) at[r] = a[r];

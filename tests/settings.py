@@ -1,0 +1,62 @@
+"""Threads, ISA and determinism for a block of code, and fresh interpreters with settings of their own."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dlkernels import _native
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    if not _native.HAVE_NATIVE:
+        yield
+        return
+    _native.native.set_isa(name)
+    try:
+        yield
+    finally:
+        _native.native.set_isa(None)
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def run_python(source: str, timeout: float = 120, **env: str) -> str:
+    """Runs `source` in a fresh interpreter that sees these helpers; returns what it printed."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = [here, *[p for p in (os.environ.get("PYTHONPATH"),) if p]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **env}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", inspect.cleandoc(source)], capture_output=True, text=True, timeout=timeout,
+            env=environment, cwd=os.path.dirname(here),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"no end after {timeout} s\n{error.stdout}\n{error.stderr}") from error
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
