@@ -5,22 +5,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import dlkernels.nn
-from dlkernels import _native
 from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, Verdict, error, floor, within_rule
 
 MODES = ("lstm", "lstm_proj", "gru", "rnn_tanh", "rnn_relu")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import available_isas
 from helpers import DTYPES, MODES, Case, check_case, second_looks
-from settings import deterministic_algorithms, num_threads, use_isa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from settings import deterministic_algorithms, num_threads, use_isa
 
 REQUIRED = 2000
 EXAMPLES = 2600  # hypothesis may draw a configuration twice

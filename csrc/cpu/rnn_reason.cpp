@@ -23,7 +23,7 @@ std::string split_reason(const Plan& plan, const LayerShape& shape) {
   if (plan.directions_side_by_side && plan.threads == 2) return members + " take a direction each";
   switch (plan.split) {
     case Plan::rows:
-      return members + " take their own sequences of the batch and never wait for each other";
+      return members + " take their own sequences of the batch through the recurrence";
     case Plan::units:
       return members + " share the " + std::to_string(shape.H) +
              " hidden units, each with its slice of the weights in its own cache, and meet once a step";
