@@ -89,11 +89,11 @@ DType dtype_from_name(std::string name) {
 }
 
 LayerShape make_shape(const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-                      int64_t P, int D) {
+                      int64_t P, int D, std::optional<int64_t> rows = std::nullopt) {
   if (T < 1 || B < 1 || I < 0 || H < 1 || P < 0 || D < 1 || D > 2) {
     throw std::invalid_argument("sizes must be positive, and D one or two");
   }
-  return {cell_from_mode(mode), dtype_from_name(py::str(dtype)), T, B, I, H, P, D, T * B};
+  return {cell_from_mode(mode), dtype_from_name(py::str(dtype)), T, B, I, H, P, D, rows ? *rows : T * B};
 }
 
 py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
@@ -181,16 +181,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "plan",
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
-         std::optional<int> threads, bool backward, bool deterministic, bool packed_weights) {
-        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, I, H, P, D);
+         std::optional<int> threads, bool backward, bool deterministic, bool packed_weights,
+         std::optional<int64_t> rows) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, I, H, P, D, rows);
         const dlk::Plan plan = dlk::rnn_plan(shape, dlk::current_isa(), threads ? *threads : dlk::thread_count(),
                                              backward, deterministic, packed_weights);
         return dlk::plan_dict(plan, shape);
       },
-      "What would run for these sizes; threads=None: as many as torch uses now.", py::arg("mode"), py::arg("dtype"),
-      py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("D") = 1,
-      py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
-      py::arg("packed_weights") = false);
+      "What would run for these sizes. threads=None: as many as torch uses now. rows: of packed data, else T * B.",
+      py::arg("mode"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0,
+      py::arg("D") = 1, py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
+      py::arg("packed_weights") = false, py::arg("rows") = py::none());
   m.def("last_run", []() -> py::object {
     const dlk::LayerShape* shape = dlk::last_shape();
     if (!shape) return py::none();

@@ -211,6 +211,7 @@ def _explain_one(
         return dict(native.plan(
             mode, dtype, call.steps, call.batch, *(sizes[key] for key in "IHPD"), torch.get_num_threads(), backward,
             torch.are_deterministic_algorithms_enabled(), packed == "used" and not backward,
+            call.input.numel() // max(1, call.input.size(-1)),
         ))  # fmt: skip
 
     if packed and packed != "used":

@@ -109,12 +109,15 @@ def test_the_planned_kernel_ran(mode: str, dtype: torch.dtype, count: int, isa: 
 
 
 def test_the_plan_is_no_constant(native) -> None:
-    """Batch 1 uses the weights as they lie, batches use tiles; one thread never splits."""
+    """A row or two use the weights as they lie, many rows use tiles; one thread never splits."""
 
-    def plan(b: int, h: int, threads: int) -> dict:
-        return native.plan("gru", "float32", 50, b, h, h, 0, 1, threads, False, False, False)
+    def plan(
+        b: int, h: int, threads: int, steps: int = 50, backward: bool = False, deterministic: bool = False
+    ) -> dict:
+        return native.plan("gru", "float32", steps, b, h, h, 0, 1, threads, backward, deterministic, False)
 
-    assert plan(1, 128, 1)["recurrence"] == "dot"
+    assert plan(1, 128, 1, steps=1)["recurrence"] == "dot"
+    assert plan(1, 128, 1, steps=1, deterministic=True)["recurrence"] == "tiles", "one order of summation for all"
     assert plan(64, 256, 1)["recurrence"] == "tiles"
     assert plan(64, 256, 1)["split"] == plan(1, 8, 2)["split"] == "serial"
     assert plan(128, 256, 2)["split"] in ("rows", "units")

@@ -8,8 +8,9 @@ namespace {
 
 // Below this many multiply-adds in all, waking a thread costs more than it brings.
 constexpr double kSerialWork = 200e3;
-// A step split over hidden units ends in a barrier of about half a microsecond.
-constexpr double kUnitsWorkPerStep = 40e3;
+// A step split over hidden units ends in a barrier of about half a microsecond: what it
+// must take off each core, in multiply-adds of the step and its input product.
+constexpr double kUnitsWorkSaved = 20e3;
 // A core's own cache, of which W_hh may take a part when every core reads all of it.
 constexpr int64_t kPrivateCacheBytes = 768 << 10;
 // Rows per GEMM of a chunk: enough to use each panel of weights many times.
@@ -26,7 +27,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const double recurrent = static_cast<double>(gates * shape.H) * outputs + static_cast<double>(shape.P) * shape.H;
   const double per_row = recurrent + static_cast<double>(gates * shape.H) * shape.I;
   const double work = rows * per_row * shape.D * (backward ? 2 : 1);
-  const double work_per_step = recurrent * rows / std::max<int64_t>(1, shape.T);
+  const double work_per_step = per_row * rows / std::max<int64_t>(1, shape.T);
 
   Plan plan{};
   plan.isa = isa;
@@ -50,7 +51,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
     plan.split = Plan::rows;  // of one member: a direction each
   } else if (shape.B >= int64_t{2} * height * per_direction && weight_bytes <= kPrivateCacheBytes) {
     plan.split = Plan::rows;
-  } else if (work_per_step >= kUnitsWorkPerStep) {
+  } else if (work_per_step * (1 - 1.0 / per_direction) >= kUnitsWorkSaved) {
     plan.split = Plan::units;
   } else if (shape.B >= per_direction) {
     plan.split = Plan::rows;

@@ -30,7 +30,7 @@ std::string split_reason(const Plan& plan, const LayerShape& shape) {
     case Plan::serial:
       break;
   }
-  return members + " share the products before and after the recurrence, which one of them walks through";
+  return "one direction per thread";
 }
 
 }  // namespace

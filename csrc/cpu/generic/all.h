@@ -11,4 +11,6 @@
 #include "weights.h"
 #include "forward.h"
 #include "backward.h"
+#include "backward_products.h"
+#include "backward_walk.h"
 #include "entry.h"

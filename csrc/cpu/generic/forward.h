@@ -23,7 +23,8 @@ class Forward {
         weights_(s_, V::size, plan.recurrence == Plan::tiles),
         O_(s_.outputs()),
         chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
-        chunk_rows_(chunk_ * (s_.B + plan.threads)),
+        // Members with sequences of their own number them from slots of equal size.
+        chunk_rows_(chunk_ * (s_.B + (plan.split == Plan::rows ? plan.threads : 0))),
         ld_h_(block_ld<C>(O_)),
         ld_c_(block_ld<C>(s_.H)),
         in_place_(params.saved && Cell::kSaved > 0) {}
@@ -206,9 +207,11 @@ class Forward {
       } else {
         step_tiles(t, parity, first, alive);
       }
-      if (!s().P) return;
-      member.sync();
-      project_outputs(t, parity, first, alive);
+      if constexpr (Cell::kCellState) {  // only the lstm has projections
+        if (!s().P) return;
+        member.sync();
+        project_outputs(t, parity, first, alive);
+      }
     }
 
     void step_dot(int64_t t, int64_t parity, int64_t first, int64_t alive) {

@@ -1,0 +1,126 @@
+// What the backward makes of the gate gradients of a chunk of steps (see backward.h).
+
+// dx, weight gradients and gate gradients of the rows of one chunk.
+template <class C, class Cell>
+void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, int64_t parity, bool first) {
+  const Direction& x = direction_[d];
+  const int64_t rows = x.row_count, H = s_.H;
+  C* dgates = gates(d, parity);
+  copy_gate_grads(team, d, parity, rows);
+  if (p_.dx.data) {
+    const auto row = [&](int64_t r) { return dgates + r * ld_gates_; };
+    const GemmShare share(team, rows, ih_);
+    const auto out = [&](int64_t r, int64_t j) -> const void* {
+      const Row& to = x.rows[r];
+      if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + j;
+      return advance(p_.dx.data, s_.dtype, layout_.at(p_.dx, to.t, to.b) + j);
+    };
+    gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, ih_, x.ih, out,
+         [&](int64_t r, int64_t j, V value, int n) {
+           if (d == 1) {
+             value.store(x.dx + layout_.row(x.rows[r].t, x.rows[r].b) * s_.I + j, n);
+           } else {
+             store_any<C>(s_.dtype, p_.dx.data, layout_.at(p_.dx, x.rows[r].t, x.rows[r].b) + j, value, n);
+           }
+         });
+  }
+  if (!wants_weights()) return;
+
+  const PanelShape xs = PanelShape::plain(rows, s_.I, V::size), hs = PanelShape::plain(rows, O_, V::size),
+                   os = PanelShape::plain(s_.P ? rows : 0, H, V::size);
+  int64_t task = 0;
+  const auto mine = [&] { return task++ % team.size == team.rank; };
+  for (int64_t p = 0; p < xs.count(); ++p)
+    if (mine()) pack_panel_rows<C>(xs, p, s_.dtype, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels);
+  for (int64_t p = 0; p < hs.count(); ++p)
+    if (mine()) pack_panel_rows<C>(hs, p, s_.dtype, [&](int64_t r) { return past_h_row(d, x.rows[r]); }, x.h_panels);
+  for (int64_t p = 0; s_.P && p < os.count(); ++p)
+    if (mine())
+      pack_panel_rows<C>(
+          os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32,
+          [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels);
+  team.sync();
+
+  const auto add = [&](const C* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* panels, C* sum) {
+    int64_t begin, end;
+    team.share(M, 24, &begin, &end);
+    const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(rows), block_[worker]};
+    gemm(
+        begin, end, 0, shape.count(), a, shape, panels,
+        [&](int64_t m, int64_t j) -> const void* { return sum + m * shape.N + j; },
+        [&](int64_t m, int64_t j, V value, int n) {
+          C* to = sum + m * shape.N + j;
+          store_part(to, first ? value : load_part(to, n) + value, n);
+        });
+  };
+  add(dgates, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
+  if constexpr (Cell::kDirectPath) {
+    add(dgates, ld_gates_, 2 * H, hs, x.h_panels, x.dw_hh);
+    add(dgates + 3 * H, ld_gates_, H, hs, x.h_panels, x.dw_hh + 2 * H * O_);
+  } else {
+    add(dgates, ld_gates_, G_, hs, x.h_panels, x.dw_hh);
+  }
+  if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, x.out_panels, x.dw_hr);
+
+  int64_t begin, end;
+  team.share(kSlots * H, V::size, &begin, &end);
+  for (int64_t j = begin; j < end; j += V::size) {
+    const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+    V sum = V::zero();
+    for (int64_t r0 = 0; r0 < rows; r0 += kBiasRows) {
+      V part = V::zero();
+      for (int64_t r = r0; r < std::min(rows, r0 + kBiasRows); ++r)
+        part = part + load_part(dgates + r * ld_gates_ + j, n);
+      sum = sum + part;
+    }
+    store_part(x.dbias + j, first ? sum : load_part(x.dbias + j, n) + sum, n);
+  }
+}
+
+template <class C, class Cell>
+const void* Backward<C, Cell>::x_row(const Row& row) const {
+  return advance(p_.x.data, s_.dtype, layout_.at(p_.x, row.t, row.b));
+}
+
+// h before the row's step.
+template <class C, class Cell>
+const void* Backward<C, Cell>::past_h_row(int d, const Row& row) const {
+  if (!row.first) return advance(p_.y.data, s_.dtype, layout_.at(p_.y, past(d, row.t), row.b) + d * O_);
+  return p_.h0 ? advance(p_.h0, s_.dtype, (d * s_.B + row.b) * O_) : zeros_;
+}
+
+template <class C, class Cell>
+void Backward<C, Cell>::copy_gate_grads(const Member& team, int d, int64_t parity, int64_t rows) const {
+  if (!p_.gate_grads) return;
+  int64_t begin, end;
+  team.share(rows, 1, &begin, &end);
+  for (int64_t r = begin; r < end; ++r) {
+    const Row& row = direction_[d].rows[r];
+    const int64_t to = d * s_.rows + layout_.row(row.t, row.b), n = kSlots * s_.H;
+    std::memcpy(static_cast<C*>(p_.gate_grads) + to * n, gates(d, parity) + r * ld_gates_, n * sizeof(C));
+    if (p_.proj_grads)
+      std::memcpy(static_cast<C*>(p_.proj_grads) + to * s_.P, proj(d, parity) + r * ld_proj_, s_.P * sizeof(C));
+  }
+}
+
+template <class C, class Cell>
+void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
+  if (!wants_weights()) return;
+  const Direction& x = direction_[d];
+  const DirectionGrads& to = p_.grads[d];
+  const auto store = [&](void* out, const C* sum, int64_t n) {
+    int64_t begin, end;
+    team.share(n, 1024, &begin, &end);
+    if (out && out != sum && begin < end) store_row(s_.dtype, advance(out, s_.dtype, begin), end - begin, sum + begin);
+  };
+  store(to.w_ih, x.dw_ih, G_ * s_.I);
+  store(to.w_hh, x.dw_hh, G_ * O_);
+  store(to.w_hr, x.dw_hr, s_.P * s_.H);
+  store(to.b_ih, x.dbias, G_);
+  if constexpr (Cell::kDirectPath) {
+    store(to.b_hh, x.dbias, 2 * s_.H);
+    if (to.b_hh) store(advance(to.b_hh, s_.dtype, 2 * s_.H), x.dbias + 3 * s_.H, s_.H);
+  } else {
+    store(to.b_hh, x.dbias, G_);
+  }
+}

@@ -1,0 +1,214 @@
+// The steps of the backward, for one member's sequences and units (see backward.h).
+// `q` counts steps in the order of the backward; "next" is the step before in that order,
+// which is the next one in the order of the forward.
+
+template <class C, class Cell>
+struct Backward<C, Cell>::Walk {
+  const Backward& f;
+  const Direction& x;
+  Member member;
+  SequenceSubset subset;
+  int d;
+  // The step before this one: where its gate gradients lie, and how many sequences it had.
+  const C* next_gates = nullptr;
+  int64_t next_alive = 0;
+  bool to_and_fro = false;         // see Forward
+  const Row* step_rows = nullptr;  // this step's, null outside of it
+
+  const LayerShape& s() const { return f.s_; }
+  int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
+  C* carry(int64_t i) const { return x.carry + subset.global(i) * f.ld_unit_; }
+  // Row of the i-th sequence relative to its step's first row.
+  int64_t in_step(int64_t i) const { return subset.global(i); }
+
+  // Sequences without a step hand the gradients of their last state to the first.
+  void begin() const {
+    int64_t begin, end;
+    member.share(subset.count, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) {
+      if (subset.length(i) > 0) continue;
+      copy_state(f.p_.dh0, f.p_.dh_n, state(i, f.O_), f.O_);
+      copy_state(f.p_.dc0, f.p_.dc_n, state(i, s().H), s().H);
+    }
+  }
+
+  void copy_state(void* to, const void* from, int64_t at, int64_t n) const {
+    if (!to) return;
+    void* here = advance(to, s().dtype, at);
+    if (from) {
+      std::memcpy(here, advance(from, s().dtype, at), n * item_size(s().dtype));
+    } else {
+      std::memset(here, 0, n * item_size(s().dtype));
+    }
+  }
+
+  // True if the gradient of the state between this step and the one after it is cut.
+  bool cut(int64_t i, int64_t t) const {
+    if (f.p_.bptt_steps <= 0) return false;
+    const int64_t next_step = d == 0 ? t + 1 : subset.length(i) - t;
+    return next_step % f.p_.bptt_steps == 0;
+  }
+
+  void step(int64_t q, int64_t k, int64_t parity) {
+    const int64_t t = f.time(d, q), alive = subset.alive(t, next_alive), first = x.first[k];
+    leave(alive);
+    step_rows = x.rows + first;
+    if (s().P) {
+      recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
+        V total = dh + incoming(i, t, j, n);
+        total.store(f.proj(d, parity) + row * f.ld_proj_ + j);
+      });
+      member.sync();
+      through_projection(alive, first, parity);
+    } else {
+      recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
+        cell(i, row, parity, j, n, dh + incoming(i, t, j, n));
+      });
+    }
+    next_gates = f.gates(d, parity) + first * f.ld_gates_;
+    next_alive = alive;
+    to_and_fro = !to_and_fro;
+    step_rows = nullptr;
+  }
+
+  void finish() { leave(0); }
+
+  bool is_joining(int64_t i) const { return i >= next_alive; }
+
+  // What reaches h of step t from outside the recurrence.
+  DLK_INLINE V incoming(int64_t i, int64_t t, int64_t j, int n) const {
+    V sum = V::zero();
+    if (f.p_.dy.data)
+      sum = load_any<C>(s().dtype, f.p_.dy.data, f.layout_.at(f.p_.dy, t, subset.sequence(i)) + d * f.O_ + j, n);
+    if (is_joining(i)) {
+      if (f.p_.dh_n) sum = sum + load_any<C>(s().dtype, f.p_.dh_n, state(i, f.O_) + j, n);
+    } else if constexpr (Cell::kDirectPath) {
+      if (!cut(i, t)) sum = sum + V::load(carry(i) + j);
+    }
+    return sum;
+  }
+
+  // use(i, row, column, n, dgates(next) W_hh) for all `alive` sequences and this member's columns.
+  template <class Use>
+  void recurrent(int64_t t, int64_t alive, int64_t first, Use use) const {
+    products(
+        0, alive, [&](int64_t i) { return is_joining(i) || cut(i, t); },
+        [&](int64_t i, int64_t j, int n, V dh) { use(i, first + in_step(i), j, n, dh); });
+  }
+
+  // sink(i, column, n, dgates(next) W_hh) for sequences [begin, end); skip(i): zero instead.
+  template <class Skip, class Sink>
+  DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
+    const PanelShape& shape = f.hh_;
+    const int64_t H = s().H, head = Cell::kDirectPath ? 2 * H : f.G_;
+    TileBuffer<C> out;
+    int64_t p0, p1;
+    member.share(shape.count(), 1, &p0, &p1);
+    for (int64_t turn = p0; turn < p1; ++turn) {
+      const int64_t p = to_and_fro ? p1 - 1 - (turn - p0) : turn;
+      const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
+      const int64_t ldb = shape.stride(p);
+      const C* panel = x.hh + shape.offset(p);
+      for (int64_t i0 = begin; i0 < end; i0 += height) {
+        const int rows = static_cast<int>(std::min<int64_t>(height, end - i0));
+        const C *a[8], *tail[8];
+        bool any = false;
+        for (int r = 0; r < rows; ++r) {
+          const bool zero = skip(i0 + r);
+          any |= !zero;
+          a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * f.ld_gates_;
+          tail[r] = zero ? f.zeros_ : a[r] + 3 * H;
+          fetch(i0 + r, shape.column(p, 0), vectors);
+        }
+        if (any) {
+          run_tile<C>(rows, vectors, a, head, panel, ldb, out.data, false);
+          // gru: r and z, then n's hidden half, which lies behind its input half.
+          if constexpr (Cell::kDirectPath) run_tile<C>(rows, vectors, tail, H, panel + head * ldb, ldb, out.data, true);
+        } else {
+          std::fill_n(out.data, rows * width, C(0));
+        }
+        for (int r = 0; r < rows; ++r)
+          for (int v = 0; v < vectors; ++v)
+            sink(i0 + r, shape.column(p, v), shape.valid(p, v), V::load(out.data + r * width + v * V::size));
+      }
+    }
+  }
+
+  // What the cell will want of this step's sequence i for the units from j on.
+  DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
+    if (Cell::kSaved == 0 || s().P || !step_rows) return;
+    const Row& at = step_rows[in_step(i)];
+    const C* saved =
+        static_cast<const C*>(f.p_.saved) + (d * s().rows + f.layout_.row(at.t, at.b)) * (Cell::kSaved * s().H) + j;
+    for (int k = 0; k < Cell::kSaved; ++k)
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(saved + k * s().H + v * V::size);
+  }
+
+  void through_projection(int64_t alive, int64_t first, int64_t parity) const {
+    const C* dproj = f.proj(d, parity);
+    const auto row = [&](int64_t i) { return dproj + (first + in_step(i)) * f.ld_proj_; };
+    int64_t p0, p1;
+    member.share(f.hr_.count(), 1, &p0, &p1);
+    const C* dgates = f.gates(d, parity);
+    gemm(
+        0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.hr_, x.hr,
+        [&](int64_t i, int64_t j) -> const void* { return dgates + (first + in_step(i)) * f.ld_gates_ + j; },
+        [&](int64_t i, int64_t j, V dh, int n) { cell(i, first + in_step(i), parity, j, n, dh); });
+  }
+
+  // The cell's backward for n units from j on; dh is the whole gradient of its output.
+  DLK_INLINE void cell(int64_t i, int64_t row, int64_t parity, int64_t j, int n, V dh) const {
+    const Row& at = x.rows[row];
+    const int64_t H = s().H, saved_row = d * s().rows + f.layout_.row(at.t, at.b);
+    V saved[Cell::kSaved + 1], dgates[kSlots];
+    const C* from = static_cast<const C*>(f.p_.saved) + saved_row * Cell::kSaved * H;
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load_part(from + k * H + j, n);
+    if constexpr (Cell::kCellState) {
+      V previous = V::zero(), dc = V::zero();
+      if (!at.first) {
+        const int64_t past = d * s().rows + f.layout_.row(f.past(d, at.t), at.b);
+        previous = load_part(static_cast<const C*>(f.p_.saved) + (past * Cell::kSaved + 4) * H + j, n);
+      } else if (f.p_.c0) {
+        previous = load_any<C>(s().dtype, f.p_.c0, state(i, H) + j, n);
+      }
+      if (is_joining(i)) {
+        if (f.p_.dc_n) dc = load_any<C>(s().dtype, f.p_.dc_n, state(i, H) + j, n);
+      } else if (!cut(i, at.t)) {
+        dc = V::load(carry(i) + j);
+      }
+      const V out = Cell::backward(saved, previous, dh, &dc, dgates);
+      dc.store(carry(i) + j);
+      if (s().P) out.store(x.cell_out + row * f.ld_unit_ + j);
+    } else if constexpr (Cell::kDirectPath) {
+      Cell::backward(saved, past_h(at, i, j, n), dh, dgates).store(carry(i) + j);
+    } else {
+      const V y = load_any<C>(s().dtype, f.p_.y.data, f.layout_.at(f.p_.y, at.t, at.b) + d * f.O_ + j, n);
+      dgates[0] = Cell::backward(y, dh);
+    }
+    C* to = f.gates(d, parity) + row * f.ld_gates_ + j;
+    for (int k = 0; k < kSlots; ++k) store_part(to + k * H, dgates[k], n);
+  }
+
+  DLK_INLINE V past_h(const Row& at, int64_t i, int64_t j, int n) const {
+    if (!at.first)
+      return load_any<C>(s().dtype, f.p_.y.data, f.layout_.at(f.p_.y, f.past(d, at.t), at.b) + d * f.O_ + j, n);
+    return f.p_.h0 ? load_any<C>(s().dtype, f.p_.h0, state(i, f.O_) + j, n) : V::zero();
+  }
+
+  // Sequences whose first step is behind us: what is left is the gradient of h0, c0.
+  void leave(int64_t alive) const {
+    if (alive >= next_alive) return;
+    if (f.p_.dh0) {
+      products(
+          alive, next_alive, [](int64_t) { return false; },
+          [&](int64_t i, int64_t j, int n, V dh) {
+            if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
+            store_any<C>(s().dtype, f.p_.dh0, state(i, f.O_) + j, dh, n);
+          });
+    }
+    if (f.p_.dc0 && member.rank == 0) {
+      for (int64_t i = alive; i < next_alive; ++i)
+        store_row(s().dtype, advance(f.p_.dc0, s().dtype, state(i, s().H)), s().H, carry(i));
+    }
+  }
+};
