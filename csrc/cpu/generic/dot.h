@@ -5,26 +5,37 @@
 template <class C, class S>
 DLK_INLINE Vec<C> dot_vector(const C* a, int64_t K, const S* w, int64_t ldw, int rows) {
   using V = Vec<C>;
-  V acc[V::size];
+  constexpr int kSums = V::size < 8 ? 8 / V::size : 1;  // per row, so that no chain of roundings grows long
+  V acc[kSums][V::size];
   const S* row[V::size];
 #pragma GCC unroll 16
   for (int i = 0; i < V::size; ++i) {
-    acc[i] = V::zero();
     row[i] = w + (i < rows ? i : 0) * ldw;
+#pragma GCC unroll 8
+    for (int part = 0; part < kSums; ++part) acc[part][i] = V::zero();
   }
   int64_t k = 0;
-  for (; k + V::size <= K; k += V::size) {
-    const V x = V::load(a + k);
+  for (; k + kSums * V::size <= K; k += kSums * V::size) {
+#pragma GCC unroll 8
+    for (int part = 0; part < kSums; ++part) {
+      const V x = V::load(a + k + part * V::size);
 #pragma GCC unroll 16
-    for (int i = 0; i < V::size; ++i) acc[i] = fma(x, load_as<C>(row[i] + k), acc[i]);
+      for (int i = 0; i < V::size; ++i) acc[part][i] = fma(x, load_as<C>(row[i] + k + part * V::size), acc[part][i]);
+    }
   }
-  if (k < K) {
-    const int left = static_cast<int>(K - k);
+  for (; k < K; k += V::size) {
+    const int left = static_cast<int>(K - k < V::size ? K - k : V::size);
     const V x = V::load(a + k, left);
 #pragma GCC unroll 16
-    for (int i = 0; i < V::size; ++i) acc[i] = fma(x, load_as<C>(row[i] + k, left), acc[i]);
+    for (int i = 0; i < V::size; ++i) acc[0][i] = fma(x, load_as<C>(row[i] + k, left), acc[0][i]);
   }
-  return reduce_rows<C>(acc);
+#pragma GCC unroll 8
+  for (int half = kSums / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int part = 0; part < half; ++part)
+#pragma GCC unroll 16
+      for (int i = 0; i < V::size; ++i) acc[part][i] = acc[part][i] + acc[part + half][i];
+  return reduce_rows<C>(acc[0]);
 }
 
 template <class C>
