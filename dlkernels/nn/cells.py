@@ -24,34 +24,32 @@ _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 _operator = ops.eager_cell
+_ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
 Weights = tuple[Any, Any, Any, Any]
 
 
-def _weights(cell: torch.nn.RNNCellBase) -> Weights:
-    parameters: dict[str, Any] = cell._parameters
-    try:
-        return parameters["weight_ih"], parameters["weight_hh"], parameters["bias_ih"], parameters["bias_hh"]
-    except KeyError:  # parametrized, weight-normed or replicated: an attribute of another kind
-        return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
-
-
-def _by_operator(mode: str, x: Any, h: Any, c: Any, weights: Weights) -> list[Tensor] | None:
+def _by_operator(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> list[Tensor] | None:
     """[h'] or [h', c'], or None where the call is another than the common one, or a mistake."""
     if not HAVE_NATIVE or _is_compiling() or _are_transforms_active() or _is_any_autocast_enabled():
         return None
     if forward_ad._current_level >= 0:  # the operator would drop the tangents
         return None
-    w_ih, w_hh, b_ih, b_hh = weights
+    weights: dict[str, Any] = cell._parameters
     try:
+        w_ih, w_hh, b_ih, b_hh = weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"]
         if not x.is_cpu or (
             _is_grad_enabled()
             and (w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh)))
         ):
             return None
         return _operator[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # KeyError: a parametrized weight
         return None
+
+
+def _weights(cell: torch.nn.RNNCellBase) -> Weights:
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh  # type: ignore[return-value]
 
 
 def _check_rank(name: str, tensor: Any, what: str) -> None:
@@ -77,13 +75,14 @@ class RNNCell(torch.nn.RNNCell):
     """`torch.nn.RNNCell` on a fused kernel."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        weights = _weights(self)
-        if self.nonlinearity in ("tanh", "relu"):
-            out = _by_operator(f"rnn_{self.nonlinearity}", input, hx, None, weights)
+        mode = _ELMAN_MODES.get(self.nonlinearity)
+        if mode is not None:
+            out = _by_operator(mode, self, input, hx, None)
             if out is not None:
                 return out[0]
+        weights = _weights(self)
         _check("RNNCell", input, {} if hx is None else {"hidden": hx}, weights)
-        if self.nonlinearity not in ("tanh", "relu"):
+        if mode is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
 
@@ -92,10 +91,10 @@ class GRUCell(torch.nn.GRUCell):
     """`torch.nn.GRUCell` on a fused kernel."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        weights = _weights(self)
-        out = _by_operator("gru", input, hx, None, weights)
+        out = _by_operator("gru", self, input, hx, None)
         if out is not None:
             return out[0]
+        weights = _weights(self)
         _check("GRUCell", input, {} if hx is None else {"hidden": hx}, weights)
         return functional.gru_cell(input, hx, *weights)
 
@@ -104,15 +103,15 @@ class LSTMCell(torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on a fused kernel."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        weights = _weights(self)
         h = c = None
         if type(hx) is tuple and len(hx) == 2:
             h, c = hx
         # One state of two is a mistake, and another kind of hx is left to the checks.
         if hx is None or (h is not None and c is not None):
-            out = _by_operator("lstm", input, h, c, weights)
+            out = _by_operator("lstm", self, input, h, c)
             if out is not None:
                 return out[0], out[1]
+        weights = _weights(self)
         states = {} if hx is None else {f"hx[{at}]": state for at, state in enumerate(hx)}
         _check("LSTMCell", input, states, weights)
         if hx is not None and input.dim() == 1:
