@@ -1,4 +1,4 @@
-// exp, sigmoid, tanh and relu over Vec, written once for every ISA.
+// exp, exp2_down, sigmoid, tanh and relu over Vec, written once for every ISA.
 // No include guard: see target.h.
 //
 // y = n ln2 + r with |r| <= ln2 / 2, and e^y = 2^n (1 + p), p = expm1(r) by a
@@ -88,6 +88,19 @@ DLK_INLINE Vec<C> exp(Vec<C> x) {
   const V rest = n - (half - shift) + shift;
   const V scale = exponent_from_bits(half);
   return fma(scale, expm1_reduced(r), scale) * exponent_from_bits(rest);
+}
+
+// 2^x for x up to about 0 (to n_max at most); 0 where it would not be normal, NaN for NaN.
+template <class C>
+DLK_INLINE Vec<C> exp2_down(Vec<C> x) {
+  using V = Vec<C>;
+  using K = ExpConstants<C>;
+  const V y = max(V::set1(-K::n_max), x);
+  const V shift = V::set1(K::shift);
+  const V shifted = y + shift;
+  const V scale = exponent_from_bits(shifted);
+  const V p = expm1_reduced((y - (shifted - shift)) * V::set1(C(0.6931471805599453)));
+  return fma(scale, p, scale);
 }
 
 template <class C>

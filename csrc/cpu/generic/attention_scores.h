@@ -1,0 +1,190 @@
+// From products q.k to scores: scale, softcap, ALiBi, mask, and what may not be seen set to -inf.
+// Tiles lie [key][lane]. A call without any of these keeps its raw products: the scale
+// is then a factor inside the exponential.
+
+// A rectangle of scores: a panel by keys [first, first + keys).
+template <class C>
+struct ScoreTile {
+  const LanePanel* panel;
+  int64_t first, keys;
+  C* scores;  // [keys][ld], the panel's lanes from column 0 on
+  int64_t ld;
+  C* bias;       // [keys][width()]: what the mask adds; or null
+  bool partial;  // some lane may not see some key, by causal or window
+  bool biased;   // bias is to be added
+  bool holes;    // the mask hides something
+  bool masked() const { return partial || holes; }
+  int64_t width() const { return int64_t{panel->vectors} * Vec<C>::size; }
+};
+
+template <class C>
+class Scores {
+ public:
+  explicit Scores(const AttentionInputs& in)
+      : in_(in), transformed_(in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > 0)) {}
+
+  // Scores times this are exponents of 2.
+  C to_base2() const { return static_cast<C>(1.4426950408889634 * (transformed_ ? 1 : in_.scale)); }
+  // ... and times this, natural logarithms.
+  double to_natural() const { return transformed_ ? 1 : in_.scale; }
+
+  // From scores to probabilities, given lse; the difference comes first, where it rounds least.
+  struct Probability {
+    Vec<C> scale, lse;
+    DLK_INLINE Vec<C> operator()(Vec<C> score) const {
+      return exp2_down(fma(score, scale, -lse) * Vec<C>::set1(C(1.4426950408889634)));
+    }
+  };
+  // An lse of -inf, of rows that see nothing, is to come as +inf: their probabilities are 0.
+  Probability probability(const C* lse) const {
+    return {Vec<C>::set1(static_cast<C>(to_natural())), Vec<C>::load(lse)};
+  }
+
+  // The keys of [first, first + keys) that this panel sees at all; false if there are none.
+  bool clip(const LanePanel& panel, int64_t first, int64_t keys, ScoreTile<C>* tile) const {
+    const int64_t begin = std::max(first, panel.first_begin), end = std::min(first + keys, panel.last_end);
+    tile->panel = &panel;
+    tile->first = begin;
+    tile->keys = end - begin;
+    tile->partial = panel.last_begin > begin || panel.first_end < end;
+    tile->biased = tile->holes = false;
+    return begin < end;
+  }
+
+  // Reads the mask of a tile; false if it hides everything.
+  bool read_mask(const Lanes<C>& lanes, ScoreTile<C>* tile) const {
+    if (!in_.mask.data) return true;
+    using V = Vec<C>;
+    const int64_t ld = tile->width();
+    V largest = V::set1(-std::numeric_limits<C>::infinity()), smallest = V::zero();
+    const LanePanel& panel = *tile->panel;
+    if (in_.mask.i == 0 && (in_.mask.h == 0 || lanes.head[panel.lane] == lanes.head[panel.lane + panel.rows - 1])) {
+      const int64_t row = mask_row(lanes, panel.lane);
+      for (int64_t j = 0; j < tile->keys; j += V::size) {
+        const int n = static_cast<int>(tile->keys - j < V::size ? tile->keys - j : V::size);
+        alignas(64) C values[V::size];
+        read(row, tile->first + j, n).store(values);
+        for (int c = 0; c < n; ++c) {
+          const V value = V::set1(values[c]);
+          largest = max(value, largest), smallest = min(value, smallest);
+          for (int64_t l = 0; l < ld; l += V::size) value.store(tile->bias + (j + c) * ld + l);
+        }
+      }
+    } else {
+      for (int64_t l = 0; l < ld; l += V::size) {
+        int64_t row[V::size];
+        for (int r = 0; r < V::size; ++r) row[r] = mask_row(lanes, panel.lane + std::min(l + r, panel.rows - 1));
+        for (int64_t j = 0; j < tile->keys; j += V::size) {
+          const int n = static_cast<int>(tile->keys - j < V::size ? tile->keys - j : V::size);
+          V block[V::size];
+          for (int r = 0; r < V::size; ++r) block[r] = read(row[r], tile->first + j, n);
+          transpose(block);
+          for (int c = 0; c < n; ++c) {
+            largest = max(block[c], largest), smallest = min(block[c], smallest);
+            block[c].store(tile->bias + (j + c) * ld + l);
+          }
+        }
+      }
+    }
+    tile->holes = any(smallest, [](C x) { return x == -std::numeric_limits<C>::infinity(); });
+    tile->biased = !in_.mask.boolean || tile->holes;
+    if (any(largest, [](C x) { return x > -std::numeric_limits<C>::infinity(); })) return true;
+    return !in_.mask.boolean && has_nan(*tile, ld);  // which is neither the largest nor the smallest
+  }
+
+  // In place, from products to scores. `damping`, if not null, receives what a gradient of the
+  // scores is multiplied with for the softcap.
+  void apply(const Lanes<C>& lanes, const ScoreTile<C>& tile, C* damping) const {
+    using V = Vec<C>;
+    if (!transformed_ && !tile.partial && !tile.biased) return;
+    const int64_t ld = tile.ld, width = tile.width();
+    const V none = V::set1(-std::numeric_limits<C>::infinity()), scale = V::set1(static_cast<C>(in_.scale));
+    const V cap = V::set1(static_cast<C>(in_.softcap)), one = V::set1(C(1));
+    const V per_cap = V::set1(static_cast<C>(in_.softcap != 0 ? 1 / in_.softcap : 0));
+    for (int v = 0; v < tile.panel->vectors; ++v) {
+      const int64_t l = tile.panel->lane + int64_t{v} * V::size;
+      const V position = V::load(lanes.position + l), slope = V::load(lanes.slope + l);
+      alignas(64) C bounds[2][V::size];
+      for (int i = 0; i < V::size; ++i) {  // from the tile's first key, where floats are exact
+        bounds[0][i] = static_cast<C>(std::max<int64_t>(0, lanes.begin[l + i] - tile.first));
+        bounds[1][i] = static_cast<C>(std::min(tile.keys, lanes.end[l + i] - tile.first));
+      }
+      const V begin = V::load(bounds[0]), end = V::load(bounds[1]);
+      for (int64_t j = 0; j < tile.keys; ++j) {
+        const int64_t at = j * ld + int64_t{v} * V::size;
+        V s = V::load(tile.scores + at);
+        if (transformed_) {
+          s = s * scale;
+          if (in_.softcap != 0) {
+            const V t = tanh(s * per_cap);
+            s = cap * t;
+            if (damping) fnma(t, t, one).store(damping + at);
+          }
+          if (in_.slopes) s = fnma(slope, abs(position - V::set1(static_cast<C>(tile.first + j))), s);
+        }
+        if (tile.biased) {
+          const V bias = V::load(tile.bias + j * width + int64_t{v} * V::size);
+          s = select_gt(bias, none, in_.mask.boolean ? s : s + bias, bias + none);
+        }
+        if (tile.partial) {
+          const V key = V::set1(static_cast<C>(j));
+          s = select_gt(begin, key, none, select_gt(end, key, s, none));
+        }
+        s.store(tile.scores + at);
+      }
+    }
+  }
+
+ private:
+  const AttentionInputs& in_;
+  bool transformed_;
+
+  template <class Test>
+  static bool any(Vec<C> a, Test test) {
+    alignas(64) C lanes[Vec<C>::size];
+    a.store(lanes);
+    for (C x : lanes)
+      if (test(x)) return true;
+    return false;
+  }
+  static bool has_nan(const ScoreTile<C>& tile, int64_t ld) {
+    for (int64_t i = 0; i < tile.keys * ld; ++i)
+      if (tile.bias[i] != tile.bias[i]) return true;
+    return false;
+  }
+
+  int64_t mask_row(const Lanes<C>& lanes, int64_t lane) const {
+    return lanes.b * in_.mask.b + lanes.head[lane] * in_.mask.h + lanes.query[lane] * in_.mask.i;
+  }
+
+  // n mask values of a row from key j on; others are anything.
+  DLK_INLINE Vec<C> read(int64_t row, int64_t j, int n) const {
+    constexpr int kSize = Vec<C>::size;
+    const MaskTensor& m = in_.mask;
+    if (m.boolean) {
+      const uint8_t* bytes = static_cast<const uint8_t*>(m.data) + row + j * m.j;
+      if (m.j == 1 && n == kSize) return bias_of_bools<C>(bytes);
+      alignas(64) uint8_t copy[kSize] = {};
+      for (int i = 0; i < n; ++i) copy[i] = bytes[i * m.j];
+      return bias_of_bools<C>(copy);
+    }
+    if (m.j == 1 && (!std::is_same_v<C, double> || m.dtype == DType::f64))
+      return load_any<C>(m.dtype, m.data, row + j, n);
+    alignas(64) C copy[kSize] = {};
+    for (int i = 0; i < n; ++i) copy[i] = read_one(row + (j + i) * m.j);
+    return Vec<C>::load(copy);
+  }
+
+  C read_one(int64_t at) const {
+    switch (in_.mask.dtype) {
+      case DType::f64:
+        return static_cast<C>(static_cast<const double*>(in_.mask.data)[at]);
+      case DType::f32:
+        return static_cast<C>(static_cast<const float*>(in_.mask.data)[at]);
+      case DType::bf16:
+        return static_cast<C>(to_float(static_cast<const bf16*>(in_.mask.data)[at]));
+      default:
+        return static_cast<C>(to_float(static_cast<const f16*>(in_.mask.data)[at]));
+    }
+  }
+};

@@ -1,0 +1,90 @@
+"""Attention modules of dlkernels beside torch.nn's: the same weights, the tolerance rule, and what was called."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import acceptable_nearby
+from test_module_info import errors_nearby, evaluate
+from torch import Tensor, nn
+from torch.testing._internal.common_modules import FunctionInput, ModuleInput
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dlkernels
+from dlkernels import functional
+from dlkernels.testing import within_rule
+
+
+def twin(theirs: nn.Module) -> nn.Module:
+    """Ours with the weights of `theirs`."""
+    ours = dlkernels.patch(copy.deepcopy(theirs))
+    assert dlkernels.patch_report(ours).patched
+    assert not dlkernels.patch_report(ours).skipped
+    return ours
+
+
+def check(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype, *args: Any, **kwargs: Any) -> None:
+    """Outputs, and the gradients of all parameters and of all inputs that require them, under the tolerance rule."""
+    sample = ModuleInput(FunctionInput(), FunctionInput(*args, **kwargs))
+    double = copy.deepcopy(theirs).double()
+    results = [evaluate(ours, sample, dtype), evaluate(theirs, sample, dtype), evaluate(double, sample, torch.float64)]
+    nearby: Any = None
+    for grad, group in enumerate(zip(*results, strict=True)):
+        for index, (a, b, c) in enumerate(zip(*group, strict=True)):
+            what = f"{'gradient' if grad else 'output'} {index}"
+            assert a.shape == b.shape, f"{what}: {tuple(a.shape)} against {tuple(b.shape)}"
+            assert a.dtype == b.dtype, f"{what}: {a.dtype} against {b.dtype}"
+            verdict = within_rule(a, b, c, dtype, grad=bool(grad))
+            if not verdict.ok:
+                nearby = nearby or errors_nearby(ours, theirs, sample, dtype)
+                assert acceptable_nearby(verdict, nearby[grad][index], c, dtype, bool(grad)), f"{what}: {verdict}"
+
+
+class Spy:
+    """Every call of `functional.attention`: its arguments by name."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def mask_shapes(self) -> list[tuple[int, ...] | None]:
+        return [None if call.get("attn_mask") is None else tuple(call["attn_mask"].shape) for call in self.calls]
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
+    seen, original = Spy(), functional.attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        seen.calls.append({"q": q, "k": k, "v": v, **options})
+        return original(q, k, v, **options)
+
+    monkeypatch.setattr(functional, "attention", attention)
+    return seen
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name)
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(value, Tensor) and not value.is_nested:
+                storage = value.untyped_storage().nbytes() // value.element_size()
+                self.largest = max(self.largest, storage)
+        return result
+
+
+@contextmanager
+def operators() -> Iterator[_Operators]:
+    """The operators that run inside, and the elements of the largest buffer that one of them returned."""
+    with _Operators() as mode:
+        yield mode

@@ -1,0 +1,315 @@
+"""The Triton attention kernels under Triton's interpreter: every feature with every other, against float64.
+
+Needs TRITON_INTERPRET=1 and a process of its own: `make gpuless`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+from collections.abc import Iterator
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from cases import FACTORS, GRADIENTS, Inputs, build, exact, label, pairwise, peer
+from oracle import keep_mask, probabilities
+from torch import Tensor
+
+from dlkernels.testing import assert_close_to_reference, within_rule
+from dlkernels.triton import attention as host
+from dlkernels.triton import heuristics
+from dlkernels.triton.heuristics import Plan, Tile
+
+faulthandler.enable()
+interpreter.install_bfloat16()
+CASES = pairwise(FACTORS)
+SMALL = Tile(64, 32, 4, 1)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Small tiles, so that 97 rows are several; buffers of NaN before a guard page. Yields the shapes of these."""
+    shapes: list[tuple[int, ...]] = []
+
+    def new(shape: Any, like: Tensor, dtype: torch.dtype | None = None, fill_zero: bool = False) -> Tensor:
+        shapes.append(tuple(shape))
+        buffer = interpreter.guarded(shape, dtype or like.dtype)
+        return buffer.zero_() if fill_zero else buffer
+
+    monkeypatch.setattr(host, "_new", new)
+    monkeypatch.setattr(heuristics, "tile", lambda *_: SMALL)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield shapes
+    torch.set_num_threads(threads)
+
+
+def ours(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    q, k, v, features, do, dlse = inputs
+    o, lse = host.attention_forward(q, k, v, **features)
+    needs = {
+        "need_mask": features["mask"] is not None and features["mask"].is_floating_point(),
+        "need_slopes": features["alibi_slopes"] is not None, "need_sinks": features["sinks"] is not None,
+    }  # fmt: skip
+    gradients = host.attention_backward(do, dlse, q, k, v, o, lse, **features, need_q=True, need_kv=True, **needs)
+    return o, lse, dict(zip(GRADIENTS, gradients, strict=True))
+
+
+def terms_of_ds(inputs: Inputs) -> float:
+    """A bound on dp, times what it is multiplied with on the way to a gradient."""
+    q, k, v, _, do, _ = (x.double() if isinstance(x, Tensor) else x for x in inputs)
+    dp = do.norm(dim=-1).max() * v.norm(dim=-1).max()
+    return float(dp * max(1.0, q.abs().max(), k.abs().max()) * q.size(-2))
+
+
+def compare(inputs: Inputs, dtype: torch.dtype, gradients: bool = True) -> None:
+    """Under the rule of dlkernels.testing, for everything the kernels return."""
+    if gradients:
+        o, lse, actual = ours(inputs)
+    else:
+        o, lse = host.attention_forward(*inputs[:3], **inputs.features)
+    ref_o, ref_lse, ref = exact(inputs)
+    peer_o, peer_lse, base = peer(inputs, dtype)
+    assert o.dtype == dtype and lse.dtype == torch.float32
+    assert_close_to_reference("o", o, peer_o, ref_o, dtype)
+    verdict = within_rule(lse, peer_lse, ref_lse, torch.float32)
+    # 16-bit operands have their scores in base 2: two or three roundings of float32 more than the peer's.
+    assert verdict.ours <= verdict.limit * (1 if dtype == torch.float32 else 3), verdict
+    if not gradients:
+        return
+    for name in GRADIENTS:
+        if name not in ref:
+            assert actual[name].shape == (0,), name
+            continue
+        source = {"dmask": "mask", "dslopes": "alibi_slopes", "dsinks": "sinks"}.get(name)
+        kind = dtype if source is None else inputs.features[source].dtype
+        assert actual[name].dtype == kind, name
+        largest_term = terms_of_ds(inputs)
+        if name != "dv" and ref[name].numel() and ref[name].abs().max() <= 1e-9 * largest_term:
+            # A softmax over one key: ds = p * (dp - delta) is 0, and the rounding of the two is left.
+            assert actual[name].abs().max() <= torch.finfo(dtype).eps * largest_term, name
+            continue
+        assert_close_to_reference(name, actual[name], base[name].to(kind), ref[name], kind, grad=True)
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[label(case) for case in CASES])
+def test_pairs_of_features(index: int) -> None:
+    case = CASES[index]
+    compare(build(case, index, place=interpreter.guard), case["dtype"])
+
+
+PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | {"lengths": (97, 97), "widths": (16, 8)}
+SPLIT_CASES = {
+    "decode": {"lengths": (1, 97), "group": 4},
+    "sinks": {"lengths": (1, 97), "group": 4, "sinks": True, "alibi": "BH"},
+    "causal": {"lengths": (7, 97), "group": 2, "causal": 2, "window": (40, -1)},
+    "top_left": {"lengths": (7, 97), "causal": 1},
+    "mask": {"lengths": (7, 97), "mask": "bool full", "group": 2},
+    "dropout": {"lengths": (7, 97), "group": 4, "dropout": 0.3, "softcap": 3.0, "mask": "float HMN"},
+    "varlen": {"lengths": (7, 97), "group": 4, "mask": "varlen", "causal": 2, "sinks": True},
+    "several_tiles": {"lengths": (97, 97), "causal": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+@pytest.mark.parametrize("name", SPLIT_CASES)
+def test_split_keys(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PLAIN | SPLIT_CASES[name]
+    plan = heuristics.forward_plan
+
+    def forced(*args: Any) -> Plan:
+        chosen = plan(*args)
+        return chosen._replace(splits=splits, tile=chosen.tile._replace(block_n=16))
+
+    monkeypatch.setattr(heuristics, "forward_plan", forced)
+    inputs = build(case, splits, place=interpreter.guard)
+    compare(inputs, torch.float32, gradients=False)
+
+
+HIDDEN = {
+    "causal": {"causal": 1},
+    "bottom_right": {"causal": 2, "lengths": (33, 97)},
+    "window": {"window": (20, 10)},
+    "bool": {"mask": "bool full"},
+    "float": {"mask": "float full"},
+    "keys": {"mask": "bool keys"},
+    "dropout": {"causal": 1, "dropout": 0.3, "softcap": 3.0, "alibi": "H"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_places_do_not_leak(name: str, poison: float) -> None:
+    """One key, and one query that sees some keys, are poisoned: whoever does not meet them keeps his exact result."""
+    case = PLAIN | HIDDEN[name]
+    inputs = build(case, 5, batch=1)
+    clean_o, clean_lse, clean = ours(inputs)
+    M, N = case["lengths"]
+    _, probability, _ = probabilities(
+        *(inputs.q.double(), inputs.k.double()),
+        *(inputs.features[x] for x in ("mask", "alibi_slopes", "sinks", "softmax_scale", "causal", "window_left")),
+        inputs.features["window_right"], inputs.features["softcap"],
+    )  # fmt: skip
+    sees = probability > 0  # [B, H, M, N]; one head per key head here
+    j = N // 2
+    k, v = inputs.k.clone(), inputs.v.clone()
+    k[:, :, j] = poison
+    v[:, :, j] = poison
+    o, lse, gradients = ours(inputs._replace(k=k, v=v))
+    apart = ~sees[..., j]
+    assert apart.any() and not apart.all()
+    torch.testing.assert_close(o[apart], clean_o[apart], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse[apart], clean_lse[apart], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients["dq"][apart], clean["dq"][apart], rtol=1e-4, atol=1e-5)
+    assert not o[sees[..., j]].isfinite().any(dim=-1).all() or name == "dropout"
+
+    i = M // 2
+    q, do = inputs.q.clone(), inputs.do.clone()
+    q[:, :, i] = poison
+    do[:, :, i] = poison
+    _, _, gradients = ours(inputs._replace(q=q, do=do))
+    apart = ~sees[:, :, i]
+    assert apart.any() and not apart.all()
+    for key in ("dk", "dv"):
+        torch.testing.assert_close(gradients[key][apart], clean[key][apart], rtol=1e-4, atol=1e-5)
+
+
+def test_nan_in_hidden_mask_entries() -> None:
+    case = PLAIN | {"causal": 1, "mask": "float full"}
+    inputs = build(case, 6, batch=1)
+    expected = ours(inputs)
+    above = torch.ones(97, 97, dtype=torch.bool).triu(1)
+    mask = inputs.features["mask"].masked_fill(above, float("nan"))
+    o, lse, gradients = ours(inputs._replace(features=inputs.features | {"mask": mask}))
+    torch.testing.assert_close(o, expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(lse, expected[1], rtol=0, atol=0)
+    for name in GRADIENTS:
+        torch.testing.assert_close(gradients[name], expected[2][name], rtol=0, atol=0)
+
+
+def test_queries_that_see_nothing() -> None:
+    case = PLAIN | {"mask": "bool full", "alibi": "H", "sinks": False}
+    inputs = build(case, 7)
+    mask = inputs.features["mask"].clone()
+    mask[:, :, 10:50] = False
+    do = inputs.do.clone()
+    do[:, :, 10:50] = float("nan")
+    q = inputs.q.clone()
+    q[:, :, 10:50] = float("nan")
+    for sinks in (None, torch.randn(4)):
+        features = inputs.features | {"mask": mask, "sinks": sinks}
+        o, lse, gradients = ours(inputs._replace(q=q, do=do, features=features))
+        assert (o[:, :, 10:50] == 0).all() and (gradients["dq"][:, :, 10:50] == 0).all()
+        bare = torch.full((4,), float("-inf")) if sinks is None else sinks
+        torch.testing.assert_close(lse[:, :, 10:50], bare[None, :, None].expand(2, 4, 40), rtol=1e-6, atol=1e-6)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("block_m, block_n", [(16, 16), (64, 16), (16, 128)])
+def test_results_do_not_hang_on_the_tiling(block_m: int, block_n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = PLAIN | {"dropout": 0.3, "causal": 2, "window": (50, -1), "alibi": "H", "mask": "float MN", "group": 2}
+    inputs = build(case, 8)
+    expected = ours(inputs)
+    monkeypatch.setattr(heuristics, "tile", lambda *_: Tile(block_m, block_n, 4, 1))
+    o, lse, gradients = ours(inputs)
+    torch.testing.assert_close(o, expected[0], rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=2e-6)
+    for name in GRADIENTS:
+        torch.testing.assert_close(gradients[name], expected[2][name], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1 - 2**-31, 1.0])
+def test_dropout_keeps_these_elements(p: float) -> None:
+    """With v = 1 and equal scores, o counts the kept: against the oracle's own generator, exactly."""
+    M, N = 33, 61
+    q, k, v = torch.zeros(2, 4, M, 16), torch.zeros(2, 4, N, 16), torch.eye(N)[None, None].expand(2, 4, N, N)
+    rng = torch.tensor([2**62 + 12345, 2**40 + 3])
+    rest = (None, None, None, None, None, rng, 0, 0, 1.0, 0, -1, -1, 0.0, p)
+    o, _ = host.attention_forward(q, k, v.contiguous(), *rest)
+    assert torch.equal(o != 0, keep_mask(rng, p, 2, 4, M, N) if p < 1 else torch.zeros_like(o, dtype=torch.bool))
+
+
+def test_nothing_of_size_m_times_n(machine: list[tuple[int, ...]]) -> None:
+    """Rows and columns of the mask, and its [M, N] sum over heads, need no buffer of [B, H, M, N]."""
+    for kind in ("none", "bool full", "float keys", "float queries", "float heads", "float MN", "float HMN"):
+        machine.clear()
+        case = PLAIN | {"mask": kind, "alibi": "BH", "sinks": True, "dropout": 0.3, "group": 2}
+        inputs = build(case, 9)
+        ours(inputs)
+        mask = inputs.features["mask"]
+        allowed = mask.numel() if mask is not None and mask.is_floating_point() else 0
+        largest = max(torch.Size(shape).numel() for shape in machine)
+        linear = 2 * 4 * 97 * 16
+        assert len(machine) > 5 and largest <= max(allowed, linear), (kind, largest)
+
+
+@pytest.mark.parametrize("rows, cols", [(1, 1), (5, 7), (97, 33), (120, 200)])
+@pytest.mark.parametrize("name", ["plain", "causal", "all"])
+def test_attention_map(rows: int, cols: int, name: str) -> None:
+    extra: dict[str, Any] = {
+        "plain": {}, "causal": {"causal": 2, "window": (20, -1), "lengths": (97, 33)},
+        "all": {"causal": 1, "mask": "float full", "alibi": "BH", "softcap": 3.0, "sinks": True, "group": 2},
+    }[name]  # fmt: skip
+    case = PLAIN | extra
+    M, N = case["lengths"]
+    q, k, _, features, *_ = build(case, 10, place=interpreter.guard)
+    names = (
+        "mask", "alibi_slopes", "sinks", "softmax_scale", "causal", "window_left", "window_right", "softcap",
+    )  # fmt: skip
+    picture = host.attention_map(q, k, *(features[x] for x in names), rows, cols)
+    _, p, _ = probabilities(
+        q.double(), k.double(), *(x.double() if isinstance(x, Tensor) else x for x in (features[n] for n in names))
+    )
+    row_bins = torch.nn.functional.one_hot(torch.arange(M) * rows // M, rows).double()
+    col_bins = torch.nn.functional.one_hot(torch.arange(N) * cols // N, cols).double()
+    expected = row_bins.T @ p @ col_bins / row_bins.sum(0).clamp(min=1)[:, None]
+    torch.testing.assert_close(picture.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(0, 4, 4, 5, 5), (2, 4, 2, 0, 5), (2, 4, 2, 5, 0), (2, 0, 0, 5, 5)], ids=["B", "M", "N", "H"]
+)
+def test_empty(sizes: tuple[int, ...]) -> None:
+    B, H, HKV, M, N = sizes
+    q, k, v = torch.randn(B, H, M, 8), torch.randn(B, HKV, N, 8), torch.randn(B, HKV, N, 4)
+    sinks, slopes, mask = torch.randn(H), torch.rand(H), torch.randn(1, 1, M, 1)
+    features = (mask, slopes, sinks, None, None, None, 0, 0, 1.0, 1, -1, -1, 0.0, 0.0)
+    o, lse = host.attention_forward(q, k, v, *features)
+    assert o.shape == (B, H, M, 4) and lse.shape == (B, H, M) and (o == 0).all()
+    torch.testing.assert_close(lse, sinks[None, :, None].expand(B, H, M), rtol=1e-6, atol=1e-6)
+    gradients = host.attention_backward(
+        torch.randn_like(o), None, q, k, v, o, lse, *features, True, True, True, True, True
+    )
+    for gradient, like in zip(gradients, (q, k, v, mask, slopes, sinks), strict=True):
+        assert gradient.shape == like.shape and (gradient == 0).all()
+
+
+def test_strided_and_expanded_inputs() -> None:
+    inputs = build(PLAIN | {"group": 2}, 11)
+    expected = ours(inputs)
+    wide = torch.zeros(2, 4, 97, 32)
+    wide[..., ::2] = inputs.q  # the last dimension is not contiguous
+    k = inputs.k[:1].expand(2, -1, -1, -1)
+    o, lse, gradients = ours(inputs._replace(q=wide[..., ::2]))
+    assert torch.equal(o, expected[0]) and torch.equal(lse, expected[1])
+    assert torch.equal(gradients["dq"], expected[2]["dq"])
+    same = ours(inputs._replace(k=k))
+    assert torch.equal(same[0], ours(inputs._replace(k=k.contiguous()))[0])
+
+
+def test_layouts_of_results() -> None:
+    o, lse, gradients = ours(build(PLAIN, 12))
+    for x in (o, gradients["dq"], gradients["dk"], gradients["dv"]):
+        assert x.transpose(1, 2).is_contiguous()
+    assert lse.is_contiguous()
+
+
+def test_refusals() -> None:
+    q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
+    rest = (None, None, None, None, None, None, 0, 0, 1.0, 0, -1, -1, 0.0, 0.0)
+    with pytest.raises(NotImplementedError, match="float64"):
+        host.attention_forward(q, q, q, *rest)
+    q = torch.randn(1, 1, 4, 257)
+    with pytest.raises(NotImplementedError, match="257"):
+        host.attention_forward(q, q, q, *rest)
