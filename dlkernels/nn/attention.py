@@ -37,8 +37,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """As in torch.nn. The fused kernels run with `need_weights=False`. With it the M x N probabilities are computed by
-        PyTorch operations, and the output from them."""
+        """As in torch.nn. The fused kernels run with `need_weights=False`; with weights, PyTorch operations compute the
+        M x N probabilities, and the output from them."""
         for mask in (attn_mask, key_padding_mask):
             if mask is not None:
                 torch.is_floating_point(mask)  # TypeError for what is no tensor
@@ -110,8 +110,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         of_key = of_query if key is query else to_rows(key)
         of_value = of_key if value is key else to_rows(value)
         self._check_sizes(of_query.rows, of_key.rows, of_value.rows)
-        if not len(of_query.cu_seqlens) == len(of_key.cu_seqlens) == len(of_value.cu_seqlens):
-            raise RuntimeError("expected query, key and value to have the same number of sequences")
+        if of_value is not of_key and not torch.equal(of_key.cu_seqlens, of_value.cu_seqlens):
+            raise AssertionError("key's sequence lengths do not match value's")
+        if len(of_query.cu_seqlens) != len(of_key.cu_seqlens):
+            raise RuntimeError("expected query and key to have the same number of sequences")
         q, k, v = (
             torch.unflatten(rows, -1, (self.num_heads, -1))
             for rows in self._project(of_query.rows, of_key.rows, of_value.rows)

@@ -22,9 +22,10 @@ PRODUCTS = ("forward", "backward_query", "backward_key", "mask_gradient")
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": 1},
+    "masked": {"mask": torch.bool, "alibi_slopes": True, "window_right": 100},
     "everything": {
-        "causal": 2, "window_left": 300, "softcap": 20.0, "dropout_p": 0.1, "mask": "full", "alibi_slopes": True,
-        "sinks": True,
+        "causal": 2, "window_left": 300, "softcap": 20.0, "dropout_p": 0.1, "mask": torch.float32,
+        "alibi_slopes": True, "sinks": True,
     },
 }  # fmt: skip
 # A loop over tiles that goes to local memory in each turn. "everything" is the worst case of seven features at once,
@@ -60,20 +61,21 @@ def compile_call(
         monkeypatch.setattr(host, name, Recorder(name, getattr(host, name), found))
     monkeypatch.setattr(host, "_machine", lambda q: (arch, 1))
     q, k = torch.empty(2, 4, 512, width, dtype=dtype), torch.empty(2, 2, 512, width, dtype=dtype)
-    full = features.get("mask") is not None
+    mask_dtype = features.get("mask")
+    additive = mask_dtype == torch.float32
     features = {
-        "mask": torch.empty(2, 4, 512, 512, dtype=dtype) if full else None,
+        "mask": None if mask_dtype is None else torch.empty(2, 4, 512, 512, dtype=mask_dtype),
         "alibi_slopes": torch.empty(4) if features.get("alibi_slopes") else None,
         "sinks": torch.empty(4, dtype=dtype) if features.get("sinks") else None, "cu_seqlens_q": None,
         "cu_seqlens_k": None, "rng": torch.tensor([1, 2]), "max_seqlen_q": 0, "max_seqlen_k": 0,
         "softmax_scale": 0.125, "causal": features.get("causal", 0), "window_left": features.get("window_left", -1),
-        "window_right": -1, "softcap": features.get("softcap", 0.0), "dropout_p": features.get("dropout_p", 0.0),
+        "window_right": features.get("window_right", -1), "softcap": features.get("softcap", 0.0), "dropout_p": features.get("dropout_p", 0.0),
     }  # fmt: skip
     with offline.architecture(arch):
         o, lse = host.attention_forward(q, k, k, **features)
         host.attention_backward(
-            o, None, q, k, k, o, lse, **features, need_q=True, need_kv=True, need_mask=full, need_slopes=full,
-            need_sinks=full,
+            o, None, q, k, k, o, lse, **features, need_q=True, need_kv=True, need_mask=additive,
+            need_slopes=features["alibi_slopes"] is not None, need_sinks=features["sinks"] is not None,
         )  # fmt: skip
     return found
 
