@@ -80,11 +80,13 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
 template <class C, class RowAt>
 DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, RowAt row, C* panels) {
   const int vectors = shape.vectors_in(p);
-  C* panel = panels + shape.offset(p);
+  const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
+  C* to[kMaxVectors];
+  for (int v = 0; v < vectors; ++v) to[v] = panels + shape.offset(p) + shape.element(vectors, 0, v);
   for (int64_t k = 0; k < shape.K; ++k) {
     const void* from = row(k);
     for (int v = 0; v < vectors; ++v)
-      load_any<C>(dtype, from, shape.column(p, v), shape.valid(p, v)).store(panel + shape.element(vectors, k, v));
+      load_any<C>(dtype, from, shape.column(p, v), shape.valid(p, v)).store(to[v] + k * width);
   }
 }
 
