@@ -45,7 +45,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
     config.addinivalue_line("markers", "heavy: takes more than a few seconds")
-    config.addinivalue_line("markers", "o0_skip(reason): measures memory or time, which means nothing in an -O0 build")
+    config.addinivalue_line("markers", "o0_skip(reason): would say no more in an -O0 build than in the other")
 
 
 def _optimised() -> bool:

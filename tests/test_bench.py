@@ -22,6 +22,8 @@ from dlkernels.bench.timing import Budget, Sample
 from dlkernels.bench.workload import Inputs, Workload, ours, theirs
 from dlkernels.testing import assert_close_to_reference, error, within_rule
 
+pytestmark = pytest.mark.o0_skip(reason="the runner is Python alone")
+
 TINY = Budget(seconds=0.02, block_seconds=1e-3, discard_seconds=0.0, min_pairs=2, max_pairs=3)
 LAYER = Case("lstm", 2, 3, 4, 5)
 KINDS = [

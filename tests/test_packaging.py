@@ -15,6 +15,8 @@ import torch
 
 from dlkernels import _native
 
+pytestmark = pytest.mark.o0_skip(reason="packaging does not depend on the optimiser")
+
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = ROOT / "csrc" / "setup"
 PACKAGE = Path(_native.__file__).parent

@@ -49,7 +49,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
-  } else if (shape.B >= int64_t{2} * height * per_direction && weight_bytes <= kPrivateCacheBytes) {
+  } else if (shape.B >= int64_t{height} * per_direction && weight_bytes <= kPrivateCacheBytes) {
     plan.split = Plan::rows;
   } else if (work_per_step * (1 - 1.0 / per_direction) >= kUnitsWorkSaved) {
     plan.split = Plan::units;

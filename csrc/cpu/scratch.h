@@ -3,6 +3,10 @@
 // Used twice over the same list of take()s: before allocate() they only add up.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -20,8 +24,15 @@ class Scratch {
       static thread_local Kept kept;
       base_ = kept.reserve();
     } else {
-      owned_ = base_ = static_cast<char*>(std::aligned_alloc(kAlign, round_up(total_)));
+      // Large ones in huge pages where the system grants them: walks through many megabytes of panels and
+      // products would else keep missing the TLB.
+      const bool huge = total_ >= kHugeFrom;
+      const size_t unit = huge ? kHugePage : kAlign, size = (total_ + unit - 1) / unit * unit;
+      owned_ = base_ = static_cast<char*>(std::aligned_alloc(unit, size));
       if (!base_) throw std::bad_alloc();
+#if defined(__linux__)
+      if (huge) madvise(base_, size, MADV_HUGEPAGE);
+#endif
     }
     if (poison()) std::memset(base_, 0xff, total_);
     next_ = base_;
@@ -46,7 +57,8 @@ class Scratch {
   ~Scratch() { std::free(owned_); }
 
  private:
-  static constexpr size_t kAlign = 64, kKept = size_t{2} << 20;
+  static constexpr size_t kAlign = 64, kHugePage = size_t{2} << 20, kHugeFrom = size_t{8} << 20,
+                          kKept = size_t{2} << 20;
   static size_t round_up(size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
   struct Kept {

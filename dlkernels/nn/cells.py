@@ -49,7 +49,7 @@ def _by_operator(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) 
 
 
 def _weights(cell: torch.nn.RNNCellBase) -> Weights:
-    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh  # type: ignore[return-value]
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
 def _check_rank(name: str, tensor: Any, what: str) -> None:

@@ -29,18 +29,18 @@ class Backward {
         ld_gates_(block_ld<C>(kSlots * s_.H)),
         ld_unit_(block_ld<C>(s_.H)),
         ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
-        hh_(weight_shape(G_, O_)),
-        ih_(weight_shape(G_, s_.I)),
-        hr_(weight_shape(s_.P, s_.H)) {}
+        hh_(PanelShape::plain(G_, O_, V::size)),
+        ih_(PanelShape::plain(G_, s_.I, V::size)),
+        hr_(PanelShape::plain(s_.P, s_.H, V::size)) {}
 
   void carve(Scratch& scratch) {
     const bool weights = wants_weights();
     zeros_ = scratch.take<C>(zero_count());
     for (int d = 0; d < s_.D; ++d) {
       Direction& x = direction_[d];
-      x.hh = weight_memory(scratch, hh_, p_.weights[d].w_hh);
-      x.ih = p_.dx.data ? weight_memory(scratch, ih_, p_.weights[d].w_ih) : nullptr;
-      x.hr = weight_memory(scratch, hr_, p_.weights[d].w_hr);
+      x.hh = scratch.take<C>(hh_.elements());
+      x.ih = p_.dx.data ? scratch.take<C>(ih_.elements()) : nullptr;
+      x.hr = scratch.take<C>(hr_.elements());
       x.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
       x.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
       x.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
@@ -142,14 +142,6 @@ class Backward {
     C* dx;                                // the second direction's part
   };
 
-  PanelShape weight_shape(int64_t K, int64_t N) const {
-    const PanelShape shape = PanelShape::plain(K, N, V::size);
-    return is_compute_type<C>(s_.dtype) ? in_place(shape) : shape;
-  }
-  static C* weight_memory(Scratch& scratch, const PanelShape& shape, const void* w) {
-    return shape.ld ? static_cast<C*>(const_cast<void*>(w)) : scratch.take<C>(shape.elements());
-  }
-
   int64_t zero_count() const { return block_ld<C>(std::max(kSlots * s_.H, std::max(s_.I, O_))); }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
   int64_t time(int d, int64_t q) const { return d == 0 ? layout_.steps() - 1 - q : q; }
@@ -162,11 +154,11 @@ class Backward {
     const DirectionWeights& w = p_.weights[d];
     int64_t task = 0;
     const auto mine = [&] { return task++ % team.size == team.rank; };
-    for (int64_t p = 0; !hh_.ld && p < hh_.count(); ++p)
+    for (int64_t p = 0; p < hh_.count(); ++p)
       if (mine()) pack_panel_matrix<C>(hh_, p, s_.dtype, w.w_hh, x.hh);
-    for (int64_t p = 0; x.ih && !ih_.ld && p < ih_.count(); ++p)
+    for (int64_t p = 0; x.ih && p < ih_.count(); ++p)
       if (mine()) pack_panel_matrix<C>(ih_, p, s_.dtype, w.w_ih, x.ih);
-    for (int64_t p = 0; s_.P && !hr_.ld && p < hr_.count(); ++p)
+    for (int64_t p = 0; s_.P && p < hr_.count(); ++p)
       if (mine()) pack_panel_matrix<C>(hr_, p, s_.dtype, w.w_hr, x.hr);
     if (!wants_weights() || layout_.steps() > 0) return;  // else the first chunk writes them
     const auto clear = [&](C* sum, int64_t n) {

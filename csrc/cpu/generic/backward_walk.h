@@ -106,24 +106,28 @@ struct Backward<C, Cell>::Walk {
     member.share(shape.count(), 1, &p0, &p1);
     for (int64_t turn = p0; turn < p1; ++turn) {
       const int64_t p = to_and_fro ? p1 - 1 - (turn - p0) : turn;
-      const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
-      const int64_t ldb = shape.stride(p);
-      const C* panel = x.hh + shape.offset(p);
-      for (int64_t i0 = begin; i0 < end; i0 += height) {
-        const int rows = static_cast<int>(std::min<int64_t>(height, end - i0));
-        const C *a[8], *tail[8];
+      const Panel<C> panel = shape.panel(x.hh, p);
+      const int vectors = panel.vectors, width = vectors * V::size, onward = to_and_fro ? -1 : 1;
+      Ahead<C> ahead;
+      if (turn + 1 < p1) ahead = shape.ahead(x.hh, p + onward, p + onward + 1, end - begin);
+      int rows;
+      for (int64_t i0 = begin; i0 < end; i0 += rows) {
+        rows = next_tile(end - i0, vectors);
+        const C *a[kMaxRows], *tail[kMaxRows];
         bool any = false;
         for (int r = 0; r < rows; ++r) {
           const bool zero = skip(i0 + r);
           any |= !zero;
           a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * f.ld_gates_;
           tail[r] = zero ? f.zeros_ : a[r] + 3 * H;
-          fetch(i0 + r, shape.column(p, 0), vectors);
         }
         if (any) {
-          run_tile<C>(rows, vectors, a, head, panel, ldb, out.data, false);
+          run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
+            for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
+          });
           // gru: r and z, then n's hidden half, which lies behind its input half.
-          if constexpr (Cell::kDirectPath) run_tile<C>(rows, vectors, tail, H, panel + head * ldb, ldb, out.data, true);
+          if constexpr (Cell::kDirectPath)
+            run_tile(rows, tail, H, panel.from(head), out.data, true, ahead, [](int, int) {});
         } else {
           std::fill_n(out.data, rows * width, C(0));
         }

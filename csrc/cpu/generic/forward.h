@@ -13,6 +13,7 @@
 template <class C, class Cell>
 class Forward {
   using V = Vec<C>;
+  static constexpr int kTogether = kRegisters == 32 ? 2 : 1;  // cells side by side
 
  public:
   Forward(const ForwardParams& params, const Plan& plan, const SequenceLayout& layout)
@@ -43,7 +44,7 @@ class Forward {
       tables_[m].products = scratch.take<C*>(chunk_rows_);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
-      tables_[m].block = scratch.take<C>((is_compute_type<C>(s_.dtype) ? 0 : kBlockRows) * block_ld<C>(s_.I));
+      tables_[m].block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(s_.I) : 0);
     }
   }
 
@@ -87,6 +88,8 @@ class Forward {
     C* block;
   };
 
+  // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache.
+  bool copies_x() const { return !is_compute_type<C>(s_.dtype) || collides<C>(layout_.packed() ? p_.x.t : p_.x.b); }
   int64_t ld_products() const { return block_ld<C>(Cell::kGates * s_.H); }
 
   // One member's way through one direction with its sequences.
@@ -191,7 +194,7 @@ class Forward {
       const auto x_row = [&](int64_t row) { return table.x[row]; };
       const auto out = [&](int64_t row, int64_t column) -> const void* { return table.products[row] + column; };
       const C* panels = weights + f.weights_.ih_at;
-      if (is_compute_type<C>(s().dtype)) {
+      if (!f.copies_x()) {
         gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, f.weights_.ih, panels, out,
              sink);
       } else {
@@ -214,16 +217,25 @@ class Forward {
       }
     }
 
+    // n units from j on of one row, and where their hidden products lie: one vector per gate.
+    struct Units {
+      const C* hidden;
+      int64_t row, i, j;
+      int n;
+    };
+
     void step_dot(int64_t t, int64_t parity, int64_t first, int64_t alive) {
+      alignas(64) C hidden[kTogether][Cell::kGates * V::size];
+      Pending pending(*this, t, parity);
       int64_t begin, end;
       member.share(s().H, V::size, &begin, &end);
       for (int64_t i = 0; i < alive; ++i) {
         for (int64_t j = begin; j < end; j += V::size) {
           const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-          V hidden[Cell::kGates];
+          C* to = hidden[pending.count];
           for (int g = 0; g < Cell::kGates; ++g)
-            hidden[g] = dot(h(parity, i), f.O_, s().dtype, f.p_.weights[d].w_hh, g * s().H + j, n);
-          cell(t, parity, first + i, i, j, n, hidden);
+            dot(h(parity, i), f.O_, s().dtype, f.p_.weights[d].w_hh, g * s().H + j, n).store(to + g * V::size);
+          pending.add({to, first + i, i, j, n});
         }
       }
     }
@@ -241,65 +253,132 @@ class Forward {
         const int count = static_cast<int>(std::min(together, p1 - turn));
         // To and fro, so that a step begins with the panels that the last one left in the cache.
         const int64_t p = parity ? p0 + p1 - turn - count : turn;
-        const int height = tile_rows(shape.vectors_in(p));
-        for (int64_t i0 = 0; i0 < alive; i0 += height) {
-          const int rows = static_cast<int>(std::min<int64_t>(height, alive - i0));
-          const C* a[8];
+        Ahead<C> ahead;
+        if (turn + together < p1)
+          ahead = parity ? shape.ahead(panels, p - together, p, alive)
+                         : shape.ahead(panels, p + count, p + count + together, alive);
+        int rows;
+        for (int64_t i0 = 0; i0 < alive; i0 += rows) {
+          rows = next_tile(alive - i0, shape.vectors_in(p));
+          const C* a[kMaxRows];
           for (int r = 0; r < rows; ++r) a[r] = h(parity, i0 + r);
           C* tile = out.data;
           for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
-            for (int r = 0; r < rows; ++r) fetch(p + k, first + i0 + r);
-            run_tile<C>(rows, shape.vectors_in(p + k), a, f.O_, panels + shape.offset(p + k), shape.stride(p + k), tile,
-                        false);
+            run_tile(rows, a, f.O_, shape.panel(panels, p + k), tile, false, ahead, [&](int part, int parts) {
+              for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
+            });
           }
           tile = out.data;
-          for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size)
-            for (int r = 0; r < rows; ++r) cells_of_panel(t, parity, first + i0 + r, i0 + r, p + k, tile, r);
+          Pending pending(*this, t, parity);
+          for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
+            const int vectors = shape.vectors_in(p + k);
+            for (int r = 0; r < rows; ++r) {
+              // Again: the panel's stream through the cache may have driven out what was fetched before the product.
+              if (r + 3 < rows) fetch(p + k, first + i0 + r + 3, i0 + r + 3, parity);
+              for (int v = 0; v < vectors; v += Cell::kGates) {
+                const int64_t j = (p + k) * shape.units_per_panel() + v / Cell::kGates * V::size;
+                pending.add({tile + (r * vectors + v) * V::size, first + i0 + r, i0 + r, j,
+                             static_cast<int>(std::min<int64_t>(V::size, s().H - j))});
+              }
+            }
+          }
         }
       }
     }
 
     // What the cells of a panel's units will want of one row.
-    DLK_INLINE void fetch(int64_t p, int64_t row) const {
+    DLK_INLINE void fetch(int64_t p, int64_t row, int64_t i, int64_t parity) const {
       const PanelShape& shape = f.weights_.hh;
       const int64_t unit = p * shape.units_per_panel(), apart = Cell::kGates > 1 ? s().H : int64_t{V::size};
-      for (int v = 0; v < shape.vectors_in(p); ++v) __builtin_prefetch(table.products[row] + unit + v * apart);
-      if (f.p_.y.data && !s().P) __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[row] + unit), 1);
-    }
-
-    // Row r of a tile through the cells of its panel.
-    DLK_INLINE void cells_of_panel(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t p, const C* tile,
-                                   int r) const {
-      const PanelShape& shape = f.weights_.hh;
       const int vectors = shape.vectors_in(p);
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(table.products[row] + unit + v * apart);
       for (int v = 0; v < vectors; v += Cell::kGates) {
-        V hidden[Cell::kGates];
-        for (int g = 0; g < Cell::kGates; ++g) hidden[g] = V::load(tile + (r * vectors + v + g) * V::size);
-        const int64_t j = p * shape.units_per_panel() + v / Cell::kGates * V::size;
-        cell(t, parity, row, i, j, static_cast<int>(std::min<int64_t>(V::size, s().H - j)), hidden);
+        const int64_t j = unit + v / Cell::kGates * V::size;
+        if constexpr (Cell::kCellState) __builtin_prefetch(c(i) + j, 1);
+        if (s().P) continue;
+        __builtin_prefetch(h(1 - parity, i) + j, 1);
+        if (f.p_.y.data) __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[row] + j), 1);
       }
     }
 
-    // The cell equation for n units from j on of one row, and everything it leaves behind.
-    DLK_INLINE void cell(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V* hidden) const {
-      C* products = table.products[row];
-      V x[Cell::kGates], saved[Cell::kSaved + 1], previous = V::zero();
-      for (int g = 0; g < Cell::kGates; ++g) x[g] = load_part(products + g * s().H + j, n);
-      if constexpr (Cell::kHiddenBias)
-        hidden[2] = hidden[2] + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + j);
-      if constexpr (Cell::kCellState) previous = V::load(c(i) + j);
-      if constexpr (Cell::kDirectPath) previous = V::load(h(parity, i) + j);
+    // Units whose products are there wait for a second set, to go through the cell side by side: one alone
+    // is a long chain of dependent instructions.
+    struct Pending {
+      const Walk& walk;
+      const int64_t t, parity;
+      int count = 0;
+      Units first;
+
+      Pending(const Walk& walk, int64_t t, int64_t parity) : walk(walk), t(t), parity(parity) {}
+      ~Pending() {
+        if (count) walk.cell(t, parity, first);
+      }
+      DLK_INLINE void add(const Units& units) {
+        if (kTogether == 1) {
+          walk.cell(t, parity, units);
+        } else if (count == 0) {
+          first = units;
+          count = 1;
+        } else {
+          walk.cells(t, parity, first, units);
+          count = 0;
+        }
+      }
+    };
+
+    DLK_INLINE void cell(int64_t t, int64_t parity, const Units& u) const {
+      V x[Cell::kGates], hidden[Cell::kGates], saved[Cell::kSaved + 1], previous = V::zero();
+      DLK_UNROLL
+      for (int g = 0; g < Cell::kGates; ++g) x[g] = input(u, g), hidden[g] = hidden_product(u, g);
+      if constexpr (Cell::kCellState || Cell::kDirectPath) previous = state_before(parity, u);
       const V out = Cell::forward(x, hidden, previous, saved);
-      if (f.in_place_)
-        for (int k = 0; k < Cell::kSaved; ++k) store_part(products + k * s().H + j, saved[k], n);
+      leave(t, parity, u, saved, out);
+    }
+
+    // Two at once.
+    DLK_INLINE void cells(int64_t t, int64_t parity, const Units& u, const Units& w) const {
+      using Both = Pair<V>;
+      Both x[Cell::kGates], hidden[Cell::kGates], saved[Cell::kSaved + 1], previous = Both::zero();
+      DLK_UNROLL
+      for (int g = 0; g < Cell::kGates; ++g) {
+        x[g] = {input(u, g), input(w, g)};
+        hidden[g] = {hidden_product(u, g), hidden_product(w, g)};
+      }
+      if constexpr (Cell::kCellState || Cell::kDirectPath)
+        previous = {state_before(parity, u), state_before(parity, w)};
+      const Both out = Cell::forward(x, hidden, previous, saved);
+      V one[Cell::kSaved + 1], other[Cell::kSaved + 1];
+      DLK_UNROLL
+      for (int k = 0; k < Cell::kSaved; ++k) one[k] = saved[k].a, other[k] = saved[k].b;
+      leave(t, parity, u, one, out.a);
+      leave(t, parity, w, other, out.b);
+    }
+
+    DLK_INLINE V input(const Units& u, int g) const { return load_part(table.products[u.row] + g * s().H + u.j, u.n); }
+    DLK_INLINE V hidden_product(const Units& u, int g) const {
+      const V sum = V::load(u.hidden + g * V::size);
+      if (Cell::kHiddenBias && g == 2) return sum + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + u.j);
+      return sum;
+    }
+    DLK_INLINE V state_before(int64_t parity, const Units& u) const {
+      return V::load((Cell::kCellState ? c(u.i) : h(parity, u.i)) + u.j);
+    }
+
+    // Everything a cell leaves behind.
+    DLK_INLINE void leave(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
+      if (f.in_place_) {
+        C* to = table.products[u.row] + u.j;
+        DLK_UNROLL
+        for (int k = 0; k < Cell::kSaved; ++k) store_part(to + k * s().H, saved[k], u.n);
+      }
       if constexpr (Cell::kCellState) {
-        saved[4].store(c(i) + j);
-        if (f.p_.c_n && is_last(i, t)) store_any<C>(s().dtype, f.p_.c_n, state(i, s().H) + j, saved[4], n);
+        saved[4].store(c(u.i) + u.j);
+        if (f.p_.c_n && is_last(u.i, t)) store_any<C>(s().dtype, f.p_.c_n, state(u.i, s().H) + u.j, saved[4], u.n);
       }
       if (s().P) {
-        out.store(cell_out(i) + j);
+        out.store(cell_out(u.i) + u.j);
       } else {
-        emit(t, parity, row, i, j, n, out);
+        emit(t, parity, u.row, u.i, u.j, u.n, out);
       }
     }
 

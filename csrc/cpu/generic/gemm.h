@@ -19,7 +19,13 @@ struct DirectRows {
   }
 };
 
-// Converted from their storage dtype.
+// True for rows so far apart that those of a tile compete for the same few lines of L1.
+template <class C>
+DLK_INLINE bool collides(int64_t stride) {
+  return stride * static_cast<int64_t>(sizeof(C)) % 2048 == 0;
+}
+
+// Copied side by side, converted from their storage dtype.
 template <class C, class RowAt>
 struct CopiedRows {
   static constexpr int kRows = kBlockRows;
@@ -77,21 +83,22 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
     const int block_rows = static_cast<int>(m1 - m < kRows ? m1 - m : kRows);
     a.rows(m, block_rows, row);
     for (int64_t p = p0; p < p1; ++p) {
-      const int vectors = shape.vectors_in(p), height = tile_rows(vectors), width = vectors * V::size;
-      const C* panel = panels + shape.offset(p);
-      const int64_t ldb = shape.stride(p);
+      const Panel<C> panel = shape.panel(panels, p);
+      const int vectors = panel.vectors, width = vectors * V::size;
+      Ahead<C> ahead;
+      if (p + 1 < p1) ahead = shape.ahead(panels, p + 1, p + 2, block_rows);
       for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: a product of zeros
         const int64_t depth = shape.K - k < kPanelDepth ? shape.K - k : kPanelDepth;
-        for (int r = 0; r < block_rows; r += height) {
-          const int rows = block_rows - r < height ? block_rows - r : height;
+        for (int r = 0, rows; r < block_rows; r += rows) {
+          rows = next_tile(block_rows - r, vectors);
           C* sum = shape.K <= kPanelDepth ? sums : sums + r * width;
-          const C* part[8];
+          const C* part[kMaxRows];
           for (int i = 0; i < rows; ++i) {
             part[i] = row[r + i] + k;
             const char* to = static_cast<const char*>(out(m + r + i, shape.column(p, 0)));
             for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * 64, 1);
           }
-          run_tile<C>(rows, vectors, part, depth, panel + k * ldb, ldb, sum, k > 0);
+          run_tile(rows, part, depth, panel.from(k), sum, k > 0, ahead, [](int, int) {});
           if (k + depth < shape.K) continue;
           for (int i = 0; i < rows; ++i)
             for (int v = 0; v < vectors; ++v)
@@ -110,7 +117,7 @@ struct GemmShare {
     if (p1 >= 4 * member.size) {
       member.share(p1, 1, &p0, &p1);
     } else {
-      member.share(M, 8, &m0, &m1);
+      member.share(M, kMaxRows, &m0, &m1);
     }
   }
 };

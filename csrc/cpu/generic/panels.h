@@ -1,19 +1,18 @@
 // Packed right-hand sides for tile.h. A matrix of K rows and N columns lies as panels of
-// up to four vectors of columns, each [K][vectors * Vec::size], zero padded to whole
-// vectors. Gate panels take one vector per gate for the same hidden units, so that the
-// tile of a panel holds all that the cell equation of those units needs.
+// up to four vectors of columns, zero padded to whole vectors; a panel is one or two strips
+// (strip_vectors), each [K][vectors * Vec::size]. Gate panels take one vector per gate for the same hidden units, so
+// that the tile of a panel holds all that the cell equation of those units needs.
 
 struct PanelShape {
-  int64_t K;       // length of the products
-  int64_t N;       // columns; of one gate for gate panels
-  int gates;       // 0: plain columns, else vector v of a panel belongs to gate v
-  int lanes;       // Vec::size
-  int vectors;     // per full panel
-  int64_t ld = 0;  // not 0: no panels but the matrix itself, [K][ld]; see in_place()
+  int64_t K;    // length of the products
+  int64_t N;    // columns; of one gate for gate panels
+  int gates;    // 0: plain columns, else vector v of a panel belongs to gate v
+  int lanes;    // Vec::size
+  int vectors;  // per full panel
 
-  static PanelShape plain(int64_t K, int64_t N, int lanes) { return {K, N, 0, lanes, kMaxVectors, 0}; }
+  static PanelShape plain(int64_t K, int64_t N, int lanes) { return {K, N, 0, lanes, kMaxVectors}; }
   static PanelShape gated(int64_t K, int64_t H, int gates, int lanes) {
-    return gates == 1 ? plain(K, H, lanes) : PanelShape{K, H, gates, lanes, gates, 0};
+    return gates == 1 ? plain(K, H, lanes) : PanelShape{K, H, gates, lanes, gates};
   }
   int64_t units_per_panel() const { return gates ? lanes : static_cast<int64_t>(lanes) * vectors; }
   int64_t count() const { return (N + units_per_panel() - 1) / units_per_panel(); }
@@ -23,8 +22,27 @@ struct PanelShape {
     const int64_t left = (N - p * units_per_panel() + lanes - 1) / lanes;
     return left < vectors ? static_cast<int>(left) : vectors;
   }
-  int64_t offset(int64_t p) const { return ld ? p * lanes * vectors : p * K * lanes * vectors; }
-  int64_t stride(int64_t p) const { return ld ? ld : int64_t{vectors_in(p)} * lanes; }
+  int64_t offset(int64_t p) const { return p * K * lanes * vectors; }
+  template <class C>
+  Panel<C> panel(const C* base, int64_t p) const {
+    const int count = vectors_in(p);
+    return {base + offset(p), K * strip_vectors(count) * lanes, count};
+  }
+  // Panels [p, q) as far as they exist, to be fetched ahead while `rows` rows are multiplied with as many others:
+  // nothing if that would drive the rows out of L2.
+  template <class C>
+  Ahead<C> ahead(const C* base, int64_t p, int64_t q, int64_t rows) const {
+    if (p < 0) p = 0;
+    if (q > count()) q = count();
+    const int64_t elements = 2 * (offset(q) - offset(p)) + rows * K;
+    if (elements * static_cast<int64_t>(sizeof(C)) > (int64_t{768} << 10)) return {};
+    return {base + offset(p), base + offset(q)};
+  }
+  // Vector v of row k within a packed panel of `count` vectors.
+  int64_t element(int count, int64_t k, int v) const {
+    const int width = strip_vectors(count);
+    return ((v / width * K + k) * width + v % width) * lanes;
+  }
   int64_t elements() const { return (N + lanes - 1) / lanes * lanes * (gates ? gates : 1) * K; }
   // Where vector v of panel p begins among the columns, and how many are real.
   int64_t column(int64_t p, int v) const { return gates ? v * N + p * lanes : (p * vectors + v) * int64_t{lanes}; }
@@ -34,19 +52,12 @@ struct PanelShape {
   }
 };
 
-// A [K][N] matrix of the compute type is as good as its panels when its rows are whole
-// vectors and lie close together.
-DLK_INLINE PanelShape in_place(PanelShape shape) {
-  if (shape.N % shape.lanes == 0 && shape.N <= 16 * shape.lanes) shape.ld = shape.N;
-  return shape;
-}
-
 // From w [columns][K], k contiguous: a transposition, block by block.
 template <class C>
 DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panels) {
   constexpr int kLanes = Vec<C>::size;
   const int vectors = shape.vectors_in(p);
-  const int64_t K = shape.K, width = int64_t{vectors} * kLanes;
+  const int64_t K = shape.K, width = int64_t{strip_vectors(vectors)} * kLanes;
   C* panel = panels + shape.offset(p);
   alignas(64) C block[kLanes * kLanes];
   for (int v = 0; v < vectors; ++v) {
@@ -54,7 +65,7 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
     const int rows = shape.valid(p, v);
     for (int64_t k = 0; k < K; k += kLanes) {
       const int columns = static_cast<int>(K - k < kLanes ? K - k : kLanes);
-      C* to = panel + k * width + v * kLanes;
+      C* to = panel + shape.element(vectors, k, v);
       if (is_compute_type<C>(dtype)) {
         transpose_block(static_cast<const C*>(w) + first + k, K, rows, columns, to, width);
       } else {
@@ -68,13 +79,14 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
 // From rows of N columns each: row(k) gives the address of row k. Plain panels only.
 template <class C, class RowAt>
 DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, RowAt row, C* panels) {
-  constexpr int kLanes = Vec<C>::size;
   const int vectors = shape.vectors_in(p);
-  C* to = panels + shape.offset(p);
+  const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
+  C* to[kMaxVectors];
+  for (int v = 0; v < vectors; ++v) to[v] = panels + shape.offset(p) + shape.element(vectors, 0, v);
   for (int64_t k = 0; k < shape.K; ++k) {
     const void* from = row(k);
-    for (int v = 0; v < vectors; ++v, to += kLanes)
-      load_any<C>(dtype, from, shape.column(p, v), shape.valid(p, v)).store(to);
+    for (int v = 0; v < vectors; ++v)
+      load_any<C>(dtype, from, shape.column(p, v), shape.valid(p, v)).store(to[v] + k * width);
   }
 }
 

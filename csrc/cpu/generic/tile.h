@@ -1,112 +1,170 @@
 // The one inner product kernel: out[r][v] (+)= sum_k a[r][k] * b[k][v] for a tile of a
-// few rows and 1..4 vectors of columns that stays in registers.
+// few rows and 1..4 vectors of columns that stays in registers; b is a packed panel.
 //
-// b has rows of that many columns, ldb apart: a packed panel, zero padded to whole vectors
-// (panels.h), or a part of a matrix as it lies. Every output is a chain of FMAs in
-// the order of k, cut into slices whose sums are added up in order: the rounding error of
-// one long chain grows with its length. The order is the same for every height of the tile,
-// so a row's result does not depend on the rows beside it.
+// Every output is a chain of FMAs in the order of k, cut into slices whose sums are added
+// up in order: the rounding error of one long chain grows with its length. The order is the
+// same for every shape of the tile, so a row's result does not depend on the rows beside it.
 // No include guard: included once per ISA, see docs/architecture.md.
-
-constexpr int kMaxVectors = 4;
 
 // Chosen by measuring the error against torch's own products: up to 128 one chain is as
 // good as theirs, for the next sizes it takes slices of 64, and longer ones of 128 again.
 constexpr int64_t slice_of(int64_t K) { return K > 128 && K <= 512 ? 64 : 128; }
 
-// Rows of a tile by its vectors: accumulators plus operands must fit the registers.
-constexpr int tile_rows(int vectors) {
+// A panel has up to four vectors of columns and lies in memory as strips, each
+// [K][strip_vectors * Vec::size]. Four vectors are two strips: tiles of many rows go
+// through one after the other, because a tall tile reads less of b for the same work,
+// tiles of few rows through both at once, because they need the independent sums.
+constexpr int kMaxVectors = 4;
+constexpr int kMaxRows = 12;
+constexpr int strip_vectors(int vectors) { return vectors == 4 ? 2 : vectors; }
+
+// Accumulators plus operands must fit the registers.
+constexpr int rows_for(int vectors) {
   const int rows = (kRegisters == 32 ? 24 : 12) / vectors;
-  return rows > 8 ? 8 : rows;
+  return rows > kMaxRows ? kMaxRows : rows;
 }
 
+// Rows of the tallest tile by the vectors of its panel.
+constexpr int tile_rows(int vectors) { return rows_for(strip_vectors(vectors)); }
+
+// The next of the tiles that n rows are cut into: of nearly equal height.
+DLK_INLINE int next_tile(int64_t n, int vectors) {
+  const int height = tile_rows(vectors);
+  const int64_t tiles = (n + height - 1) / height;
+  return static_cast<int>((n + tiles - 1) / tiles);
+}
+
+// `next` is the distance to b's second strip, where the tile takes two. With kBring, K cache lines from `ahead` on are
+// brought to L2 on the way.
 template <class C>
-using TileFn = void (*)(const C* const* a, int64_t K, const C* b, int64_t ldb, C* out, bool accumulate);
+using TileFn = void (*)(const C* const* a, int64_t K, const C* b, int64_t next, const C* ahead, C* out, int64_t ldo,
+                        bool accumulate);
 
-template <class C, int kRows, int kVectors>
-DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t ldb, C* out, bool accumulate) {
+template <class C, int kRows, int kVectors, bool kBring>
+DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, const C* ahead, C* out, int64_t ldo,
+                       bool accumulate) {
   using V = Vec<C>;
-  constexpr int kWidth = kVectors * V::size;
-  V acc[kRows][kVectors];
-  const C* row[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = a[r];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
-  }
-  // A tall tile has the time to fetch its panel ahead from L2 or beyond; a low one would
+  constexpr int kStrip = strip_vectors(kVectors);
+  // A tall tile has the time to fetch its strips ahead from L2 or beyond; a low one would
   // only load the same lines twice.
-  constexpr bool kFetchAhead = kRows * kVectors >= 16;
-  for (int64_t k = 0; k < K; ++k, b += ldb) {
-    V column[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      column[v] = V::load(b + v * V::size);
-      if constexpr (kFetchAhead && V::size * sizeof(C) == 64) __builtin_prefetch(b + 8 * ldb + v * V::size);
-    }
-#pragma GCC unroll 8
+  constexpr bool kFetchAhead = kRows * kVectors >= 16 && V::size * sizeof(C) == 64;
+  constexpr int kAhead = 8 * kStrip * V::size, kLine = 64 / sizeof(C);
+  const C* row[kRows];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) row[r] = a[r];
+  const int64_t slice = slice_of(K);
+  do {
+    V acc[kRows][kVectors];
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      const V x = V::set1(row[r][k]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    const int64_t depth = K < slice + slice / 2 ? K : slice;
+    // Counting up to 0 spares the register of the bound: twelve rows leave none.
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) row[r] += depth;
+    for (int64_t k = -depth; k != 0; ++k, b += kStrip * V::size) {
+      if constexpr (kBring) __builtin_prefetch(ahead, 0, 2), ahead += kLine;
+      V column[kVectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      C* to = out + r * kWidth + v * V::size;
-      if (accumulate) acc[r][v] = V::load(to) + acc[r][v];
-      acc[r][v].store(to);
+      for (int v = 0; v < kVectors; ++v) {
+        const C* from = v < kStrip ? b + v * V::size : b + next + (v - kStrip) * V::size;
+        column[v] = V::load(from);
+        if constexpr (kFetchAhead) __builtin_prefetch(from + kAhead);
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const V x = V::set1(row[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
+      }
     }
-  }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        C* to = out + r * ldo + v * V::size;
+        if (accumulate) acc[r][v] = V::load(to) + acc[r][v];
+        acc[r][v].store(to);
+      }
+    }
+    accumulate = true;
+    K -= depth;
+  } while (K > 0);
 }
 
-template <class C, int kVectors, int... kRow>
+// Only a tall tile has the time to bring something.
+template <class C, int kVectors, bool kBring, int... kRow>
 DLK_INLINE TileFn<C> pick_rows(int rows, std::integer_sequence<int, kRow...>) {
-  static constexpr TileFn<C> kTable[] = {tile<C, kRow + 1, kVectors>...};
+  static constexpr TileFn<C> kTable[] = {tile < C, kRow + 1, kVectors, kBring && (kRow + 1) * kVectors >= 16 > ...};
   return kTable[rows - 1];
 }
 
 template <class C, int kVectors>
-DLK_INLINE TileFn<C> pick_tile(int rows) {
-  return pick_rows<C, kVectors>(rows, std::make_integer_sequence<int, tile_rows(kVectors)>{});
+DLK_INLINE TileFn<C> pick_tile(int rows, bool bring) {
+  constexpr std::make_integer_sequence<int, rows_for(kVectors)> kHeights{};
+  return bring ? pick_rows<C, kVectors, true>(rows, kHeights) : pick_rows<C, kVectors, false>(rows, kHeights);
 }
 
+// One panel of a right-hand side, or what is left of it from row k on.
 template <class C>
-DLK_INLINE void run_tile(int rows, int vectors, const C* const* a, int64_t K, const C* b, int64_t ldb, C* out,
-                         bool accumulate) {
+struct Panel {
+  const C* data;
+  int64_t next;  // from strip to strip
+  int vectors;
+  Panel from(int64_t k) const { return {data + k * strip_vectors(vectors) * Vec<C>::size, next, vectors}; }
+};
+
+// Memory that will be wanted soon: tiles bring it to L2, K lines each, while they compute.
+template <class C>
+struct Ahead {
+  const C *at = nullptr, *end = nullptr;
+  // Null when all of it has been taken.
+  const C* take(int64_t K) {
+    if (at >= end) return nullptr;
+    const C* here = at;
+    at += K * (64 / static_cast<int64_t>(sizeof(C)));
+    return here;
+  }
+};
+
+// out [rows][vectors * Vec::size] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of
+// the work: a place to fetch a few lines of what the results will meet.
+template <class C, class Before>
+DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
+                         Ahead<C>& ahead, Before before) {
+  const int64_t ldo = int64_t{panel.vectors} * Vec<C>::size;
+  if (panel.vectors == 4 && rows > rows_for(4)) {
+    for (int part = 0; part < 2; ++part, out += 2 * Vec<C>::size) {
+      before(part, 2);
+      const C* bring = ahead.take(K);
+      pick_tile<C, 2>(rows, bring)(a, K, panel.data + part * panel.next, 0, bring, out, ldo, accumulate);
+    }
+    return;
+  }
+  const C* bring = ahead.take(K);
   TileFn<C> fn;
-  switch (vectors) {
+  switch (panel.vectors) {
     case 1:
-      fn = pick_tile<C, 1>(rows);
+      fn = pick_tile<C, 1>(rows, bring);
       break;
     case 2:
-      fn = pick_tile<C, 2>(rows);
+      fn = pick_tile<C, 2>(rows, bring);
       break;
     case 3:
-      fn = pick_tile<C, 3>(rows);
+      fn = pick_tile<C, 3>(rows, bring);
       break;
     default:
-      fn = pick_tile<C, 4>(rows);
+      fn = pick_tile<C, 4>(rows, bring);
       break;
   }
-  const C* at[8];
-  for (int r = 0; r < rows; ++r) at[r] = a[r];
-  const int64_t slice = slice_of(K);
-  for (int64_t k = 0;;) {
-    const int64_t left = K - k, depth = left < slice + slice / 2 ? left : slice;
-    fn(at, depth, b + k * ldb, ldb, out, accumulate);
-    k += depth;
-    if (k >= K) break;
-    for (int r = 0; r < rows; ++r) at[r] += depth;
-    accumulate = true;
-  }
+  before(0, 1);
+  fn(a, K, panel.data, panel.next, bring, out, ldo, accumulate);
 }
 
-// A tile's home between the product and what uses it: 1.5 KB that never leave L1.
+// A tile's home between the product and what uses it: 3 KB that never leave L1.
 template <class C>
 struct alignas(64) TileBuffer {
-  C data[8 * kMaxVectors * Vec<C>::size];
+  C data[kMaxRows * kMaxVectors * Vec<C>::size];
 };

@@ -1,5 +1,5 @@
-// exp, exp2_down, sigmoid, tanh and relu over Vec, written once for every ISA.
-// No include guard: see target.h.
+// exp, exp2_down, sigmoid, tanh and relu over Vec or Pair, written once for
+// every ISA. No include guard: see target.h.
 //
 // y = n ln2 + r with |r| <= ln2 / 2, and e^y = 2^n (1 + p), p = expm1(r) by a
 // polynomial. Keeping 2^n and p apart lets sigmoid and tanh add their own 1 to
@@ -10,6 +10,8 @@
 // (Remez exchange) of the error relative to expm1: 1.4e-8 for float, 2.4e-17 for
 // double. ln2 is split so that n * ln2_hi is exact (Cody and Waite) also where
 // there is no fma.
+
+#include "pair.h"
 
 template <class C>
 struct ExpConstants;
@@ -34,8 +36,8 @@ struct ExpConstants<double> {
   static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
 };
 
-DLK_INLINE Vec<float> expm1_reduced(Vec<float> r) {
-  using V = Vec<float>;
+template <class V>
+DLK_INLINE V expm1_reduced(V r, float) {
   const V r2 = r * r;
   const V q56 = fma(V::set1(1.38982257e-3f), r, V::set1(8.36604089e-3f));
   const V q34 = fma(V::set1(4.16668542e-2f), r, V::set1(1.66665494e-1f));
@@ -43,8 +45,8 @@ DLK_INLINE Vec<float> expm1_reduced(Vec<float> r) {
   return fma(fma(q, r, V::set1(0.5f)), r2, r);
 }
 
-DLK_INLINE Vec<double> expm1_reduced(Vec<double> r) {
-  using V = Vec<double>;
+template <class V>
+DLK_INLINE V expm1_reduced(V r, double) {
   const V r2 = r * r;
   const V q34 = fma(V::set1(0.04166666666662), r, V::set1(0.16666666666666602));
   const V q56 = fma(V::set1(0.0013888888920499498), r, V::set1(0.008333333333388383));
@@ -58,26 +60,26 @@ DLK_INLINE Vec<double> expm1_reduced(Vec<double> r) {
 }
 
 // e^y = scale * (1 + p)
-template <class C>
+template <class V>
 struct ExpParts {
-  Vec<C> scale, p;
+  V scale, p;
 };
 
 // y >= normal_min or NaN. Where n stops at n_max, r and with it p go on growing: e^y overflows as it should.
-template <class C>
-DLK_INLINE ExpParts<C> exp_parts(Vec<C> y) {
-  using V = Vec<C>;
+template <class V>
+DLK_INLINE ExpParts<V> exp_parts(V y) {
+  using C = ElementOf<V>;
   using K = ExpConstants<C>;
   const V shift = V::set1(K::shift);
   const V shifted = min(fma(y, V::set1(C(1.4426950408889634)), shift), V::set1(K::shift + K::n_max));
   const V n = shifted - shift;
   const V r = fnma(n, V::set1(K::ln2_lo), fnma(n, V::set1(K::ln2_hi), y));
-  return {exponent_from_bits(shifted), expm1_reduced(r)};
+  return {exponent_from_bits(shifted), expm1_reduced(r, C())};
 }
 
-template <class C>
-DLK_INLINE Vec<C> exp(Vec<C> x) {
-  using V = Vec<C>;
+template <class V>
+DLK_INLINE V exp(V x) {
+  using C = ElementOf<V>;
   using K = ExpConstants<C>;
   // Half the way in each factor: neither leaves the normal range where the result is subnormal.
   const V y = min(V::set1(K::overflow), max(V::set1(K::underflow), x));
@@ -87,7 +89,7 @@ DLK_INLINE Vec<C> exp(Vec<C> x) {
   const V half = fma(n, V::set1(C(0.5)), shift);
   const V rest = n - (half - shift) + shift;
   const V scale = exponent_from_bits(half);
-  return fma(scale, expm1_reduced(r), scale) * exponent_from_bits(rest);
+  return fma(scale, expm1_reduced(r, C()), scale) * exponent_from_bits(rest);
 }
 
 // 2^x for x up to about 0 (to n_max at most); 0 where it would not be normal, NaN for NaN.
@@ -99,30 +101,30 @@ DLK_INLINE Vec<C> exp2_down(Vec<C> x) {
   const V shift = V::set1(K::shift);
   const V shifted = y + shift;
   const V scale = exponent_from_bits(shifted);
-  const V p = expm1_reduced((y - (shifted - shift)) * V::set1(C(0.6931471805599453)));
+  const V p = expm1_reduced((y - (shifted - shift)) * V::set1(C(0.6931471805599453)), C());
   return fma(scale, p, scale);
 }
 
-template <class C>
-DLK_INLINE Vec<C> sigmoid(Vec<C> x) {
-  using V = Vec<C>;
+template <class V>
+DLK_INLINE V sigmoid(V x) {
+  using C = ElementOf<V>;
   const V one = V::set1(C(1));
-  const ExpParts<C> e = exp_parts(-min(V::set1(-ExpConstants<C>::normal_min), x));
+  const ExpParts<V> e = exp_parts(-min(V::set1(-ExpConstants<C>::normal_min), x));
   return one / fma(e.scale, e.p, e.scale + one);
 }
 
 // expm1(2x) / (expm1(2x) + 2) at -|x|, where e^2x + 1 rounds best; odd to the last bit.
-template <class C>
-DLK_INLINE Vec<C> tanh(Vec<C> x) {
-  using V = Vec<C>;
+template <class V>
+DLK_INLINE V tanh(V x) {
+  using C = ElementOf<V>;
   const V one = V::set1(C(1));
   const V y = max(V::set1(ExpConstants<C>::tanh_min), copysign(x + x, -one));
-  const ExpParts<C> e = exp_parts(y);
+  const ExpParts<V> e = exp_parts(y);
   return copysign(fma(e.scale, e.p, e.scale - one) / fma(e.scale, e.p, e.scale + one), x);
 }
 
 // NaN stays NaN, as in torch.
-template <class C>
-DLK_INLINE Vec<C> relu(Vec<C> x) {
-  return max(Vec<C>::zero(), x);
+template <class V>
+DLK_INLINE V relu(V x) {
+  return max(V::zero(), x);
 }
