@@ -82,10 +82,12 @@ native-test:
 abi-check: build
 	$(PY) tests/abi/check.py '$(ABI_TORCH_SPEC)'
 
-gpuless: build
+# Needs no compiled module: Triton's interpreter runs on CPU tensors, its compiler on none.
+gpuless: $(ENV_STAMP)
 	$(PY) tests/gpuless/run.py $(TRITON_SPECS) $(ARGS)
 
-# With whatever Python has the CUDA build of torch: make gpu-check PYTHON=/path/to/python
+# With whatever Python has the CUDA build of torch: make gpu-check PYTHON=/path/to/python. ARGS=--rehearse needs no GPU
+# and proves only that the check itself works.
 gpu-check:
 	$(PYTHON) tests/gpu/check.py $(ARGS)
 

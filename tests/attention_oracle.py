@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,8 +232,7 @@ def one_sequence(
     kept = torch.ones((), dtype=s.dtype)
     if case.dropout:
         assert d.rng is not None
-        kept = keep_mask(case, d.rng, b, H, M, N) * (0.0 if case.dropout == 1 else 1 / (1 - case.dropout))
-        kept = kept.to(s.dtype)
+        kept = keep_mask(case, d.rng, b, H, M, N).to(s.dtype) * (0.0 if case.dropout == 1 else 1 / (1 - case.dropout))
     if flash is not None:
         sink = None if d.sinks is None else d.sinks.to(s.dtype)
         return FlashSoftmax.apply(s, v, kept, sink, flash)  # type: ignore[no-any-return, no-untyped-call]
@@ -242,6 +242,8 @@ def one_sequence(
 
 def oracle(case: Case, d: Data, flash: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """o and lse in the dtype of d.q; differentiable."""
+    if case.B == 0:
+        return d.v.sum() + d.v.new_zeros(0, case.H, case.M, case.Dv), d.q.sum() + d.v.new_zeros(0, case.H, case.M)
     if d.cu_q is None or d.cu_k is None:
         masks = [None if d.mask is None else d.mask[b % d.mask.shape[0]] for b in range(case.B)]
         parts = [one_sequence(case, d, b, d.q[b], d.k[b], d.v[b], masks[b], flash) for b in range(case.B)]
@@ -314,6 +316,17 @@ def measures(case: Case, data: Data, grads: bool = True) -> list[Results]:
     compute = torch.float64 if case.dtype == torch.float64 else torch.float32
     flash = run_oracle(case, data, compute, grads, flash=case.dtype)
     return [run_oracle(case, data, case.dtype, grads), {n: t.to(result_dtype(case, n)) for n, t in flash.items()}]
+
+
+def other_orders(case: Case, data: Data) -> Iterator[Results]:
+    """The same call, measured again with every sum in another order: widths permuted."""
+    for seed in range(6):
+        g = torch.Generator().manual_seed(seed)
+        d, dv = (torch.randperm(width, generator=g) for width in (case.D, case.Dv))
+        moved = dataclasses.replace(data, q=data.q[..., d], k=data.k[..., d], v=data.v[..., dv], do=data.do[..., dv])
+        back = {"o": dv.argsort(), "dv": dv.argsort(), "dq": d.argsort(), "dk": d.argsort()}
+        for results in measures(case, moved):
+            yield {name: t[..., back[name]] if name in back else t for name, t in results.items()}
 
 
 def result_dtype(case: Case, name: str) -> torch.dtype:

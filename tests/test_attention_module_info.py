@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attention_modules import check, twin
+from settings import use_isa
 from test_module_info import build, tensors
 from torch import nn
 from torch.testing._internal.common_methods_invocations import op_db
@@ -15,9 +16,9 @@ from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, modu
 
 import dlkernels
 
-NAMES = (
-    "MultiheadAttention", "TransformerEncoder", "TransformerEncoderLayer", "TransformerDecoderLayer", "Transformer",
-)  # fmt: skip
+LAYERS = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
+STACKS = ("TransformerEncoder", "Transformer")
+NAMES = LAYERS + STACKS
 INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls in {getattr(nn, n) for n in NAMES}}
 OP = next(op for op in op_db if op.name == "nn.functional.multi_head_attention_forward")
 
@@ -44,28 +45,43 @@ def test_every_entry_is_there() -> None:
     assert min(counts.values()) >= 30, counts
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", NAMES)
-def test_outputs_and_gradients(name: str, dtype: torch.dtype, training: bool, isa: str) -> None:
+def check_samples(name: str, dtype: torch.dtype, training: bool) -> None:
     for sample in samples(INFOS[name], dtype, training):
         theirs = build_theirs(name, sample, dtype, training)
-        if hasattr(dlkernels.nn, name):
+        if name in LAYERS:
             ours = build(dlkernels.nn, name, sample, dtype, training)
             ours.load_state_dict(theirs.state_dict())
         else:
             ours = twin(theirs)
-        args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
-        check(ours, theirs, dtype, *args, **kwargs)
+        check(ours, theirs, dtype, *sample.forward_input.args, **sample.forward_input.kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str, dtype: torch.dtype, isa: str) -> None:
+    check_samples(name, dtype, True)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_in_eval_mode(name: str, best_isa: str) -> None:
+    with use_isa(best_isa):
+        check_samples(name, torch.float32, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks(name: str, dtype: torch.dtype, best_isa: str) -> None:
+    with use_isa(best_isa):
+        check_samples(name, dtype, True)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_inference(name: str, isa: str) -> None:
+def test_inference(name: str, best_isa: str) -> None:
     """eval and no_grad, where torch takes its fast path, which rounds in other places than its slow one."""
     for sample in samples(INFOS[name], torch.float32, True):
         theirs = build_theirs(name, sample, torch.float32, False)
         args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
-        with torch.no_grad():
+        with torch.no_grad(), use_isa(best_isa):
             torch.testing.assert_close(tensors(twin(theirs)(*args, **kwargs)), tensors(theirs(*args, **kwargs)))
 
 
@@ -85,7 +101,8 @@ def test_gradcheck(name: str, best_isa: str) -> None:
             )
 
         leaves = [a.detach().clone().requires_grad_() for a in args]
-        assert torch.autograd.gradcheck(call, (*leaves, *parameters.values()), fast_mode=True)
+        with use_isa(best_isa):
+            assert torch.autograd.gradcheck(call, (*leaves, *parameters.values()), fast_mode=True)
 
 
 class Seeded(nn.Module):
@@ -117,14 +134,16 @@ def holder(sample: Any, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...],
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "inputs require grad"])
-def test_multi_head_attention_forward(dtype: torch.dtype, requires_grad: bool, isa: str) -> None:
+def test_multi_head_attention_forward(dtype: torch.dtype, requires_grad: bool, best_isa: str) -> None:
     """Every OpInfo sample. With need_weights, as here, dropout is torch's own: the same seed gives the same results."""
     count = 0
     for sample in OP.sample_inputs("cpu", dtype, requires_grad=requires_grad):
         theirs, args, kwargs = holder(sample, dtype)
         ours = twin(theirs)
-        check(Seeded(ours), Seeded(theirs), dtype, *args, **kwargs)
-        if not theirs.dropout:  # without need_weights the masks differ; test_attention_nn.py looks at their statistics
-            check(ours, theirs, dtype, *args, **kwargs, need_weights=False)
+        with use_isa(best_isa):
+            check(Seeded(ours), Seeded(theirs), dtype, *args, **kwargs)
+            # Without need_weights the dropout masks differ; test_attention_nn.py looks at their statistics.
+            if not theirs.dropout:
+                check(ours, theirs, dtype, *args, **kwargs, need_weights=False)
         count += 1
     assert count == (1 if requires_grad else 192)

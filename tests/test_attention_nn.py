@@ -136,11 +136,12 @@ def test_masks_stay_small(spy: Spy) -> None:
     for masks in (
         {}, {"key_padding_mask": padding}, {"attn_mask": square}, {"key_padding_mask": padding, "attn_mask": square},
         {"attn_mask": square, "is_causal": True},
+        {"key_padding_mask": padding, "attn_mask": square, "is_causal": True},
         {"key_padding_mask": padding, "attn_mask": square.expand(B * H, M, M)},
     ):  # fmt: skip
         module(x, x, x, need_weights=False, **masks)
-    assert spy.mask_shapes() == [None, (B, 1, 1, M), (M, M), (B, 1, M, M), None, (B, H, M, M)]
-    assert [call["causal"] for call in spy.calls] == [False, False, False, False, True, False]
+    assert spy.mask_shapes() == [None, (B, 1, 1, M), (M, M), (B, 1, M, M), None, (B, 1, 1, M), (B, H, M, M)]
+    assert [call["causal"] for call in spy.calls] == [False, False, False, False, True, True, False]
     assert all(call["q"].data_ptr() + 4 * E == call["k"].data_ptr() for call in spy.calls)  # one product, no copies
 
 
@@ -172,6 +173,18 @@ def test_rows_without_keys_are_zero_and_never_nan() -> None:
                 assert not weights[0].any()
             grads = torch.autograd.grad(out.sum(), [x, *module.parameters()])
             assert all(grad.isfinite().all() for grad in grads)
+
+
+def test_nan_behind_padding_stays_there() -> None:
+    module = twin(make(torch.float32, batch_first=True))
+    x, memory = torch.randn(B, M, E, requires_grad=True), torch.randn(B, N, E)
+    padding = torch.arange(N) >= torch.tensor([[N], [4]])
+    expected = module(x, memory, memory, key_padding_mask=padding, need_weights=False)[0]
+    (expected_grad,) = torch.autograd.grad(expected.sum(), x)
+    memory[padding] = float("nan")
+    found = module(x, memory, memory, key_padding_mask=padding, need_weights=False)[0]
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.autograd.grad(found.sum(), x)[0], expected_grad)
 
 
 def test_dropout_on_the_weights() -> None:
@@ -222,7 +235,8 @@ def test_attributes_are_read_in_every_call() -> None:
         module.in_proj_weight.data.mul_(0.5)
         module.out_proj.weight = nn.Parameter(module.out_proj.weight.detach() + 1)
         nn.utils.parametrizations.weight_norm(module, "in_proj_weight")
-        module.bias_k = module.bias_v = nn.Parameter(torch.ones(1, 1, E, dtype=torch.float64))
+        module.bias_k = nn.Parameter(torch.ones(1, 1, E, dtype=torch.float64))
+        module.bias_v = nn.Parameter(torch.full((1, 1, E), 0.5, dtype=torch.float64))
     torch.testing.assert_close(ours(x, x, x), theirs(x, x, x))
     other = {key: value + 0.1 for key, value in theirs.state_dict().items()}
     torch.testing.assert_close(

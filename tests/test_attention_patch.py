@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,3 +246,15 @@ def test_a_patched_model_learns_as_well_with_attention_dropout() -> None:
     assert ours != theirs
     assert sum(ours[-10:]) == pytest.approx(sum(theirs[-10:]), rel=0.25)
     assert sum(ours[-10:]) < 0.6 * sum(ours[:10])
+
+
+def test_the_example_runs() -> None:
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, str(root / "examples" / "text_transformer.py"), "--steps", "1", "--threads", "1"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "encoder.layers.1.self_attn: MultiheadAttention patched" in done.stdout
+    assert "goes on with 'def ':\ndef " in done.stdout

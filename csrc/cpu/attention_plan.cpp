@@ -15,7 +15,7 @@ constexpr int64_t kBlockKeys = 128;
 // So many rows of all heads that share keys are multiplied with the keys as they lie.
 constexpr int64_t kDotRows = 8;
 // Where there are fewer tasks than this, the keys are split too, unless the parts get shorter than kSplitKeys.
-constexpr int64_t kTasks = 32, kSplitKeys = 512, kBackwardSplitKeys = 256;
+constexpr int64_t kTasks = 32, kBackwardTasks = 16, kSplitKeys = 512, kBackwardSplitKeys = 256;
 // In the backward each part has a dq of its own: so many elements in all, or else so many parts.
 constexpr int64_t kPartElements = 8 << 20, kParts = 8;
 
@@ -40,6 +40,7 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   plan.kernel = !backward && rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
   plan.block_m = std::min(kBlockRows, (rows + 15) / 16 * 16);
   plan.block_n = kBlockKeys;
+  const int64_t wanted = backward ? kBackwardTasks : kTasks;
   int64_t tasks, most;
   if (backward) {
     const int64_t dq = std::max<int64_t>(1, in.cu_q ? s.H * s.M * s.D : s.B * s.H * s.M * s.D);
@@ -50,7 +51,7 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
     most = N / kSplitKeys;
   }
   tasks = std::max<int64_t>(1, tasks);
-  plan.splits = std::max<int64_t>(1, std::min((kTasks + tasks - 1) / tasks, most));
+  plan.splits = std::max<int64_t>(1, std::min((wanted + tasks - 1) / tasks, most));
   return plan;
 }
 

@@ -98,7 +98,7 @@ struct AttentionTasks {
     return all;
   }
 
-  static constexpr int64_t kRowGrain = 16;  // lanes of the widest vector, so that panels are full
+  static constexpr int64_t kRowGrain = 48;  // three of the widest vectors, so that panels are full
 };
 
 // Runs fn(worker, task) for every task on whichever threads come; returns how many came.

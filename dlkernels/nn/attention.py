@@ -75,12 +75,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self._check_sizes(query, key, value)
         batch_dim, seq_dim = (0, 1) if batch_first else (1, 0)
         batch, queries, keys = query.size(batch_dim), query.size(seq_dim), key.size(seq_dim)
-        # As in torch.nn: the hint counts only where it can stand for all the masks there are.
-        causal = is_causal and padding_mask is None and not need_weights
-        if causal:
-            attn_mask = None
+        hint = bool(is_causal) and not need_weights
         q, k, v = self._project(query, key, value)
-        if attn_mask is not None:
+        if attn_mask is not None and (padding_mask is not None or not hint):
             masks.check_attn_mask(attn_mask, batch, self.num_heads, queries, keys)
         if key.size(batch_dim) != batch:
             raise RuntimeError(f"expected key and value of batch size {batch}, as query has, got {key.size(batch_dim)}")
@@ -88,8 +85,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             masks.check_key_padding_mask(padding_mask, batch, keys)
         k, v, extra = self._append_keys(k, v, batch, batch_dim, seq_dim)
         q, k, v = (self._split_heads(projected, batch_first) for projected in (q, k, v))
-        mask = masks.combine(attn_mask, padding_mask, self.num_heads, extra)
-        o, weights = self._attend(q, k, v, mask, causal, need_weights)
+        mask, causal = masks.combine(attn_mask, padding_mask, hint, self.num_heads, extra)
+        o, weights = self._attend(q, k, v, need_weights, attn_mask=mask, causal=causal)
         if batch_first and not self.training:
             return self._project_out(o.transpose(1, 2)), weights
         # The memory order of torch.nn: what follows in training is often a dropout, which draws its mask in that order.
@@ -119,9 +116,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             for rows in self._project(of_query.rows, of_key.rows, of_value.rows)
         )
         if not need_weights:
-            o = functional.attention(
-                q, k, v, cu_seqlens_q=of_query.cu_seqlens, cu_seqlens_k=of_key.cu_seqlens,
-                max_seqlen_q=of_query.max_seqlen, max_seqlen_k=of_key.max_seqlen, dropout_p=self._dropout_p(),
+            o, _ = self._attend(
+                q, k, v, False, cu_seqlens_q=of_query.cu_seqlens, cu_seqlens_k=of_key.cu_seqlens,
+                max_seqlen_q=of_query.max_seqlen, max_seqlen_k=of_key.max_seqlen,
             )  # fmt: skip
             return from_rows(self._project_out(o), query), None
         here, there = of_query.places(), of_key.places()
@@ -129,7 +126,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             projected.new_zeros(*places.shape, *projected.shape[1:]).index_put((places,), projected).transpose(1, 2)
             for projected, places in ((q, here), (k, there), (v, there))
         ]
-        o, weights = self._attend(padded[0], padded[1], padded[2], there[:, None, None, :], False, True)
+        o, weights = self._attend(padded[0], padded[1], padded[2], True, attn_mask=there[:, None, None, :])
         assert weights is not None
         weights = weights.masked_fill(~here[:, None, :, None], 0.0)
         out = from_rows(self._project_out(o.transpose(1, 2)[here]), query)
@@ -207,16 +204,15 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             raise TypeError(f"dropout should be a number, got: {type(self.dropout).__name__}")
         if not 0.0 <= self.dropout <= 1.0:
             raise RuntimeError(f"dropout probability has to be between 0 and 1, but got {self.dropout}")
-        return self.dropout
+        return float(self.dropout)
 
-    def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, need_weights: bool
-    ) -> Weighted:  # fmt: skip
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_weights: bool, **options: Any) -> Weighted:
+        """The attention itself; `options` as `functional.attention` has them. `dlkernels.explain` listens here."""
         if not need_weights:
-            return functional.attention(q, k, v, attn_mask=mask, causal=causal, dropout_p=self._dropout_p()), None
+            return functional.attention(q, k, v, dropout_p=self._dropout_p(), **options), None
         # torch.nn returns the weights as they are after dropout, so mask and probabilities have to be tensors here. As
         # they are, they serve for the output as well, which takes fewer products and draws torch's own dropout mask.
-        weights = _probabilities(q, k, mask)
+        weights = _probabilities(q, k, options["attn_mask"])
         p = self.dropout if self.training else 0.0
         if p > 0.0:
             weights = apply_dropout(weights, p)

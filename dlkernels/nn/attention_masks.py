@@ -51,9 +51,20 @@ def check_key_padding_mask(mask: Tensor, batch: int, keys: int) -> None:
         raise AssertionError(f"Expected key_padding_mask to be of shape {(batch, keys)}, but got {tuple(mask.shape)}")
 
 
-def combine(attn_mask: Tensor | None, padding_mask: Tensor | None, heads: int, extra_keys: int) -> Tensor | None:
-    """One mask as `attention` has it, no larger than it must be: [B, 1, 1, N] for padding alone, [M, N] or
-    [B, H, M, N] for attn_mask alone, [B, 1 or H, M, N] for both. `extra_keys` are appended, and open to all queries."""
+def combine(
+    attn_mask: Tensor | None, padding_mask: Tensor | None, hint: bool, heads: int, extra_keys: int
+) -> tuple[Tensor | None, bool]:
+    """The mask that `attention` is given, and whether it is to mask causally itself.
+
+    The mask is no larger than it must be: [B, 1, 1, N] for padding alone, [M, N] or [B, H, M, N] for attn_mask alone,
+    [B, 1 or H, M, N] for both. `hint` says that attn_mask is causal. `extra_keys` are appended, open to all queries.
+    """
+    # torch.nn leaves the hint aside where there is padding. To follow it there too spares a mask of B x M x N and half
+    # of the tiles; not where that would mean something else, to the appended keys or to the gradient of attn_mask.
+    if hint and (padding_mask is None or not (extra_keys or (attn_mask is not None and attn_mask.requires_grad))):
+        attn_mask, causal = None, True
+    else:
+        causal = False
     mask = attn_mask
     if mask is not None and mask.dim() == 3:
         mask = torch.unflatten(mask, 0, (-1, heads))
@@ -66,10 +77,10 @@ def combine(attn_mask: Tensor | None, padding_mask: Tensor | None, heads: int, e
         else:
             mask = mask + padding_mask
     if mask is None:
-        return None
+        return None, causal
     if extra_keys:
         mask = pad(mask, (0, extra_keys))
-    return mask.logical_not() if mask.dtype == torch.bool else mask
+    return (mask.logical_not() if mask.dtype == torch.bool else mask), causal
 
 
 def check_inputs(query: Any, key: Any, value: Any, padding_mask: Any, attn_mask: Any, heads: int) -> bool:

@@ -59,13 +59,13 @@ def register() -> None:
     """Once per process. Operators that the compiled module did not define are defined here."""
     if _libraries:
         return
-    library = torch.library.Library("dlkernels", "FRAGMENT")
+    library = torch.library.Library("dlkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
     _libraries.append(library)
     known = set(torch._C._dispatch_get_all_op_names())
     for operator, (function, schema) in OPERATORS.items():
         if f"dlkernels::{operator}" not in known:
-            library.define(operator + schema)
-        library.impl(operator, _implementation(function), "CUDA")
+            library.define(operator + schema)  # type: ignore[no-untyped-call]
+        library.impl(operator, _implementation(function), "CUDA")  # type: ignore[no-untyped-call]
 
 
 @functools.cache

@@ -312,14 +312,14 @@ def attention_backward(
 
         if full and mask is not None:
             block_m, block_n, warps, _ = call.tile("backward_query", arch, half)
-            tiles = _cdiv(call.M, block_m)
+            tiles_m, tiles_n = _cdiv(call.M, block_m), _cdiv(call.N, block_n)
             dmask = _new(mask.shape, mask)
             per_batch, per_head = mask.size(0) > 1, mask.size(1) > 1
-            mask_gradient[(tiles * _cdiv(call.N, block_n), mask.size(0) * mask.size(1))](
+            mask_gradient[(tiles_m * tiles_n * mask.size(0) * mask.size(1),)](
                 q, k, v, do, stats, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
-                call.GROUP, tiles, call.left, call.right, call.scale, call.cap, *call.dropout, call.keep_scale,
-                call.features, per_batch, per_head, *call.widths, block_m, block_n, 1, call.precision, num_warps=warps,
-                num_stages=1,
+                call.GROUP, tiles_m, tiles_n, call.left, call.right, call.scale, call.cap, *call.dropout,
+                call.keep_scale, call.features, per_batch, per_head, *call.widths, block_m, block_n, 1, call.precision,
+                num_warps=warps, num_stages=1,
             )  # fmt: skip
     wanted = (
         (dq, need_q), (dk, need_kv), (dv, need_kv), (dmask, need_mask), (dslopes, need_slopes), (dsinks, need_sinks),

@@ -35,10 +35,10 @@ FAMILIES = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448}
 # 16-bit operands: the accumulators are the budget. 128 x 128 floats over 8 warps are 64 registers of a thread's 255.
 _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
     "forward": {
-        "sm_80": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        "sm_80": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         "sm_86": (Tile(128, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         "sm_90": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        "sm_100": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        "sm_100": (Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
     },
     "backward_query": {
         "sm_80": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
@@ -47,10 +47,10 @@ _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
         "sm_100": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     },
     "backward_key": {
-        "sm_80": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 64, 8, 1)),
+        "sm_80": (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
         "sm_86": (Tile(64, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
-        "sm_90": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
-        "sm_100": (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 1)),
+        "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+        "sm_100": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
     },
 }
 # float32 without tf32 runs on the plain FMA units, whose operands come from shared memory: small tiles, everywhere.
@@ -77,13 +77,13 @@ def family(capability: tuple[int, int]) -> str:
 
 def tile(kernel: str, arch: str, half: bool, width: int, busy: bool) -> Tile:
     """The shipped tile for a kernel. `busy`: each score costs registers beyond the two products (dropout's generator,
-    an additive mask, the softcap), paid for with half as many keys in flight at once."""
+    an additive mask, the softcap), paid for with half as many keys in a tile. Not below what fills the matrix units:
+    64 where keys are the rows of a warp group's products."""
     choice = TABLES["half" if half else "single"][kernel][arch][0 if width <= 64 else 1 if width <= 128 else 2]
     if not (busy and half):
         return choice
-    if kernel == "backward_key":
-        return choice._replace(block_m=max(32, choice.block_m // 2))
-    return choice._replace(block_n=max(32, choice.block_n // 2))
+    fewest = 64 if kernel == "backward_key" and arch in ("sm_90", "sm_100") else min(choice.block_n, 32)
+    return choice._replace(block_n=max(fewest, choice.block_n // 2))
 
 
 def short_tile(choice: Tile, queries: int) -> Tile:

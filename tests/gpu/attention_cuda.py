@@ -15,16 +15,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpuless"))
 
-from cases import FACTORS, GRADIENTS, Inputs, build, exact, label, pairwise, peer
+from cases import FACTORS, GRADIENTS, Inputs, Judge, build, label, pairwise
+from timing import DEADLINE, DEVICE, REHEARSAL
 
+import dlkernels
 import dlkernels.triton
-from dlkernels.testing import within_rule
+from dlkernels.testing import Verdict
 
 dlkernels.triton.register()
 SHARD, _, SHARDS = os.environ.get("DLKERNELS_SHARD", "0/1").partition("/")
-DEADLINE = float(os.environ.get("DLKERNELS_DEADLINE", "inf"))
 # Longer than under the interpreter: several of the shipped tiles, whole and cut.
-CASES = pairwise(FACTORS | {"lengths": ((1, 1), (1, 513), (7, 97), (97, 7), (300, 300), (257, 1030), (1025, 130))})
+LENGTHS = ((1, 1), (1, 513), (7, 97), (97, 7), (300, 300), (257, 1030), (1025, 130))
+CASES = pairwise(FACTORS | {"lengths": LENGTHS[:4] if REHEARSAL else LENGTHS})
+ON_A_GPU = pytest.mark.skipif(REHEARSAL, reason="a rehearsal: only a GPU shows this")
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +40,9 @@ def mine(index: int) -> bool:
     return index % int(SHARDS) == int(SHARD)
 
 
-def on_gpu(inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
+def on_device(inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
     def move(x: Any) -> Any:
-        return x.cuda() if isinstance(x, Tensor) else x
+        return x.to(DEVICE) if isinstance(x, Tensor) else x
 
     q, k, v = move(inputs.q), move(inputs.k), move(inputs.v)
     features = {name: x if name == "rng" else move(x) for name, x in inputs.features.items()}
@@ -60,23 +63,21 @@ def test_pairs_of_features(index: int) -> None:
     case = CASES[index]
     inputs = build(case, index)
     dtype = case["dtype"]
-    o, lse, gradients = on_gpu(inputs)
-    ref_o, ref_lse, ref = exact(inputs)
-    peer_o, peer_lse, base = peer(inputs, dtype)
+    o, lse, gradients = on_device(inputs)
+    judge = Judge(inputs, dtype)
     wrong = []
 
-    def judge(name: str, actual: Tensor, other: Tensor, right: Tensor, kind: torch.dtype, factor: float) -> None:
-        verdict = within_rule(actual.cpu(), other.to(kind), right, kind, grad=name.startswith("d"))
+    def note(name: str, verdict: Verdict, factor: float) -> None:
         # exp2, log2 and division of the GPU are good to 2 ulp, those of the CPU to 1.
-        if not verdict.ours <= verdict.limit * factor + 1e-6 * float(kind == torch.float32):
+        if not verdict.ours <= verdict.limit * factor + 1e-6 * float(dtype == torch.float32):
             wrong.append(f"{name}: {verdict}")
 
-    judge("o", o, peer_o, ref_o, dtype, 2)
-    judge("lse", lse, peer_lse, ref_lse, torch.float32, 4)
+    note("o", judge.output(o, dtype), 2)
+    note("lse", judge.logarithm(lse), 4)
     for name, actual in zip(GRADIENTS, gradients, strict=True):
-        if name in ref:
-            judge(name, actual, base[name], ref[name], actual.dtype, 2)
-    again = on_gpu(inputs)
+        if name in judge.gradients:
+            note(name, judge.gradient(name, actual), 2)
+    again = on_device(inputs)
     for name, first, second in zip(
         ("o", "lse", *GRADIENTS), (o, lse, *gradients), (*again[:2], *again[2]), strict=True
     ):
@@ -86,6 +87,7 @@ def test_pairs_of_features(index: int) -> None:
 
 
 PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | {"lengths": (300, 300)}
+NO_FEATURES = (None, None, None, None, None, None, 0, 0)
 
 
 @pytest.mark.skipif(not mine(0), reason="in the first shard")
@@ -93,10 +95,10 @@ PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | 
 def test_hidden_nan_does_not_leak(dtype: torch.dtype) -> None:
     case = PLAIN | {"causal": 1, "dtype": dtype, "widths": (64, 64)}
     inputs = build(case, 1)
-    clean_o, _, clean = on_gpu(inputs)
+    clean_o, _, clean = on_device(inputs)
     k, v = inputs.k.clone(), inputs.v.clone()
     k[:, :, 200], v[:, :, 200] = float("nan"), float("inf")
-    o, _, gradients = on_gpu(inputs._replace(k=k, v=v))
+    o, _, gradients = on_device(inputs._replace(k=k, v=v))
     torch.testing.assert_close(o[:, :, :200], clean_o[:, :, :200])
     torch.testing.assert_close(gradients[0][:, :, :200], clean[0][:, :, :200])
     assert not o[:, :, 200:].isfinite().any()
@@ -105,19 +107,20 @@ def test_hidden_nan_does_not_leak(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not mine(0), reason="in the first shard")
 def test_200_repeats_are_bit_equal() -> None:
     inputs = build(PLAIN | {"causal": 1, "dtype": torch.bfloat16, "widths": (64, 64), "alibi": "H", "group": 2}, 2)
-    first = on_gpu(inputs)
+    first = on_device(inputs)
     for _ in range(200):
-        o, lse, gradients = on_gpu(inputs)
+        o, lse, gradients = on_device(inputs)
         assert torch.equal(o, first[0]) and torch.equal(lse, first[1])
         assert all(map(torch.equal, gradients, first[2]))
 
 
+@ON_A_GPU
 @pytest.mark.skipif(not mine(0), reason="in the first shard")
 def test_memory_is_linear() -> None:
     """16k x 16k, forward and backward: nothing of M x N elements."""
     length, heads, width = 16384, 2, 64
-    q, k, v, do = (torch.randn(1, heads, length, width, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    rest = (None, None, None, None, None, None, 0, 0, width**-0.5, 0, -1, -1, 0.0, 0.0)
+    q, k, v, do = (torch.randn(1, heads, length, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+    rest = (*NO_FEATURES, width**-0.5, 0, -1, -1, 0.0, 0.0)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
@@ -128,9 +131,57 @@ def test_memory_is_linear() -> None:
 @pytest.mark.skipif(not mine(0), reason="in the first shard")
 def test_decode_splits_the_keys() -> None:
     """(1, 32, 1, 2048, 128) with four query heads to a key head, against the same without splitting and SDPA."""
-    q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(1, 8, 2048, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    rest = (None, None, None, None, None, None, 0, 0, 128**-0.5, 0, -1, -1, 0.0, 0.0)
+    q = torch.randn(1, 32, 1, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 8, 2048, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    rest = (*NO_FEATURES, 128**-0.5, 0, -1, -1, 0.0, 0.0)
     o, _ = torch.ops.dlkernels.attention(q, k, v, *rest)
     expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
     torch.testing.assert_close(o.double(), expected, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+def test_the_function_runs_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dlkernels.functional.attention` with gradients, compiled and not; on a GPU it is the Triton code that ran."""
+    ran: list[str] = []
+    if not REHEARSAL:
+        from dlkernels.triton import attention as host
+
+        for name in ("attention_forward", "attention_backward"):
+            original = getattr(host, name)
+            monkeypatch.setattr(host, name, lambda *x, name=name, run=original: ran.append(name) or run(*x))
+    q, k, v = (torch.randn(2, 4, 130, 64, device=DEVICE, requires_grad=True) for _ in range(3))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dlkernels.functional.attention(q, k, v, causal=True).square().sum()
+
+    plain = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    assert REHEARSAL or ran == ["attention_forward", "attention_backward"]
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    right = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for found, wanted in zip(plain, right, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, v), (q, k, v))
+    for found, wanted in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@ON_A_GPU
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+def test_cuda_graph() -> None:
+    """Nothing synchronises and nothing is allocated behind torch's back: a captured call replays with other inputs."""
+    rest = (*NO_FEATURES, 64**-0.5, 1, -1, -1, 0.0, 0.0)
+    q, k, v, do = (torch.randn(2, 4, 256, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+
+    def call() -> list[Tensor]:
+        o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
+        more = torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, lse, *rest, True, True, False, False, False)
+        return [o, lse, *more[:3]]
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, call()))

@@ -1,21 +1,15 @@
-"""Forward and backward TFLOP/s of the CUDA attention kernels beside every SDPA backend: bench_attention.py OUT.json.
-
-The file is written after each case, so that what was measured survives whatever comes next. DLKERNELS_DEADLINE, a
-time.time(), ends the run early.
-"""
+"""Forward and backward TFLOP/s of the attention kernels beside every SDPA backend: bench_attention.py OUT.json."""
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
+import functools
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import DEVICE, REHEARSAL, milliseconds, run_all, why
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -28,34 +22,14 @@ BACKENDS = {
     "sdpa_math": SDPBackend.MATH,
 }
 MATH_UP_TO = 2048  # beyond, its M x N tensors are most of the memory and of the time
-TOKENS = 16384
-HIDDEN = 2048
-DTYPE = torch.bfloat16
+TOKENS = 128 if REHEARSAL else 16384
+HIDDEN = 128 if REHEARSAL else 2048
+LENGTHS = (64, 128) if REHEARSAL else (4096, 1024, 16384, 2048, 8192)
+DECODE_LENGTHS = (256,) if REHEARSAL else (2048, 32768)
+Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 
-def milliseconds(call: Callable[[], Any], budget: float = 0.15) -> tuple[float, float]:
-    """(median, spread of the middle half) of a call's time on the device, after a warm-up."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    repeats = max(5, min(50, int(budget / max(time.perf_counter() - begin, 1e-5))))
-    times = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        times.append((start, stop))
-    torch.cuda.synchronize()
-    measured = sorted(start.elapsed_time(stop) for start, stop in times)
-    quarter = len(measured) // 4
-    return statistics.median(measured), measured[-1 - quarter] - measured[quarter]
-
-
-def ours(q: Any, k: Any, v: Any, do: Any, causal: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def ours(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Calls:
     rest = (None, None, None, None, None, None, 0, 0, q.size(-1) ** -0.5, int(causal), -1, -1, 0.0, 0.0)
     o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
     backward = torch.ops.dlkernels.attention_backward
@@ -65,7 +39,7 @@ def ours(q: Any, k: Any, v: Any, do: Any, causal: bool) -> tuple[Callable[[], An
     )
 
 
-def theirs(q: Any, k: Any, v: Any, do: Any, causal: bool) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def theirs(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Calls:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     o = scaled_dot_product_attention(*leaves, is_causal=causal)
     return (
@@ -74,11 +48,22 @@ def theirs(q: Any, k: Any, v: Any, do: Any, causal: bool) -> tuple[Callable[[], 
     )
 
 
-def case(width: int, causal: bool, length: int) -> dict[str, Any]:
+def measure(calls: Calls, flops: float) -> dict[str, float]:
+    result = {}
+    for name, call, factor in (("forward", calls[0], 1.0), ("backward", calls[1], 2.5)):
+        median, spread = milliseconds(call)
+        result |= {f"{name}_ms": median, f"{name}_spread_ms": spread, f"{name}_tflops": flops * factor / median / 1e9}
+    return result
+
+
+def case(dtype: torch.dtype, width: int, causal: bool, length: int) -> dict[str, Any]:
     heads, batch = HIDDEN // width, max(1, TOKENS // length)
-    q, k, v, do = (torch.randn(batch, heads, length, width, device="cuda", dtype=DTYPE) for _ in range(4))
+    q, k, v, do = (torch.randn(batch, heads, length, width, device=DEVICE, dtype=dtype) for _ in range(4))
     flops = 4.0 * batch * heads * length * length * width * (0.5 if causal else 1.0)
-    row: dict[str, Any] = {"D": width, "causal": causal, "length": length, "B": batch, "H": heads, "dtype": "bfloat16"}
+    row: dict[str, Any] = {
+        "what": "attention", "dtype": str(dtype)[6:], "B": batch, "H": heads, "M": length, "N": length, "D": width,
+        "causal": causal,
+    }  # fmt: skip
     expected = None
     for name in ("dlkernels", *BACKENDS):
         if name == "sdpa_math" and length > MATH_UP_TO:
@@ -86,65 +71,54 @@ def case(width: int, causal: bool, length: int) -> dict[str, Any]:
             continue
         try:
             if name == "dlkernels":
-                forward, backward = ours(q, k, v, do, causal)
-                expected = forward()[0]
-                row[name] = measure(forward, backward, flops)
+                calls = ours(q, k, v, do, causal)
+                expected = calls[0]()[0]
+                row[name] = measure(calls, flops)
             else:
                 with sdpa_kernel(BACKENDS[name]):
-                    forward, backward = theirs(q, k, v, do, causal)
-                    result = measure(forward, backward, flops)
+                    calls = theirs(q, k, v, do, causal)
+                    row[name] = measure(calls, flops)
                     if expected is not None:
-                        result["largest_difference"] = (forward().float() - expected.float()).abs().max().item()
-                row[name] = result
+                        difference = calls[0]().float() - expected.float()
+                        row[name]["largest_difference"] = difference.abs().max().item()
         except Exception as error:  # a backend that refuses, or runs out of memory, must not take the others along
-            row[name] = {"not_run": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-        torch.cuda.empty_cache()
-    return row
+            row[name] = {"not_run": why(error)}
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    return row | {"best_peer": _ratios(row)}
 
 
-def measure(forward: Callable[[], Any], backward: Callable[[], Any], flops: float) -> dict[str, float]:
-    result = {}
-    for name, call, factor in (("forward", forward, 1.0), ("backward", backward, 2.5)):
-        median, spread = milliseconds(call)
-        result |= {f"{name}_ms": median, f"{name}_spread_ms": spread, f"{name}_tflops": flops * factor / median / 1e9}
-    return result
+def _ratios(row: dict[str, Any]) -> dict[str, Any]:
+    """Ours over the better of SDPA's flash and cuDNN, in speed."""
+    found = {}
+    for name in ("forward", "backward"):
+        peers = [row[peer].get(f"{name}_ms") for peer in ("sdpa_flash", "sdpa_cudnn")]
+        times = [x for x in peers if x]
+        mine = row["dlkernels"].get(f"{name}_ms")
+        found[f"{name}_ratio"] = min(times) / mine if times and mine else None
+    return found
 
 
 def decode(length: int) -> dict[str, Any]:
-    q = torch.randn(1, 32, 1, 128, device="cuda", dtype=DTYPE)
-    k, v = (torch.randn(1, 8, length, 128, device="cuda", dtype=DTYPE) for _ in range(2))
+    q = torch.randn(1, 32, 1, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 8, length, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     rest = (None, None, None, None, None, None, 0, 0, 128**-0.5, 0, -1, -1, 0.0, 0.0)
-    row: dict[str, Any] = {"decode": True, "length": length, "H": 32, "HKV": 8, "D": 128}
-    row["dlkernels_ms"] = milliseconds(lambda: torch.ops.dlkernels.attention(q, k, v, *rest))[0]
-    row["sdpa_ms"] = milliseconds(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))[0]
+    row: dict[str, Any] = {"what": "decode", "dtype": "bfloat16", "H": 32, "HKV": 8, "M": 1, "N": length, "D": 128}
+    row["dlkernels"] = {"forward_ms": milliseconds(lambda: torch.ops.dlkernels.attention(q, k, v, *rest))[0]}
+    # Whatever SDPA chooses by itself.
+    row["sdpa"] = {"forward_ms": milliseconds(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))[0]}
     return row
 
 
 def main(path: Path) -> int:
-    if not torch.cuda.is_available():
-        print("NOT RUN: torch finds no CUDA device")
-        return 3
-    deadline = float(os.environ.get("DLKERNELS_DEADLINE", "inf"))
     dlkernels.triton.register()
-    torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    plan: list[Callable[[], dict[str, Any]]] = [
-        lambda width=width, causal=causal, length=length: case(width, causal, length)  # type: ignore[misc]
-        for length in (4096, 1024, 16384, 2048, 8192) for width in (64, 128) for causal in (False, True)
+    grid = [
+        functools.partial(case, torch.bfloat16, width, causal, length)
+        for length in LENGTHS for width in (64, 128) for causal in (False, True)
     ]  # fmt: skip
-    plan[8:8] = [lambda length=length: decode(length) for length in (2048, 32768)]  # type: ignore[misc]
-    for index, run in enumerate(plan):
-        if time.time() > deadline:
-            print(f"NOT RUN: the last {len(plan) - index} of {len(plan)} cases, the time of this part was over")
-            rows.append({"not_run": len(plan) - index})
-            break
-        try:
-            rows.append(run())
-        except Exception as error:
-            rows.append({"failed": f"{type(error).__name__}: {str(error)[:400]}"})
-        print(json.dumps(rows[-1]), flush=True)
-        path.write_text(json.dumps(rows, indent=1))
-    return int(any("failed" in row or "not_run" in row.get("dlkernels", {}) for row in rows))
+    more = [functools.partial(decode, length) for length in DECODE_LENGTHS]
+    more.append(functools.partial(case, torch.float32, 64, True, min(1024, LENGTHS[0])))
+    return run_all(path, grid[:8] + more + grid[8:])
 
 
 if __name__ == "__main__":

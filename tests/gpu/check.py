@@ -1,9 +1,11 @@
 """Everything to be learnt from a machine with an NVIDIA GPU, in one call of under nine minutes: `make gpu-check`.
 
-    python tests/gpu/check.py [OUT.json]
+    python tests/gpu/check.py [--rehearse] [OUT.json]
 
-Build, GPU tests, benchmarks against every SDPA backend. A part that fails does not keep the others from running. What
-did not run, on a machine without a GPU nearly everything, is said. The exit status is 0 if all parts ran and passed.
+Build, GPU tests, benchmarks of attention against every SDPA backend and of the recurrent layers against cuDNN's. A part
+that fails does not keep the others from running. What did not run, on a machine without a GPU nearly everything, is
+said. The exit status is 0 if all parts ran and passed. --rehearse runs the same parts on the CPU, at small sizes: that
+this file and its tests work, not more.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 BEGIN = time.time()
 TOTAL = 520.0  # seconds, of nine minutes
-BUILD_UNTIL, TESTS_UNTIL, BENCH_UNTIL = 100.0, 330.0, 500.0  # since the beginning; a part may take what others left
+# Seconds since the beginning; a part may take what those before it left.
+UNTIL = {"build": 110.0, "tests": 320.0, "attention": 440.0, "recurrent": 505.0}
 TAIL = 6000
+REHEARSE = "--rehearse" in sys.argv[1:]
 
 
 def environment() -> dict[str, Any]:
@@ -61,7 +65,8 @@ print(json.dumps(found))
 
 def settings(**more: str) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **more}
+    device = {"DLKERNELS_DEVICE": "cpu"} if REHEARSE else {}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **device, **more}
 
 
 def run(command: list[str], until: float, **more: str) -> dict[str, Any]:
@@ -84,11 +89,12 @@ def run(command: list[str], until: float, **more: str) -> dict[str, Any]:
 
 def tests() -> dict[str, Any]:
     """In several processes: most of the time goes into compiling, on the CPU."""
-    shards = max(1, min(12, (os.cpu_count() or 2) - 2))
-    deadline = BEGIN + TESTS_UNTIL - 15
+    shards = 1 if REHEARSE else max(1, min(12, (os.cpu_count() or 2) - 2))
+    deadline = BEGIN + UNTIL["tests"] - 15
     waiting = []
     for shard in range(shards):
         command = [sys.executable, "-m", "pytest", str(HERE / "attention_cuda.py"), "-q", "--tb=short", "-rs"]
+        command += ["-p", "no:cacheprovider", f"--confcutdir={HERE}"]
         more = {"DLKERNELS_SHARD": f"{shard}/{shards}", "DLKERNELS_DEADLINE": str(deadline)}
         log = (ROOT / "build" / f"gpu-tests-{shard}.log").open("w+")
         process = subprocess.Popen(
@@ -100,7 +106,7 @@ def tests() -> dict[str, Any]:
     failures, statuses = [], []
     for process, log in waiting:
         try:
-            process.wait(timeout=max(5.0, BEGIN + TESTS_UNTIL - time.time()))
+            process.wait(timeout=max(5.0, BEGIN + UNTIL["tests"] - time.time()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -115,11 +121,34 @@ def tests() -> dict[str, Any]:
     return {"status": max(statuses, key=abs), "counts": counts, "failures": failures}
 
 
+def benchmark(name: str, out: Path) -> dict[str, Any]:
+    table = out.with_suffix(f".{name}.json")
+    table.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / f"bench_{name}.py"), str(table)]
+    result = run(command, UNTIL[name], DLKERNELS_DEADLINE=str(BEGIN + UNTIL[name] - 15))
+    if table.is_file():
+        result["rows"] = json.loads(table.read_text())
+        table.unlink()
+    return result
+
+
+def missing(found: dict[str, Any]) -> str:
+    """Why nothing can run on a GPU here, or ""."""
+    if "error" in found or "torch_error" in found:
+        return f"torch: {found.get('torch_error') or found['error']}"
+    if REHEARSE:
+        return ""
+    if not found.get("available"):
+        return "torch finds no CUDA device"
+    return f"Triton: {found['triton_error']}" if "triton_error" in found else ""
+
+
 def main() -> int:
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "gpu-check.json"
+    names = [x for x in sys.argv[1:] if not x.startswith("--")]
+    out = Path(names[0]) if names else ROOT / "build" / "gpu-check.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     (ROOT / "build").mkdir(exist_ok=True)
-    report: dict[str, Any] = {"environment": environment(), "parts": {}}
+    report: dict[str, Any] = {"rehearsal": REHEARSE, "environment": environment(), "parts": {}}
     parts: dict[str, Any] = report["parts"]
 
     def note(name: str, result: dict[str, Any]) -> None:
@@ -127,27 +156,14 @@ def main() -> int:
         out.write_text(json.dumps(report, indent=1))
         said = result.get("not_run") or f"status {result.get('status')} {result.get('counts', '')}"
         print(f"{time.time() - BEGIN:6.0f} s  {name}: {said}", flush=True)
+        if result.get("status"):
+            print(result.get("output") or "\n".join(result.get("failures", [])), flush=True)
 
     print(json.dumps(report["environment"], indent=1))
-    note("build", run([sys.executable, "csrc/setup/native.py"], BUILD_UNTIL))
-    here = report["environment"]
-    missing = (
-        f"torch: {here['torch_error']}" if "torch_error" in here
-        else "torch finds no CUDA device" if not here.get("available")
-        else f"Triton: {here['triton_error']}" if "triton_error" in here else ""
-    )  # fmt: skip
-    if missing:
-        for name in ("tests", "benchmark"):
-            note(name, {"not_run": missing})
-    else:
-        note("tests", tests())
-        table = out.with_suffix(".bench.json")
-        deadline = str(BEGIN + BENCH_UNTIL - 20)
-        command = [sys.executable, str(HERE / "bench_attention.py"), str(table)]
-        result = run(command, BENCH_UNTIL, DLKERNELS_DEADLINE=deadline)
-        if table.is_file():
-            result["rows"] = json.loads(table.read_text())
-        note("benchmark", result)
+    note("build", run([sys.executable, "csrc/setup/native.py"], UNTIL["build"]))
+    reason = missing(report["environment"])
+    for name in ("tests", "attention", "recurrent"):
+        note(name, {"not_run": reason} if reason else tests() if name == "tests" else benchmark(name, out))
     report["seconds"] = round(time.time() - BEGIN, 1)
     out.write_text(json.dumps(report, indent=1))
     print(f"{out}: {report['seconds']} s")

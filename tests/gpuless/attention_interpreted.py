@@ -12,11 +12,10 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from cases import FACTORS, GRADIENTS, Inputs, build, exact, label, pairwise, peer
+from cases import FACTORS, GRADIENTS, Inputs, Judge, build, label, pairwise
 from oracle import keep_mask, probabilities
 from torch import Tensor
 
-from dlkernels.testing import assert_close_to_reference, within_rule
 from dlkernels.triton import attention as host
 from dlkernels.triton import heuristics
 from dlkernels.triton.heuristics import Plan, Tile
@@ -56,41 +55,28 @@ def ours(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return o, lse, dict(zip(GRADIENTS, gradients, strict=True))
 
 
-def terms_of_ds(inputs: Inputs) -> float:
-    """A bound on dp, times what it is multiplied with on the way to a gradient."""
-    q, k, v, _, do, _ = (x.double() if isinstance(x, Tensor) else x for x in inputs)
-    dp = do.norm(dim=-1).max() * v.norm(dim=-1).max()
-    return float(dp * max(1.0, q.abs().max(), k.abs().max()) * q.size(-2))
-
-
 def compare(inputs: Inputs, dtype: torch.dtype, gradients: bool = True) -> None:
-    """Under the rule of dlkernels.testing, for everything the kernels return."""
+    """Everything the kernels return, under the rule of dlkernels.testing."""
     if gradients:
         o, lse, actual = ours(inputs)
     else:
         o, lse = host.attention_forward(*inputs[:3], **inputs.features)
-    ref_o, ref_lse, ref = exact(inputs)
-    peer_o, peer_lse, base = peer(inputs, dtype)
+    judge = Judge(inputs, dtype)
     assert o.dtype == dtype and lse.dtype == torch.float32
-    assert_close_to_reference("o", o, peer_o, ref_o, dtype)
-    verdict = within_rule(lse, peer_lse, ref_lse, torch.float32)
+    assert judge.output(o, dtype).ok, judge.output(o, dtype)
+    verdict = judge.logarithm(lse)
     # 16-bit operands have their scores in base 2: two or three roundings of float32 more than the peer's.
     assert verdict.ours <= verdict.limit * (1 if dtype == torch.float32 else 3), verdict
     if not gradients:
         return
     for name in GRADIENTS:
-        if name not in ref:
+        if name not in judge.gradients:
             assert actual[name].shape == (0,), name
             continue
         source = {"dmask": "mask", "dslopes": "alibi_slopes", "dsinks": "sinks"}.get(name)
-        kind = dtype if source is None else inputs.features[source].dtype
-        assert actual[name].dtype == kind, name
-        largest_term = terms_of_ds(inputs)
-        if name != "dv" and ref[name].numel() and ref[name].abs().max() <= 1e-9 * largest_term:
-            # A softmax over one key: ds = p * (dp - delta) is 0, and the rounding of the two is left.
-            assert actual[name].abs().max() <= torch.finfo(dtype).eps * largest_term, name
-            continue
-        assert_close_to_reference(name, actual[name], base[name].to(kind), ref[name], kind, grad=True)
+        assert actual[name].dtype == (dtype if source is None else inputs.features[source].dtype), name
+        verdict = judge.gradient(name, actual[name])
+        assert verdict.ok, (name, verdict)
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[label(case) for case in CASES])
@@ -152,7 +138,8 @@ def test_hidden_places_do_not_leak(name: str, poison: float) -> None:
         inputs.features["window_right"], inputs.features["softcap"],
     )  # fmt: skip
     sees = probability > 0  # [B, H, M, N]; one head per key head here
-    j = N // 2
+    # A key that some queries see and others do not, and the like of a query.
+    j = next(j for j in range(N // 2, N) if 0 < sees[..., j].sum() < sees[..., j].numel())
     k, v = inputs.k.clone(), inputs.v.clone()
     k[:, :, j] = poison
     v[:, :, j] = poison
@@ -164,7 +151,7 @@ def test_hidden_places_do_not_leak(name: str, poison: float) -> None:
     torch.testing.assert_close(gradients["dq"][apart], clean["dq"][apart], rtol=1e-4, atol=1e-5)
     assert not o[sees[..., j]].isfinite().any(dim=-1).all() or name == "dropout"
 
-    i = M // 2
+    i = next(i for i in range(M // 2, M) if 0 < sees[:, :, i].sum() < sees[:, :, i].numel())
     q, do = inputs.q.clone(), inputs.do.clone()
     q[:, :, i] = poison
     do[:, :, i] = poison
@@ -219,15 +206,22 @@ def test_results_do_not_hang_on_the_tiling(block_m: int, block_n: int, monkeypat
         torch.testing.assert_close(gradients[name], expected[2][name], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 1 - 2**-31, 1.0])
-def test_dropout_keeps_these_elements(p: float) -> None:
-    """With v = 1 and equal scores, o counts the kept: against the oracle's own generator, exactly."""
+@pytest.mark.parametrize(
+    "p, seed, offset",
+    [
+        (0.0, 1, 0), (0.1, 0, 0), (0.5, 42, 1), (0.5, -7, 2**32 - 1), (0.5, 2**31 + 5, 2**31),
+        (0.5, 2**62 + 12345, 2**40 + 3), (1 - 2**-31, 42, 1), (1.0, 42, 1),
+    ],
+)  # fmt: skip
+def test_dropout_keeps_these_elements(p: float, seed: int, offset: int) -> None:
+    """With the identity for v, o shows what was kept: against the oracle's own generator, exactly. Triton passes an
+    integer in 32 bits when it fits, so small seeds and large ones are two kernels."""
     M, N = 33, 61
-    q, k, v = torch.zeros(2, 4, M, 16), torch.zeros(2, 4, N, 16), torch.eye(N)[None, None].expand(2, 4, N, N)
-    rng = torch.tensor([2**62 + 12345, 2**40 + 3])
+    q, k, v = torch.zeros(2, 2, M, 16), torch.zeros(2, 2, N, 16), torch.eye(N)[None, None].expand(2, 2, N, N)
+    rng = torch.tensor([seed, offset])
     rest = (None, None, None, None, None, rng, 0, 0, 1.0, 0, -1, -1, 0.0, p)
     o, _ = host.attention_forward(q, k, v.contiguous(), *rest)
-    assert torch.equal(o != 0, keep_mask(rng, p, 2, 4, M, N) if p < 1 else torch.zeros_like(o, dtype=torch.bool))
+    assert torch.equal(o != 0, keep_mask(rng, p, 2, 2, M, N) if p < 1 else torch.zeros_like(o, dtype=torch.bool))
 
 
 def test_nothing_of_size_m_times_n(machine: list[tuple[int, ...]]) -> None:
@@ -244,12 +238,15 @@ def test_nothing_of_size_m_times_n(machine: list[tuple[int, ...]]) -> None:
         assert len(machine) > 5 and largest <= max(allowed, linear), (kind, largest)
 
 
-@pytest.mark.parametrize("rows, cols", [(1, 1), (5, 7), (97, 33), (120, 200)])
+@pytest.mark.parametrize("rows, cols", [(1, 1), (5, 7), (12, 40)])
 @pytest.mark.parametrize("name", ["plain", "causal", "all"])
 def test_attention_map(rows: int, cols: int, name: str) -> None:
     extra: dict[str, Any] = {
         "plain": {}, "causal": {"causal": 2, "window": (20, -1), "lengths": (97, 33)},
-        "all": {"causal": 1, "mask": "float full", "alibi": "BH", "softcap": 3.0, "sinks": True, "group": 2},
+        "all": {
+            "lengths": (7, 97), "causal": 1, "mask": "float full", "alibi": "BH", "softcap": 3.0, "sinks": True,
+            "group": 2,
+        },
     }[name]  # fmt: skip
     case = PLAIN | extra
     M, N = case["lengths"]

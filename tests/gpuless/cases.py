@@ -10,6 +10,8 @@ import torch
 from oracle import Piece, attention
 from torch import Tensor
 
+from dlkernels.testing import Verdict, error, within_rule
+
 FACTORS: dict[str, tuple[Any, ...]] = {
     "lengths": tuple(itertools.product((1, 7, 97), repeat=2)),
     "widths": ((8, 8), (59, 59), (64, 64), (128, 128), (64, 40), (59, 128)),
@@ -178,32 +180,44 @@ def exact(inputs: Inputs) -> Outcome:
     return o.detach(), lse.detach(), x.gradients((o, bounded), (x.do, x.dlse.expand_as(lse)))
 
 
-def peer(inputs: Inputs, dtype: torch.dtype) -> Outcome:
+def peer(inputs: Inputs, dtype: torch.dtype, draw: int = 0) -> Outcome:
     """What torch's own fused op would give in `dtype`, had it the features: float32 throughout, p and ds rounded for
-    the matrix units, o rounded once, the backward pass from that o and the log-sum-exp."""
+    the matrix units, o rounded once, the backward pass from that o and the log-sum-exp.
+
+    Its error is one draw of a random number, the worst of few when a result has few elements. Each `draw` adds up in
+    another order and rounds p at another scale, as another tiling would."""
+    generator = torch.Generator().manual_seed(draw)
+    scale = 2.0 ** torch.rand((), generator=generator).item() if draw else 1.0
 
     def rounded(x: Tensor) -> Tensor:
-        return x.to(dtype).float()
+        return (x * scale).to(dtype).float() / scale if dtype != torch.float32 else x
+
+    def shuffled(size: int) -> Tensor:
+        return torch.randperm(size, generator=generator)
 
     x = Leaves(inputs, torch.float32)
-    o, lse, _ = attention(x.q, x.k, x.v, **x.features)
+    order, again = shuffled(x.q.size(-1)), shuffled(x.q.size(-1))
+    o, lse, _ = attention(x.q[..., order], x.k[..., order], x.v, **x.features)
     # The backward pass computes the scores again, and adds up the products in another order.
-    _, _, pieces = attention(x.q.flip(-1), x.k.flip(-1), x.v, **x.features)
+    _, _, pieces = attention(x.q[..., again], x.k[..., again], x.v, **x.features)
     dlse = x.dlse.expand_as(lse)
     gradients: dict[str, Tensor] = {}
     outputs = []
     for piece in pieces:
         p, keep = piece.p.detach(), piece.keep
         part_lse = piece.of_rows(lse.detach(), False)[..., None]
-        again = (piece.scores.detach() - part_lse).exp().masked_fill(part_lse == float("-inf"), 0.0)
+        p_again = (piece.scores.detach() - part_lse).exp().masked_fill(part_lse == float("-inf"), 0.0)
         do = piece.of_rows(x.do, True)
         values = piece.v.detach()
-        scale = keep.max() if keep.numel() else 1.0
-        out = rounded(rounded(p * (keep > 0)) @ values * scale)
+        keys, widths = shuffled(values.size(-2)), shuffled(values.size(-1))
+        factor = keep.max() if keep.numel() else 1.0
+        weights = rounded(p * (keep > 0))
+        out = (weights[..., keys] @ values[..., keys, :] * factor).to(dtype).float()
         outputs.append(out)
-        delta = (out * do).sum(-1, keepdim=True) - piece.of_rows(dlse, False)[..., None]
-        ds = (again * (do @ values.transpose(-1, -2) * keep - delta)).masked_fill(again == 0, 0.0)
-        dv = rounded(again * keep).transpose(-1, -2) @ do
+        delta = (out * do)[..., widths].sum(-1, keepdim=True) - piece.of_rows(dlse, False)[..., None]
+        dp = do[..., widths] @ values[..., widths].transpose(-1, -2) * keep
+        ds = (p_again * (dp - delta)).masked_fill(p_again == 0, 0.0)
+        dv = rounded(p_again * keep).transpose(-1, -2) @ do
         # The exact ds for what is added to the scores, the rounded one for what is multiplied.
         for names, weight in ((("dmask", "dslopes"), ds), (("dq", "dk"), rounded(ds))):
             found = x.gradients((piece.scores,), (weight,))
@@ -215,6 +229,38 @@ def peer(inputs: Inputs, dtype: torch.dtype) -> Outcome:
             p_sink = (x.features["sinks"].detach()[:, None] - part_lse[..., 0]).exp()
             gradients["dsinks"] = gradients.get("dsinks", 0.0) - (p_sink * delta[..., 0]).sum((0, 2))
     return _joined(o, pieces, outputs), lse.detach(), gradients
+
+
+class Judge:
+    """Compares results with float64 under the rule of dlkernels.testing, the worst of four peers as the measure."""
+
+    def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
+        self.o, self.lse, self.gradients = exact(inputs)
+        self.peers = [peer(inputs, dtype, draw) for draw in range(4)]
+        # A bound on dp, times what it is multiplied with on the way to a gradient.
+        q, k, v, _, do, _ = (x.double() if isinstance(x, Tensor) else x for x in inputs)
+        dp = (do.norm(dim=-1).max() * v.norm(dim=-1).max()) if v.numel() and do.numel() else torch.zeros(())
+        factor = max([1.0, *(float(x.abs().max()) for x in (q, k) if x.numel())])
+        self.largest_term = float(dp) * factor * q.size(-2)
+
+    def output(self, o: Tensor, dtype: torch.dtype) -> Verdict:
+        return within_rule(o, _worst([peer[0] for peer in self.peers], self.o), self.o, dtype)
+
+    def logarithm(self, lse: Tensor) -> Verdict:
+        return within_rule(lse, _worst([peer[1] for peer in self.peers], self.lse), self.lse, torch.float32)
+
+    def gradient(self, name: str, actual: Tensor) -> Verdict:
+        dtype, ref = actual.dtype, self.gradients[name]
+        if name != "dv" and ref.numel() and ref.abs().max() <= 1e-9 * self.largest_term:
+            # A softmax over one key: ds = p * (dp - delta) is 0, and the rounding of the two is left.
+            found, limit = error(actual, ref), torch.finfo(dtype).eps * self.largest_term
+            return Verdict(found <= limit, found, 0.0, limit)
+        peers = [peer[2][name].to(dtype) for peer in self.peers]
+        return within_rule(actual, _worst(peers, ref), ref, dtype, grad=True)
+
+
+def _worst(peers: Sequence[Tensor], ref: Tensor) -> Tensor:
+    return max(peers, key=lambda x: error(x, ref))
 
 
 def _joined(o: Tensor, pieces: Sequence[Piece], outputs: Sequence[Tensor]) -> Tensor:

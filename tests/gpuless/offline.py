@@ -71,46 +71,58 @@ class Binary(NamedTuple):
     async_copies: int
 
 
-def inspect(kernel: Any) -> Binary:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
-        usage_text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage_text.split("Function")[-1])}
-    sass, ptx = kernel.asm["sass"], kernel.asm["ptx"]
-
-    def count(pattern: str) -> int:
-        return len(re.findall(pattern, sass))
-
-    return Binary(
-        usage["REG"], usage["STACK"], kernel.metadata.shared, count(r"\bSTL\b"), count(r"\bLDL\b"), count("HGMMA"),
-        count("HMMA"), len(re.findall(r"tcgen05\.mma", ptx)), count("LDGSTS"),
-    )  # fmt: skip
-
-
 class Loop(NamedTuple):
     """An innermost loop with matrix instructions."""
 
     matrix: int
     spills: int
+    selects: int  # of one value or another: what bounds and masks cost
 
 
-def matrix_loops(kernel: Any) -> list[Loop]:
-    """From the machine code: what lies between a label and a branch back to it, without another such pair inside."""
-    lines = kernel.asm["sass"].splitlines()
-    labels = {line[:-1]: index for index, line in enumerate(lines) if re.fullmatch(r"LBB\d+:", line)}
-    spans = []
-    for index, line in enumerate(lines):
-        jump = re.search(r"BRA.* (LBB\d+)", line)
-        if jump and labels.get(jump[1], index) < index:
-            spans.append((labels[jump[1]], index))
-    loops = []
-    for first, last in spans:
-        if any((a, b) != (first, last) and first <= a and b <= last for a, b in spans):
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(kernel: Any) -> list[tuple[int, str]]:
+    """(address, instruction). Triton's own listing, asm["sass"], ends without a word at address 0x10000."""
+    text = _cuobjdump(kernel.asm["cubin"], "-sass")
+    return [(int(at, 16), code) for at, code in re.findall(r"/\*([0-9a-f]{4,8})\*/\s+(.*?);", text)]
+
+
+def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
+    usage_text = _cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
+    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage_text.split("Function")[-1])}
+    code = disassemble(kernel)
+
+    def count(pattern: str) -> int:
+        return sum(re.search(pattern, line) is not None for _, line in code)
+
+    return Binary(
+        usage["REG"], usage["STACK"], kernel.metadata.shared, count(r"\bSTL\b"), count(r"\bLDL\b"), count("HGMMA"),
+        count(r"\bHMMA"), len(re.findall(r"tcgen05\.mma", kernel.asm["ptx"])), count("LDGSTS"),
+    ), _matrix_loops(code)  # fmt: skip
+
+
+def _matrix_loops(code: list[tuple[int, str]]) -> list[Loop]:
+    """In the order of addresses: what lies between a branch back and its target, with matrix instructions but without
+    another such pair inside. (Loops that wait for a barrier are inside, too.)"""
+    spans: dict[tuple[int, int], Loop] = {}
+    for at, line in code:
+        jump = re.search(r"\bBRA.*\b0x([0-9a-f]+)", line)
+        target = int(jump[1], 16) if jump else at
+        if target >= at:
             continue
-        body = "\n".join(lines[first:last])
-        matrix = len(re.findall(r"HGMMA|HMMA|UTCHMMA|UTCMMA|FFMA", body))
+        body = "\n".join(line for where, line in code if target <= where < at)
+        matrix, *rest = (
+            len(re.findall(x, body)) for x in (r"HGMMA|HMMA|UTCHMMA|FFMA", r"\b(?:STL|LDL)\b", r"\bF?SEL\b")
+        )
         if matrix:
-            loops.append(Loop(matrix, len(re.findall(r"\b(?:STL|LDL)\b", body))))
-    return loops
+            spans[target, at] = Loop(matrix, *rest)
+    return [
+        loop for (first, last), loop in sorted(spans.items())
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in spans)
+    ]  # fmt: skip

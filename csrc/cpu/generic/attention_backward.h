@@ -46,7 +46,6 @@ class AttentionBackward {
       w.grad_rows = scratch.take<C>(lanes_ * Dv);
       w.lse = scratch.take<C>(lanes_);
       w.delta = scratch.take<C>(lanes_);
-      w.grad_lse = scratch.take<C>(lanes_);
       w.o = scratch.take<C>(Lanes<C>::kWidth * s_.Dv);
       w.slope_sums = scratch.take<C>(lanes_);
       w.scores = scratch.take<C>(plan_.block_n * lanes_);
@@ -108,11 +107,11 @@ class AttentionBackward {
 
   struct Worker {
     Lanes<C> lanes;
-    C *q, *grad;            // panels [width][lanes] of q and do
-    C *q_rows, *grad_rows;  // [lane][width]
-    C *lse, *delta, *grad_lse, *slope_sums;
-    C* o;                      // a panel
-    C *scores, *ds, *damping;  // [key][lanes of the block]
+    C *q, *grad;                  // panels [width][lanes] of q and do
+    C *q_rows, *grad_rows;        // [lane][width]
+    C *lse, *delta, *slope_sums;  // delta: less the gradient of lse
+    C* o;                         // a panel
+    C *scores, *ds, *damping;     // [key][lanes of the block]
     C* bias;
     uint32_t* words;
     C *k, *v, *dk, *dv;  // of a chunk
@@ -226,32 +225,42 @@ class AttentionBackward {
       rows_to_lanes(lanes, lanes.panel[p], in_.q, s_.dtype, s_.D, w.q + lanes.panel[p].lane * s_.D);
       rows_to_lanes(lanes, lanes.panel[p], p_.grad_o, s_.dtype, s_.Dv, w.grad + lanes.panel[p].lane * s_.Dv);
     }
-    for (int64_t l = 0; l < lanes.rows; ++l) {
-      load_row<C>(s_.dtype, lanes.row_of(in_.q, s_.dtype, l), s_.D, w.q_rows + l * D);
-      load_row<C>(s_.dtype, lanes.row_of(p_.grad_o, s_.dtype, l), s_.Dv, w.grad_rows + l * Dv);
-    }
+    rows_to_strips(lanes, in_.q, s_.D, w.q_rows);
+    rows_to_strips(lanes, p_.grad_o, s_.Dv, w.grad_rows);
     read_statistics(w);
     if (p_.dslopes) std::fill_n(w.slope_sums, lanes.count, C(0));
     const bool finite =
-        chunk.finite && all_finite(w.q_rows, D, lanes.rows, s_.D) && all_finite(w.grad_rows, Dv, lanes.rows, s_.Dv);
+        chunk.finite && all_finite(w.q_rows, D, lanes.rows, D) && all_finite(w.grad_rows, Dv, lanes.rows, Dv);
     for (int64_t j = 0; j < chunk.keys; j += plan_.block_n)
       run_tile(w, chunk, j, std::min(plan_.block_n, chunk.keys - j), split, dq, finite);
     for (int64_t l = 0; p_.dslopes && l < lanes.rows; ++l)
       slope_parts_[(lanes.b * s_.H + lanes.head[l]) * plan_.splits + split] -= static_cast<double>(w.slope_sums[l]);
   }
 
-  // lse, its gradient and delta of the block's rows; for lanes without a row as if it saw nothing.
+  void rows_to_strips(const Lanes<C>& lanes, const HeadTensor<const void*>& t, int64_t width, C* out) const {
+    const int64_t vectors = lanes_rounded<C>(width) / V::size;
+    for (int64_t strip = 0; strip < strips(vectors); ++strip) {
+      const int64_t first = strip_begin(vectors, strip) * V::size, end = strip_begin(vectors, strip + 1) * V::size;
+      for (int64_t l = 0; l < lanes.rows; ++l) {
+        const void* row = lanes.row_of(t, s_.dtype, l);
+        for (int64_t x = first; x < end; x += V::size, out += V::size)
+          load_any<C>(s_.dtype, row, x, static_cast<int>(std::min<int64_t>(V::size, width - x))).store(out);
+      }
+    }
+  }
+
+  // lse and delta of the block's rows; for lanes without a row as if it saw nothing.
   void read_statistics(Worker& w) const {
     const Lanes<C>& lanes = w.lanes;
     constexpr C kInfinity = std::numeric_limits<C>::infinity();
     for (int64_t l = 0; l < lanes.count; ++l) {
       w.lse[l] = kInfinity;
-      w.delta[l] = w.grad_lse[l] = 0;
+      w.delta[l] = 0;
       if (l >= lanes.rows) continue;
       const C lse = static_cast<const C*>(p_.lse.data)[lanes.offset(p_.lse, l)];
       if (lse != -kInfinity) w.lse[l] = lse;
       w.delta[l] = deltas_.at(lanes, l);
-      if (p_.grad_lse.data) w.grad_lse[l] = static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];
+      if (p_.grad_lse.data) w.delta[l] -= static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];
     }
   }
 
@@ -283,9 +292,9 @@ class AttentionBackward {
     if (!any || !p_.dk.data) return;
     const int64_t D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
     const bool selected = masked && !finite;
-    add_product(selected, end - begin, w.scores + begin * ld, ld, lanes.rows, w.grad_rows, Dv, w.dv + (at + begin) * Dv,
-                s_.Dv);
-    add_product(selected, end - begin, w.ds + begin * ld, ld, lanes.rows, w.q_rows, D, w.dk + (at + begin) * D, s_.D);
+    add_product(selected, end - begin, w.scores + begin * ld, ld, lanes.rows, w.grad_rows, w.dv + (at + begin) * Dv,
+                Dv);
+    add_product(selected, end - begin, w.ds + begin * ld, ld, lanes.rows, w.q_rows, w.dk + (at + begin) * D, D);
   }
 
   // Keys [from, to) of the block: no probability, no gradient.
@@ -297,11 +306,21 @@ class AttentionBackward {
       }
   }
 
-  // out [keys][ldb] += weights [keys][lane] rows [lane][ldb]
-  void add_product(bool selected, int64_t keys, const C* weights, int64_t ld, int64_t lanes, const C* rows, int64_t ldb,
-                   C* out, int64_t width) const {
-    if (selected) return multiply_selected<C, Lies::rows, true>(keys, width, weights, ld, lanes, rows, ldb, out, ldb);
-    multiply_wide_rows<C, Lies::rows>(keys, weights, ld, lanes, rows, ldb, out, ldb);
+  // out [keys][ldo] += weights [keys][lane] rows [lane][ldo], the rows as strips
+  void add_product(bool selected, int64_t keys, const C* weights, int64_t ld, int64_t lanes, const C* rows, C* out,
+                   int64_t ldo) const {
+    const int64_t vectors = ldo / V::size;
+    for (int64_t strip = 0; strip < strips(vectors); ++strip) {
+      const int64_t first = strip_begin(vectors, strip) * V::size;
+      const int count = strip_width(vectors, strip);
+      const C* from = rows + first * lanes;
+      if (selected) {
+        const int64_t width = int64_t{count} * V::size;
+        add_selected<C, Lies::rows, true>(keys, width, weights, ld, lanes, from, width, out + first, ldo);
+      } else {
+        multiply_rows(keys, count, weights, ld, lanes, from, out + first, ldo, true);
+      }
+    }
   }
 
   // Probabilities and gradients of the scores of one panel, and its dq.
@@ -312,25 +331,26 @@ class AttentionBackward {
     const int64_t offset = tile.scores - w.scores;
     C *ds = w.ds + offset, *damping = w.damping ? w.damping + offset : nullptr;
     const C *k = chunk.k.data + key * chunk.k.ld, *v = chunk.v.data + key * chunk.v.ld;
-    multiply<C, Lies::rows>(tile.keys, vectors, k, chunk.k.ld, s_.D, w.q + lane * s_.D, width, tile.scores, ld, false);
-    multiply<C, Lies::rows>(tile.keys, vectors, v, chunk.v.ld, s_.Dv, w.grad + lane * s_.Dv, width, ds, ld, false);
+    multiply_rows(tile.keys, vectors, k, chunk.k.ld, s_.D, w.q + lane * s_.D, tile.scores, ld, false);
+    multiply_rows(tile.keys, vectors, v, chunk.v.ld, s_.Dv, w.grad + lane * s_.Dv, ds, ld, false);
     scores_.apply(w.lanes, tile, damping);
     if (dropout_.active) drop(w, tile, ds);
     gradients(w, tile, ds);
+    if (p_.dslopes) add_slopes(w, tile, ds);
     if (mask_sums_.wanted()) mask_sums_.add(w.lanes, tile, ds, split);
     if (damping) damp(tile, damping, ds);
     if (!p_.dq.data) return;
     if (tile.masked() && !finite) {
-      multiply_selected<C, Lies::columns, false>(s_.D, width, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
+      add_selected<C, Lies::columns, false>(s_.D, width, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
     } else {
-      multiply<C, Lies::columns>(s_.D, vectors, k, chunk.k.ld, tile.keys, ds, ld, dq, width, true);
+      add_columns(s_.D, vectors, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
     }
   }
 
   // P in place of the scores, its sign negative where dropout drops it; and dP of what is left of P.
   void drop(Worker& w, const ScoreTile<C>& tile, C* ds) const {
     for (int64_t l = 0; l < tile.width(); l += V::size) {
-      const auto probability = scores_.probability(w.lse + tile.panel->lane + l);
+      const auto probability = scores_.template probability<true>(w.lse + tile.panel->lane + l);
       for (int64_t at = l; at < tile.keys * tile.ld; at += tile.ld)
         probability(V::load(tile.scores + at)).store(tile.scores + at);
     }
@@ -343,36 +363,53 @@ class AttentionBackward {
 
   // dS in place of dP, and P as the values had it in place of the scores (of P after drop()).
   void gradients(Worker& w, const ScoreTile<C>& tile, C* ds) const {
-    const V least = V::set1(std::numeric_limits<C>::min()), kept = V::set1(static_cast<C>(dropout_.kept));
-    const bool dropped = dropout_.active, with_lse = p_.grad_lse.data != nullptr, slopes = p_.dslopes != nullptr;
-    C* const scores = tile.scores;
+    if (dropout_.active) return gradients_of_dropped(w, tile, ds);
+    if (tile.masked()) return gradients<true>(w, tile, ds);
+    gradients<false>(w, tile, ds);
+  }
+
+  template <bool kMasked>
+  void gradients(Worker& w, const ScoreTile<C>& tile, C* ds) const {
     for (int64_t l = 0; l < tile.width(); l += V::size) {
       const int64_t lane = tile.panel->lane + l, end = tile.keys * tile.ld;
-      const auto probability = scores_.probability(w.lse + lane);
-      const V delta = V::load(w.delta + lane), grad_lse = V::load(w.grad_lse + lane);
+      const auto probability = scores_.template probability<kMasked>(w.lse + lane);
+      const V delta = V::load(w.delta + lane);
       for (int64_t at = l; at < end; at += tile.ld) {
-        V p = V::load(scores + at);
-        if (dropped) {
-          max(V::zero(), p * kept).store(scores + at);  // in this order NaN stays
-          p = abs(p);
-        } else {
-          p = probability(p);
-          p.store(scores + at);
-        }
-        V g = V::load(ds + at) - delta;
-        if (with_lse) g = g + grad_lse;
-        select_lt(p, least, V::zero(), p * g).store(ds + at);  // where nothing is seen dP may be anything
+        const V p = probability(V::load(tile.scores + at));
+        p.store(tile.scores + at);
+        score_gradient<kMasked>(p, V::load(ds + at) - delta).store(ds + at);
       }
-      if (slopes) add_slopes(w, tile, ds + l, lane);
     }
   }
 
-  void add_slopes(Worker& w, const ScoreTile<C>& tile, const C* ds, int64_t lane) const {
-    const V position = V::load(w.lanes.position + lane);
-    V sum = V::zero();
-    for (int64_t j = 0; j < tile.keys; ++j)
-      sum = fma(V::load(ds + j * tile.ld), abs(position - V::set1(static_cast<C>(tile.first + j))), sum);
-    (V::load(w.slope_sums + lane) + sum).store(w.slope_sums + lane);
+  void gradients_of_dropped(Worker& w, const ScoreTile<C>& tile, C* ds) const {
+    const V kept = V::set1(static_cast<C>(dropout_.kept));
+    for (int64_t l = 0; l < tile.width(); l += V::size) {
+      const V delta = V::load(w.delta + tile.panel->lane + l);
+      for (int64_t at = l; at < tile.keys * tile.ld; at += tile.ld) {
+        const V p = V::load(tile.scores + at);
+        max(V::zero(), p * kept).store(tile.scores + at);  // in this order NaN stays
+        score_gradient<true>(abs(p), V::load(ds + at) - delta).store(ds + at);
+      }
+    }
+  }
+
+  // Where nothing is seen dP may be anything.
+  template <bool kMasked>
+  static DLK_INLINE V score_gradient(V p, V g) {
+    if constexpr (!kMasked) return p * g;
+    return select_lt(p, V::set1(std::numeric_limits<C>::min()), V::zero(), p * g);
+  }
+
+  void add_slopes(Worker& w, const ScoreTile<C>& tile, const C* ds) const {
+    for (int64_t l = 0; l < tile.width(); l += V::size) {
+      const int64_t lane = tile.panel->lane + l;
+      const V position = V::load(w.lanes.position + lane);
+      V sum = V::zero();
+      for (int64_t j = 0; j < tile.keys; ++j)
+        sum = fma(V::load(ds + j * tile.ld + l), abs(position - V::set1(static_cast<C>(tile.first + j))), sum);
+      (V::load(w.slope_sums + lane) + sum).store(w.slope_sums + lane);
+    }
   }
 
   // Through the softcap. Where dS is 0 nothing may be seen, and the damping may be anything.

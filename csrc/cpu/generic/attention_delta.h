@@ -54,11 +54,16 @@ class RowDeltas {
 
   V sum_products(const C* grad, const C* o, int64_t ld) const {
     const int64_t slice = slice_of(s_.Dv);
+    const V least = V::set1(std::numeric_limits<C>::min());
     V total = V::zero();
     for (int64_t x = 0; x < s_.Dv;) {
       const int64_t left = s_.Dv - x, end = x + (left < slice + slice / 2 ? left : slice);
       V sum = V::zero();
-      for (; x < end; ++x) sum = fma(V::load(o + x * ld), V::load(grad + x * ld), sum);
+      for (; x < end; ++x) {
+        // Where o is 0 the gradient does not matter, and that of a row that sees nothing may be anything.
+        const V value = V::load(o + x * ld);
+        sum = fma(value, select_lt(abs(value), least, V::zero(), V::load(grad + x * ld)), sum);
+      }
       total = total + sum;
     }
     return total;

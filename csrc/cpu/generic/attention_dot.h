@@ -2,7 +2,7 @@
 // and row. Nothing of the keys is copied, and all rows that share them use each while it is in registers.
 
 // Rows that will be wanted next, and go to the cache meanwhile.
-struct Ahead {
+struct RowsAhead {
   const char* data;
   int64_t stride, bytes;  // of a row
   DLK_INLINE void fetch(int64_t row) const {
@@ -13,7 +13,7 @@ struct Ahead {
 // scores[j][row] = q[row] . k[j] for kRows rows.
 template <class C, int kRows, class S>
 DLK_INLINE void dot_keys(const C* q, int64_t ldq, int64_t D, const S* k, int64_t ldk, int64_t keys, C* scores,
-                         int64_t ld, const Ahead& ahead) {
+                         int64_t ld, const RowsAhead& ahead) {
   using V = Vec<C>;
   constexpr int kKeys = V::size / kRows;
   constexpr int kSums = V::size < 8 ? 8 / V::size : 1;  // of each dot product, so that no chain grows long
@@ -71,7 +71,7 @@ DLK_INLINE void dot_keys(const C* q, int64_t ldq, int64_t D, const S* k, int64_t
 
 template <class C, class S>
 DLK_NOINLINE void dot_rows(int64_t rows, const C* q, int64_t ldq, int64_t D, const S* k, int64_t ldk, int64_t keys,
-                           C* scores, int64_t ld, const Ahead& ahead) {
+                           C* scores, int64_t ld, const RowsAhead& ahead) {
   constexpr int kMost = Vec<C>::size < 4 ? Vec<C>::size : 4;
   int64_t r = 0;
   for (; r + kMost <= rows; r += kMost) dot_keys<C, kMost>(q + r * ldq, ldq, D, k, ldk, keys, scores + r, ld, ahead);
@@ -83,7 +83,7 @@ DLK_NOINLINE void dot_rows(int64_t rows, const C* q, int64_t ldq, int64_t D, con
 
 template <class C>
 DLK_INLINE void dot_rows(DType dtype, int64_t rows, const C* q, int64_t ldq, int64_t D, const void* k, int64_t ldk,
-                         int64_t keys, C* scores, int64_t ld, const Ahead& ahead) {
+                         int64_t keys, C* scores, int64_t ld, const RowsAhead& ahead) {
   if constexpr (std::is_same_v<C, double>) {
     dot_rows(rows, q, ldq, D, static_cast<const double*>(k), ldk, keys, scores, ld, ahead);
   } else {

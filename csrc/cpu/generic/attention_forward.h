@@ -44,13 +44,12 @@ class AttentionForward {
     Worker& w = workers_[worker];
     w.lanes.set(in_, task.b, task.kv_head, task.row, task.rows);
     const State state = state_of(w, task, task.split);
-    state.begin(w.lanes, task.split == 0 ? in_.sinks : nullptr, 1 / scores_.to_natural());
+    state.begin(w.lanes, task.split == 0 ? in_.sinks : nullptr);
     walk(w, task, state);
     if (plan_.splits == 1) return finish(w, state);
     if (arrived_[task.block].fetch_add(1, std::memory_order_acq_rel) + 1 < plan_.splits) return;
     const State whole = state_of(w, task, 0);
-    for (int64_t split = 1; split < plan_.splits; ++split)
-      whole.add(w.lanes, state_of(w, task, split), scores_.to_base2());
+    for (int64_t split = 1; split < plan_.splits; ++split) whole.add(w.lanes, state_of(w, task, split));
     finish(w, whole);
   }
 
@@ -149,12 +148,12 @@ class AttentionForward {
       clear_spare_lanes(tile);
       dot_rows<C>(s_.dtype, panel.rows, w.q + panel.lane * ldq, ldq, s_.D,
                   advance(block.address(in_.k), s_.dtype, skipped * in_.k.row), in_.k.row, tile.keys, tile.scores, ld,
-                  Ahead{static_cast<const char*>(advance(block.address(in_.v), s_.dtype, skipped * in_.v.row)),
-                        in_.v.row * item_size(s_.dtype), s_.Dv * item_size(s_.dtype)});
+                  RowsAhead{static_cast<const char*>(advance(block.address(in_.v), s_.dtype, skipped * in_.v.row)),
+                            in_.v.row * item_size(s_.dtype), s_.Dv * item_size(s_.dtype)});
     } else {
       const KeyRows<C>& k = block.k();
-      multiply<C, Lies::rows>(tile.keys, panel.vectors, k.data + skipped * k.ld, k.ld, s_.D, w.q + panel.lane * s_.D,
-                              ld, tile.scores, ld, false);
+      multiply_rows(tile.keys, panel.vectors, k.data + skipped * k.ld, k.ld, s_.D, w.q + panel.lane * s_.D, tile.scores,
+                    ld, false);
     }
     scores_.apply(w.lanes, tile, nullptr);
     state.softmax(tile, scores_.to_base2());
@@ -173,13 +172,18 @@ class AttentionForward {
     C* o = state.of(*tile.panel);
     const int64_t ld = tile.ld, keys = tile.keys, rows = tile.panel->rows;
     if (dot_ && selected) {
-      multiply_selected<C, Lies::columns, true>(rows, s_.Dv, tile.scores, ld, keys, values, ldv, o, state.ld());
+      add_selected<C, Lies::columns, true>(rows, s_.Dv, tile.scores, ld, keys, values, ldv, o, state.ld());
     } else if (dot_) {
-      multiply_wide_rows<C, Lies::columns>(rows, tile.scores, ld, keys, values, ldv, o, state.ld());
+      const int64_t vectors = state.ld() / V::size;
+      for (int64_t strip = 0; strip < strips(vectors); ++strip) {
+        const int64_t first = strip_begin(vectors, strip) * V::size;
+        add_columns(rows, strip_width(vectors, strip), tile.scores, ld, keys, values + first, ldv, o + first,
+                    state.ld());
+      }
     } else if (selected) {
-      multiply_selected<C, Lies::columns, false>(s_.Dv, ld, values, ldv, keys, tile.scores, ld, o, ld);
+      add_selected<C, Lies::columns, false>(s_.Dv, ld, values, ldv, keys, tile.scores, ld, o, ld);
     } else {
-      multiply<C, Lies::columns>(s_.Dv, tile.panel->vectors, values, ldv, keys, tile.scores, ld, o, ld, true);
+      add_columns(s_.Dv, tile.panel->vectors, values, ldv, keys, tile.scores, ld, o, ld);
     }
   }
 
@@ -190,14 +194,13 @@ class AttentionForward {
 
   void finish(Worker& w, const State& state) const {
     const Lanes<C>& lanes = w.lanes;
-    const double to_natural = scores_.to_natural();
     for (int64_t i = 0; i < lanes.count; ++i) {
       const C sum = state.l[i];
       if (i < lanes.rows)
         static_cast<C*>(p_.lse.data)[lanes.offset(p_.lse, i)] =
-            sum == 0
-                ? -std::numeric_limits<C>::infinity()
-                : static_cast<C>(to_natural * static_cast<double>(state.m[i]) + std::log(static_cast<double>(sum)));
+            sum == 0 ? -std::numeric_limits<C>::infinity()
+                     : static_cast<C>(0.6931471805599453 * static_cast<double>(state.m[i]) +
+                                      std::log(static_cast<double>(sum)));
       state.l[i] = sum == 0 ? C(0) : C(1) / sum;
     }
     if (!p_.o.data) return;

@@ -1,4 +1,4 @@
-// A task's rows, one lane each, in panels of a few vectors; and the way of a tensor's rows into
+// A task's rows, one lane each, in panels that are strips (attention_tile.h); and the way of a tensor's rows into
 // lanes ([width][lanes]) and back.
 
 struct LanePanel {
@@ -12,8 +12,7 @@ struct LanePanel {
 // The panels of a task. Lanes beyond the last row repeat it; nothing of them is stored.
 template <class C>
 struct Lanes {
-  static constexpr int kPanelVectors = 3;
-  static constexpr int kWidth = kPanelVectors * Vec<C>::size;  // of the widest panel
+  static constexpr int kWidth = 3 * Vec<C>::size;  // of the widest panel
 
   const AttentionInputs* in;
   AttentionSequence sequence;
@@ -71,14 +70,13 @@ struct Lanes {
   }
 
  private:
-  // Panels of nearly the same width.
   void cut() {
     constexpr int64_t kSize = Vec<C>::size;
     const int64_t vectors = count / kSize;
-    panels = (vectors + kPanelVectors - 1) / kPanelVectors;
+    panels = strips(vectors);
     for (int64_t p = 0; p < panels; ++p) {
       LanePanel& to = panel[p];
-      const int64_t from = vectors * p / panels, until = vectors * (p + 1) / panels;
+      const int64_t from = strip_begin(vectors, p), until = strip_begin(vectors, p + 1);
       to.lane = from * kSize;
       to.vectors = static_cast<int>(until - from);
       to.rows = std::min(rows, until * kSize) - to.lane;
@@ -101,42 +99,95 @@ DLK_INLINE int64_t key_offset(const AttentionInputs& in, const AttentionSequence
   return (in.cu_k ? sequence.k0 * t.row : b * t.b) + kv_head * t.h + j * t.row;
 }
 
-// Rows of a tensor into the lanes of a panel: out[x][lane], out[0] being the panel's first lane.
-template <class C>
-DLK_NOINLINE void rows_to_lanes(const Lanes<C>& lanes, const LanePanel& panel, const HeadTensor<const void*>& t,
-                                DType dtype, int64_t width, C* out) {
+// out[x][lane] for n = 1..size elements x of as many rows as there are lanes, from row[r] + x on.
+template <class C, class S>
+DLK_INLINE void rows_to_lanes(const S* const* row, int64_t x, int n, C* out, int64_t ld) {
   constexpr int kSize = Vec<C>::size;
-  const int64_t ld = int64_t{panel.vectors} * kSize;
-  for (int64_t l = 0; l < ld; l += kSize) {
-    const void* row[kSize];
-    const int valid = static_cast<int>(panel.rows - l < kSize ? panel.rows - l : kSize);
-    for (int r = 0; r < valid; ++r) row[r] = lanes.row_of(t, dtype, panel.lane + l + r);
-    for (int64_t x = 0; x < width; x += kSize) {
-      const int n = static_cast<int>(width - x < kSize ? width - x : kSize);
-      Vec<C> block[kSize];
-      for (int r = 0; r < kSize; ++r) block[r] = r < valid ? load_any<C>(dtype, row[r], x, n) : Vec<C>::zero();
-      transpose(block);
-      for (int c = 0; c < n; ++c) block[c].store(out + (x + c) * ld + l);
-    }
+  Vec<C> block[kSize];
+  if (n == kSize) {
+    DLK_UNROLL
+    for (int r = 0; r < kSize; ++r) block[r] = load_as<C>(row[r] + x);
+    transpose(block);
+    DLK_UNROLL
+    for (int c = 0; c < kSize; ++c) block[c].store(out + c * ld);
+  } else {
+    for (int r = 0; r < kSize; ++r) block[r] = load_as<C>(row[r] + x, n);
+    transpose(block);
+    for (int c = 0; c < n; ++c) block[c].store(out + c * ld);
   }
 }
 
-// The way back, times factor[lane] (which may be null).
+template <class C, class S>
+DLK_NOINLINE void rows_to_lanes(const Lanes<C>& lanes, const LanePanel& panel, const HeadTensor<const void*>& t,
+                                int64_t width, C* out) {
+  constexpr int kSize = Vec<C>::size;
+  const int64_t ld = int64_t{panel.vectors} * kSize;
+  for (int64_t l = 0; l < ld; l += kSize) {
+    const S* row[kSize];
+    for (int r = 0; r < kSize; ++r)
+      row[r] = static_cast<const S*>(t.data) + lanes.offset(t, panel.lane + std::min(l + r, panel.rows - 1));
+    for (int64_t x = 0; x < width; x += kSize)
+      rows_to_lanes(row, x, static_cast<int>(width - x < kSize ? width - x : kSize), out + x * ld + l, ld);
+  }
+}
+
+// Rows of a tensor into the lanes of a panel: out[x][lane], out[0] being the panel's first lane. Lanes without a row
+// repeat the last one.
 template <class C>
+DLK_INLINE void rows_to_lanes(const Lanes<C>& lanes, const LanePanel& panel, const HeadTensor<const void*>& t,
+                              DType dtype, int64_t width, C* out) {
+  if constexpr (std::is_same_v<C, double>) {
+    rows_to_lanes<C, double>(lanes, panel, t, width, out);
+  } else if (dtype == DType::f32) {
+    rows_to_lanes<C, float>(lanes, panel, t, width, out);
+  } else if (dtype == DType::bf16) {
+    rows_to_lanes<C, bf16>(lanes, panel, t, width, out);
+  } else {
+    rows_to_lanes<C, f16>(lanes, panel, t, width, out);
+  }
+}
+
+// The way back, times factor[lane].
+template <class C, class S>
 DLK_NOINLINE void lanes_to_rows(const Lanes<C>& lanes, const LanePanel& panel, const C* from, const C* factor,
-                                const HeadTensor<void*>& t, DType dtype, int64_t width) {
+                                const HeadTensor<void*>& t, int64_t width) {
   constexpr int kSize = Vec<C>::size;
   const int64_t ld = int64_t{panel.vectors} * kSize;
   for (int64_t l = 0; l < panel.rows; l += kSize) {
     const int valid = static_cast<int>(panel.rows - l < kSize ? panel.rows - l : kSize);
-    const Vec<C> times = factor ? Vec<C>::load(factor + l) : Vec<C>::set1(C(1));
+    const Vec<C> times = Vec<C>::load(factor + l);
+    S* row[kSize];
+    for (int r = 0; r < valid; ++r) row[r] = static_cast<S*>(t.data) + lanes.offset(t, panel.lane + l + r);
     for (int64_t x = 0; x < width; x += kSize) {
       const int n = static_cast<int>(width - x < kSize ? width - x : kSize);
+      const C* at = from + x * ld + l;
       Vec<C> block[kSize];
-      for (int c = 0; c < kSize; ++c) block[c] = c < n ? Vec<C>::load(from + (x + c) * ld + l) * times : Vec<C>::zero();
-      transpose(block);
-      for (int r = 0; r < valid; ++r) store_any<C>(dtype, t.data, lanes.offset(t, panel.lane + l + r) + x, block[r], n);
+      if (n == kSize && valid == kSize) {
+        DLK_UNROLL
+        for (int c = 0; c < kSize; ++c) block[c] = Vec<C>::load(at + c * ld) * times;
+        transpose(block);
+        DLK_UNROLL
+        for (int r = 0; r < kSize; ++r) store_as(row[r] + x, block[r]);
+      } else {
+        for (int c = 0; c < kSize; ++c) block[c] = c < n ? Vec<C>::load(at + c * ld) * times : Vec<C>::zero();
+        transpose(block);
+        for (int r = 0; r < valid; ++r) store_as(row[r] + x, block[r], n);
+      }
     }
+  }
+}
+
+template <class C>
+DLK_INLINE void lanes_to_rows(const Lanes<C>& lanes, const LanePanel& panel, const C* from, const C* factor,
+                              const HeadTensor<void*>& t, DType dtype, int64_t width) {
+  if constexpr (std::is_same_v<C, double>) {
+    lanes_to_rows<C, double>(lanes, panel, from, factor, t, width);
+  } else if (dtype == DType::f32) {
+    lanes_to_rows<C, float>(lanes, panel, from, factor, t, width);
+  } else if (dtype == DType::bf16) {
+    lanes_to_rows<C, bf16>(lanes, panel, from, factor, t, width);
+  } else {
+    lanes_to_rows<C, f16>(lanes, panel, from, factor, t, width);
   }
 }
 
@@ -153,11 +204,29 @@ DLK_INLINE bool rows_in_place(DType dtype, int64_t row_stride, int64_t width) {
   return is_compute_type<C>(dtype) && row_stride <= 2 * width;
 }
 
+template <class C, class S>
+DLK_NOINLINE void copy_rows(const S* from, int64_t row_stride, int64_t rows, int64_t width, C* to, int64_t ld) {
+  constexpr int64_t kSize = Vec<C>::size;
+  for (int64_t r = 0; r < rows; ++r, from += row_stride, to += ld) {
+    int64_t x = 0;
+    for (; x + kSize <= width; x += kSize) load_as<C>(from + x).store(to + x);
+    if (x < width) load_as<C>(from + x, static_cast<int>(width - x)).store(to + x);
+  }
+}
+
 template <class C>
-DLK_NOINLINE KeyRows<C> read_rows(DType dtype, const void* from, int64_t row_stride, int64_t rows, int64_t width,
-                                  bool in_place, C* copy) {
+DLK_INLINE KeyRows<C> read_rows(DType dtype, const void* from, int64_t row_stride, int64_t rows, int64_t width,
+                                bool in_place, C* copy) {
   if (in_place) return {static_cast<const C*>(from), row_stride};
   const int64_t ld = lanes_rounded<C>(width);
-  for (int64_t r = 0; r < rows; ++r) load_row<C>(dtype, advance(from, dtype, r * row_stride), width, copy + r * ld);
+  if constexpr (std::is_same_v<C, double>) {
+    copy_rows(static_cast<const double*>(from), row_stride, rows, width, copy, ld);
+  } else if (dtype == DType::f32) {
+    copy_rows(static_cast<const float*>(from), row_stride, rows, width, copy, ld);
+  } else if (dtype == DType::bf16) {
+    copy_rows(static_cast<const bf16*>(from), row_stride, rows, width, copy, ld);
+  } else {
+    copy_rows(static_cast<const f16*>(from), row_stride, rows, width, copy, ld);
+  }
   return {copy, ld};
 }

@@ -78,7 +78,7 @@ class AttentionMap {
       const int64_t at = key_offset(in_, w.lanes.sequence, in_.k, b, kv_head, tile.first);
       const KeyRows<C> k = read_rows<C>(s_.dtype, advance(in_.k.data, s_.dtype, at), in_.k.row, tile.keys, s_.D,
                                         rows_in_place<C>(s_.dtype, in_.k.row, s_.D), w.k);
-      multiply<C, Lies::rows>(tile.keys, panel.vectors, k.data, k.ld, s_.D, w.q, tile.ld, tile.scores, tile.ld, false);
+      multiply_rows(tile.keys, panel.vectors, k.data, k.ld, s_.D, w.q, tile.scores, tile.ld, false);
       scores_.apply(w.lanes, tile, nullptr);
       for (int64_t v = 0; v < panel.vectors; ++v) pool(w, tile, v * V::size, map);
     }
@@ -86,7 +86,7 @@ class AttentionMap {
 
   // One vector of lanes of a tile, column bin by column bin.
   void pool(Worker& w, const ScoreTile<C>& tile, int64_t l, C* map) const {
-    const auto probability = scores_.probability(w.lse + l);
+    const auto probability = scores_.template probability<true>(w.lse + l);
     const int64_t end = tile.first + tile.keys;
     for (int64_t j = tile.first; j < end;) {
       const int64_t column = j * p_.cols / s_.N, next = std::min(end, bin_begin(column + 1, s_.N, p_.cols));

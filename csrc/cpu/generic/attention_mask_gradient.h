@@ -94,8 +94,18 @@ class MaskGradientSums {
       for (int64_t j = 0; j < tile.keys; j += V::size) {
         const int keys = static_cast<int>(std::min<int64_t>(V::size, tile.keys - j));
         V block[V::size];
-        for (int c = 0; c < V::size; ++c) block[c] = c < keys ? V::load(ds + (j + c) * tile.ld + l) : V::zero();
+        if (keys == V::size) {
+          DLK_UNROLL
+          for (int c = 0; c < V::size; ++c) block[c] = V::load(ds + (j + c) * tile.ld + l);
+        } else {
+          for (int c = 0; c < V::size; ++c) block[c] = c < keys ? V::load(ds + (j + c) * tile.ld + l) : V::zero();
+        }
         transpose(block);
+        if (sums && keys == V::size && rows == V::size) {
+          DLK_UNROLL
+          for (int r = 0; r < V::size; ++r) (V::load(sums + row[r] + j) + block[r]).store(sums + row[r] + j);
+          continue;
+        }
         for (int r = 0; r < rows; ++r) {
           if (sums) {
             store_part(sums + row[r] + j, load_part(sums + row[r] + j, keys) + block[r], keys);

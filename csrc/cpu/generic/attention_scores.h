@@ -28,15 +28,21 @@ class Scores {
   // ... and times this, natural logarithms.
   double to_natural() const { return transformed_ ? 1 : in_.scale; }
 
-  // From scores to probabilities, given lse; the difference comes first, where it rounds least.
+  // From scores to probabilities, given lse; the difference comes first, where it rounds least. With kMasked what is
+  // hidden has none, whatever lse is.
+  template <bool kMasked>
   struct Probability {
-    Vec<C> scale, lse;
-    DLK_INLINE Vec<C> operator()(Vec<C> score) const {
-      return exp2_down(fma(score, scale, -lse) * Vec<C>::set1(C(1.4426950408889634)));
+    using V = Vec<C>;
+    V scale, lse;
+    DLK_INLINE V operator()(V score) const {
+      const V p = exp2_down(fma(score, scale, -lse) * V::set1(C(1.4426950408889634)));
+      if constexpr (!kMasked) return p;
+      return select_lt(score, V::set1(std::numeric_limits<C>::lowest()), V::zero(), p);
     }
   };
   // An lse of -inf, of rows that see nothing, is to come as +inf: their probabilities are 0.
-  Probability probability(const C* lse) const {
+  template <bool kMasked>
+  DLK_INLINE Probability<kMasked> probability(const C* lse) const {
     return {Vec<C>::set1(static_cast<C>(to_natural())), Vec<C>::load(lse)};
   }
 
@@ -71,15 +77,23 @@ class Scores {
         }
       }
     } else {
+      const bool plain = reads_full();
       for (int64_t l = 0; l < ld; l += V::size) {
         int64_t row[V::size];
         for (int r = 0; r < V::size; ++r) row[r] = mask_row(lanes, panel.lane + std::min(l + r, panel.rows - 1));
         for (int64_t j = 0; j < tile->keys; j += V::size) {
           const int n = static_cast<int>(tile->keys - j < V::size ? tile->keys - j : V::size);
           V block[V::size];
-          for (int r = 0; r < V::size; ++r) block[r] = read(row[r], tile->first + j, n);
+          if (n == V::size && plain) {
+            DLK_UNROLL
+            for (int r = 0; r < V::size; ++r) block[r] = read_full(row[r] + tile->first + j);
+          } else {
+            for (int r = 0; r < V::size; ++r) block[r] = read(row[r], tile->first + j, n);
+          }
           transpose(block);
-          for (int c = 0; c < n; ++c) {
+          DLK_UNROLL
+          for (int c = 0; c < V::size; ++c) {
+            if (c == n) break;
             largest = max(block[c], largest), smallest = min(block[c], smallest);
             block[c].store(tile->bias + (j + c) * ld + l);
           }
@@ -95,38 +109,54 @@ class Scores {
   // In place, from products to scores. `damping`, if not null, receives what a gradient of the
   // scores is multiplied with for the softcap.
   void apply(const Lanes<C>& lanes, const ScoreTile<C>& tile, C* damping) const {
+    if (transformed_) {
+      if (tile.partial)
+        return tile.biased ? apply<true, true, true>(lanes, tile, damping)
+                           : apply<true, false, true>(lanes, tile, damping);
+      return tile.biased ? apply<true, true, false>(lanes, tile, damping)
+                         : apply<true, false, false>(lanes, tile, damping);
+    }
+    if (tile.partial)
+      return tile.biased ? apply<false, true, true>(lanes, tile, damping)
+                         : apply<false, false, true>(lanes, tile, damping);
+    if (tile.biased) apply<false, true, false>(lanes, tile, damping);
+  }
+
+ private:
+  const AttentionInputs& in_;
+  bool transformed_;
+
+  template <bool kTransformed, bool kBiased, bool kPartial>
+  DLK_NOINLINE void apply(const Lanes<C>& lanes, const ScoreTile<C>& tile, C* damping) const {
     using V = Vec<C>;
-    if (!transformed_ && !tile.partial && !tile.biased) return;
     const int64_t ld = tile.ld, width = tile.width();
     const V none = V::set1(-std::numeric_limits<C>::infinity()), scale = V::set1(static_cast<C>(in_.scale));
-    const V cap = V::set1(static_cast<C>(in_.softcap)), one = V::set1(C(1));
-    const V per_cap = V::set1(static_cast<C>(in_.softcap != 0 ? 1 / in_.softcap : 0));
-    for (int v = 0; v < tile.panel->vectors; ++v) {
-      const int64_t l = tile.panel->lane + int64_t{v} * V::size;
-      const V position = V::load(lanes.position + l), slope = V::load(lanes.slope + l);
-      alignas(64) C bounds[2][V::size];
-      for (int i = 0; i < V::size; ++i) {  // from the tile's first key, where floats are exact
-        bounds[0][i] = static_cast<C>(std::max<int64_t>(0, lanes.begin[l + i] - tile.first));
-        bounds[1][i] = static_cast<C>(std::min(tile.keys, lanes.end[l + i] - tile.first));
+    const bool capped = in_.softcap != 0, sloped = in_.slopes != nullptr, boolean = in_.mask.boolean;
+    for (int64_t l = 0; l < width; l += V::size) {
+      const int64_t lane = tile.panel->lane + l;
+      const V position = V::load(lanes.position + lane), slope = V::load(lanes.slope + lane);
+      V begin = V::zero(), end = V::zero();
+      if constexpr (kPartial) {
+        alignas(64) C bounds[2][V::size];
+        for (int i = 0; i < V::size; ++i) {  // from the tile's first key, where floats are exact
+          bounds[0][i] = static_cast<C>(std::max<int64_t>(0, lanes.begin[lane + i] - tile.first));
+          bounds[1][i] = static_cast<C>(std::min(tile.keys, lanes.end[lane + i] - tile.first));
+        }
+        begin = V::load(bounds[0]), end = V::load(bounds[1]);
       }
-      const V begin = V::load(bounds[0]), end = V::load(bounds[1]);
       for (int64_t j = 0; j < tile.keys; ++j) {
-        const int64_t at = j * ld + int64_t{v} * V::size;
+        const int64_t at = j * ld + l;
         V s = V::load(tile.scores + at);
-        if (transformed_) {
+        if constexpr (kTransformed) {
           s = s * scale;
-          if (in_.softcap != 0) {
-            const V t = tanh(s * per_cap);
-            s = cap * t;
-            if (damping) fnma(t, t, one).store(damping + at);
-          }
-          if (in_.slopes) s = fnma(slope, abs(position - V::set1(static_cast<C>(tile.first + j))), s);
+          if (capped) s = cap(s, damping ? damping + at : nullptr);
+          if (sloped) s = fnma(slope, abs(position - V::set1(static_cast<C>(tile.first + j))), s);
         }
-        if (tile.biased) {
-          const V bias = V::load(tile.bias + j * width + int64_t{v} * V::size);
-          s = select_gt(bias, none, in_.mask.boolean ? s : s + bias, bias + none);
+        if constexpr (kBiased) {
+          const V bias = V::load(tile.bias + j * width + l);
+          s = select_gt(bias, none, boolean ? s : s + bias, bias + none);
         }
-        if (tile.partial) {
+        if constexpr (kPartial) {
           const V key = V::set1(static_cast<C>(j));
           s = select_gt(begin, key, none, select_gt(end, key, s, none));
         }
@@ -135,9 +165,12 @@ class Scores {
     }
   }
 
- private:
-  const AttentionInputs& in_;
-  bool transformed_;
+  DLK_INLINE Vec<C> cap(Vec<C> s, C* damping) const {
+    using V = Vec<C>;
+    const V t = tanh(s * V::set1(static_cast<C>(1 / in_.softcap)));
+    if (damping) fnma(t, t, V::set1(C(1))).store(damping);
+    return V::set1(static_cast<C>(in_.softcap)) * t;
+  }
 
   template <class Test>
   static bool any(Vec<C> a, Test test) {
@@ -161,18 +194,27 @@ class Scores {
   DLK_INLINE Vec<C> read(int64_t row, int64_t j, int n) const {
     constexpr int kSize = Vec<C>::size;
     const MaskTensor& m = in_.mask;
+    if (n == kSize && reads_full()) return read_full(row + j);
     if (m.boolean) {
       const uint8_t* bytes = static_cast<const uint8_t*>(m.data) + row + j * m.j;
-      if (m.j == 1 && n == kSize) return bias_of_bools<C>(bytes);
       alignas(64) uint8_t copy[kSize] = {};
       for (int i = 0; i < n; ++i) copy[i] = bytes[i * m.j];
       return bias_of_bools<C>(copy);
     }
-    if (m.j == 1 && (!std::is_same_v<C, double> || m.dtype == DType::f64))
-      return load_any<C>(m.dtype, m.data, row + j, n);
+    if (reads_full()) return load_any<C>(m.dtype, m.data, row + j, n);
     alignas(64) C copy[kSize] = {};
     for (int i = 0; i < n; ++i) copy[i] = read_one(row + (j + i) * m.j);
     return Vec<C>::load(copy);
+  }
+
+  // Mask values that lie side by side, of a type with vectors.
+  bool reads_full() const {
+    return in_.mask.j == 1 && (in_.mask.boolean || !std::is_same_v<C, double> || in_.mask.dtype == DType::f64);
+  }
+  DLK_INLINE Vec<C> read_full(int64_t at) const {
+    const MaskTensor& m = in_.mask;
+    if (m.boolean) return bias_of_bools<C>(static_cast<const uint8_t*>(m.data) + at);
+    return load_any<C>(m.dtype, m.data, at, Vec<C>::size);
   }
 
   C read_one(int64_t at) const {

@@ -5,7 +5,7 @@ template <class C>
 struct RowState {
   using V = Vec<C>;
   C* o;           // panels [width][lanes]; or [lane][ld] where few rows go by dot products
-  C *m, *l;       // [lanes]; m in units of the scores
+  C *m, *l;       // [lanes]; m in powers of 2
   int64_t width;  // Dv
   bool by_rows;
 
@@ -25,54 +25,34 @@ struct RowState {
   // -inf minus itself is NaN: rows that have seen nothing count from 0.
   static V finite(V m) { return select_gt(m, V::set1(-std::numeric_limits<C>::infinity()), m, V::zero()); }
   // What was made with the maximum `from` counts this much with `to`.
-  static V decay(V from, V to, C to_base2) { return exp2_down((from - finite(to)) * V::set1(to_base2)); }
+  static V decay(V from, V to) { return exp2_down(from - finite(to)); }
 
   // A sink is a key of probability but without value.
-  void begin(const Lanes<C>& lanes, const double* sinks, double from_natural) const {
-    constexpr C kNone = -std::numeric_limits<C>::infinity();
+  void begin(const Lanes<C>& lanes, const double* sinks) const {
+    constexpr double kNone = -std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < lanes.count; ++i) {
-      m[i] = sinks ? static_cast<C>(sinks[lanes.head[i]] * from_natural) : kNone;
-      l[i] = m[i] == kNone ? C(0) : C(1);
+      const double sink = sinks ? sinks[lanes.head[i]] * 1.4426950408889634 : kNone;
+      m[i] = static_cast<C>(sink);
+      l[i] = sink == kNone ? C(0) : static_cast<C>(std::exp2(sink - static_cast<double>(m[i])));
     }
     std::fill_n(o, lanes.count * (by_rows ? ld() : width), C(0));
   }
 
   // From scores to exponentials; what there is of the rows so far is brought to the new maximum.
   void softmax(const ScoreTile<C>& tile, C to_base2) const {
-    const V factor = V::set1(to_base2);
-    for (int64_t lane = 0; lane < tile.width(); lane += V::size) {
-      C* scores = tile.scores + lane;
-      const int64_t at = tile.panel->lane + lane;
-      const V before = V::load(m + at);
-      V largest[4] = {before, before, before, before};
-      int64_t j = 0;
-      for (; j + 4 <= tile.keys; j += 4)
-        for (int i = 0; i < 4; ++i) largest[i] = max(V::load(scores + (j + i) * tile.ld), largest[i]);
-      for (; j < tile.keys; ++j) largest[0] = max(V::load(scores + j * tile.ld), largest[0]);
-      const V highest = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
-      const V now = select_gt((highest - before) * factor, V::set1(kHeadroom), highest, before);
-      const V shift = finite(now);
-      V sum = V::zero();
-      for (j = 0; j < tile.keys; ++j) {
-        const V e = exp2_down((V::load(scores + j * tile.ld) - shift) * factor);
-        e.store(scores + j * tile.ld);
-        sum = sum + e;
-      }
-      const V rest = decay(before, now, to_base2);
-      fma(V::load(l + at), rest, sum).store(l + at);
-      now.store(m + at);
-      if (hsum(abs(rest - V::set1(C(1)))) != 0) add_values(*tile.panel, lane, rest, nullptr, V::zero());
-    }
+    if (tile.panel->vectors == 3) return softmax<3>(tile, to_base2);
+    if (tile.panel->vectors == 2) return softmax<2>(tile, to_base2);
+    softmax<1>(tile, to_base2);
   }
 
   // Takes in the state of other keys.
-  void add(const Lanes<C>& lanes, const RowState& other, C to_base2) const {
+  void add(const Lanes<C>& lanes, const RowState& other) const {
     for (int64_t p = 0; p < lanes.panels; ++p) {
       const LanePanel& panel = lanes.panel[p];
       for (int64_t lane = 0; lane < int64_t{panel.vectors} * V::size; lane += V::size) {
         const int64_t at = panel.lane + lane;
         const V ours = V::load(m + at), theirs = V::load(other.m + at), largest = max(ours, theirs);
-        const V a = decay(ours, largest, to_base2), b = decay(theirs, largest, to_base2);
+        const V a = decay(ours, largest), b = decay(theirs, largest);
         largest.store(m + at);
         fma(V::load(l + at), a, V::load(other.l + at) * b).store(l + at);
         add_values(panel, lane, a, other.of(panel), b);
@@ -81,6 +61,77 @@ struct RowState {
   }
 
  private:
+  // Key by key, as the tile lies in memory: it may not fit L1 beside what it was made from.
+  template <int kVectors>
+  DLK_NOINLINE void softmax(const ScoreTile<C>& tile, C to_base2) const {
+    constexpr int kKeys = kVectors == 1 ? 4 : 2;  // at once
+    const V factor = V::set1(to_base2);
+    const int64_t ld = tile.ld, whole = tile.keys / kKeys * kKeys;
+    V parts[kKeys][kVectors], shift[kVectors], rest[kVectors];
+    fill(parts, -std::numeric_limits<C>::infinity());
+    C* scores = tile.scores;
+    int64_t j = 0;
+    for (; j < whole; j += kKeys, scores += kKeys * ld) {
+      DLK_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        DLK_UNROLL
+        for (int v = 0; v < kVectors; ++v) parts[i][v] = max(V::load(scores + i * ld + v * V::size), parts[i][v]);
+      }
+    }
+    for (; j < tile.keys; ++j, scores += ld) {
+      DLK_UNROLL
+      for (int v = 0; v < kVectors; ++v) parts[0][v] = max(V::load(scores + v * V::size), parts[0][v]);
+    }
+    DLK_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      C* const at = m + tile.panel->lane + v * V::size;
+      const V before = V::load(at);
+      V highest = parts[0][v];
+      DLK_UNROLL
+      for (int i = 1; i < kKeys; ++i) highest = max(parts[i][v], highest);
+      highest = highest * factor;
+      const V now = select_gt(highest - before, V::set1(kHeadroom), highest, before);
+      now.store(at);
+      shift[v] = -finite(now);
+      rest[v] = exp2_down(before + shift[v]);
+    }
+    fill(parts, C(0));
+    const auto exponential = [&](C* score, int v) __attribute__((always_inline)) {
+      const V e = exp2_down(fma(V::load(score + v * V::size), factor, shift[v]));
+      e.store(score + v * V::size);
+      return e;
+    };
+    for (j = 0, scores = tile.scores; j < whole; j += kKeys, scores += kKeys * ld) {
+      DLK_UNROLL
+      for (int i = 0; i < kKeys; ++i) {
+        DLK_UNROLL
+        for (int v = 0; v < kVectors; ++v) parts[i][v] = parts[i][v] + exponential(scores + i * ld, v);
+      }
+    }
+    for (; j < tile.keys; ++j, scores += ld) {
+      DLK_UNROLL
+      for (int v = 0; v < kVectors; ++v) parts[0][v] = parts[0][v] + exponential(scores, v);
+    }
+    DLK_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      C* const at = l + tile.panel->lane + v * V::size;
+      V sum = parts[0][v];
+      DLK_UNROLL
+      for (int i = 1; i < kKeys; ++i) sum = sum + parts[i][v];
+      fma(V::load(at), rest[v], sum).store(at);
+      if (hsum(abs(rest[v] - V::set1(C(1)))) != 0) add_values(*tile.panel, v * V::size, rest[v], nullptr, V::zero());
+    }
+  }
+
+  template <int kKeys, int kVectors>
+  static DLK_INLINE void fill(V (&parts)[kKeys][kVectors], C value) {
+    DLK_UNROLL
+    for (int i = 0; i < kKeys; ++i) {
+      DLK_UNROLL
+      for (int v = 0; v < kVectors; ++v) parts[i][v] = V::set1(value);
+    }
+  }
+
   // o = o a + other b for a vector of lanes; other may be null.
   void add_values(const LanePanel& panel, int64_t lane, V a, const C* other, V b) const {
     C* ours = of(panel);

@@ -1,5 +1,5 @@
-// Products of attention: out[r][v] (+)= sum_k a(r, k) * b[k][v], like tile.h, but a lies either
-// way round: rows (k contiguous) or columns (r contiguous). Queries fill the lanes, so keys and
+// Products of attention: out[r][v] (+)= sum_k a(r, k) * b[k][v], with a lying either way round: rows (k
+// contiguous), by the kernel of tile.h, or columns (r contiguous). Queries fill the lanes, so keys and
 // values are read as they lie, by broadcasts, and softmax never sums across a vector.
 // The order of every sum depends on K alone.
 
@@ -10,106 +10,125 @@ DLK_INLINE int64_t lanes_rounded(int64_t n) {
   return (n + kSize - 1) / kSize * kSize;
 }
 
-enum class Lies { rows, columns };
+// Wide things are cut to strips of two or three vectors: three are fastest, as their tiles load least for the same
+// work. (One vector remains one.)
+DLK_INLINE int64_t strips(int64_t vectors) { return (vectors + 2) / 3; }
+DLK_INLINE int64_t strip_begin(int64_t vectors, int64_t strip) { return vectors * strip / strips(vectors); }
+DLK_INLINE int strip_width(int64_t vectors, int64_t strip) {
+  return static_cast<int>(strip_begin(vectors, strip + 1) - strip_begin(vectors, strip));
+}
 
-template <class C>
-using AttentionTileFn = void (*)(const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out, int64_t ldo,
-                                 bool accumulate);
+// Tiles of nearly equal height for `rows` rows.
+template <int kVectors>
+struct Heights {
+  int64_t tiles;
+  int least, higher;  // the first `higher` tiles have a row more
 
-template <class C, Lies kLies, int kRows, int kVectors>
-DLK_NOINLINE void attention_tile(const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out, int64_t ldo,
-                                 bool accumulate) {
-  using V = Vec<C>;
-  V acc[kRows][kVectors];
-  const C* row[kRows];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-    row[r] = kLies == Lies::rows ? a + r * lda : a + r;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
+  DLK_INLINE explicit Heights(int64_t rows) {
+    const auto n = static_cast<uint32_t>(rows), count = (n + rows_for(kVectors) - 1) / rows_for(kVectors);
+    tiles = count;
+    least = static_cast<int>(count ? n / count : 0);
+    higher = static_cast<int>(n) - least * static_cast<int>(count);
   }
-  for (int64_t k = 0; k < K; ++k, b += ldb) {
-    V column[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) column[v] = V::load(b + v * V::size);
-    const int64_t at = kLies == Lies::rows ? k : k * lda;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const V x = V::set1(kLies == Lies::rows ? row[r][at] : a[at + r]);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      C* to = out + r * ldo + v * V::size;
-      if (accumulate) acc[r][v] = V::load(to) + acc[r][v];
-      acc[r][v].store(to);
-    }
+  DLK_INLINE int of(int64_t tile) const { return least + (tile < higher); }
+};
+
+// rows by `vectors` vectors, 1..3; b lies [K][vectors]. K = 0 writes (or adds) zeros.
+template <class C, int kVectors>
+DLK_INLINE void multiply_rows(int64_t rows, const C* a, int64_t lda, int64_t K, const C* b, C* out, int64_t ldo,
+                              bool accumulate) {
+  const Heights<kVectors> heights(rows);
+  for (int64_t tile = 0; tile < heights.tiles; ++tile) {
+    const int count = heights.of(tile);
+    const C* row[kMaxRows];
+    for (int r = 0; r < count; ++r, a += lda) row[r] = a;
+    pick_tile<C, kVectors>(count, false)(row, K, b, 0, nullptr, out, ldo, accumulate);
+    out += count * ldo;
   }
 }
 
-template <class C, Lies kLies, int kVectors, int... kRow>
-DLK_INLINE AttentionTileFn<C> attention_tile_of(int rows, std::integer_sequence<int, kRow...>) {
-  static constexpr AttentionTileFn<C> kTable[] = {attention_tile<C, kLies, kRow + 1, kVectors>...};
+template <class C>
+DLK_NOINLINE void multiply_rows(int64_t rows, int vectors, const C* a, int64_t lda, int64_t K, const C* b, C* out,
+                                int64_t ldo, bool accumulate) {
+  if (vectors == 2) return multiply_rows<C, 2>(rows, a, lda, K, b, out, ldo, accumulate);
+  if (vectors == 1) return multiply_rows<C, 1>(rows, a, lda, K, b, out, ldo, accumulate);
+  multiply_rows<C, 3>(rows, a, lda, K, b, out, ldo, accumulate);
+}
+
+template <class C>
+using ColumnsTileFn = void (*)(const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out, int64_t ldo);
+
+// out += for a [K][lda].
+template <class C, int kRows, int kVectors>
+DLK_NOINLINE void columns_tile(const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out, int64_t ldo) {
+  using V = Vec<C>;
+  const int64_t slice = slice_of(K);
+  while (K > 0) {
+    V acc[kRows][kVectors];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
+    }
+    const int64_t depth = K < slice + slice / 2 ? K : slice;
+    for (int64_t k = 0; k < depth; ++k, a += lda, b += ldb) {
+      __builtin_prefetch(a + 8 * lda);  // far apart: no prefetcher follows
+      V column[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) column[v] = V::load(b + v * V::size);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const V x = V::set1(a[r]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        C* to = out + r * ldo + v * V::size;
+        (V::load(to) + acc[r][v]).store(to);
+      }
+    }
+    K -= depth;
+  }
+}
+
+template <class C, int kVectors, int... kRow>
+DLK_INLINE ColumnsTileFn<C> pick_columns_tile(int rows, std::integer_sequence<int, kRow...>) {
+  static constexpr ColumnsTileFn<C> kTable[] = {columns_tile<C, kRow + 1, kVectors>...};
   return kTable[rows - 1];
 }
 
-template <class C, Lies kLies>
-DLK_INLINE AttentionTileFn<C> attention_tile_of(int rows, int vectors) {
-  switch (vectors) {
-    case 1:
-      return attention_tile_of<C, kLies, 1>(rows, std::make_integer_sequence<int, tile_rows(1)>{});
-    case 2:
-      return attention_tile_of<C, kLies, 2>(rows, std::make_integer_sequence<int, tile_rows(2)>{});
-    case 3:
-      return attention_tile_of<C, kLies, 3>(rows, std::make_integer_sequence<int, tile_rows(3)>{});
-    default:
-      return attention_tile_of<C, kLies, 4>(rows, std::make_integer_sequence<int, tile_rows(4)>{});
+template <class C, int kVectors>
+DLK_INLINE void add_columns(int64_t rows, const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out,
+                            int64_t ldo) {
+  const Heights<kVectors> heights(rows);
+  for (int64_t tile = 0; tile < heights.tiles; ++tile) {
+    const int count = heights.of(tile);
+    pick_columns_tile<C, kVectors>(count, std::make_integer_sequence<int, rows_for(kVectors)>{})(a, lda, K, b, ldb, out,
+                                                                                                 ldo);
+    a += count, out += count * ldo;
   }
 }
 
-// rows by `vectors` vectors, 1..4. K = 0 writes (or adds) zeros.
-template <class C, Lies kLies>
-DLK_INLINE void multiply(int64_t rows, int vectors, const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out,
-                         int64_t ldo, bool accumulate) {
-  const int64_t slice = slice_of(K);
-  const int height = tile_rows(vectors);
-  for (int64_t r = 0; r < rows; r += height) {
-    const int count = static_cast<int>(rows - r < height ? rows - r : height);
-    const AttentionTileFn<C> fn = attention_tile_of<C, kLies>(count, vectors);
-    const C* from = kLies == Lies::rows ? a + r * lda : a + r;
-    bool add = accumulate;
-    for (int64_t k = 0;;) {
-      const int64_t left = K - k, depth = left < slice + slice / 2 ? left : slice;
-      fn(from + (kLies == Lies::rows ? k : k * lda), lda, depth, b + k * ldb, ldb, out + r * ldo, ldo, add);
-      k += depth;
-      if (k >= K) break;
-      add = true;
-    }
-  }
-}
-
-// The product of weights, which are probabilities or their gradients, with b [K][ldb], its columns cut
-// to tiles; the weights are a.
-template <class C, Lies kLies>
-DLK_INLINE void multiply_wide_rows(int64_t rows, const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out,
-                                   int64_t ldo) {
-  const int64_t vectors = ldo / Vec<C>::size, parts = (vectors + kMaxVectors - 1) / kMaxVectors;
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t first = vectors * part / parts, count = vectors * (part + 1) / parts - first;
-    multiply<C, kLies>(rows, static_cast<int>(count), a, lda, K, b + first * Vec<C>::size, ldb,
-                       out + first * Vec<C>::size, ldo, true);
-  }
+// rows by `vectors` vectors, 1..3, added to out.
+template <class C>
+DLK_NOINLINE void add_columns(int64_t rows, int vectors, const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb,
+                              C* out, int64_t ldo) {
+  if (vectors == 2) return add_columns<C, 2>(rows, a, lda, K, b, ldb, out, ldo);
+  if (vectors == 1) return add_columns<C, 1>(rows, a, lda, K, b, ldb, out, ldo);
+  add_columns<C, 3>(rows, a, lda, K, b, ldb, out, ldo);
 }
 
 // out += a b for tiles with masked elements and something in them that is not finite: where the weight
 // is 0 nothing is added, while 0 times NaN would be NaN.
+enum class Lies { rows, columns };
+
 template <class C, Lies kLies, bool kWeightsInA>
-DLK_NOINLINE void multiply_selected(int64_t rows, int64_t width, const C* a, int64_t lda, int64_t K, const C* b,
-                                    int64_t ldb, C* out, int64_t ldo) {
+DLK_NOINLINE void add_selected(int64_t rows, int64_t width, const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb,
+                               C* out, int64_t ldo) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = 0; k < K; ++k) {
       const C x = kLies == Lies::rows ? a[r * lda + k] : a[k * lda + r];

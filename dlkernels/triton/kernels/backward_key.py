@@ -36,18 +36,14 @@ def _walk(
     """Tiles lie as [keys, queries]: p and ds are then the left factors of dv and dk as they are."""
     EXACT: tl.constexpr = k.dtype == tl.float32
     rows = tl.arange(0, BLOCK_M)
-    # One step ahead by hand: the pipeliner would copy these to shared memory in pieces of 8 bytes.
-    next_lse = tl.load(lse_base + begin + rows)
-    next_delta = tl.load(delta_base + begin + rows)
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
         start = tl.multiple_of(start, BLOCK_M)
         q = load_rows(q_base, start, rows, stride_qm, M, D, BLOCK_D, EDGE)
         i = start + rows
         live = i < M
-        lse = next_lse[None, :]
-        delta = next_delta[None, :]
-        next_lse = tl.load(lse_base + BLOCK_M + i)
-        next_delta = tl.load(delta_base + BLOCK_M + i)
+        # Unmasked: SPARE rows lie behind each sequence.
+        lse = tl.load(lse_base + i)[None, :]
+        delta = tl.load(delta_base + i)[None, :]
         mask_rows = mask_base
         if ANY_MASK & FEATURES:
             mask_rows = (mask_base + i.to(tl.int64) * stride_mask_m)[None, :]
@@ -126,12 +122,13 @@ def _heads(
                 BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
         else:
+            # Tiles at an edge are few, and their bounds take the registers that loading ahead would need.
             if RIGHT & FEATURES:
                 dk, dv, mask_grad = _walk(
                     dk, dv, mask_grad, k, v, begin, full_begin, q_base, do_base, lse_base, delta_base, stride_qm,
                     stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m,
                     stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, False, True, True, MASK_GRAD, D,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
+                    DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
                 )  # fmt: skip
             dk, dv, mask_grad = _walk(
                 dk, dv, mask_grad, k, v, full_begin, full_end, q_base, do_base, lse_base, delta_base, stride_qm,
@@ -143,7 +140,7 @@ def _heads(
                 dk, dv, mask_grad, k, v, full_end, end, q_base, do_base, lse_base, delta_base, stride_qm, stride_gm, j,
                 first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n,
                 seed, offset, threshold, keep_scale, FEATURES, True, False, True, True, MASK_GRAD, D, DV, BLOCK_D,
-                BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
+                BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
             if MASK_GRAD:
                 tl.store(mask_part_ptr + head.to(tl.int64) * N + cols, mask_grad, mask=cols < N)

@@ -170,7 +170,8 @@ def product(p, x, acc, seen, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def has_nan(x):
-    return tl.max(tl.max((x != x).to(tl.int32), 1), 0) > 0
+    # Flat: two reductions, one after the other, crash Triton 3.6's compiler for 10.0.
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]]), 0) > 0
 
 
 @triton.jit

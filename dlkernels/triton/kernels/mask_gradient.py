@@ -20,20 +20,35 @@ from dlkernels.triton.kernels.elements import (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "N", "B", "H", "GROUP", "tiles_m", "left", "right", "seed", "offset", "threshold"])
+@triton.jit(
+    do_not_specialize=[
+        "M",
+        "N",
+        "B",
+        "H",
+        "GROUP",
+        "tiles_m",
+        "tiles_n",
+        "left",
+        "right",
+        "seed",
+        "offset",
+        "threshold",
+    ]
+)
 def mask_gradient(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, slopes_ptr, dmask_ptr, stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm, stride_mask_b,
-    stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, M, N, B, H, GROUP, tiles_m, left,
-    right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr, PER_BATCH: tl.constexpr,
-    PER_HEAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, M, N, B, H, GROUP, tiles_m,
+    tiles_n, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
+    PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """program_id(1) counts the mask's own batch entries and heads. dmask: contiguous."""
+    """The slowest part of program_id counts the mask's own batch entries and heads. dmask: contiguous."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     i_first = tl.program_id(0) % tiles_m * BLOCK_M
-    first_j = tl.program_id(0) // tiles_m * BLOCK_N
-    slab = tl.program_id(1)
+    first_j = tl.program_id(0) // tiles_m % tiles_n * BLOCK_N
+    slab = tl.program_id(0) // (tiles_m * tiles_n)
     b_begin = slab * 0
     b_end = b_begin + B
     h_begin = b_begin
