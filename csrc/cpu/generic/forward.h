@@ -8,7 +8,8 @@
 // A team splits either the batch (each member walks alone with its sequences) or the
 // hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
 // With saving, the products are written where the activations will be saved, and the cell
-// equation overwrites them.
+// equation overwrites them. Without, they and c lie in the order in which the cells want
+// them: a vector's width of units, then row by row, all gates together.
 
 template <class C, class Cell>
 class Forward {
@@ -27,21 +28,22 @@ class Forward {
         // Members with sequences of their own number them from slots of equal size.
         chunk_rows_(chunk_ * (s_.B + (plan.split == Plan::rows ? plan.threads : 0))),
         ld_h_(block_ld<C>(O_)),
-        ld_c_(block_ld<C>(s_.H)),
+        ld_unit_(block_ld<C>(s_.H)),
+        blocks_((s_.H + V::size - 1) / V::size),
         in_place_(params.saved && Cell::kSaved > 0) {}
 
   void carve(Scratch& scratch) {
-    const int64_t rows = s_.B + plan_.threads;
+    const int64_t rows = slots();
     for (int d = 0; d < s_.D; ++d) {
       weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
-      products_[d] = in_place_ ? nullptr : scratch.take<C>(chunk_rows_ * ld_products());
+      products_[d] = in_place_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
       h_[d] = scratch.take<C>(2 * rows * ld_h_);
-      c_[d] = Cell::kCellState ? scratch.take<C>(rows * ld_c_) : nullptr;
-      cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_c_) : nullptr;
+      c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
+      cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_unit_) : nullptr;
     }
     for (int m = 0; m < plan_.threads; ++m) {
       tables_[m].x = scratch.take<const void*>(chunk_rows_);
-      tables_[m].products = scratch.take<C*>(chunk_rows_);
+      tables_[m].saved = scratch.take<C*>(in_place_ ? chunk_rows_ : 0);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
       tables_[m].block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(s_.I) : 0);
@@ -82,7 +84,7 @@ class Forward {
  private:
   struct Tables {
     const void** x;
-    C** products;
+    C** saved;       // where activations go, and before them the products
     int64_t* y;      // element offsets
     int64_t* first;  // first row of each step of the chunk, and the end
     C* block;
@@ -90,7 +92,7 @@ class Forward {
 
   // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache.
   bool copies_x() const { return !is_compute_type<C>(s_.dtype) || collides<C>(layout_.packed() ? p_.x.t : p_.x.b); }
-  int64_t ld_products() const { return block_ld<C>(Cell::kGates * s_.H); }
+  int64_t slots() const { return s_.B + plan_.threads; }
 
   // One member's way through one direction with its sequences.
   struct Walk {
@@ -99,18 +101,22 @@ class Forward {
     SequenceSubset subset;
     Tables& table;
     int d;
-    int64_t slot;  // first row in the state buffers
+    int64_t slot;         // first row in the state buffers
+    bool ending = false;  // the step at hand is the last of some sequence
 
     const LayerShape& s() const { return f.s_; }
     int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }
-    C* h(int64_t parity, int64_t i) const {
-      return f.h_[d] + (parity * (s().B + f.plan_.threads) + slot + i) * f.ld_h_;
+    C* h(int64_t parity, int64_t i) const { return f.h_[d] + (parity * f.slots() + slot + i) * f.ld_h_; }
+    // Of the units from j on, a multiple of the vector's size.
+    C* c(int64_t i, int64_t j) const { return f.c_[d] + j * f.slots() + (slot + i) * V::size; }
+    C* product(int64_t row, int64_t j, int g) const {
+      if (f.in_place_) return table.saved[row] + g * s().H + j;
+      return f.products_[d] + (j * f.chunk_rows_ + (slot * f.chunk_ + row) * V::size) * Cell::kGates + g * V::size;
     }
-    C* c(int64_t i) const { return f.c_[d] + (slot + i) * f.ld_c_; }
-    C* cell_out(int64_t i) const { return f.cell_out_[d] + (slot + i) * f.ld_c_; }
+    C* cell_out(int64_t i) const { return f.cell_out_[d] + (slot + i) * f.ld_unit_; }
     // Offset of sequence i in a [D, B, features] state.
     int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
-    bool is_last(int64_t i, int64_t t) const { return d == 0 ? t == subset.length(i) - 1 : t == 0; }
+    bool is_last(int64_t i, int64_t t) const { return ending && (d == 1 || t == subset.length(i) - 1); }
 
     void go() {
       begin_states();
@@ -132,21 +138,24 @@ class Forward {
       int64_t begin, end;
       member.share(subset.count, 1, &begin, &end);
       for (int64_t i = begin; i < end; ++i) {
-        for (int parity = 0; parity < 2; ++parity) fill(h(parity, i), f.p_.h0, state(i, f.O_), f.O_);
-        if constexpr (Cell::kCellState) fill(c(i), f.p_.c0, state(i, s().H), s().H);
-        if (subset.length(i) > 0) continue;
-        if (f.p_.h_n) store_row(s().dtype, advance(f.p_.h_n, s().dtype, state(i, f.O_)), f.O_, h(0, i));
+        const bool empty = subset.length(i) == 0;
+        each_vector(f.O_, [&](int64_t j, int n) {
+          const V value = f.p_.h0 ? load_any<C>(s().dtype, f.p_.h0, state(i, f.O_) + j, n) : V::zero();
+          for (int parity = 0; parity < 2; ++parity) value.store(h(parity, i) + j);
+          if (empty && f.p_.h_n) store_any<C>(s().dtype, f.p_.h_n, state(i, f.O_) + j, value, n);
+        });
         if constexpr (Cell::kCellState)
-          if (f.p_.c_n) store_row(s().dtype, advance(f.p_.c_n, s().dtype, state(i, s().H)), s().H, c(i));
+          each_vector(s().H, [&](int64_t j, int n) {
+            const V value = f.p_.c0 ? load_any<C>(s().dtype, f.p_.c0, state(i, s().H) + j, n) : V::zero();
+            value.store(c(i, j));
+            if (empty && f.p_.c_n) store_any<C>(s().dtype, f.p_.c_n, state(i, s().H) + j, value, n);
+          });
       }
     }
 
-    void fill(C* to, const void* from, int64_t at, int64_t n) const {
-      if (from) {
-        load_row(s().dtype, advance(from, s().dtype, at), n, to);
-      } else {
-        std::fill_n(to, n, C(0));
-      }
+    template <class Do>
+    static DLK_INLINE void each_vector(int64_t size, Do act) {
+      for (int64_t j = 0; j < size; j += V::size) act(j, static_cast<int>(std::min<int64_t>(V::size, size - j)));
     }
 
     void number_rows(int64_t q, int64_t count) {
@@ -160,51 +169,63 @@ class Forward {
           const int64_t b = subset.sequence(i);
           table.x[row] = advance(f.p_.x.data, s().dtype, layout.at(f.p_.x, t, b));
           table.y[row] = layout.at(f.p_.y, t, b) + d * f.O_;
-          table.products[row] =
-              f.in_place_ ? static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * (Cell::kSaved * s().H)
-                          : f.products_[d] + (slot * f.chunk_ + row) * f.ld_products();
+          if (f.in_place_)
+            table.saved[row] = static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * (Cell::kSaved * s().H);
         }
       }
       table.first[count] = row;
     }
 
-    // products[row] = x[row] W_ih^T + bias, gates side by side.
+    // Products of x with W_ih, and the biases.
     void project(int64_t rows) const {
       const C* weights = f.weight_memory_[d];
       const C* bias = weights + f.weights_.bias_at;
-      const int64_t N = Cell::kGates * s().H;
       if (f.plan_.recurrence == Plan::dot) {
         int64_t begin, end;
-        member.share(N, V::size, &begin, &end);
+        member.share(s().H, V::size, &begin, &end);
         for (int64_t r = 0; r < rows; ++r) {
           const C* x = static_cast<const C*>(table.x[r]);
           if (!is_compute_type<C>(s().dtype)) load_row<C>(s().dtype, table.x[r], s().I, table.block), x = table.block;
-          for (int64_t j = begin; j < end; j += V::size) {
-            const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-            const V sum = dot(x, s().I, s().dtype, f.p_.weights[d].w_ih, j, n) + V::load(bias + j);
-            sum.store(table.products[r] + j, n);
-          }
+          for (int g = 0; g < Cell::kGates; ++g)
+            for (int64_t j = begin; j < end; j += V::size) {
+              const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+              const int64_t column = g * s().H + j;
+              put_product(r, j, g,
+                          dot(x, s().I, s().dtype, f.p_.weights[d].w_ih, column, n) + V::load(bias + column, n), n);
+            }
         }
         return;
       }
-      const GemmShare share(member, rows, f.weights_.ih);
-      const auto sink = [&](int64_t row, int64_t column, V value, int n) {
-        (value + V::load(bias + column, n)).store(table.products[row] + column, n);
+      const PanelShape& shape = f.weights_.ih;
+      const GemmShare share(member, rows, shape);
+      const auto out = [&](int64_t row, GemmColumn at) -> const void* { return product(row, unit(at), gate(at)); };
+      const auto sink = [&](int64_t row, GemmColumn at, V value, int n) {
+        put_product(row, unit(at), gate(at), value + V::load(bias + at.column), n);
       };
       const auto x_row = [&](int64_t row) { return table.x[row]; };
-      const auto out = [&](int64_t row, int64_t column) -> const void* { return table.products[row] + column; };
       const C* panels = weights + f.weights_.ih_at;
       if (!f.copies_x()) {
-        gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, f.weights_.ih, panels, out,
-             sink);
+        gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, shape, panels, out, sink);
       } else {
         const CopiedRows<C, decltype(x_row)> a{x_row, s().dtype, s().I, block_ld<C>(s().I), table.block};
-        gemm(share.m0, share.m1, share.p0, share.p1, a, f.weights_.ih, panels, out, sink);
+        gemm(share.m0, share.m1, share.p0, share.p1, a, shape, panels, out, sink);
+      }
+    }
+
+    static int gate(GemmColumn at) { return Cell::kGates > 1 ? at.vector : 0; }
+    static int64_t unit(GemmColumn at) { return Cell::kGates > 1 ? at.panel * V::size : at.column; }
+
+    DLK_INLINE void put_product(int64_t row, int64_t j, int g, V value, int n) const {
+      if (f.in_place_) {
+        store_part(product(row, j, g), value, n);
+      } else {
+        value.store(product(row, j, g));
       }
     }
 
     void step(int64_t q, int64_t first, int64_t alive) {
       const int64_t t = time(q), parity = q & 1;
+      ending = d == 1 ? t == 0 : t + 1 == f.layout_.steps() || subset.alive(t + 1, alive) < alive;
       if (f.plan_.recurrence == Plan::dot) {
         step_dot(t, parity, first, alive);
       } else {
@@ -262,6 +283,7 @@ class Forward {
           rows = next_tile(alive - i0, shape.vectors_in(p));
           const C* a[kMaxRows];
           for (int r = 0; r < rows; ++r) a[r] = h(parity, i0 + r);
+          if (turn == p0 && member.size > 1) collect(rows, a, f.O_);
           C* tile = out.data;
           for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
             run_tile(rows, a, f.O_, shape.panel(panels, p + k), tile, false, ahead, [&](int part, int parts) {
@@ -289,12 +311,11 @@ class Forward {
     // What the cells of a panel's units will want of one row.
     DLK_INLINE void fetch(int64_t p, int64_t row, int64_t i, int64_t parity) const {
       const PanelShape& shape = f.weights_.hh;
-      const int64_t unit = p * shape.units_per_panel(), apart = Cell::kGates > 1 ? s().H : int64_t{V::size};
       const int vectors = shape.vectors_in(p);
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(table.products[row] + unit + v * apart);
       for (int v = 0; v < vectors; v += Cell::kGates) {
-        const int64_t j = unit + v / Cell::kGates * V::size;
-        if constexpr (Cell::kCellState) __builtin_prefetch(c(i) + j, 1);
+        const int64_t j = p * shape.units_per_panel() + v / Cell::kGates * V::size;
+        for (int g = 0; g < Cell::kGates; ++g) __builtin_prefetch(product(row, j, g));
+        if constexpr (Cell::kCellState) __builtin_prefetch(c(i, j), 1);
         if (s().P) continue;
         __builtin_prefetch(h(1 - parity, i) + j, 1);
         if (f.p_.y.data) __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[row] + j), 1);
@@ -354,25 +375,29 @@ class Forward {
       leave(t, parity, w, other, out.b);
     }
 
-    DLK_INLINE V input(const Units& u, int g) const { return load_part(table.products[u.row] + g * s().H + u.j, u.n); }
+    DLK_INLINE V input(const Units& u, int g) const {
+      const C* from = product(u.row, u.j, g);
+      return f.in_place_ ? load_part(from, u.n) : V::load(from);
+    }
     DLK_INLINE V hidden_product(const Units& u, int g) const {
       const V sum = V::load(u.hidden + g * V::size);
       if (Cell::kHiddenBias && g == 2) return sum + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + u.j);
       return sum;
     }
     DLK_INLINE V state_before(int64_t parity, const Units& u) const {
-      return V::load((Cell::kCellState ? c(u.i) : h(parity, u.i)) + u.j);
+      if constexpr (Cell::kCellState) return V::load(c(u.i, u.j));
+      return V::load(h(parity, u.i) + u.j);
     }
 
     // Everything a cell leaves behind.
     DLK_INLINE void leave(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
       if (f.in_place_) {
-        C* to = table.products[u.row] + u.j;
+        C* to = table.saved[u.row] + u.j;
         DLK_UNROLL
         for (int k = 0; k < Cell::kSaved; ++k) store_part(to + k * s().H, saved[k], u.n);
       }
       if constexpr (Cell::kCellState) {
-        saved[4].store(c(u.i) + u.j);
+        saved[4].store(c(u.i, u.j));
         if (f.p_.c_n && is_last(u.i, t)) store_any<C>(s().dtype, f.p_.c_n, state(u.i, s().H) + u.j, saved[4], u.n);
       }
       if (s().P) {
@@ -407,8 +432,8 @@ class Forward {
       const auto out_row = [&](int64_t i) { return cell_out(i); };
       gemm(
           0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row}, shape, f.weight_memory_[d] + f.weights_.hr_at,
-          [&](int64_t i, int64_t j) -> const void* { return h(1 - parity, i) + j; },
-          [&](int64_t i, int64_t j, V value, int n) { emit(t, parity, first + i, i, j, n, value); });
+          [&](int64_t i, GemmColumn at) -> const void* { return h(1 - parity, i) + at.column; },
+          [&](int64_t i, GemmColumn at, V value, int n) { emit(t, parity, first + i, i, at.column, n, value); });
     }
   };
 
@@ -417,7 +442,7 @@ class Forward {
   const Plan& plan_;
   const SequenceLayout& layout_;
   const WeightLayout weights_;
-  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_c_;
+  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
   const bool in_place_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
   Tables tables_[kMaxMembers];
