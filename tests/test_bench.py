@@ -380,6 +380,19 @@ class TestCommand:
         assert self.command(tmp_path, "--quick", "--only", "rnncell-infer*", "--no-plot", ours=shifted) == 1
         assert "results disagree" in capsys.readouterr().out
 
+    def test_ctrl_c_writes_what_there_is(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        made = itertools.count()
+
+        def impatient(case: Case) -> nn.Module:
+            if next(made) == 1:
+                raise KeyboardInterrupt
+            return theirs(case)
+
+        assert self.command(tmp_path, "--suite", "grid", "--only", "rnncell*", "--no-plot", ours=impatient) == 130
+        assert "interrupted" in capsys.readouterr().out
+        (path,) = tmp_path.rglob("*.json")
+        assert len(results.load(path)["results"]) == 1
+
     def test_missed_target(self, tmp_path: Path) -> None:
         pattern = "rnncell-infer-f32-B1-I128-H128-1t"
         assert self.command(tmp_path, "--suite", "targets", "--only", pattern, "--no-plot") == 2

@@ -11,8 +11,10 @@ constexpr double kSerialWork = 200e3;
 // A step split over hidden units ends in a barrier of about half a microsecond: what it
 // must take off each core, in multiply-adds of the step and its input product.
 constexpr double kUnitsWorkSaved = 20e3;
-// A core's own cache, of which W_hh may take a part when every core reads all of it.
-constexpr int64_t kPrivateCacheBytes = 768 << 10;
+// With sequences of its own a core waits for nobody, but reads all of W_hh at every step: from its own cache up to so
+// many bytes, else from the shared one, which needs more rows to work on meanwhile.
+constexpr int64_t kPrivateCacheBytes = 1 << 20;
+constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
 // Rows per GEMM of a chunk: enough to use each panel of weights many times.
 constexpr int64_t kChunkRows = 384;
 // So many rows are multiplied with the weights as they lie.
@@ -45,11 +47,10 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
 
   plan.directions_side_by_side = shape.D == 2;
   const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
-  const int height = kernels(isa).tile_rows;
   const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
-  } else if (shape.B >= int64_t{height} * per_direction && weight_bytes <= kPrivateCacheBytes) {
+  } else if (shape.B >= per_direction * (weight_bytes <= kPrivateCacheBytes ? kOwnRows : kOwnRowsBeyond)) {
     plan.split = Plan::rows;
   } else if (work_per_step * (1 - 1.0 / per_direction) >= kUnitsWorkSaved) {
     plan.split = Plan::units;
@@ -59,6 +60,8 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
     plan.split = Plan::serial;
     plan.threads = shape.D;
   }
+  // Each member has GEMMs of its own. Not in the backward, whose sums must not depend on the number of threads.
+  if (plan.split == Plan::rows && !backward) plan.chunk_steps *= per_direction;
   return plan;
 }
 

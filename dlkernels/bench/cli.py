@@ -88,6 +88,8 @@ def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
         _plot(doc, path)
     if any(r.wrong for r in measured) or not all(job["agree"] for job in trained):
         return 1
+    if len(measured) < len(chosen) and not args.quick:
+        return 130  # the shell's status of a program ended by Ctrl-C
     return 2 if any(r.reached is False for r in measured) else 0
 
 
@@ -131,16 +133,20 @@ def _measure(chosen: Sequence[AnyCase], runner: Runner, deadline: float) -> list
     progress = Progress(len(chosen), "cases")
     found: list[Result] = []
     progress.show(chosen[0].name)
-    for result in runner.run(chosen):
-        found.append(result)
-        progress.advance()
-        if time.monotonic() > deadline:
-            break
-        if len(found) < len(chosen):
-            progress.show(chosen[len(found)].name)
+    reason = "this machine is too slow or too busy for --quick"
+    try:
+        for result in runner.run(chosen):
+            found.append(result)
+            progress.advance()
+            if time.monotonic() > deadline:
+                break
+            if len(found) < len(chosen):
+                progress.show(chosen[len(found)].name)
+    except KeyboardInterrupt:  # what was measured until now is reported and written all the same
+        reason = "interrupted"
     progress.finish()
     if len(found) < len(chosen):
-        print(f"\n{len(chosen) - len(found)} cases left out: this machine is too slow or too busy for --quick")
+        print(f"\n{len(chosen) - len(found)} cases left out: {reason}")
     return found
 
 

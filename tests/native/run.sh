@@ -6,7 +6,7 @@ cd "$(dirname "$0")"
 mode=${1:-asan}
 build=${BUILD:-/tmp/dlkernels-native-$mode}
 case $mode in
-  asan) sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all" cases=1000 ;;
+  asan) sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all" cases=500 ;;
   tsan) sanitizers="-fsanitize=thread" cases=250 ;;
   *) echo "usage: run.sh [asan|tsan] [cases] [seed]" >&2; exit 2 ;;
 esac

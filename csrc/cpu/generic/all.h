@@ -10,6 +10,7 @@
 #include "../../cells/rnn.h"
 #include "weights.h"
 #include "forward.h"
+#include "forward_walk.h"
 #include "backward.h"
 #include "backward_products.h"
 #include "backward_walk.h"

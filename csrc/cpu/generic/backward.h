@@ -152,14 +152,14 @@ class Backward {
   void prepare(const Member& team, int d) const {
     const Direction& x = direction_[d];
     const DirectionWeights& w = p_.weights[d];
-    int64_t task = 0;
-    const auto mine = [&] { return task++ % team.size == team.rank; };
-    for (int64_t p = 0; p < hh_.count(); ++p)
-      if (mine()) pack_panel_matrix<C>(hh_, p, s_.dtype, w.w_hh, x.hh);
-    for (int64_t p = 0; x.ih && p < ih_.count(); ++p)
-      if (mine()) pack_panel_matrix<C>(ih_, p, s_.dtype, w.w_ih, x.ih);
-    for (int64_t p = 0; s_.P && p < hr_.count(); ++p)
-      if (mine()) pack_panel_matrix<C>(hr_, p, s_.dtype, w.w_hr, x.hr);
+    const auto pack = [&](const PanelShape& shape, const void* weights, C* panels) {
+      int64_t begin, end;
+      team.share(shape.count(), 1, &begin, &end);
+      for (int64_t p = begin; p < end; ++p) pack_panel_matrix<C>(shape, p, s_.dtype, weights, panels);
+    };
+    pack(hh_, w.w_hh, x.hh);
+    if (x.ih) pack(ih_, w.w_ih, x.ih);
+    if (s_.P) pack(hr_, w.w_hr, x.hr);
     if (!wants_weights() || layout_.steps() > 0) return;  // else the first chunk writes them
     const auto clear = [&](C* sum, int64_t n) {
       int64_t begin, end;

@@ -10,17 +10,18 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   if (p_.dx.data) {
     const auto row = [&](int64_t r) { return dgates + r * ld_gates_; };
     const GemmShare share(team, rows, ih_);
-    const auto out = [&](int64_t r, int64_t j) -> const void* {
+    const auto out = [&](int64_t r, GemmColumn at) -> const void* {
       const Row& to = x.rows[r];
-      if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + j;
-      return advance(p_.dx.data, s_.dtype, layout_.at(p_.dx, to.t, to.b) + j);
+      if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + at.column;
+      return advance(p_.dx.data, s_.dtype, layout_.at(p_.dx, to.t, to.b) + at.column);
     };
     gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, ih_, x.ih, out,
-         [&](int64_t r, int64_t j, V value, int n) {
+         [&](int64_t r, GemmColumn at, V value, int n) {
+           const Row& to = x.rows[r];
            if (d == 1) {
-             value.store(x.dx + layout_.row(x.rows[r].t, x.rows[r].b) * s_.I + j, n);
+             value.store(x.dx + layout_.row(to.t, to.b) * s_.I + at.column, n);
            } else {
-             store_any<C>(s_.dtype, p_.dx.data, layout_.at(p_.dx, x.rows[r].t, x.rows[r].b) + j, value, n);
+             store_any<C>(s_.dtype, p_.dx.data, layout_.at(p_.dx, to.t, to.b) + at.column, value, n);
            }
          });
   }
@@ -47,9 +48,9 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
     const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(rows), block_[worker]};
     gemm(
         begin, end, 0, shape.count(), a, shape, panels,
-        [&](int64_t m, int64_t j) -> const void* { return sum + m * shape.N + j; },
-        [&](int64_t m, int64_t j, V value, int n) {
-          C* to = sum + m * shape.N + j;
+        [&](int64_t m, GemmColumn at) -> const void* { return sum + m * shape.N + at.column; },
+        [&](int64_t m, GemmColumn at, V value, int n) {
+          C* to = sum + m * shape.N + at.column;
           store_part(to, first ? value : load_part(to, n) + value, n);
         });
   };

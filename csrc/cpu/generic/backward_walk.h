@@ -121,6 +121,7 @@ struct Backward<C, Cell>::Walk {
           a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * f.ld_gates_;
           tail[r] = zero ? f.zeros_ : a[r] + 3 * H;
         }
+        if (turn == p0 && member.size > 1) collect(rows, a, kSlots * H);
         if (any) {
           run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
@@ -156,8 +157,10 @@ struct Backward<C, Cell>::Walk {
     const C* dgates = f.gates(d, parity);
     gemm(
         0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.hr_, x.hr,
-        [&](int64_t i, int64_t j) -> const void* { return dgates + (first + in_step(i)) * f.ld_gates_ + j; },
-        [&](int64_t i, int64_t j, V dh, int n) { cell(i, first + in_step(i), parity, j, n, dh); });
+        [&](int64_t i, GemmColumn at) -> const void* {
+          return dgates + (first + in_step(i)) * f.ld_gates_ + at.column;
+        },
+        [&](int64_t i, GemmColumn at, V dh, int n) { cell(i, first + in_step(i), parity, at.column, n, dh); });
   }
 
   // The cell's backward for n units from j on; dh is the whole gradient of its output.

@@ -101,5 +101,5 @@ inline void pack_entry(const LayerShape& shape, const DirectionWeights* weights,
 }
 
 const KernelTable kKernels = {
-    kIsa, forward_entry, backward_entry, panel_bytes_entry, pack_entry, tile_rows(kMaxVectors),
+    kIsa, forward_entry, backward_entry, panel_bytes_entry, pack_entry,
 };

@@ -8,7 +8,8 @@
 // A team splits either the batch (each member walks alone with its sequences) or the
 // hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
 // With saving, the products are written where the activations will be saved, and the cell
-// equation overwrites them.
+// equation overwrites them. Without, they and c lie in the order in which the cells want
+// them: a vector's width of units, then row by row, all gates together.
 
 template <class C, class Cell>
 class Forward {
@@ -27,21 +28,22 @@ class Forward {
         // Members with sequences of their own number them from slots of equal size.
         chunk_rows_(chunk_ * (s_.B + (plan.split == Plan::rows ? plan.threads : 0))),
         ld_h_(block_ld<C>(O_)),
-        ld_c_(block_ld<C>(s_.H)),
+        ld_unit_(block_ld<C>(s_.H)),
+        blocks_((s_.H + V::size - 1) / V::size),
         in_place_(params.saved && Cell::kSaved > 0) {}
 
   void carve(Scratch& scratch) {
-    const int64_t rows = s_.B + plan_.threads;
+    const int64_t rows = slots();
     for (int d = 0; d < s_.D; ++d) {
       weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
-      products_[d] = in_place_ ? nullptr : scratch.take<C>(chunk_rows_ * ld_products());
+      products_[d] = in_place_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
       h_[d] = scratch.take<C>(2 * rows * ld_h_);
-      c_[d] = Cell::kCellState ? scratch.take<C>(rows * ld_c_) : nullptr;
-      cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_c_) : nullptr;
+      c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
+      cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_unit_) : nullptr;
     }
     for (int m = 0; m < plan_.threads; ++m) {
       tables_[m].x = scratch.take<const void*>(chunk_rows_);
-      tables_[m].products = scratch.take<C*>(chunk_rows_);
+      tables_[m].saved = scratch.take<C*>(in_place_ ? chunk_rows_ : 0);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
       tables_[m].block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(s_.I) : 0);
@@ -82,7 +84,7 @@ class Forward {
  private:
   struct Tables {
     const void** x;
-    C** products;
+    C** saved;       // where activations go, and before them the products
     int64_t* y;      // element offsets
     int64_t* first;  // first row of each step of the chunk, and the end
     C* block;
@@ -90,334 +92,16 @@ class Forward {
 
   // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache.
   bool copies_x() const { return !is_compute_type<C>(s_.dtype) || collides<C>(layout_.packed() ? p_.x.t : p_.x.b); }
-  int64_t ld_products() const { return block_ld<C>(Cell::kGates * s_.H); }
+  int64_t slots() const { return s_.B + plan_.threads; }
 
-  // One member's way through one direction with its sequences.
-  struct Walk {
-    const Forward& f;
-    Member member;
-    SequenceSubset subset;
-    Tables& table;
-    int d;
-    int64_t slot;  // first row in the state buffers
-
-    const LayerShape& s() const { return f.s_; }
-    int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }
-    C* h(int64_t parity, int64_t i) const {
-      return f.h_[d] + (parity * (s().B + f.plan_.threads) + slot + i) * f.ld_h_;
-    }
-    C* c(int64_t i) const { return f.c_[d] + (slot + i) * f.ld_c_; }
-    C* cell_out(int64_t i) const { return f.cell_out_[d] + (slot + i) * f.ld_c_; }
-    // Offset of sequence i in a [D, B, features] state.
-    int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
-    bool is_last(int64_t i, int64_t t) const { return d == 0 ? t == subset.length(i) - 1 : t == 0; }
-
-    void go() {
-      begin_states();
-      member.sync();
-      const int64_t steps = f.layout_.steps();
-      for (int64_t q = 0; q < steps; q += f.chunk_) {
-        const int64_t count = std::min(f.chunk_, steps - q);
-        number_rows(q, count);
-        project(table.first[count]);
-        member.sync();
-        for (int64_t k = 0; k < count; ++k) {
-          step(q + k, table.first[k], table.first[k + 1] - table.first[k]);
-          member.sync();
-        }
-      }
-    }
-
-    void begin_states() {
-      int64_t begin, end;
-      member.share(subset.count, 1, &begin, &end);
-      for (int64_t i = begin; i < end; ++i) {
-        for (int parity = 0; parity < 2; ++parity) fill(h(parity, i), f.p_.h0, state(i, f.O_), f.O_);
-        if constexpr (Cell::kCellState) fill(c(i), f.p_.c0, state(i, s().H), s().H);
-        if (subset.length(i) > 0) continue;
-        if (f.p_.h_n) store_row(s().dtype, advance(f.p_.h_n, s().dtype, state(i, f.O_)), f.O_, h(0, i));
-        if constexpr (Cell::kCellState)
-          if (f.p_.c_n) store_row(s().dtype, advance(f.p_.c_n, s().dtype, state(i, s().H)), s().H, c(i));
-      }
-    }
-
-    void fill(C* to, const void* from, int64_t at, int64_t n) const {
-      if (from) {
-        load_row(s().dtype, advance(from, s().dtype, at), n, to);
-      } else {
-        std::fill_n(to, n, C(0));
-      }
-    }
-
-    void number_rows(int64_t q, int64_t count) {
-      const SequenceLayout& layout = f.layout_;
-      int64_t row = 0, alive = subset.count;
-      for (int64_t k = 0; k < count; ++k) {
-        const int64_t t = time(q + k);
-        alive = subset.alive(t, alive);
-        table.first[k] = row;
-        for (int64_t i = 0; i < alive; ++i, ++row) {
-          const int64_t b = subset.sequence(i);
-          table.x[row] = advance(f.p_.x.data, s().dtype, layout.at(f.p_.x, t, b));
-          table.y[row] = layout.at(f.p_.y, t, b) + d * f.O_;
-          table.products[row] =
-              f.in_place_ ? static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * (Cell::kSaved * s().H)
-                          : f.products_[d] + (slot * f.chunk_ + row) * f.ld_products();
-        }
-      }
-      table.first[count] = row;
-    }
-
-    // products[row] = x[row] W_ih^T + bias, gates side by side.
-    void project(int64_t rows) const {
-      const C* weights = f.weight_memory_[d];
-      const C* bias = weights + f.weights_.bias_at;
-      const int64_t N = Cell::kGates * s().H;
-      if (f.plan_.recurrence == Plan::dot) {
-        int64_t begin, end;
-        member.share(N, V::size, &begin, &end);
-        for (int64_t r = 0; r < rows; ++r) {
-          const C* x = static_cast<const C*>(table.x[r]);
-          if (!is_compute_type<C>(s().dtype)) load_row<C>(s().dtype, table.x[r], s().I, table.block), x = table.block;
-          for (int64_t j = begin; j < end; j += V::size) {
-            const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-            const V sum = dot(x, s().I, s().dtype, f.p_.weights[d].w_ih, j, n) + V::load(bias + j);
-            sum.store(table.products[r] + j, n);
-          }
-        }
-        return;
-      }
-      const GemmShare share(member, rows, f.weights_.ih);
-      const auto sink = [&](int64_t row, int64_t column, V value, int n) {
-        (value + V::load(bias + column, n)).store(table.products[row] + column, n);
-      };
-      const auto x_row = [&](int64_t row) { return table.x[row]; };
-      const auto out = [&](int64_t row, int64_t column) -> const void* { return table.products[row] + column; };
-      const C* panels = weights + f.weights_.ih_at;
-      if (!f.copies_x()) {
-        gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, f.weights_.ih, panels, out,
-             sink);
-      } else {
-        const CopiedRows<C, decltype(x_row)> a{x_row, s().dtype, s().I, block_ld<C>(s().I), table.block};
-        gemm(share.m0, share.m1, share.p0, share.p1, a, f.weights_.ih, panels, out, sink);
-      }
-    }
-
-    void step(int64_t q, int64_t first, int64_t alive) {
-      const int64_t t = time(q), parity = q & 1;
-      if (f.plan_.recurrence == Plan::dot) {
-        step_dot(t, parity, first, alive);
-      } else {
-        step_tiles(t, parity, first, alive);
-      }
-      if constexpr (Cell::kCellState) {  // only the lstm has projections
-        if (!s().P) return;
-        member.sync();
-        project_outputs(t, parity, first, alive);
-      }
-    }
-
-    // n units from j on of one row, and where their hidden products lie: one vector per gate.
-    struct Units {
-      const C* hidden;
-      int64_t row, i, j;
-      int n;
-    };
-
-    void step_dot(int64_t t, int64_t parity, int64_t first, int64_t alive) {
-      alignas(64) C hidden[kTogether][Cell::kGates * V::size];
-      Pending pending(*this, t, parity);
-      int64_t begin, end;
-      member.share(s().H, V::size, &begin, &end);
-      for (int64_t i = 0; i < alive; ++i) {
-        for (int64_t j = begin; j < end; j += V::size) {
-          const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-          C* to = hidden[pending.count];
-          for (int g = 0; g < Cell::kGates; ++g)
-            dot(h(parity, i), f.O_, s().dtype, f.p_.weights[d].w_hh, g * s().H + j, n).store(to + g * V::size);
-          pending.add({to, first + i, i, j, n});
-        }
-      }
-    }
-
-    void step_tiles(int64_t t, int64_t parity, int64_t first, int64_t alive) {
-      const PanelShape& shape = f.weights_.hh;
-      const C* panels = f.weight_memory_[d] + f.weights_.hh_at;
-      TileBuffer<C> out;
-      int64_t p0, p1;
-      member.share(shape.count(), 1, &p0, &p1);
-      // Few rows leave room in the buffer for the tiles of several panels: the products then stream through
-      // the weights undisturbed, and the long dependency chains of the cells overlap with each other.
-      const int64_t together = 8 / std::min<int64_t>(8, std::max<int64_t>(1, alive));
-      for (int64_t turn = p0; turn < p1; turn += together) {
-        const int count = static_cast<int>(std::min(together, p1 - turn));
-        // To and fro, so that a step begins with the panels that the last one left in the cache.
-        const int64_t p = parity ? p0 + p1 - turn - count : turn;
-        Ahead<C> ahead;
-        if (turn + together < p1)
-          ahead = parity ? shape.ahead(panels, p - together, p, alive)
-                         : shape.ahead(panels, p + count, p + count + together, alive);
-        int rows;
-        for (int64_t i0 = 0; i0 < alive; i0 += rows) {
-          rows = next_tile(alive - i0, shape.vectors_in(p));
-          const C* a[kMaxRows];
-          for (int r = 0; r < rows; ++r) a[r] = h(parity, i0 + r);
-          C* tile = out.data;
-          for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
-            run_tile(rows, a, f.O_, shape.panel(panels, p + k), tile, false, ahead, [&](int part, int parts) {
-              for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
-            });
-          }
-          tile = out.data;
-          Pending pending(*this, t, parity);
-          for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
-            const int vectors = shape.vectors_in(p + k);
-            for (int r = 0; r < rows; ++r) {
-              // Again: the panel's stream through the cache may have driven out what was fetched before the product.
-              if (r + 3 < rows) fetch(p + k, first + i0 + r + 3, i0 + r + 3, parity);
-              for (int v = 0; v < vectors; v += Cell::kGates) {
-                const int64_t j = (p + k) * shape.units_per_panel() + v / Cell::kGates * V::size;
-                pending.add({tile + (r * vectors + v) * V::size, first + i0 + r, i0 + r, j,
-                             static_cast<int>(std::min<int64_t>(V::size, s().H - j))});
-              }
-            }
-          }
-        }
-      }
-    }
-
-    // What the cells of a panel's units will want of one row.
-    DLK_INLINE void fetch(int64_t p, int64_t row, int64_t i, int64_t parity) const {
-      const PanelShape& shape = f.weights_.hh;
-      const int64_t unit = p * shape.units_per_panel(), apart = Cell::kGates > 1 ? s().H : int64_t{V::size};
-      const int vectors = shape.vectors_in(p);
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(table.products[row] + unit + v * apart);
-      for (int v = 0; v < vectors; v += Cell::kGates) {
-        const int64_t j = unit + v / Cell::kGates * V::size;
-        if constexpr (Cell::kCellState) __builtin_prefetch(c(i) + j, 1);
-        if (s().P) continue;
-        __builtin_prefetch(h(1 - parity, i) + j, 1);
-        if (f.p_.y.data) __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[row] + j), 1);
-      }
-    }
-
-    // Units whose products are there wait for a second set, to go through the cell side by side: one alone
-    // is a long chain of dependent instructions.
-    struct Pending {
-      const Walk& walk;
-      const int64_t t, parity;
-      int count = 0;
-      Units first;
-
-      Pending(const Walk& walk, int64_t t, int64_t parity) : walk(walk), t(t), parity(parity) {}
-      ~Pending() {
-        if (count) walk.cell(t, parity, first);
-      }
-      DLK_INLINE void add(const Units& units) {
-        if (kTogether == 1) {
-          walk.cell(t, parity, units);
-        } else if (count == 0) {
-          first = units;
-          count = 1;
-        } else {
-          walk.cells(t, parity, first, units);
-          count = 0;
-        }
-      }
-    };
-
-    DLK_INLINE void cell(int64_t t, int64_t parity, const Units& u) const {
-      V x[Cell::kGates], hidden[Cell::kGates], saved[Cell::kSaved + 1], previous = V::zero();
-      DLK_UNROLL
-      for (int g = 0; g < Cell::kGates; ++g) x[g] = input(u, g), hidden[g] = hidden_product(u, g);
-      if constexpr (Cell::kCellState || Cell::kDirectPath) previous = state_before(parity, u);
-      const V out = Cell::forward(x, hidden, previous, saved);
-      leave(t, parity, u, saved, out);
-    }
-
-    // Two at once.
-    DLK_INLINE void cells(int64_t t, int64_t parity, const Units& u, const Units& w) const {
-      using Both = Pair<V>;
-      Both x[Cell::kGates], hidden[Cell::kGates], saved[Cell::kSaved + 1], previous = Both::zero();
-      DLK_UNROLL
-      for (int g = 0; g < Cell::kGates; ++g) {
-        x[g] = {input(u, g), input(w, g)};
-        hidden[g] = {hidden_product(u, g), hidden_product(w, g)};
-      }
-      if constexpr (Cell::kCellState || Cell::kDirectPath)
-        previous = {state_before(parity, u), state_before(parity, w)};
-      const Both out = Cell::forward(x, hidden, previous, saved);
-      V one[Cell::kSaved + 1], other[Cell::kSaved + 1];
-      DLK_UNROLL
-      for (int k = 0; k < Cell::kSaved; ++k) one[k] = saved[k].a, other[k] = saved[k].b;
-      leave(t, parity, u, one, out.a);
-      leave(t, parity, w, other, out.b);
-    }
-
-    DLK_INLINE V input(const Units& u, int g) const { return load_part(table.products[u.row] + g * s().H + u.j, u.n); }
-    DLK_INLINE V hidden_product(const Units& u, int g) const {
-      const V sum = V::load(u.hidden + g * V::size);
-      if (Cell::kHiddenBias && g == 2) return sum + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + u.j);
-      return sum;
-    }
-    DLK_INLINE V state_before(int64_t parity, const Units& u) const {
-      return V::load((Cell::kCellState ? c(u.i) : h(parity, u.i)) + u.j);
-    }
-
-    // Everything a cell leaves behind.
-    DLK_INLINE void leave(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
-      if (f.in_place_) {
-        C* to = table.products[u.row] + u.j;
-        DLK_UNROLL
-        for (int k = 0; k < Cell::kSaved; ++k) store_part(to + k * s().H, saved[k], u.n);
-      }
-      if constexpr (Cell::kCellState) {
-        saved[4].store(c(u.i) + u.j);
-        if (f.p_.c_n && is_last(u.i, t)) store_any<C>(s().dtype, f.p_.c_n, state(u.i, s().H) + u.j, saved[4], u.n);
-      }
-      if (s().P) {
-        out.store(cell_out(u.i) + u.j);
-      } else {
-        emit(t, parity, u.row, u.i, u.j, u.n, out);
-      }
-    }
-
-    // n outputs from j on: the next step's h, y, and h_n at a sequence's last step.
-    DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
-      out.store(h(1 - parity, i) + j);
-      if (f.p_.y.data) store_any<C>(s().dtype, f.p_.y.data, table.y[row] + j, out, n);
-      if (f.p_.h_n && is_last(i, t)) store_any<C>(s().dtype, f.p_.h_n, state(i, f.O_) + j, out, n);
-    }
-
-    // h = cell output times W_hr^T (Sak et al. 2014).
-    void project_outputs(int64_t t, int64_t parity, int64_t first, int64_t alive) const {
-      if (f.plan_.recurrence == Plan::dot) {
-        int64_t begin, end;
-        member.share(s().P, V::size, &begin, &end);
-        for (int64_t i = 0; i < alive; ++i)
-          for (int64_t j = begin; j < end; j += V::size) {
-            const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-            emit(t, parity, first + i, i, j, n, dot(cell_out(i), s().H, s().dtype, f.p_.weights[d].w_hr, j, n));
-          }
-        return;
-      }
-      const PanelShape& shape = f.weights_.hr;
-      int64_t p0, p1;
-      member.share(shape.count(), 1, &p0, &p1);
-      const auto out_row = [&](int64_t i) { return cell_out(i); };
-      gemm(
-          0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row}, shape, f.weight_memory_[d] + f.weights_.hr_at,
-          [&](int64_t i, int64_t j) -> const void* { return h(1 - parity, i) + j; },
-          [&](int64_t i, int64_t j, V value, int n) { emit(t, parity, first + i, i, j, n, value); });
-    }
-  };
+  struct Walk;  // forward_walk.h
 
   const ForwardParams& p_;
   const LayerShape& s_;
   const Plan& plan_;
   const SequenceLayout& layout_;
   const WeightLayout weights_;
-  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_c_;
+  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
   const bool in_place_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
   Tables tables_[kMaxMembers];

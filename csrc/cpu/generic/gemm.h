@@ -70,8 +70,15 @@ DLK_INLINE int64_t block_ld(int64_t K) {
   return (K + kLanes - 1) / kLanes * kLanes + kLanes;
 }
 
-// Rows [m0, m1) by panels [p0, p1). sink(m, column, value, n): n <= Vec::size results of row m.
-// out(m, column) is where they will go: fetched into the cache while the product is made.
+// One vector of columns of the right-hand side.
+struct GemmColumn {
+  int64_t panel;
+  int vector;
+  int64_t column;  // its first
+};
+
+// Rows [m0, m1) by panels [p0, p1). sink(m, GemmColumn, value, n): n <= Vec::size results of row m.
+// out(m, GemmColumn) is where they will go: fetched into the cache while the product is made.
 template <class C, class Rows, class Out, class Sink>
 DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const PanelShape& shape,
                      const C* panels, Out out, Sink sink) {
@@ -95,14 +102,15 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
           const C* part[kMaxRows];
           for (int i = 0; i < rows; ++i) {
             part[i] = row[r + i] + k;
-            const char* to = static_cast<const char*>(out(m + r + i, shape.column(p, 0)));
-            for (int v = 0; v < vectors; ++v) __builtin_prefetch(to + v * 64, 1);
+            for (int v = 0; v < vectors; ++v)
+              __builtin_prefetch(out(m + r + i, GemmColumn{p, v, shape.column(p, v)}), 1);
           }
           run_tile(rows, part, depth, panel.from(k), sum, k > 0, ahead, [](int, int) {});
           if (k + depth < shape.K) continue;
           for (int i = 0; i < rows; ++i)
             for (int v = 0; v < vectors; ++v)
-              sink(m + r + i, shape.column(p, v), V::load(sum + i * width + v * V::size), shape.valid(p, v));
+              sink(m + r + i, GemmColumn{p, v, shape.column(p, v)}, V::load(sum + i * width + v * V::size),
+                   shape.valid(p, v));
         }
       }
     }

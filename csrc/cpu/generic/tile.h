@@ -163,6 +163,15 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
   fn(a, K, panel.data, panel.next, bring, out, ldo, accumulate);
 }
 
+// Reads the rows of `a` that other cores have just written. Plain loads have many lines under way at once; the product,
+// which takes its rows element by element, would wait for one after the other, and prefetches are served more slowly.
+template <class C>
+DLK_INLINE void collect(int rows, const C* const* a, int64_t K) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < K; k += 64 / static_cast<int64_t>(sizeof(C)))
+      static_cast<void>(*static_cast<const volatile C*>(a[r] + k));
+}
+
 // A tile's home between the product and what uses it: 3 KB that never leave L1.
 template <class C>
 struct alignas(64) TileBuffer {

@@ -9,7 +9,7 @@ struct WeightLayout {
   WeightLayout(const LayerShape& shape, int lanes, bool with_panels) {
     const int gates = gate_count(shape.cell);
     const auto whole = [&](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
-    ih = PanelShape::plain(shape.I, gates * shape.H, lanes);
+    ih = PanelShape::gated(shape.I, shape.H, gates, lanes);
     hh = PanelShape::gated(shape.outputs(), shape.H, gates, lanes);
     hr = PanelShape::plain(shape.H, shape.P, lanes);
     bias_at = 0;
@@ -48,7 +48,7 @@ DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& 
   }
 }
 
-// One member's share of the packing.
+// One member's share of the packing: where the hidden units are split, the panels that it will read itself.
 template <class C, class Cell>
 DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, const DirectionWeights& w,
                                const WeightLayout& layout, bool with_panels, C* out) {
@@ -61,11 +61,10 @@ DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, co
   } parts[] = {{&layout.ih, w.w_ih, out + layout.ih_at},
                {&layout.hh, w.w_hh, out + layout.hh_at},
                {&layout.hr, w.w_hr, out + layout.hr_at}};
-  int64_t task = 0;
   for (const auto& part : parts) {
     if (!part.weights) continue;
-    for (int64_t p = 0; p < part.shape->count(); ++p, ++task)
-      if (task % member.size == member.rank)
-        pack_panel_transposed<C>(*part.shape, p, shape.dtype, part.weights, part.to);
+    int64_t begin, end;
+    member.share(part.shape->count(), 1, &begin, &end);
+    for (int64_t p = begin; p < end; ++p) pack_panel_transposed<C>(*part.shape, p, shape.dtype, part.weights, part.to);
   }
 }

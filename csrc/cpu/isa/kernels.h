@@ -13,7 +13,6 @@ struct KernelTable {
   int (*backward)(const BackwardParams&, const Plan&, const Runtime&, const SequenceLayout&);
   size_t (*panel_bytes)(const LayerShape&);  // of all directions
   void (*pack)(const LayerShape&, const DirectionWeights*, void* panels);
-  int tile_rows;  // height of a gate tile, for the plan
 };
 
 namespace scalar {

@@ -51,6 +51,16 @@ DLK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return
 DLK_INLINE Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 DLK_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
 
+// See avx512.h; here a division costs little more.
+template <class C>
+DLK_INLINE Vec<C> reciprocal(Vec<C> b) {
+  return Vec<C>::set1(1) / b;
+}
+template <class C>
+DLK_INLINE Vec<C> quotient(Vec<C> a, Vec<C> b) {
+  return a / b;
+}
+
 DLK_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return {_mm256_min_ps(a.v, b.v)}; }
 DLK_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return {_mm256_min_pd(a.v, b.v)}; }
 DLK_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return {_mm256_max_ps(a.v, b.v)}; }

@@ -110,7 +110,7 @@ DLK_INLINE V sigmoid(V x) {
   using C = ElementOf<V>;
   const V one = V::set1(C(1));
   const ExpParts<V> e = exp_parts(-min(V::set1(-ExpConstants<C>::normal_min), x));
-  return one / fma(e.scale, e.p, e.scale + one);
+  return reciprocal(fma(e.scale, e.p, e.scale + one));
 }
 
 // expm1(2x) / (expm1(2x) + 2) at -|x|, where e^2x + 1 rounds best; odd to the last bit.
@@ -120,7 +120,7 @@ DLK_INLINE V tanh(V x) {
   const V one = V::set1(C(1));
   const V y = max(V::set1(ExpConstants<C>::tanh_min), copysign(x + x, -one));
   const ExpParts<V> e = exp_parts(y);
-  return copysign(fma(e.scale, e.p, e.scale - one) / fma(e.scale, e.p, e.scale + one), x);
+  return copysign(quotient(fma(e.scale, e.p, e.scale - one), fma(e.scale, e.p, e.scale + one)), x);
 }
 
 // NaN stays NaN, as in torch.

@@ -37,8 +37,12 @@ DLK_INLINE Pair<V> operator*(Pair<V> x, Pair<V> y) {
   return {x.a * y.a, x.b * y.b};
 }
 template <class V>
-DLK_INLINE Pair<V> operator/(Pair<V> x, Pair<V> y) {
-  return {x.a / y.a, x.b / y.b};
+DLK_INLINE Pair<V> reciprocal(Pair<V> x) {
+  return {reciprocal(x.a), reciprocal(x.b)};
+}
+template <class V>
+DLK_INLINE Pair<V> quotient(Pair<V> x, Pair<V> y) {
+  return {quotient(x.a, y.a), quotient(x.b, y.b)};
 }
 template <class V>
 DLK_INLINE Pair<V> operator-(Pair<V> x) {

@@ -38,6 +38,15 @@ DLK_INLINE Vec<C> operator-(Vec<C> a) {
   return {-a.v};
 }
 
+template <class C>
+DLK_INLINE Vec<C> reciprocal(Vec<C> b) {
+  return {1 / b.v};
+}
+template <class C>
+DLK_INLINE Vec<C> quotient(Vec<C> a, Vec<C> b) {
+  return {a.v / b.v};
+}
+
 // a * b + c and c - a * b; one rounding where the ISA has it, std::fma would be a slow call here.
 template <class C>
 DLK_INLINE Vec<C> fma(Vec<C> a, Vec<C> b, Vec<C> c) {
