@@ -91,11 +91,11 @@ struct AttentionMapParams {
 // What ran, or would run; explain() and the tests read it.
 struct AttentionPlan {
   Isa isa;
-  int threads;  // asked for, at most kMaxMembers
-  enum Kernel : int { tiles, dot } kernel;
-  int64_t block_m;  // rows of a task; of all query heads that share keys
-  int64_t block_n;  // keys that are multiplied at once
-  int64_t splits;   // tasks that share the keys of the same rows; depends on sizes only
+  int threads;                              // asked for, at most kMaxMembers
+  enum Kernel : int { tiles, dot } kernel;  // of q and k; the backward has the forward's
+  int64_t block_m;                          // rows of a task; of all query heads that share keys
+  int64_t block_n;                          // keys that are multiplied at once
+  int64_t splits;                           // tasks that share the keys of the same rows; depends on sizes only
 };
 
 // mask_gradient: the backward is to make one.

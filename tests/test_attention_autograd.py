@@ -12,6 +12,7 @@ from attention_oracle import Case, make_data, op_arguments
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
+from torch.utils.checkpoint import checkpoint
 
 from dlkernels.functional import attention
 
@@ -153,6 +154,28 @@ def test_vmap_and_dropout() -> None:
         vmap(lambda x: attention(x, x, x, dropout_p=0.5))(q)
 
 
+def test_vmap_of_what_has_no_gradient() -> None:
+    """Bool masks and cu_seqlens, mapped."""
+    q, visible = new(n, 1, 2, 4, 3), torch.rand(n, 4, 4) < 0.7
+    run = lambda x, mask: (attention(x, x, x, attn_mask=mask),)  # noqa: E731
+    torch.testing.assert_close(list(vmap(run)(q, visible)), loop(run, (0, 0), (q, visible)))
+    rows, cu = new(n, 5, 2, 3), torch.tensor([[0, 2, 5], [0, 0, 5], [0, 4, 4]])
+    run = lambda x, cu: (attention(x, x, x, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True),)  # noqa: E731
+    torch.testing.assert_close(list(vmap(run)(rows, cu)), loop(run, (0, 0), (rows, cu)))
+    each = grad(loss(run))
+    torch.testing.assert_close(vmap(each)(rows, cu), torch.stack([each(x, c) for x, c in zip(rows, cu, strict=True)]))
+
+
+def test_checkpointing_draws_the_same_dropout_mask() -> None:
+    q = new(1, 2, 30, 8)
+    run = lambda x: attention(x, x, x, dropout_p=0.5)  # noqa: E731
+    grads = []
+    for function in (run, lambda x: checkpoint(run, x, use_reentrant=False)):
+        torch.manual_seed(1)
+        grads.append(torch.autograd.grad(function(q).square().sum(), q)[0])
+    assert torch.equal(*grads)
+
+
 def test_per_sample_gradients_and_hessian() -> None:
     q, k = new(1, 2, 3, 2), new(1, 2, 4, 2)
     inner = lambda x: attention(x, k, k).square().sum()  # noqa: E731
@@ -212,13 +235,17 @@ def test_compile_by_inductor() -> None:
     assert torch.autograd.grad(o.sum(), q)[0].isfinite().all() and not torch.equal(o, run(q))
 
 
-def test_compile_of_a_transform_has_the_right_values() -> None:
-    q, k, v = new(n, 1, 2, 4, 3), new(n, 1, 2, 5, 3), new(n, 1, 2, 5, 3)
-    of = loss(lambda *x: attention(*x, causal=True, return_lse=True))
-    torch.testing.assert_close(compiled(vmap(grad(of)))(q, k, v), vmap(grad(of))(q, k, v))
-    of_packed = loss(packed)
-    args = tuple(new(*shape) for shape in PACKED)
-    torch.testing.assert_close(compiled(grad(of_packed))(*args), grad(of_packed)(*args))
+@pytest.mark.parametrize("name", ["padded", "packed", "full mask"])
+def test_compile_of_a_transform_has_the_right_values(name: str) -> None:
+    """Dynamo alone would drop the Function's own backward here, without a word."""
+    function, shapes = CHECKED[name]
+    own, each = loss(function), grad(loss(function), tuple(range(len(shapes))))
+    args = tuple(new(*shape) for shape in shapes)
+    torch.testing.assert_close(list(compiled(each)(*args)), list(torch.autograd.grad(own(*args), args)))
+    dims = (0,) * len(shapes)
+    args = mapped(shapes, dims)
+    expected = loop(lambda *sample: torch.autograd.grad(own(*sample), sample), dims, args)
+    torch.testing.assert_close(list(compiled(vmap(each))(*args)), expected)
 
 
 def test_export() -> None:

@@ -16,7 +16,10 @@ from dlkernels.bench.attention import AttentionCase, AttentionWorkload
 from dlkernels.bench.runner import Runner, summarize
 from dlkernels.bench.timing import Budget
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [
+    pytest.mark.usefixtures("native"),
+    pytest.mark.o0_skip(reason="the runner is Python alone"),
+]
 
 TINY = Budget(0.002, block_seconds=1e-4, discard_seconds=0.0, min_pairs=2, max_pairs=2, max_seconds=1.0)
 SMALL = AttentionCase(2, 4, 40, 16)
@@ -110,6 +113,16 @@ def test_targets() -> None:
     assert goals["attention-train-dropout0.1-f32-B1-H8-M1024-D64-1t"] == 2.0
     assert goals["attention-infer-f32-B1-H8-M1024-D64-Dv32-1t"] == 2.0
     assert goals["attention-infer-f32-B1-H32-Hkv8-M1-N2048-D128-1t"] == 2.0
+
+
+def test_suites(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for suite in ("attention", "attention-targets", "targets", "main", "charlm"):
+        assert cli.run(["--suite", suite, "--threads", "1", "--list"]) == 0
+        found[suite] = capsys.readouterr().out.split()
+    assert all(name.startswith("attention-") for name in found["attention"] + found["attention-targets"])
+    assert len(found["attention"]) > len(found["attention-targets"]) > 15 and not found["charlm"]
+    assert set(found["attention"]) < set(found["main"]) and set(found["attention-targets"]) < set(found["targets"])
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

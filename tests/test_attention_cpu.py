@@ -216,6 +216,46 @@ def test_rows_that_see_nothing(dtype: torch.dtype, isa: str) -> None:
     torch.testing.assert_close(found["lse"][:, :, :20], data.sinks.float()[None, :, None].expand(2, 2, 20))
 
 
+def saturated(case: Case) -> oracle.Data:
+    """Data with whose logits of some thousands query i sees key i + 2 alone, in floating point."""
+    data = make_data(case)
+    data.q.copy_((data.k[:, :, 2 : case.M + 2] * 2000).to(case.dtype))
+    logits = data.q @ data.k.transpose(-1, -2) * case.softmax_scale
+    largest, second = logits.topk(2, -1).values.unbind(-1)
+    assert (largest - second).min() > 1200
+    return data
+
+
+@pytest.mark.parametrize("features", [{}, {"softcap": 1e5, "slopes": "h"}], ids=["raw", "transformed"])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("M", [5, 60], ids=["dot", "tiles"])
+def test_saturated_rows_are_exact(M: int, dtype: torch.dtype, features: dict[str, Any], isa: str) -> None:
+    case = Case(B=1, H=2, Hkv=2, M=M, N=300, D=59, Dv=48, dtype=dtype, dlse=False, **features)
+    data = saturated(case)
+    found = run_op(case, data)
+    assert torch.equal(found["o"].double(), data.v[:, :, 2 : M + 2])
+    assert (found["dq"] == 0).all() and (found["dk"] == 0).all()
+    assert torch.equal(found["dv"][:, :, 2 : M + 2].double(), data.do) and (found["dv"][:, :, M + 2 :] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("M", [5, 60], ids=["dot", "tiles"])
+def test_rows_that_see_one_key(M: int, dtype: torch.dtype, isa: str) -> None:
+    case = Case(B=2, H=2, Hkv=2, M=M, N=M, D=59, Dv=59, dtype=dtype, window=(0, 0), dlse=False, scale=13.7)
+    data = make_data(case)
+    found = run_op(case, data)
+    assert torch.equal(found["o"].double(), data.v) and torch.equal(found["dv"].double(), data.do)
+    assert (found["dq"] == 0).all() and (found["dk"] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [0, 2])
+def test_windows_of_any_size(causal: int) -> None:
+    sizes = {"M": 30, "N": 10, "causal": causal}
+    wide, endless = Case(window=(2**63 - 1, 2**63 - 1), **sizes), Case(**sizes)
+    found, expected = run_op(wide, make_data(wide)), run_op(endless, make_data(endless))
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
 EMPTY = [
     {"B": 0}, {"M": 0}, {"N": 0}, {"H": 0, "Hkv": 0}, {"D": 0}, {"Dv": 0}, {"D": 0, "Dv": 0}, {"M": 0, "N": 0},
     {"N": 0, "sinks": True}, {"N": 0, "M": 1, "H": 4, "Hkv": 1}, {"D": 0, "M": 1}, {"Dv": 0, "M": 1},

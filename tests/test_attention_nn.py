@@ -20,6 +20,8 @@ from dlkernels.nn import MultiheadAttention
 
 __all__ = ["spy"]
 
+pytestmark = pytest.mark.o0_skip(reason="the layers are Python around functional.attention")
+
 B, H, M, N, E = 2, 3, 5, 7, 12
 INF = float("-inf")
 
@@ -145,7 +147,6 @@ def test_masks_stay_small(spy: Spy) -> None:
     assert all(call["q"].data_ptr() + 4 * E == call["k"].data_ptr() for call in spy.calls)  # one product, no copies
 
 
-@pytest.mark.o0_skip("nothing is measured, but an -O0 build takes long here")
 def test_nothing_of_quadratic_size(native: Any) -> None:
     length = 1024
     module = twin(make(torch.float32, 16, 2, batch_first=True))

@@ -15,6 +15,11 @@ from dlkernels.nn import MultiheadAttention, TransformerDecoderLayer, Transforme
 
 __all__ = ["spy"]
 
+pytestmark = [
+    pytest.mark.o0_skip(reason="explain of layers is Python alone"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+]
+
 B, T, S, E, H = 2, 5, 7, 8, 2
 PADDING = torch.arange(S) >= torch.tensor([S, 4])[:, None]
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(T)

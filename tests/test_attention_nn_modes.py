@@ -16,6 +16,8 @@ from dlkernels.nn import MultiheadAttention
 
 __all__ = ["spy"]
 
+pytestmark = pytest.mark.o0_skip(reason="the layers are Python around functional.attention")
+
 E, H = 12, 3
 
 

@@ -22,7 +22,10 @@ from dlkernels.nn import MultiheadAttention, TransformerDecoderLayer, Transforme
 
 __all__ = ["spy"]
 
-pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+    pytest.mark.o0_skip(reason="the layers are Python around functional.attention"),
+]
 
 B, T, S, E, H = 2, 5, 7, 8, 2
 PADDING = torch.arange(S) >= torch.tensor([S, 4])[:, None]

@@ -37,7 +37,7 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   AttentionPlan plan{};
   plan.isa = isa;
   plan.threads = work < kSerialWork ? 1 : std::min(std::max(threads, 1), kMaxMembers);
-  plan.kernel = !backward && rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
+  plan.kernel = rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
   plan.block_m = std::min(kBlockRows, (rows + 15) / 16 * 16);
   plan.block_n = kBlockKeys;
   const int64_t wanted = backward ? kBackwardTasks : kTasks;

@@ -33,7 +33,7 @@ struct AttentionSequence {
   Range keys(const AttentionInputs& in, int64_t i) const {
     const int64_t p = position(in, i);
     Range range{0, N};
-    if (in.left >= 0) range.begin = std::max(range.begin, p - in.left);
+    if (in.left >= 0 && in.left < N + M) range.begin = std::max(range.begin, p - in.left);
     if (in.right >= 0 && in.right < N + M) range.end = std::min(range.end, p + in.right + 1);
     if (in.causal != Causal::none) range.end = std::min(range.end, p + 1);
     range.begin = std::min(range.begin, N);

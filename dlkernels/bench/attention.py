@@ -99,7 +99,7 @@ CROSS = AttentionCase(2, 8, 97, 80, N=1025)
 
 
 def grid(threads: Sequence[int], dtypes: Sequence[str], quick: bool = False) -> list[AttentionCase]:
-    """The first dtype in full, of the others the shapes alone. Thread counts are innermost."""
+    """The first dtype in full, of the others the shapes alone, with the most threads. Thread counts are innermost."""
     made: list[AttentionCase] = []
     for dtype, training in itertools.product(dtypes[:1] if quick else dtypes, (False, True)):
         new = functools.partial(AttentionCase, dtype=dtype, training=training)
@@ -120,8 +120,11 @@ def grid(threads: Sequence[int], dtypes: Sequence[str], quick: bool = False) -> 
         if not training:
             found.append(dataclasses.replace(DECODE, dtype=dtype))
         made += found
-    counts = threads[-1:] if quick else threads
-    return [dataclasses.replace(case, threads=count) for case in made for count in counts]
+
+    def counts(case: AttentionCase) -> Sequence[int]:
+        return threads[-1:] if quick or case.dtype != dtypes[0] else threads
+
+    return [dataclasses.replace(case, threads=count) for case in made for count in counts(case)]
 
 
 def targets(threads: Sequence[int] = (1, 2)) -> list[AttentionCase]:

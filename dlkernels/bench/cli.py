@@ -16,7 +16,7 @@ from .progress import Progress
 from .runner import Result, Runner
 from .timing import Budget
 
-SUITES = ("main", "grid", "attention", "targets", "charlm", "all")
+SUITES = ("main", "grid", "attention", "targets", "attention-targets", "charlm", "all")
 
 AnyCase = cases.Case | attention.AttentionCase
 # No case is started after this, so that a busy machine makes --quick measure less, not last longer.
@@ -65,11 +65,8 @@ def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
     if args.list:
         print("\n".join(case.name for case in chosen))
         return 0
-    jobs = (
-        []
-        if args.only or args.suite in ("grid", "attention", "targets")
-        else [_job(args, mode) for mode in ("lstm", "gru")]
-    )
+    trains = args.suite in ("main", "charlm", "all") and not args.only
+    jobs = [_job(args, mode) for mode in ("lstm", "gru")] if trains else []
     if not chosen and not jobs:
         print("no case matches", file=sys.stderr)
         return 2
@@ -102,6 +99,7 @@ def _cases(args: argparse.Namespace) -> list[AnyCase]:
         found += attention.grid(threads, args.dtypes, args.quick)
     if args.suite in ("targets", "all"):
         found += cases.targets(args.threads or (1, 2))
+    if args.suite in ("targets", "attention-targets", "all"):
         found += attention.targets(args.threads or (1, 2))
     return cases.select(found, args.only)
 
@@ -109,7 +107,7 @@ def _cases(args: argparse.Namespace) -> list[AnyCase]:
 def _budget(args: argparse.Namespace) -> Budget:
     if args.quick:
         return Budget(args.seconds or 0.3, block_seconds=0.01, min_pairs=3, max_seconds=3.0)
-    return Budget(args.seconds or (2.0 if args.suite == "targets" else 1.0))
+    return Budget(args.seconds or (2.0 if args.suite.endswith("targets") else 1.0))
 
 
 def _job(args: argparse.Namespace, mode: str) -> charlm.Config:

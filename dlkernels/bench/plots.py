@@ -81,7 +81,9 @@ def _heat_map(path: Path) -> Path:
     titles, maps = picture.heads()
     figure, panels = plt.subplots(1, len(titles), figsize=(3.2 * len(titles), 3.6), layout="constrained")
     for panel, title, values in zip(panels, titles, maps, strict=True):
-        image = panel.imshow(values.clamp(min=1e-5), norm=LogNorm(1e-5, 1), cmap="magma", interpolation="nearest")
+        image = panel.imshow(
+            values.clamp(min=1e-5).numpy(), norm=LogNorm(1e-5, 1), cmap="magma", interpolation="nearest"
+        )
         panel.set_title(title, fontsize=9)
         panel.set_xticks([])
         panel.set_yticks([])

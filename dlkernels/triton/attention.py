@@ -28,6 +28,7 @@ LOG2E = math.log2(math.e)
 _PREPROCESS_ROWS = 64
 _COMBINE_ROWS = 16
 _MAP_TILE = 32
+_MAX_ROW_STRIDE = 2**31 // 256  # 256 rows are more than a tile has
 BUSY = sum(bit.value for bit in (elements.DROPOUT, elements.FLOAT_MASK, elements.SOFTCAP))
 
 
@@ -51,11 +52,17 @@ class Call(NamedTuple):
     offset: int
     threshold: int
     keep_scale: float
+    half: bool
     precision: str
 
-    def tile(self, kernel: str, arch: str, half: bool) -> Tile:
+    def tile(self, kernel: str, arch: str) -> Tile:
         width = max(padded(self.D), padded(self.DV))
-        return heuristics.tile(kernel, arch, half, width, bool(self.features & BUSY))
+        return heuristics.tile(kernel, arch, self.half, width, bool(self.features & BUSY))
+
+    def options(self, warps: int, stages: int) -> dict[str, Any]:
+        """In float32 the scaled score is rounded before anything is subtracted from it: fused, p would miss 1 at its
+        row's maximum by the score's own rounding, which in a saturated row is all the error there is."""
+        return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": self.half}
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -106,11 +113,12 @@ def _describe(
         assert rng is not None
         seed, offset = rng.tolist()
         threshold = min(math.floor(dropout_p * 2**32), 2**32 - 1)
-    unit = 1.0 if q.dtype == torch.float32 else LOG2E  # as elements.unit
+    half = q.dtype != torch.float32
+    unit = LOG2E if half else 1.0  # as elements.unit
     return Call(
         B, H, max(H // max(HKV, 1), 1), M, N, D, DV, features, max(left, 0), max(right, 0), softmax_scale,
         softmax_scale / softcap if softcap > 0 else softmax_scale * unit, softcap * unit, seed,
-        offset & 0xFFFFFFFF, threshold, 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0, _precision(q.dtype),
+        offset & 0xFFFFFFFF, threshold, 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0, half, _precision(q.dtype),
     )  # fmt: skip
 
 
@@ -147,8 +155,11 @@ def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
     return _new((B, M, H, width), x).transpose(1, 2)
 
 
-def _unit_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """x as the kernels take it: neighbours in a row lie side by side, and offsets within a tile fit 32 bits."""
+    rows = x.stride(-2) if x.dim() == 4 else x.stride(0)
+    fits = x.stride(-1) == 1 or x.size(-1) <= 1
+    return x if fits and rows < _MAX_ROW_STRIDE else x.contiguous()
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -196,10 +207,10 @@ def attention_forward(
     lse = _new(_row_shape(call, q), q, torch.float32, fill_zero=varlen)
     if lse.numel() == 0 or call.M == 0:
         return o, lse
-    q, k, v = _unit_last(q), _unit_last(k), _unit_last(v)
+    q, k, v = _readable(q), _readable(k), _readable(v)
     arch, processors = _machine(q)
     plan = heuristics.forward_plan(
-        arch, processors, q.element_size() == 2, max(padded(call.D), padded(call.DV)), bool(call.features & BUSY),
+        arch, processors, call.half, max(padded(call.D), padded(call.DV)), bool(call.features & BUSY),
         call.B, call.H, call.GROUP, call.M, call.N,
     )  # fmt: skip
     block_m, block_n, warps, stages = plan.tile
@@ -219,7 +230,7 @@ def attention_forward(
             *_strides(v), *_mask_strides(mask), _slope_stride(alibi_slopes), *part_strides, *row_strides, call.M,
             call.N, call.H, call.GROUP, tiles_m, plan.splits, *call.elementwise, *call.dropout, call.keep_scale,
             call.features, plan.packed, split, *call.widths, block_m, block_n, stages, call.precision,
-            num_warps=warps, num_stages=stages,
+            **call.options(warps, stages),
         )  # fmt: skip
         if split:
             combine[(_cdiv(call.M, _COMBINE_ROWS), call.B * call.H)](
@@ -244,10 +255,9 @@ def attention_backward(
     varlen = cu_seqlens_q is not None
     if lse.numel() == 0 or call.M == 0:
         return _no_queries(q, k, v, mask, alibi_slopes, sinks, need_q, need_kv, need_mask, need_slopes, need_sinks)
-    q, k, v, o, do = _unit_last(q), _unit_last(k), _unit_last(v), _unit_last(o), _unit_last(do)
+    q, k, v, o, do = _readable(q), _readable(k), _readable(v), _readable(o), _readable(do)
     lse = lse.contiguous()
     arch, _ = _machine(q)
-    half = q.element_size() == 2
 
     def nothing() -> Tensor:
         return _new((0,), q)
@@ -278,7 +288,7 @@ def attention_backward(
             *stat_strides,
         )  # fmt: skip
         if need_q or need_slopes or by_row:
-            block_m, block_n, warps, stages = call.tile("backward_query", arch, half)
+            block_m, block_n, warps, stages = call.tile("backward_query", arch)
             tiles = _cdiv(call.M, block_m)
             dq = _rows_like(q, call.D, varlen)
             slope_part = _new((call.B * call.H * tiles,), lse) if need_slopes else None
@@ -287,7 +297,7 @@ def attention_backward(
                 q, k, v, do, stats, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part, mask_part,
                 *inputs, *_strides(dq), call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
                 call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features, need_slopes,
-                by_row, *call.widths, block_m, block_n, stages, call.precision, num_warps=warps, num_stages=stages,
+                by_row, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
             )  # fmt: skip
             if slope_part is not None and alibi_slopes is not None:
                 dslopes = slope_part.view(call.B, call.H, tiles).sum(2)
@@ -296,7 +306,7 @@ def attention_backward(
                 dmask = _reduce_to(mask_part, mask)
 
         if need_kv or by_key:
-            block_m, block_n, warps, stages = call.tile("backward_key", arch, half)
+            block_m, block_n, warps, stages = call.tile("backward_key", arch)
             tiles = _cdiv(call.N, block_n)
             dk, dv = _rows_like(k, call.D, varlen), _rows_like(v, call.DV, varlen)
             mask_part = _new((call.B, call.H, 1, call.N), lse) if by_key else None
@@ -305,22 +315,23 @@ def attention_backward(
                     q, k, v, do, stats, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv, mask_part,
                     *inputs, *_strides(dk), *_strides(dv), call.M, call.N, call.H, call.GROUP, tiles, call.left,
                     call.right, call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features,
-                    by_key, *call.widths, block_m, block_n, stages, call.precision, num_warps=warps, num_stages=stages,
+                    by_key, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
                 )  # fmt: skip
             if mask_part is not None and mask is not None:
                 dmask = _reduce_to(mask_part, mask)
 
         if full and mask is not None:
-            block_m, block_n, warps, _ = call.tile("backward_query", arch, half)
+            block_m, block_n, warps, _ = call.tile("backward_query", arch)
             tiles_m, tiles_n = _cdiv(call.M, block_m), _cdiv(call.N, block_n)
             dmask = _new(mask.shape, mask)
             per_batch, per_head = mask.size(0) > 1, mask.size(1) > 1
-            mask_gradient[(tiles_m * tiles_n * mask.size(0) * mask.size(1),)](
-                q, k, v, do, stats, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
-                call.GROUP, tiles_m, tiles_n, call.left, call.right, call.scale, call.cap, *call.dropout,
-                call.keep_scale, call.features, per_batch, per_head, *call.widths, block_m, block_n, 1, call.precision,
-                num_warps=warps, num_stages=1,
-            )  # fmt: skip
+            if tiles_n:
+                mask_gradient[(tiles_m * tiles_n * mask.size(0) * mask.size(1),)](
+                    q, k, v, do, stats, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
+                    call.GROUP, tiles_m, tiles_n, call.left, call.right, call.scale, call.cap, *call.dropout,
+                    call.keep_scale, call.features, per_batch, per_head, *call.widths, block_m, block_n, 1,
+                    call.precision, **call.options(warps, 1),
+                )  # fmt: skip
     wanted = (
         (dq, need_q), (dk, need_kv), (dv, need_kv), (dmask, need_mask), (dslopes, need_slopes), (dsinks, need_sinks),
     )  # fmt: skip
@@ -333,7 +344,7 @@ def _mask_gradient_kind(mask: Tensor | None) -> tuple[bool, bool, bool]:
         return False, False, False
     by_row = mask.size(3) == 1
     by_key = not by_row and mask.size(2) == 1
-    return by_row, by_key, not (by_row or by_key) and mask.numel() > 0
+    return by_row, by_key, not (by_row or by_key)
 
 
 def _reduce_to(part: Tensor, mask: Tensor) -> Tensor:
@@ -375,11 +386,11 @@ def attention_map(
         return out.zero_()
     # The forward pass, over values of no width, for its log-sum-exp.
     _, lse = attention_forward(q, k, no_values, *features, softcap, 0.0)
-    q, k = _unit_last(q), _unit_last(k)
+    q, k = _readable(q), _readable(k)
     with _on(q):
         map_kernel[(out.numel(),)](
             q, k, lse, mask, alibi_slopes, out, *_strides(q), *_strides(k), *_mask_strides(mask),
             _slope_stride(alibi_slopes), call.M, call.N, call.H, call.GROUP, rows, cols, *call.elementwise,
-            call.features, call.D, padded(call.D), _MAP_TILE, _MAP_TILE, call.precision, num_warps=4,
+            call.features, call.D, padded(call.D), _MAP_TILE, _MAP_TILE, call.precision, **call.options(4, 2),
         )  # fmt: skip
     return out

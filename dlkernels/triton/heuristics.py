@@ -82,8 +82,13 @@ def tile(kernel: str, arch: str, half: bool, width: int, busy: bool) -> Tile:
     choice = TABLES["half" if half else "single"][kernel][arch][0 if width <= 64 else 1 if width <= 128 else 2]
     if not (busy and half):
         return choice
-    fewest = 64 if kernel == "backward_key" and arch in ("sm_90", "sm_100") else min(choice.block_n, 32)
-    return choice._replace(block_n=max(fewest, choice.block_n // 2))
+    warp_groups = arch in ("sm_90", "sm_100")
+    fewest = 64 if kernel == "backward_key" and warp_groups else min(choice.block_n, 32)
+    choice = choice._replace(block_n=max(fewest, choice.block_n // 2))
+    if kernel == "backward_key" and not warp_groups and choice.block_m * choice.block_n > 2048:
+        # 64 x 64 on 8.0 spills 220 registers in each turn with dropout, 32 x 64 none.
+        choice = choice._replace(block_m=choice.block_m // 2)
+    return choice
 
 
 def short_tile(choice: Tile, queries: int) -> Tile:

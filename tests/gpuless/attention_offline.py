@@ -24,7 +24,7 @@ WARPGROUP = ("forward", "backward_query", "backward_key")
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": 1},
-    "masked": {"mask": torch.bool, "alibi_slopes": True, "window_right": 100},
+    "dropout": {"dropout_p": 0.1},
     "everything": {
         "causal": 2, "window_left": 300, "softcap": 20.0, "dropout_p": 0.1, "mask": torch.float32,
         "alibi_slopes": True, "sinks": True,
@@ -33,7 +33,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 # Spilled registers that each turn of a loop over tiles may move: over whole tiles, and over any. Whole tiles are what
 # people wait for: there a few moves at most, which hide behind the products. Tiles at an edge are few; "everything" is
 # seven features at once, whose price is paid in registers. The repair of hidden NaN runs on no finite data.
-SPILLS_PER_LOOP = {"plain": (4, 64), "causal": (4, 64), "masked": (32, 64), "everything": (64, 128)}
+SPILLS_PER_LOOP = {"plain": (8, 64), "causal": (8, 64), "dropout": (8, 64), "everything": (64, 128)}
+# A turn of these has a thousand multiplications and more.
+SPILLS_FLOAT32 = (64, 160)
 
 
 class Compiled(NamedTuple):
@@ -93,15 +95,19 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str) -> None:
         assert binary.shared <= heuristics.FAMILIES[arch], f"too much shared memory: {where}"
         assert binary.registers <= 255, where
         if name not in PRODUCTS:
-            assert binary.stack == 0 and binary.spill_stores == 0, f"spills: {where}"
+            assert binary.stack == 0, f"spills: {where}"
             continue
         if half:
             units = {"sm_80": binary.mma, "sm_90": binary.wgmma + binary.mma, "sm_100": binary.tcgen05 + binary.mma}
             assert units[arch] > 0, f"no matrix instructions: {where}"
+        else:
+            assert binary.fma > 0 and binary.mma + binary.wgmma + binary.tcgen05 == 0, f"not float32's units: {where}"
         if arch == "sm_90" and half and name in WARPGROUP:
             assert binary.wgmma > 0, f"no wgmma: {where}"
+        if binary.stack == 0:
+            continue
         assert loops, f"no loop found: {where}"
-        whole, any_loop = SPILLS_PER_LOOP[kind]
+        whole, any_loop = SPILLS_PER_LOOP[kind] if half else SPILLS_FLOAT32
         assert min(loops, key=lambda loop: loop.selects).spills <= whole, f"spills in a loop: {where}"
         usual = loops[: max(1, len(loops) - _repairs(name, kind))]
         assert max(loop.spills for loop in usual) <= any_loop, f"spills in a loop: {where}"
@@ -109,31 +115,36 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str) -> None:
 
 def _repairs(name: str, kind: str) -> int:
     """Loops that only repair, the last ones."""
-    return 0 if kind == "plain" or name == "mask_gradient" else 2 if name == "backward_key" else 1
+    if kind in ("plain", "dropout") or name == "mask_gradient":
+        return 0
+    return 2 if name == "backward_key" else 1
 
 
-# On the matrix units, every tile that is shipped, as it runs most often (causal: loops over whole and cut tiles) and as
-# the rules change it for features that need registers; two more kinds once.
-HALF = [
-    *itertools.product(ARCHITECTURES, (64, 128, 256), ("causal", "everything")),
-    *((arch, 128, "plain") for arch in ARCHITECTURES), *((arch, 64, "masked") for arch in ARCHITECTURES),
-]  # fmt: skip
+WIDTHS = (64, 128, 256)
 
 
-@pytest.mark.parametrize("arch, width, kind", HALF)
-def test_sixteen_bits(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["plain", "dropout"])
+@pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, WIDTHS)))
+def test_shipped_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the matrix units: each tile of the tables, and each that `heuristics.tile` makes of it for busy kernels."""
     check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind)
 
 
-@pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, (64, 128, 256))))
-def test_float32(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(compile_call(monkeypatch, arch, torch.float32, width, FEATURES["causal"]), arch, False, "causal")
+@pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, WIDTHS)))
+def test_shipped_tiles_float32(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(compile_call(monkeypatch, arch, torch.float32, width, {}), arch, False, "plain")
 
 
-@pytest.mark.parametrize("arch, width", [("sm_86", 64), ("sm_86", 128), ("sm_86", 256)])
+@pytest.mark.parametrize("width, kind", [(128, "causal"), (64, "everything")])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_loops_over_cut_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind)
+
+
+@pytest.mark.parametrize("arch, width", [("sm_86", width) for width in WIDTHS])
 def test_small_shared_memory(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """8.6, 8.9 and 12.x: 99 KiB. Compiled as 8.6."""
-    for name, binary, _ in compile_call(monkeypatch, arch, torch.float16, width, FEATURES["causal"]):
+    for name, binary, _ in compile_call(monkeypatch, arch, torch.float16, width, {}):
         assert binary.shared <= heuristics.FAMILIES[arch], (name, width, binary)
 
 

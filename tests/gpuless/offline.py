@@ -58,7 +58,7 @@ def architecture(name: str) -> Iterator[None]:
 
 
 class Binary(NamedTuple):
-    """What ptxas made: it compiles a kernel over every limit without an error."""
+    """What ptxas made, which compiles a kernel over every limit without an error; and what it was told to use."""
 
     registers: int
     stack: int
@@ -68,6 +68,7 @@ class Binary(NamedTuple):
     wgmma: int
     mma: int
     tcgen05: int
+    fma: int
     async_copies: int
 
 
@@ -94,16 +95,21 @@ def disassemble(kernel: Any) -> list[tuple[int, str]]:
 
 
 def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
+    """The loops are listed only if something spills, that is, if there is a stack: a listing takes half a second."""
     usage_text = _cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage_text.split("Function")[-1])}
-    code = disassemble(kernel)
+    code = disassemble(kernel) if usage["STACK"] else []
 
-    def count(pattern: str) -> int:
-        return sum(re.search(pattern, line) is not None for _, line in code)
+    def moves(name: str) -> int:
+        return sum(re.search(rf"\b{name}\b", line) is not None for _, line in code)
+
+    def instructions(pattern: str) -> int:
+        return len(re.findall(pattern, kernel.asm["ptx"]))
 
     return Binary(
-        usage["REG"], usage["STACK"], kernel.metadata.shared, count(r"\bSTL\b"), count(r"\bLDL\b"), count("HGMMA"),
-        count(r"\bHMMA"), len(re.findall(r"tcgen05\.mma", kernel.asm["ptx"])), count("LDGSTS"),
+        usage["REG"], usage["STACK"], kernel.metadata.shared, moves("STL"), moves("LDL"),
+        instructions(r"wgmma\.mma_async"), instructions(r"\bmma\.sync"), instructions(r"tcgen05\.mma"),
+        instructions(r"\bfma\.rn\.f32"), instructions(r"cp\.async\."),
     ), _matrix_loops(code)  # fmt: skip
 
 

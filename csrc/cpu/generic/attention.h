@@ -11,6 +11,7 @@
 #include "attention_forward.h"
 #include "attention_mask_gradient.h"
 #include "attention_delta.h"
+#include "attention_gradients.h"
 #include "attention_backward.h"
 #include "attention_map.h"
 #include "attention_entry.h"

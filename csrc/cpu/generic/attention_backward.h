@@ -17,9 +17,11 @@ class AttentionBackward {
         plan_(plan),
         tasks_(tasks),
         scores_(params.in),
-        dropout_(params.in),
+        dot_(plan.kernel == AttentionPlan::dot),
+        gradients_(params.in, scores_),
         deltas_(params),
-        mask_sums_(params, plan) {
+        mask_sums_(params, plan),
+        hides_(params.in.causal != Causal::none || params.in.left >= 0 || params.in.right >= 0 || params.in.mask.data) {
     int64_t longest = 0;
     for (int64_t b = 0; b < s_.B; ++b) {
       const AttentionSequence sequence(in_, b);
@@ -40,19 +42,19 @@ class AttentionBackward {
     for (int n = 0; n < plan_.threads; ++n) {
       Worker& w = workers_[n];
       w.lanes.carve(scratch, plan_.block_m);
-      w.q = scratch.take<C>(lanes_ * s_.D);
+      w.q = scratch.take<C>(lanes_ * D);
       w.grad = scratch.take<C>(lanes_ * s_.Dv);
       w.q_rows = scratch.take<C>(lanes_ * D);
       w.grad_rows = scratch.take<C>(lanes_ * Dv);
-      w.lse = scratch.take<C>(lanes_);
-      w.delta = scratch.take<C>(lanes_);
       w.o = scratch.take<C>(Lanes<C>::kWidth * s_.Dv);
-      w.slope_sums = scratch.take<C>(lanes_);
+      w.rows.lse = scratch.take<C>(lanes_);
+      w.rows.delta = scratch.take<C>(lanes_);
+      w.rows.slope_sums = scratch.take<C>(p_.dslopes ? lanes_ : 0);
+      w.rows.words = gradients_.carve_words(scratch);
       w.scores = scratch.take<C>(plan_.block_n * lanes_);
       w.ds = scratch.take<C>(plan_.block_n * lanes_);
       w.damping = scratch.take<C>(in_.softcap != 0 ? plan_.block_n * lanes_ : 0);
       w.bias = scratch.take<C>(in_.mask.data ? (plan_.block_n + V::size) * Lanes<C>::kWidth : 0);
-      w.words = scratch.take<uint32_t>(dropout_.active ? 4 * (Lanes<C>::kWidth + Words::size) : 0);
       w.k = scratch.take<C>(chunk_ * D);
       w.v = scratch.take<C>(chunk_ * Dv);
       w.dk = scratch.take<C>(chunk_ * D);
@@ -75,10 +77,13 @@ class AttentionBackward {
     mask_sums_.begin();
   }
 
+  // A task that takes all keys in one chunk makes the deltas of rows that see something on its way.
+  bool prepares() const { return plan_.splits > 1 || keys_ > chunk_ || p_.dsinks; }
+
   // Before the tasks: delta of all rows of the heads that share the keys of head `index`.
   void prepare(int worker, int64_t index) {
     Worker& w = workers_[worker];
-    each_block(w, index / s_.Hkv, index % s_.Hkv, [&](int64_t) { deltas_.make(w.lanes, w.grad, w.o); });
+    each_block(w, index / s_.Hkv, index % s_.Hkv, [&](int64_t) { make_deltas(w); });
   }
 
   void run(int worker, int64_t index) {
@@ -107,13 +112,12 @@ class AttentionBackward {
 
   struct Worker {
     Lanes<C> lanes;
-    C *q, *grad;                  // panels [width][lanes] of q and do
-    C *q_rows, *grad_rows;        // [lane][width]
-    C *lse, *delta, *slope_sums;  // delta: less the gradient of lse
-    C* o;                         // a panel
-    C *scores, *ds, *damping;     // [key][lanes of the block]
+    C *q, *grad;            // panels [width][lanes] of q and do; q as rows for dot products
+    C *q_rows, *grad_rows;  // [lane][width]
+    typename ScoreGradients<C>::Rows rows;
+    C* o;                      // a panel
+    C *scores, *ds, *damping;  // [key][lanes of the block]
     C* bias;
-    uint32_t* words;
     C *k, *v, *dk, *dv;  // of a chunk
     C* dq;               // all rows: blocks of panels [D][lanes]
   };
@@ -131,9 +135,11 @@ class AttentionBackward {
   const AttentionPlan& plan_;
   const AttentionTasks& tasks_;
   Scores<C> scores_;
-  Dropout dropout_;
+  bool dot_;
+  ScoreGradients<C> gradients_;
   RowDeltas<C> deltas_;
   MaskGradientSums<C> mask_sums_;
+  bool hides_;  // whether anything may be hidden
   int64_t keys_ = 0, blocks_, chunk_, lanes_, dq_stride_;
   Worker workers_[kMaxMembers];
   C* dq_parts_ = nullptr;
@@ -174,10 +180,10 @@ class AttentionBackward {
     }
     const V scale = V::set1(static_cast<C>(in_.scale));
     each_block(w, b, kv_head, [&](int64_t block) {
-      for (int64_t l = 0; l < w.lanes.count; l += V::size) scale.store(w.lse + l);
+      for (int64_t l = 0; l < w.lanes.count; l += V::size) scale.store(w.rows.lse + l);
       for (int64_t p = 0; p < w.lanes.panels; ++p) {
         const LanePanel& panel = w.lanes.panel[p];
-        lanes_to_rows(w.lanes, panel, dq + (block * lanes_ + panel.lane) * s_.D, w.lse, p_.dq, s_.dtype, s_.D);
+        lanes_to_rows(w.lanes, panel, dq + (block * lanes_ + panel.lane) * s_.D, w.rows.lse, p_.dq, s_.dtype, s_.D);
       }
     });
   }
@@ -191,7 +197,7 @@ class AttentionBackward {
     };
     const int64_t D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
     Chunk chunk{first, keys, read(in_.k, s_.D, w.k), read(in_.v, s_.Dv, w.v), true};
-    chunk.finite = all_finite(chunk.k.data, chunk.k.ld, keys, s_.D);
+    chunk.finite = !hides_ || all_finite(chunk.k.data, chunk.k.ld, keys, s_.D);
     std::fill_n(w.dk, keys * D, C(0));
     std::fill_n(w.dv, keys * Dv, C(0));
     each_block(w, b, kv_head, [&](int64_t block) {
@@ -217,24 +223,40 @@ class AttentionBackward {
     return false;
   }
 
+  void make_deltas(Worker& w) {
+    read_grad(w);
+    deltas_.make(w.lanes, w.grad, w.o);
+  }
+
+  void read_grad(Worker& w) const {
+    for (int64_t p = 0; p < w.lanes.panels; ++p)
+      rows_to_lanes(w.lanes, w.lanes.panel[p], p_.grad_o, s_.dtype, s_.Dv, w.grad + w.lanes.panel[p].lane * s_.Dv);
+  }
+
   // The rows of w.lanes by the keys of a chunk.
   void run_block(Worker& w, const Chunk& chunk, int64_t split, C* dq) {
     Lanes<C>& lanes = w.lanes;
     const int64_t D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
-    for (int64_t p = 0; p < lanes.panels; ++p) {
-      rows_to_lanes(lanes, lanes.panel[p], in_.q, s_.dtype, s_.D, w.q + lanes.panel[p].lane * s_.D);
-      rows_to_lanes(lanes, lanes.panel[p], p_.grad_o, s_.dtype, s_.Dv, w.grad + lanes.panel[p].lane * s_.Dv);
+    if (prepares()) {
+      read_grad(w);
+    } else {
+      make_deltas(w);
     }
+    for (int64_t p = 0; p < lanes.panels && !dot_; ++p)
+      rows_to_lanes(lanes, lanes.panel[p], in_.q, s_.dtype, s_.D, w.q + lanes.panel[p].lane * s_.D);
+    for (int64_t l = 0; dot_ && l < lanes.rows; ++l)
+      load_row<C>(s_.dtype, lanes.row_of(in_.q, s_.dtype, l), s_.D, w.q + l * D);
     rows_to_strips(lanes, in_.q, s_.D, w.q_rows);
     rows_to_strips(lanes, p_.grad_o, s_.Dv, w.grad_rows);
     read_statistics(w);
-    if (p_.dslopes) std::fill_n(w.slope_sums, lanes.count, C(0));
-    const bool finite =
-        chunk.finite && all_finite(w.q_rows, D, lanes.rows, D) && all_finite(w.grad_rows, Dv, lanes.rows, Dv);
+    if (p_.dslopes) std::fill_n(w.rows.slope_sums, lanes.count, C(0));
+    const bool finite = !hides_ || (chunk.finite && all_finite(w.q_rows, D, lanes.rows, D) &&
+                                    all_finite(w.grad_rows, Dv, lanes.rows, Dv));
     for (int64_t j = 0; j < chunk.keys; j += plan_.block_n)
       run_tile(w, chunk, j, std::min(plan_.block_n, chunk.keys - j), split, dq, finite);
     for (int64_t l = 0; p_.dslopes && l < lanes.rows; ++l)
-      slope_parts_[(lanes.b * s_.H + lanes.head[l]) * plan_.splits + split] -= static_cast<double>(w.slope_sums[l]);
+      slope_parts_[(lanes.b * s_.H + lanes.head[l]) * plan_.splits + split] -=
+          static_cast<double>(w.rows.slope_sums[l]);
   }
 
   void rows_to_strips(const Lanes<C>& lanes, const HeadTensor<const void*>& t, int64_t width, C* out) const {
@@ -254,13 +276,13 @@ class AttentionBackward {
     const Lanes<C>& lanes = w.lanes;
     constexpr C kInfinity = std::numeric_limits<C>::infinity();
     for (int64_t l = 0; l < lanes.count; ++l) {
-      w.lse[l] = kInfinity;
-      w.delta[l] = 0;
+      C &lse = w.rows.lse[l], &delta = w.rows.delta[l];
+      lse = kInfinity, delta = 0;
       if (l >= lanes.rows) continue;
-      const C lse = static_cast<const C*>(p_.lse.data)[lanes.offset(p_.lse, l)];
-      if (lse != -kInfinity) w.lse[l] = lse;
-      w.delta[l] = deltas_.at(lanes, l);
-      if (p_.grad_lse.data) w.delta[l] -= static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];
+      const C saved = static_cast<const C*>(p_.lse.data)[lanes.offset(p_.lse, l)];
+      if (saved != -kInfinity) lse = saved;
+      delta = deltas_.at(lanes, l);
+      if (p_.grad_lse.data) delta -= static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];
     }
   }
 
@@ -331,93 +353,24 @@ class AttentionBackward {
     const int64_t offset = tile.scores - w.scores;
     C *ds = w.ds + offset, *damping = w.damping ? w.damping + offset : nullptr;
     const C *k = chunk.k.data + key * chunk.k.ld, *v = chunk.v.data + key * chunk.v.ld;
-    multiply_rows(tile.keys, vectors, k, chunk.k.ld, s_.D, w.q + lane * s_.D, tile.scores, ld, false);
+    if (dot_) {  // as the forward had them, to the last bit
+      const int64_t ldq = lanes_rounded<C>(s_.D);
+      tile.clear_spare_lanes();
+      dot_rows(tile.panel->rows, w.q + lane * ldq, ldq, s_.D, k, chunk.k.ld, tile.keys, tile.scores, ld, RowsAhead{});
+    } else {
+      multiply_rows(tile.keys, vectors, k, chunk.k.ld, s_.D, w.q + lane * s_.D, tile.scores, ld, false);
+    }
     multiply_rows(tile.keys, vectors, v, chunk.v.ld, s_.Dv, w.grad + lane * s_.Dv, ds, ld, false);
     scores_.apply(w.lanes, tile, damping);
-    if (dropout_.active) drop(w, tile, ds);
-    gradients(w, tile, ds);
-    if (p_.dslopes) add_slopes(w, tile, ds);
+    gradients_.make(w.lanes, tile, w.rows, ds);
+    if (p_.dslopes) gradients_.add_slopes(w.lanes, tile, w.rows, ds);
     if (mask_sums_.wanted()) mask_sums_.add(w.lanes, tile, ds, split);
-    if (damping) damp(tile, damping, ds);
+    if (damping) gradients_.damp(tile, damping, ds);
     if (!p_.dq.data) return;
     if (tile.masked() && !finite) {
       add_selected<C, Lies::columns, false>(s_.D, width, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
     } else {
       add_columns(s_.D, vectors, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
     }
-  }
-
-  // P in place of the scores, its sign negative where dropout drops it; and dP of what is left of P.
-  void drop(Worker& w, const ScoreTile<C>& tile, C* ds) const {
-    for (int64_t l = 0; l < tile.width(); l += V::size) {
-      const auto probability = scores_.template probability<true>(w.lse + tile.panel->lane + l);
-      for (int64_t at = l; at < tile.keys * tile.ld; at += tile.ld)
-        probability(V::load(tile.scores + at)).store(tile.scores + at);
-    }
-    drop_tile<C>(dropout_, w.lanes, tile, w.words, [&](int64_t at, V kept) {
-      (V::load(ds + at) * kept).store(ds + at);
-      const V p = V::load(tile.scores + at);
-      select_gt(kept, V::zero(), p, -p).store(tile.scores + at);
-    });
-  }
-
-  // dS in place of dP, and P as the values had it in place of the scores (of P after drop()).
-  void gradients(Worker& w, const ScoreTile<C>& tile, C* ds) const {
-    if (dropout_.active) return gradients_of_dropped(w, tile, ds);
-    if (tile.masked()) return gradients<true>(w, tile, ds);
-    gradients<false>(w, tile, ds);
-  }
-
-  template <bool kMasked>
-  void gradients(Worker& w, const ScoreTile<C>& tile, C* ds) const {
-    for (int64_t l = 0; l < tile.width(); l += V::size) {
-      const int64_t lane = tile.panel->lane + l, end = tile.keys * tile.ld;
-      const auto probability = scores_.template probability<kMasked>(w.lse + lane);
-      const V delta = V::load(w.delta + lane);
-      for (int64_t at = l; at < end; at += tile.ld) {
-        const V p = probability(V::load(tile.scores + at));
-        p.store(tile.scores + at);
-        score_gradient<kMasked>(p, V::load(ds + at) - delta).store(ds + at);
-      }
-    }
-  }
-
-  void gradients_of_dropped(Worker& w, const ScoreTile<C>& tile, C* ds) const {
-    const V kept = V::set1(static_cast<C>(dropout_.kept));
-    for (int64_t l = 0; l < tile.width(); l += V::size) {
-      const V delta = V::load(w.delta + tile.panel->lane + l);
-      for (int64_t at = l; at < tile.keys * tile.ld; at += tile.ld) {
-        const V p = V::load(tile.scores + at);
-        max(V::zero(), p * kept).store(tile.scores + at);  // in this order NaN stays
-        score_gradient<true>(abs(p), V::load(ds + at) - delta).store(ds + at);
-      }
-    }
-  }
-
-  // Where nothing is seen dP may be anything.
-  template <bool kMasked>
-  static DLK_INLINE V score_gradient(V p, V g) {
-    if constexpr (!kMasked) return p * g;
-    return select_lt(p, V::set1(std::numeric_limits<C>::min()), V::zero(), p * g);
-  }
-
-  void add_slopes(Worker& w, const ScoreTile<C>& tile, const C* ds) const {
-    for (int64_t l = 0; l < tile.width(); l += V::size) {
-      const int64_t lane = tile.panel->lane + l;
-      const V position = V::load(w.lanes.position + lane);
-      V sum = V::zero();
-      for (int64_t j = 0; j < tile.keys; ++j)
-        sum = fma(V::load(ds + j * tile.ld + l), abs(position - V::set1(static_cast<C>(tile.first + j))), sum);
-      (V::load(w.slope_sums + lane) + sum).store(w.slope_sums + lane);
-    }
-  }
-
-  // Through the softcap. Where dS is 0 nothing may be seen, and the damping may be anything.
-  void damp(const ScoreTile<C>& tile, const C* damping, C* ds) const {
-    for (int64_t j = 0; j < tile.keys; ++j)
-      for (int64_t at = j * tile.ld; at < j * tile.ld + tile.width(); at += V::size) {
-        const V g = V::load(ds + at);
-        select_gt(abs(g), V::zero(), g * V::load(damping + at), g).store(ds + at);
-      }
   }
 };

@@ -1,4 +1,4 @@
-// delta = sum(do o) of every row, before the tasks of the backward: summed in the order of dP, so that a row
+// delta = sum(do o) of every row, before what needs it of the backward: summed in the order of dP, so that a row
 // that sees one key gets a gradient of exactly 0. And the gradients of the sinks: a sink has the
 // probability e^(sink - lse) and no value.
 
@@ -19,16 +19,15 @@ class RowDeltas {
 
   C at(const Lanes<C>& lanes, int64_t lane) const { return delta_[lanes.offset(like_lse(), lane)]; }
 
-  // The rows of `lanes`; grad and o have room for a panel.
-  void make(const Lanes<C>& lanes, C* grad, C* o) {
+  // The rows of `lanes`. grad holds do as panels, o has room for a panel.
+  void make(const Lanes<C>& lanes, const C* grad, C* o) {
     for (int64_t p = 0; p < lanes.panels; ++p) {
       const LanePanel& panel = lanes.panel[p];
-      rows_to_lanes(lanes, panel, p_.grad_o, s_.dtype, s_.Dv, grad);
       rows_to_lanes(lanes, panel, p_.o, s_.dtype, s_.Dv, o);
       const int64_t ld = int64_t{panel.vectors} * V::size;
       for (int64_t l = 0; l < panel.rows; l += V::size) {
         alignas(64) C sums[V::size];
-        sum_products(grad + l, o + l, ld).store(sums);
+        sum_products(grad + panel.lane * s_.Dv + l, o + l, ld).store(sums);
         for (int64_t r = 0; r < std::min<int64_t>(V::size, panel.rows - l); ++r) {
           delta_[lanes.offset(like_lse(), panel.lane + l + r)] = sums[r];
           if (sinks_) add_sink(lanes, panel.lane + l + r, static_cast<double>(sums[r]));

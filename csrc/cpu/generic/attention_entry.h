@@ -29,7 +29,7 @@ DLK_NOINLINE int attention_backward_as(const AttentionBackwardParams& params, co
   carve_all(work, scratch);
   work.begin();
   auto prepare = [&](int worker, int64_t head) { work.prepare(worker, head); };
-  run_tasks(runtime, plan.threads, params.in.shape.B * params.in.shape.Hkv, prepare);
+  if (work.prepares()) run_tasks(runtime, plan.threads, params.in.shape.B * params.in.shape.Hkv, prepare);
   auto body = [&](int worker, int64_t task) { work.run(worker, task); };
   const int members = run_tasks(runtime, plan.threads, work.task_count(), body);
   work.finish();

@@ -80,7 +80,7 @@ class AttentionForward {
     const int64_t lanes = Lanes<C>::lanes_for(plan_.block_m);
     C* memory =
         plan_.splits == 1 ? w.state : parts_ + (task.block * plan_.splits + split) * State::elements(lanes, s_.Dv);
-    return State(memory, lanes, s_.Dv, dot_);
+    return State(memory, lanes, s_.Dv, dot_, scores_);
   }
 
   void walk(Worker& w, const AttentionTask& task, const State& state) {
@@ -145,7 +145,7 @@ class AttentionForward {
     const int64_t ld = tile.ld, skipped = tile.first - block.first;
     if (dot_) {
       const int64_t ldq = lanes_rounded<C>(s_.D);
-      clear_spare_lanes(tile);
+      tile.clear_spare_lanes();
       dot_rows<C>(s_.dtype, panel.rows, w.q + panel.lane * ldq, ldq, s_.D,
                   advance(block.address(in_.k), s_.dtype, skipped * in_.k.row), in_.k.row, tile.keys, tile.scores, ld,
                   RowsAhead{static_cast<const char*>(advance(block.address(in_.v), s_.dtype, skipped * in_.v.row)),
@@ -156,16 +156,11 @@ class AttentionForward {
                     ld, false);
     }
     scores_.apply(w.lanes, tile, nullptr);
-    state.softmax(tile, scores_.to_base2());
+    state.softmax(tile);
     if (s_.Dv == 0) return;
     if (dropout_.active) drop(w, tile);
     const KeyRows<C>& v = block.v();
     add_values(tile, v.data + skipped * v.ld, v.ld, tile.masked() && !block.values_finite(), state);
-  }
-
-  static void clear_spare_lanes(const ScoreTile<C>& tile) {
-    for (int64_t j = 0; j < tile.keys; ++j)
-      std::fill(tile.scores + j * tile.ld + tile.panel->rows, tile.scores + (j + 1) * tile.ld, C(0));
   }
 
   void add_values(const ScoreTile<C>& tile, const C* values, int64_t ldv, bool selected, const State& state) const {
@@ -195,13 +190,8 @@ class AttentionForward {
   void finish(Worker& w, const State& state) const {
     const Lanes<C>& lanes = w.lanes;
     for (int64_t i = 0; i < lanes.count; ++i) {
-      const C sum = state.l[i];
-      if (i < lanes.rows)
-        static_cast<C*>(p_.lse.data)[lanes.offset(p_.lse, i)] =
-            sum == 0 ? -std::numeric_limits<C>::infinity()
-                     : static_cast<C>(0.6931471805599453 * static_cast<double>(state.m[i]) +
-                                      std::log(static_cast<double>(sum)));
-      state.l[i] = sum == 0 ? C(0) : C(1) / sum;
+      if (i < lanes.rows) static_cast<C*>(p_.lse.data)[lanes.offset(p_.lse, i)] = static_cast<C>(state.lse(i));
+      state.l[i] = state.l[i] == 0 ? C(0) : C(1) / state.l[i];
     }
     if (!p_.o.data) return;
     for (int64_t p = 0; p < lanes.panels && !dot_; ++p) {

@@ -48,9 +48,11 @@ struct Lanes {
     b = batch, rows = n, count = lanes_for(n);
     const AttentionShape& s = inputs.shape;
     int64_t i = first % sequence.M, h = kv_head * s.group() + first / sequence.M;
+    const bool everything = inputs.causal == Causal::none && inputs.left < 0 && inputs.right < 0;
     for (int64_t l = 0; l < count + Words::size; ++l) {
       query[l] = i, head[l] = h;
-      const AttentionSequence::Range keys = sequence.keys(inputs, i);
+      const AttentionSequence::Range keys =
+          everything ? AttentionSequence::Range{0, sequence.N} : sequence.keys(inputs, i);
       begin[l] = keys.begin, end[l] = keys.end;
       position[l] = static_cast<C>(sequence.position(inputs, i));
       slope[l] = inputs.slopes ? static_cast<C>(inputs.slopes[batch * inputs.slopes_b + h]) : C(0);
@@ -156,7 +158,7 @@ DLK_NOINLINE void lanes_to_rows(const Lanes<C>& lanes, const LanePanel& panel, c
   for (int64_t l = 0; l < panel.rows; l += kSize) {
     const int valid = static_cast<int>(panel.rows - l < kSize ? panel.rows - l : kSize);
     const Vec<C> times = Vec<C>::load(factor + l);
-    S* row[kSize];
+    S* row[kSize] = {};
     for (int r = 0; r < valid; ++r) row[r] = static_cast<S*>(t.data) + lanes.offset(t, panel.lane + l + r);
     for (int64_t x = 0; x < width; x += kSize) {
       const int n = static_cast<int>(width - x < kSize ? width - x : kSize);

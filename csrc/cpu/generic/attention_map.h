@@ -86,12 +86,13 @@ class AttentionMap {
 
   // One vector of lanes of a tile, column bin by column bin.
   void pool(Worker& w, const ScoreTile<C>& tile, int64_t l, C* map) const {
-    const auto probability = scores_.template probability<true>(w.lse + l);
+    const auto probability = scores_.template probability<true>();
+    const V lse = V::load(w.lse + l);
     const int64_t end = tile.first + tile.keys;
     for (int64_t j = tile.first; j < end;) {
       const int64_t column = j * p_.cols / s_.N, next = std::min(end, bin_begin(column + 1, s_.N, p_.cols));
       V sum = V::zero();
-      for (; j < next; ++j) sum = sum + probability(V::load(tile.scores + (j - tile.first) * tile.ld + l));
+      for (; j < next; ++j) sum = sum + probability(V::load(tile.scores + (j - tile.first) * tile.ld + l), lse);
       alignas(64) C sums[V::size];
       sum.store(sums);
       for (int64_t r = 0; r < std::min<int64_t>(V::size, tile.panel->rows - l); ++r) {

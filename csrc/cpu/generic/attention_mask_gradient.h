@@ -86,7 +86,7 @@ class MaskGradientSums {
     C* sums = sums_ ? sums_ : is_compute_type<C>(in_.mask.dtype) ? static_cast<C*>(g_.data) : nullptr;
     for (int64_t l = 0; l < tile.panel->rows; l += V::size) {
       const int rows = static_cast<int>(std::min<int64_t>(V::size, tile.panel->rows - l));
-      int64_t row[V::size];
+      int64_t row[V::size] = {};
       for (int r = 0; r < rows; ++r) {
         const int64_t lane = tile.panel->lane + l + r;
         row[r] = lanes.b * g_.b + lanes.head[lane] * g_.h + lanes.query[lane] * g_.i + tile.first;

@@ -15,35 +15,41 @@ struct ScoreTile {
   bool holes;    // the mask hides something
   bool masked() const { return partial || holes; }
   int64_t width() const { return int64_t{panel->vectors} * Vec<C>::size; }
+  void clear_spare_lanes() const {
+    for (int64_t j = 0; j < keys; ++j) std::fill(scores + j * ld + panel->rows, scores + j * ld + width(), C(0));
+  }
 };
 
 template <class C>
 class Scores {
  public:
   explicit Scores(const AttentionInputs& in)
-      : in_(in), transformed_(in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > 0)) {}
+      : in_(in),
+        transformed_(in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > kLeastFactor)) {
+  }
 
-  // Scores times this are exponents of 2.
-  C to_base2() const { return static_cast<C>(1.4426950408889634 * (transformed_ ? 1 : in_.scale)); }
-  // ... and times this, natural logarithms.
-  double to_natural() const { return transformed_ ? 1 : in_.scale; }
+  // Scores times this are logits,
+  C to_natural() const { return static_cast<C>(transformed_ ? 1 : in_.scale); }
+  // ... and times this, exponents of 2.
+  C to_base2() const { return static_cast<C>(1.4426950408889634 * static_cast<double>(to_natural())); }
 
-  // From scores to probabilities, given lse; the difference comes first, where it rounds least. With kMasked what is
-  // hidden has none, whatever lse is.
+  // From scores to probabilities, given lse. The logit is rounded, as it was in the lse of a row that is all one
+  // key's: its probability is exactly 1. With kMasked what is hidden has none, whatever lse is. An lse of -inf, of rows
+  // that see nothing, is to come as +inf: their probabilities are 0.
   template <bool kMasked>
   struct Probability {
     using V = Vec<C>;
-    V scale, lse;
-    DLK_INLINE V operator()(V score) const {
-      const V p = exp2_down(fma(score, scale, -lse) * V::set1(C(1.4426950408889634)));
+    V scale;
+    Exp2Down<C> exp2;
+    DLK_INLINE V operator()(V score, V lse) const {
+      const V p = exp2(rounded(score * scale) - lse);
       if constexpr (!kMasked) return p;
       return select_lt(score, V::set1(std::numeric_limits<C>::lowest()), V::zero(), p);
     }
   };
-  // An lse of -inf, of rows that see nothing, is to come as +inf: their probabilities are 0.
   template <bool kMasked>
-  DLK_INLINE Probability<kMasked> probability(const C* lse) const {
-    return {Vec<C>::set1(static_cast<C>(to_natural())), Vec<C>::load(lse)};
+  DLK_INLINE Probability<kMasked> probability() const {
+    return {Vec<C>::set1(to_natural()), Exp2Down<C>(C(1.4426950408889634))};
   }
 
   // The keys of [first, first + keys) that this panel sees at all; false if there are none.
@@ -125,6 +131,9 @@ class Scores {
  private:
   const AttentionInputs& in_;
   bool transformed_;
+
+  // A smaller scale is none to divide a sink by.
+  static constexpr double kLeastFactor = 1e-20;
 
   template <bool kTransformed, bool kBiased, bool kPartial>
   DLK_NOINLINE void apply(const Lanes<C>& lanes, const ScoreTile<C>& tile, C* damping) const {

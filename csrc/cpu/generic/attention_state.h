@@ -1,11 +1,14 @@
 // What the keys so far have made of a task's rows: m, about the maximum of each row's scores, the sum
-// l of their exponentials from there, and the sum o of the values (online softmax).
+// l of their exponentials from there, and the sum o of the values (online softmax). The exponential of m itself is
+// exactly 1.
 
 template <class C>
 struct RowState {
   using V = Vec<C>;
   C* o;           // panels [width][lanes]; or [lane][ld] where few rows go by dot products
-  C *m, *l;       // [lanes]; m in powers of 2
+  C *m, *l;       // [lanes]
+  C to_natural;   // a score times this is a logit,
+  C to_base2;     // and times this an exponent of 2
   int64_t width;  // Dv
   bool by_rows;
 
@@ -16,8 +19,14 @@ struct RowState {
   static int64_t elements(int64_t lanes, int64_t width) { return lanes * (lanes_rounded<C>(width) + 2); }
 
   RowState() = default;
-  RowState(C* memory, int64_t lanes, int64_t values, bool rows)
-      : o(memory + 2 * lanes), m(memory), l(memory + lanes), width(values), by_rows(rows) {}
+  RowState(C* memory, int64_t lanes, int64_t values, bool rows, const Scores<C>& scores)
+      : o(memory + 2 * lanes),
+        m(memory),
+        l(memory + lanes),
+        to_natural(scores.to_natural()),
+        to_base2(scores.to_base2()),
+        width(values),
+        by_rows(rows) {}
 
   int64_t ld() const { return lanes_rounded<C>(width); }
   C* of(const LanePanel& panel) const { return o + panel.lane * (by_rows ? ld() : width); }
@@ -25,24 +34,29 @@ struct RowState {
   // -inf minus itself is NaN: rows that have seen nothing count from 0.
   static V finite(V m) { return select_gt(m, V::set1(-std::numeric_limits<C>::infinity()), m, V::zero()); }
   // What was made with the maximum `from` counts this much with `to`.
-  static V decay(V from, V to) { return exp2_down(from - finite(to)); }
+  V decay(V from, V to) const { return Exp2Down<C>(to_base2)(from - finite(to)); }
 
   // A sink is a key of probability but without value.
   void begin(const Lanes<C>& lanes, const double* sinks) const {
     constexpr double kNone = -std::numeric_limits<double>::infinity();
     for (int64_t i = 0; i < lanes.count; ++i) {
-      const double sink = sinks ? sinks[lanes.head[i]] * 1.4426950408889634 : kNone;
-      m[i] = static_cast<C>(sink);
-      l[i] = sink == kNone ? C(0) : static_cast<C>(std::exp2(sink - static_cast<double>(m[i])));
+      const double sink = sinks ? sinks[lanes.head[i]] : kNone;
+      m[i] = static_cast<C>(sink / static_cast<double>(to_natural));
+      l[i] = sink == kNone ? C(0) : static_cast<C>(std::exp(sink - logit(i)));
     }
     std::fill_n(o, lanes.count * (by_rows ? ld() : width), C(0));
   }
 
+  double lse(int64_t lane) const {
+    return l[lane] == 0 ? -std::numeric_limits<double>::infinity()
+                        : logit(lane) + std::log(static_cast<double>(l[lane]));
+  }
+
   // From scores to exponentials; what there is of the rows so far is brought to the new maximum.
-  void softmax(const ScoreTile<C>& tile, C to_base2) const {
-    if (tile.panel->vectors == 3) return softmax<3>(tile, to_base2);
-    if (tile.panel->vectors == 2) return softmax<2>(tile, to_base2);
-    softmax<1>(tile, to_base2);
+  void softmax(const ScoreTile<C>& tile) const {
+    if (tile.panel->vectors == 3) return softmax<3>(tile);
+    if (tile.panel->vectors == 2) return softmax<2>(tile);
+    softmax<1>(tile);
   }
 
   // Takes in the state of other keys.
@@ -61,13 +75,15 @@ struct RowState {
   }
 
  private:
+  double logit(int64_t lane) const { return static_cast<double>(m[lane]) * static_cast<double>(to_natural); }
+
   // Key by key, as the tile lies in memory: it may not fit L1 beside what it was made from.
   template <int kVectors>
-  DLK_NOINLINE void softmax(const ScoreTile<C>& tile, C to_base2) const {
+  DLK_NOINLINE void softmax(const ScoreTile<C>& tile) const {
     constexpr int kKeys = kVectors == 1 ? 4 : 2;  // at once
-    const V factor = V::set1(to_base2);
+    const Exp2Down<C> exp2(to_base2);
     const int64_t ld = tile.ld, whole = tile.keys / kKeys * kKeys;
-    V parts[kKeys][kVectors], shift[kVectors], rest[kVectors];
+    V parts[kKeys][kVectors], zero[kVectors], rest[kVectors];
     fill(parts, -std::numeric_limits<C>::infinity());
     C* scores = tile.scores;
     int64_t j = 0;
@@ -89,15 +105,14 @@ struct RowState {
       V highest = parts[0][v];
       DLK_UNROLL
       for (int i = 1; i < kKeys; ++i) highest = max(parts[i][v], highest);
-      highest = highest * factor;
-      const V now = select_gt(highest - before, V::set1(kHeadroom), highest, before);
+      const V now = select_gt((highest - before) * exp2.factor, V::set1(kHeadroom), highest, before);
       now.store(at);
-      shift[v] = -finite(now);
-      rest[v] = exp2_down(before + shift[v]);
+      zero[v] = finite(now);
+      rest[v] = exp2(before - zero[v]);
     }
     fill(parts, C(0));
     const auto exponential = [&](C* score, int v) __attribute__((always_inline)) {
-      const V e = exp2_down(fma(V::load(score + v * V::size), factor, shift[v]));
+      const V e = exp2(V::load(score + v * V::size) - zero[v]);
       e.store(score + v * V::size);
       return e;
     };
