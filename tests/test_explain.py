@@ -131,6 +131,7 @@ def run_cli(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "dlkernels", *args], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.o0_skip(reason="the command line is Python alone")
 def test_command_line() -> None:
     text = run_cli("info")
     assert text.returncode == 0, text.stderr
