@@ -38,7 +38,8 @@ _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
         "sm_80": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         "sm_86": (Tile(128, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         "sm_90": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        "sm_100": (Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
+        # Tensor memory has 512 columns: 128 x 128 under a causal mask would need 576.
+        "sm_100": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
     },
     "backward_query": {
         "sm_80": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),

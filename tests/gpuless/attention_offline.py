@@ -93,6 +93,8 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str) -> None:
         where = f"{name}, {kind}, {arch}: {binary}, {loops}"
         print(where)
         assert binary.shared <= heuristics.FAMILIES[arch], f"too much shared memory: {where}"
+        # Triton makes an empty kernel of one that needs more, without a word.
+        assert binary.tensor_columns <= 512, f"too much tensor memory: {where}"
         assert binary.registers <= 255, where
         if name not in PRODUCTS:
             assert binary.stack == 0, f"spills: {where}"
@@ -108,7 +110,10 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str) -> None:
             continue
         assert loops, f"no loop found: {where}"
         whole, any_loop = SPILLS_PER_LOOP[kind] if half else SPILLS_FLOAT32
-        assert min(loops, key=lambda loop: loop.selects).spills <= whole, f"spills in a loop: {where}"
+        # Blocks that wait for a barrier lie behind the code and jump back into it: they look like small loops.
+        most = max(loop.matrix for loop in loops)
+        plainest = min((loop for loop in loops if 2 * loop.matrix >= most), key=lambda loop: loop.selects)
+        assert plainest.spills <= whole, f"spills in a loop: {where}"
         usual = loops[: max(1, len(loops) - _repairs(name, kind))]
         assert max(loop.spills for loop in usual) <= any_loop, f"spills in a loop: {where}"
 
@@ -165,7 +170,7 @@ def test_decode_map_and_odd_sizes(arch: str, monkeypatch: pytest.MonkeyPatch) ->
     names = [name for name, _, _ in found]
     assert {"forward", "combine", "backward_key", "backward_query", "map_kernel"} <= set(names)
     for name, binary, _ in found:
-        assert binary.shared <= heuristics.FAMILIES[arch], (name, binary)
+        assert binary.shared <= heuristics.FAMILIES[arch] and binary.tensor_columns <= 512, (name, binary)
 
 
 @pytest.mark.parametrize("arch", ["sm_80"])

@@ -63,6 +63,7 @@ class Binary(NamedTuple):
     registers: int
     stack: int
     shared: int
+    tensor_columns: int  # of 10.0's tensor memory
     spill_stores: int
     spill_loads: int
     wgmma: int
@@ -107,7 +108,7 @@ def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
         return len(re.findall(pattern, kernel.asm["ptx"]))
 
     return Binary(
-        usage["REG"], usage["STACK"], kernel.metadata.shared, moves("STL"), moves("LDL"),
+        usage["REG"], usage["STACK"], kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0), moves("STL"), moves("LDL"),
         instructions(r"wgmma\.mma_async"), instructions(r"\bmma\.sync"), instructions(r"tcgen05\.mma"),
         instructions(r"\bfma\.rn\.f32"), instructions(r"cp\.async\."),
     ), _matrix_loops(code)  # fmt: skip
