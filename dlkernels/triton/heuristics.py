@@ -38,20 +38,21 @@ _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
         "sm_80": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         "sm_86": (Tile(128, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         "sm_90": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
-        # Tensor memory has 512 columns: 128 x 128 under a causal mask would need 576.
-        "sm_100": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
+        # Tensor memory has 512 columns, and each loop over tiles takes its own: 128 x 128 under a causal mask would
+        # need 576. A width of 256 fits none: 32 rows keep it on the units that have their sums in registers.
+        "sm_100": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
     },
     "backward_query": {
         "sm_80": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         "sm_86": (Tile(64, 64, 4, 2), Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
         "sm_90": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        "sm_100": (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        "sm_100": (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
     },
     "backward_key": {
         "sm_80": (Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
         "sm_86": (Tile(64, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
         "sm_90": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
-        "sm_100": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2), Tile(16, 64, 8, 2)),
+        "sm_100": (Tile(64, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
     },
 }
 # float32 without tf32 runs on the plain FMA units, whose operands come from shared memory: small tiles, everywhere.
@@ -84,10 +85,10 @@ def tile(kernel: str, arch: str, half: bool, width: int, busy: bool) -> Tile:
     if not (busy and half):
         return choice
     warp_groups = arch in ("sm_90", "sm_100")
-    fewest = 64 if kernel == "backward_key" and warp_groups else min(choice.block_n, 32)
+    fewest = min(choice.block_n, 64 if kernel == "backward_key" and warp_groups else 32)
     choice = choice._replace(block_n=max(fewest, choice.block_n // 2))
-    if kernel == "backward_key" and not warp_groups and choice.block_m * choice.block_n > 2048:
-        # 64 x 64 on 8.0 spills 220 registers in each turn with dropout, 32 x 64 none.
+    if kernel == "backward_key" and choice.block_m * choice.block_n > 2048:
+        # With 64 x 64 each turn moves some 200 spilled registers (8.0: dropout; 9.0: all features), with 32 x 64 few.
         choice = choice._replace(block_m=choice.block_m // 2)
     return choice
 

@@ -108,8 +108,8 @@ def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
         return len(re.findall(pattern, kernel.asm["ptx"]))
 
     return Binary(
-        usage["REG"], usage["STACK"], kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0), moves("STL"), moves("LDL"),
-        instructions(r"wgmma\.mma_async"), instructions(r"\bmma\.sync"), instructions(r"tcgen05\.mma"),
+        usage["REG"], usage["STACK"], kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0), moves("STL"),
+        moves("LDL"), instructions(r"wgmma\.mma_async"), instructions(r"\bmma\.sync"), instructions(r"tcgen05\.mma"),
         instructions(r"\bfma\.rn\.f32"), instructions(r"cp\.async\."),
     ), _matrix_loops(code)  # fmt: skip
 
