@@ -56,6 +56,7 @@ def rungs(specs: list[str]) -> list[Rung]:
         ),
         *(Rung("registration", spec, "registration.py", {}) for spec in specs),
         Rung("interpreter itself", specs[0], "interpreter_itself.py", interpreted),
+        Rung("offline itself", specs[0], "offline_itself.py", {"OMP_NUM_THREADS": "1"}),
     ]  # fmt: skip
 
 
