@@ -35,7 +35,8 @@ FAMILIES = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448}
 # 16-bit operands: the accumulators are the budget. 128 x 128 floats over 8 warps are 64 registers of a thread's 255.
 _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
     "forward": {
-        "sm_80": (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        # 128 x 64 at a width of 128 is beyond what ptxas can place under a causal mask: it gives up, with 32 registers.
+        "sm_80": (Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 8, 2)),
         "sm_86": (Tile(128, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2)),
         "sm_90": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 2)),
         # Tensor memory has 512 columns, and each loop over tiles takes its own: 128 x 128 under a causal mask would
