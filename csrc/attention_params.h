@@ -62,7 +62,7 @@ struct AttentionForwardParams {
   HeadTensor<void*> lse;  // [B, H, M] of the compute type; -inf where nothing is seen
 };
 
-// [B, H, M, N] of the mask's dtype, contiguous, filled with zeros; a stride of 0 where the mask is broadcast.
+// [B, H, M, N] of the mask's dtype, contiguous; a stride of 0 where the mask is broadcast.
 struct MaskGradient {
   void* data;  // null = not wanted
   int64_t elements;

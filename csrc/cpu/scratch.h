@@ -5,10 +5,6 @@
 // Used twice over the same list of take()s: before allocate() they only add up.
 #pragma once
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +13,7 @@
 #include <new>
 #include <utility>
 
+#include "huge_pages.h"
 #include "runtime_flags.h"
 
 namespace dlk {
@@ -78,16 +75,12 @@ class Scratch {
       spare().take(&block);
       if (block.size >= wanted) return block;
       std::free(block.memory);
-      // Huge pages where the system grants them: walks through many megabytes of panels and products would else
-      // keep missing the TLB.
-      constexpr size_t kHugePage = size_t{2} << 20, kHugeFrom = size_t{8} << 20;
+      // Walks through many megabytes of panels and products would else keep missing the TLB.
       const size_t unit = wanted >= kHugeFrom ? kHugePage : kAlign;
       block.size = (wanted + unit - 1) / unit * unit;
       block.memory = static_cast<char*>(std::aligned_alloc(unit, block.size));
       if (!block.memory) throw std::bad_alloc();
-#if defined(__linux__)
-      if (unit == kHugePage) madvise(block.memory, block.size, MADV_HUGEPAGE);
-#endif
+      want_huge_pages(block.memory, block.size);
       return block;
     }
 

@@ -201,7 +201,11 @@ class AttentionBackward {
     std::fill_n(w.dk, keys * D, C(0));
     std::fill_n(w.dv, keys * Dv, C(0));
     each_block(w, b, kv_head, [&](int64_t block) {
-      if (sees(w.lanes, first, keys)) run_block(w, chunk, split, dq + block * lanes_ * s_.D);
+      if (sees(w.lanes, first, keys)) {
+        run_block(w, chunk, split, dq + block * lanes_ * s_.D);
+      } else {
+        for (int64_t p = 0; p < w.lanes.panels; ++p) mask_sums_.hide(w.lanes, w.lanes.panel[p], first, first + keys);
+      }
     });
     if (!p_.dk.data) return;
     store_chunk(w.dk, D, p_.dk, s_.D, key_offset(in_, sequence, p_.dk, b, kv_head, first), keys, in_.scale);
@@ -305,6 +309,8 @@ class AttentionBackward {
       const int64_t skipped = seen ? tile.first - chunk.first - at : begin, count = seen ? tile.keys : 0;
       clear_lanes(w, panel, begin, skipped, ld);
       clear_lanes(w, panel, skipped + count, end, ld);
+      mask_sums_.hide(lanes, panel, chunk.first + at, chunk.first + at + skipped);
+      mask_sums_.hide(lanes, panel, chunk.first + at + skipped + count, chunk.first + at + keys);
       masked = masked || !seen || tile.masked() || skipped > begin || skipped + count < end;
       if (!seen) continue;
       any = true;

@@ -1,7 +1,8 @@
 // The gradient of an additive mask, summed to the mask's own shape while the tiles pass.
 //
 // Where the mask has queries and keys, each tile adds to its place: such places belong to one task
-// (AttentionTasks::of_keys). Where either is broadcast, sums of each head go to `parts`, which is linear
+// (AttentionTasks::of_keys). A place that is no other head's has one tile, which is stored: nothing is read, or filled
+// with zeros before. Where either is broadcast, sums of each head go to `parts`, which is linear
 // in the lengths, and are added up in order at the end.
 
 template <class C>
@@ -18,11 +19,12 @@ class MaskGradientSums {
   void carve(Scratch& scratch) {
     if (!wanted()) return;
     if (per_element()) {
-      // Sums of several heads do not go through 16 bits.
       const bool shared = (g_.b == 0 && s_.B > 1) || (g_.h == 0 && s_.H > 1);
       const DType dtype = in_.mask.dtype;
-      const bool direct = is_compute_type<C>(dtype) || (!shared && dtype == s_.dtype);
-      sums_ = scratch.take<C>(direct ? 0 : g_.elements);
+      once_ = !shared && (is_compute_type<C>(dtype) || dtype == s_.dtype);
+      if (once_) return;
+      // Sums of several heads do not go through 16 bits.
+      sums_ = is_compute_type<C>(dtype) ? static_cast<C*>(g_.data) : scratch.take<C>(g_.elements);
       return;
     }
     part_count_ = s_.B * s_.H * (g_.j ? s_.N : splits_ * (g_.i ? s_.M : 1));
@@ -46,11 +48,21 @@ class MaskGradientSums {
     }
   }
 
+  // What a panel does not see of the keys [first, end).
+  void hide(const Lanes<C>& lanes, const LanePanel& panel, int64_t first, int64_t end) const {
+    if (!once_ || first >= end) return;
+    const int64_t size = item_size(in_.mask.dtype);
+    for (int64_t lane = panel.lane; lane < panel.lane + panel.rows; ++lane)
+      std::memset(static_cast<char*>(g_.data) + (row_of(lanes, lane) + first) * size, 0,
+                  static_cast<size_t>((end - first) * size));
+  }
+
   // Once, after all tasks.
   void finish() const {
-    if (!wanted()) return;
+    if (!wanted() || once_) return;
     if (per_element()) {
-      for (int64_t i = 0; sums_ && i < g_.elements; ++i) store(i, sums_[i]);
+      if (sums_ == g_.data) return;
+      for (int64_t i = 0; i < g_.elements; ++i) store(i, sums_[i]);
       return;
     }
     const int64_t per_head = part_count_ / std::max<int64_t>(1, s_.B * s_.H);
@@ -68,7 +80,8 @@ class MaskGradientSums {
   const AttentionShape& s_;
   int64_t splits_;
   int64_t part_count_ = 0;
-  C* sums_ = nullptr;         // [elements], where `data` cannot hold them
+  bool once_ = false;         // each element has one tile
+  C* sums_ = nullptr;         // [elements]: `data`, if it can hold them
   C* parts_ = nullptr;        // [B * H][N], or [splits][M or 1] each
   double* totals_ = nullptr;  // [elements]
 
@@ -81,16 +94,15 @@ class MaskGradientSums {
     }
   }
 
+  int64_t row_of(const Lanes<C>& lanes, int64_t lane) const {
+    return lanes.b * g_.b + lanes.head[lane] * g_.h + lanes.query[lane] * g_.i;
+  }
+
   void add_elements(const Lanes<C>& lanes, const ScoreTile<C>& tile, const C* ds) const {
-    // What is not summed up in the compute type has one tile only.
-    C* sums = sums_ ? sums_ : is_compute_type<C>(in_.mask.dtype) ? static_cast<C*>(g_.data) : nullptr;
     for (int64_t l = 0; l < tile.panel->rows; l += V::size) {
       const int rows = static_cast<int>(std::min<int64_t>(V::size, tile.panel->rows - l));
       int64_t row[V::size] = {};
-      for (int r = 0; r < rows; ++r) {
-        const int64_t lane = tile.panel->lane + l + r;
-        row[r] = lanes.b * g_.b + lanes.head[lane] * g_.h + lanes.query[lane] * g_.i + tile.first;
-      }
+      for (int r = 0; r < rows; ++r) row[r] = row_of(lanes, tile.panel->lane + l + r) + tile.first;
       for (int64_t j = 0; j < tile.keys; j += V::size) {
         const int keys = static_cast<int>(std::min<int64_t>(V::size, tile.keys - j));
         V block[V::size];
@@ -101,16 +113,11 @@ class MaskGradientSums {
           for (int c = 0; c < V::size; ++c) block[c] = c < keys ? V::load(ds + (j + c) * tile.ld + l) : V::zero();
         }
         transpose(block);
-        if (sums && keys == V::size && rows == V::size) {
-          DLK_UNROLL
-          for (int r = 0; r < V::size; ++r) (V::load(sums + row[r] + j) + block[r]).store(sums + row[r] + j);
-          continue;
-        }
         for (int r = 0; r < rows; ++r) {
-          if (sums) {
-            store_part(sums + row[r] + j, load_part(sums + row[r] + j, keys) + block[r], keys);
-          } else {
+          if (once_) {
             store_any<C>(in_.mask.dtype, g_.data, row[r] + j, block[r], keys);
+          } else {
+            store_part(sums_ + row[r] + j, load_part(sums_ + row[r] + j, keys) + block[r], keys);
           }
         }
       }

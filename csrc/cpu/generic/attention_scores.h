@@ -84,15 +84,23 @@ class Scores {
       }
     } else {
       const bool plain = reads_full();
+      const int64_t item = in_.mask.boolean ? 1 : item_size(in_.mask.dtype);
       for (int64_t l = 0; l < ld; l += V::size) {
         int64_t row[V::size];
-        for (int r = 0; r < V::size; ++r) row[r] = mask_row(lanes, panel.lane + std::min(l + r, panel.rows - 1));
+        int64_t next[V::size];  // rows far apart: no prefetcher follows
+        for (int r = 0; r < V::size; ++r) {
+          row[r] = mask_row(lanes, panel.lane + std::min(l + r, panel.rows - 1));
+          next[r] = mask_row(lanes, std::min(panel.lane + l + V::size + r, lanes.rows - 1)) + tile->first;
+        }
         for (int64_t j = 0; j < tile->keys; j += V::size) {
           const int n = static_cast<int>(tile->keys - j < V::size ? tile->keys - j : V::size);
           V block[V::size];
           if (n == V::size && plain) {
             DLK_UNROLL
-            for (int r = 0; r < V::size; ++r) block[r] = read_full(row[r] + tile->first + j);
+            for (int r = 0; r < V::size; ++r) {
+              block[r] = read_full(row[r] + tile->first + j);
+              __builtin_prefetch(static_cast<const char*>(in_.mask.data) + (next[r] + j) * item, 0, 2);
+            }
           } else {
             for (int r = 0; r < V::size; ++r) block[r] = read(row[r], tile->first + j, n);
           }
