@@ -10,6 +10,8 @@ namespace {
 constexpr double kSerialWork = 200e3;
 // Rows of a task: enough to use keys and values many times once they are in the cache.
 constexpr int64_t kBlockRows = 192;
+// More of them in the forward where keys and values are made floats for each task.
+constexpr int64_t kConvertedBlockRows = 336;
 // Keys multiplied at once: a panel's scores stay in L1, and no sum of products is longer.
 constexpr int64_t kBlockKeys = 128;
 // So many rows of all heads that share keys are multiplied with the keys as they lie.
@@ -38,7 +40,8 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   plan.isa = isa;
   plan.threads = work < kSerialWork ? 1 : std::min(std::max(threads, 1), kMaxMembers);
   plan.kernel = rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
-  plan.block_m = std::min(kBlockRows, (rows + 15) / 16 * 16);
+  const bool converted = !backward && (s.dtype == DType::bf16 || s.dtype == DType::f16);
+  plan.block_m = std::min(converted ? kConvertedBlockRows : kBlockRows, (rows + 15) / 16 * 16);
   plan.block_n = kBlockKeys;
   const int64_t wanted = backward ? kBackwardTasks : kTasks;
   int64_t tasks, most;

@@ -118,9 +118,15 @@ struct RowState {
     };
     for (j = 0, scores = tile.scores; j < whole; j += kKeys, scores += kKeys * ld) {
       DLK_UNROLL
-      for (int i = 0; i < kKeys; ++i) {
+      for (int i = 0; i < kKeys; i += 2) {
         DLK_UNROLL
-        for (int v = 0; v < kVectors; ++v) parts[i][v] = parts[i][v] + exponential(scores + i * ld, v);
+        for (int v = 0; v < kVectors; ++v) {
+          C *const a = scores + i * ld + v * V::size, *const b = a + ld;
+          const Pair<V> e = exp2(Pair<V>{V::load(a), V::load(b)} - spread<Pair<V>>(zero[v]));
+          e.a.store(a), e.b.store(b);
+          parts[i][v] = parts[i][v] + e.a;
+          parts[i + 1][v] = parts[i + 1][v] + e.b;
+        }
       }
     }
     for (; j < tile.keys; ++j, scores += ld) {

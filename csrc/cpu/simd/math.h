@@ -102,12 +102,14 @@ struct Exp2Down {
 
   DLK_INLINE explicit Exp2Down(C times) : factor(V::set1(times)), least(V::set1(-K::n_max / times)) {}
 
-  DLK_INLINE V operator()(V x) const {
-    const V y = max(least, x), shift = V::set1(K::shift);
-    const V shifted = fma(y, factor, shift);
-    const V scale = exponent_from_bits(shifted);
-    const V minus_r = fnma(y, factor, shifted - shift);
-    return fma(scale, expm1_reduced(minus_r * V::set1(C(-0.6931471805599453)), C()), scale);
+  // For a Vec or a Pair.
+  template <class W>
+  DLK_INLINE W operator()(W x) const {
+    const W y = max(spread<W>(least), x), times = spread<W>(factor), shift = W::set1(K::shift);
+    const W shifted = fma(y, times, shift);
+    const W scale = exponent_from_bits(shifted);
+    const W minus_r = fnma(y, times, shifted - shift);
+    return fma(scale, expm1_reduced(minus_r * W::set1(C(-0.6931471805599453)), C()), scale);
   }
 };
 

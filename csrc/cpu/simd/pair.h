@@ -24,6 +24,16 @@ struct ElementOfVector<Pair<V>> : ElementOfVector<V> {};
 template <class V>
 using ElementOf = typename ElementOfVector<V>::type;
 
+// One vector as what W is.
+template <class W, class V>
+DLK_INLINE W spread(V x) {
+  if constexpr (std::is_same_v<W, V>) {
+    return x;
+  } else {
+    return {x, x};
+  }
+}
+
 template <class V>
 DLK_INLINE Pair<V> operator+(Pair<V> x, Pair<V> y) {
   return {x.a + y.a, x.b + y.b};
