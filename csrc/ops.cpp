@@ -7,6 +7,10 @@
 #include "cpu/rnn_ops.h"
 #include "cpu/rnn_reason.h"
 #include "cpu/threads.h"
+#include "cuda/sequence.h"
+#ifdef DLKERNELS_WITH_CUDA
+#include "cuda/gpu_limits.h"
+#endif
 
 namespace py = pybind11;
 
@@ -109,6 +113,31 @@ py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
   return dict;
 }
 
+py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape) {
+  static const char* const kinds[] = {"cluster", "grid", "steps"};
+  py::dict dict;
+  dict["kernel"] = std::string("cuda/") + kinds[plan.kind] + "/" + mode_name(shape.cell);
+  dict["kind"] = kinds[plan.kind];
+  dict["blocks"] = plan.slices * plan.groups;
+  dict["slices"] = plan.slices;
+  dict["groups"] = plan.groups;
+  dict["tile"] = plan.tile;
+  dict["shared_bytes"] = plan.layout.bytes;
+  dict["barriers_per_step"] = plan.kind == SequencePlan::steps ? 0 : 1;
+  dict["reason"] = std::string(plan.reason);
+  return dict;
+}
+
+// The limits of a device of this machine; of an H200 where `device` is none.
+GpuLimits limits_of(std::optional<int> device) {
+#ifdef DLKERNELS_WITH_CUDA
+  if (device) return gpu_limits(*device);
+#else
+  if (device) throw std::runtime_error("compiled without CUDA kernels");
+#endif
+  return kH200;
+}
+
 py::dict build_info() {
   py::list isas;
   for (Isa isa : compiled_isas()) isas.append(isa_name(isa));
@@ -126,7 +155,11 @@ py::dict build_info() {
   info["flags"] = "";
 #endif
   info["isas"] = isas;
+#ifdef DLKERNELS_WITH_CUDA
+  info["with_cuda"] = true;
+#else
   info["with_cuda"] = false;
+#endif
   return info;
 }
 
@@ -192,6 +225,16 @@ PYBIND11_MODULE(_C, m) {
       py::arg("mode"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0,
       py::arg("D") = 1, py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
       py::arg("packed_weights") = false, py::arg("rows") = py::none());
+  m.def(
+      "cuda_plan",
+      [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t H, int D, bool backward,
+         std::optional<int> device) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, 0, H, 0, D);
+        return dlk::cuda_plan_dict(dlk::sequence_plan(shape, dlk::limits_of(device), backward), shape);
+      },
+      "What would run on a CUDA device; on an H200 where device is None, whatever this machine has.", py::arg("mode"),
+      py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("D") = 1, py::arg("backward") = false,
+      py::arg("device") = py::none());
   m.def("last_run", []() -> py::object {
     const dlk::LayerShape* shape = dlk::last_shape();
     if (!shape) return py::none();

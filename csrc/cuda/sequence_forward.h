@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         __syncthreads();
       }
 
-      float h_new[kTurns], out[kTurns][Cell::kSaved + 1];
+      float h_new[kTurns] = {}, out[kTurns][Cell::kSaved + 1];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;

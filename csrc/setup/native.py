@@ -1,10 +1,14 @@
 """Compiles csrc/ into the one module `_C` with ninja: incremental, parallel, without importing torch.
 
+Where there is an nvcc the CUDA kernels go into the same module, which then loads on any torch, with CUDA or without.
+
 setup.py calls `build`; developers run `make build`, which is `python csrc/setup/native.py`: the module lands in
 dlkernels/. `--opt 0 --out FILE` makes another build beside it, to be loaded with DLKERNELS_NATIVE=FILE.
 
 Environment: CXX, CXXFLAGS and LDFLAGS as everywhere; DLKERNELS_OPT=0..3 the optimisation level (2);
-MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing.
+MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing; DLKERNELS_NO_CUDA=1 leaves
+the CUDA kernels out; NVCC names the compiler for them; DLKERNELS_CUDA_ARCHS the GPUs, "80 90a 100a" for example (the
+one at hand; all of these where there is none).
 """
 
 from __future__ import annotations
@@ -18,11 +22,13 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from find_torch import REQUIREMENT, find_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OPT = "2"
+DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11: one module for every torch from there on
 
 _NINJA = """\
@@ -30,9 +36,16 @@ ninja_required_version = 1.5
 cxx = {cxx}
 cflags = {cflags}
 ldflags = {ldflags}
+nvcc = {nvcc}
+nvflags = {nvflags}
 
 rule compile
   command = $cxx -MMD -MF $out.d $cflags -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
+rule compile_cuda
+  command = $nvcc -MD -MF $out.d $nvflags -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $in
@@ -71,8 +84,60 @@ def module_name() -> str:
     return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def sources() -> list[Path]:
-    return sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")])
+def sources(cuda: bool) -> list[Path]:
+    files = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")]
+    if cuda:
+        files += [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cu")]
+    else:
+        files.append(ROOT / "csrc" / "cuda" / "sequence_plan.cpp")  # plain C++: explain asks it anywhere
+    return sorted(files)
+
+
+class Cuda(NamedTuple):
+    """The CUDA compiler, where its libraries are, and the GPUs to compile for."""
+
+    nvcc: str
+    lib: Path
+    archs: list[str]
+
+
+def find_cuda() -> Cuda | None:
+    """None without an nvcc, or where DLKERNELS_NO_CUDA is set."""
+    if os.environ.get("DLKERNELS_NO_CUDA", "") not in ("", "0"):
+        return None
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if not nvcc or not shutil.which(nvcc):
+        return None
+    # nvcc may be a script that calls the real one: it knows best where it lives.
+    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = next((line.split("=", 1)[1] for line in said.splitlines() if line.startswith("#$ TOP=")), None)
+    if top is None:
+        raise SystemExit(f"dlkernels: {nvcc} does not say where CUDA is; DLKERNELS_NO_CUDA=1 builds without it")
+    libs = [path for name in ("lib64", "lib") if (path := Path(top.strip(), name)).is_dir()]
+    lib = next((path for path in libs if (path / "libcudart_static.a").is_file()), None)
+    if lib is None:
+        raise SystemExit(f"dlkernels: no libcudart_static.a under {top}; DLKERNELS_NO_CUDA=1 builds without CUDA")
+    return Cuda(nvcc, lib, _cuda_archs())
+
+
+def _cuda_archs() -> list[str]:
+    chosen = os.environ.get("DLKERNELS_CUDA_ARCHS")
+    if chosen:
+        return chosen.replace(",", " ").split()
+    smi = shutil.which("nvidia-smi")
+    if smi:
+        query = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True)
+        here = sorted({line.strip().replace(".", "") for line in found.stdout.splitlines() if line.strip()})
+        if found.returncode == 0 and here:
+            return [arch + "a" if int(arch) >= 90 else arch for arch in here]
+    return list(DEFAULT_CUDA_ARCHS)
+
+
+def nvcc_flags(archs: list[str]) -> list[str]:
+    """Spills to memory are errors: the kernels count on their registers."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return ["-std=c++17", "-O3", "--expt-relaxed-constexpr", *codes, "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage", "-Werror=all-warnings"]
 
 
 def _python_include() -> str:
@@ -98,7 +163,7 @@ def _pybind11_include(build_dir: Path) -> Path:
     return include
 
 
-def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
+def _flags(opt: str, build_dir: Path, cuda: Cuda | None) -> tuple[list[str], list[str]]:
     torch = find_torch()
     if torch is None:
         raise SystemExit(f"dlkernels: no {REQUIREMENT} to compile against in the environment of {sys.executable}")
@@ -113,6 +178,7 @@ def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
         "-pthread",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DDLKERNELS_BUILD_FLAGS="{" ".join(tuning)}"',
+        *(["-DDLKERNELS_WITH_CUDA"] if cuda else []),
         f"-I{ROOT / 'csrc'}",
         *(f"-isystem{path}" for path in system),
     ]
@@ -124,6 +190,7 @@ def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
         "-Wl,--no-as-needed",
         "-ltorch",
         "-ltorch_cpu",
+        *([f"-L{cuda.lib}", "-lcudart_static", "-ldl", "-lrt"] if cuda else []),
     ]
     return compile_flags, link_flags
 
@@ -139,14 +206,20 @@ def _ninja_command(words: list[str]) -> str:
 def _write_ninja_file(build_dir: Path, opt: str) -> Path:
     cxx = compiler()
     assert cxx is not None
-    compile_flags, link_flags = _flags(opt, build_dir)
+    cuda = find_cuda()
+    compile_flags, link_flags = _flags(opt, build_dir, cuda)
+    nvcc = [cuda.nvcc, f"-ccbin={cxx[0]}"] if cuda else []
+    nvflags = [*nvcc_flags(cuda.archs), "-Xcompiler=-fPIC,-fvisibility=hidden"] if cuda else []
     target = build_dir / module_name()
-    objects = {source: build_dir / f"{source.relative_to(ROOT / 'csrc')}.o" for source in sources()}
+    objects = {source: build_dir / f"{source.relative_to(ROOT / 'csrc')}.o" for source in sources(cuda is not None)}
+    rules = {".cpp": "compile", ".cu": "compile_cuda"}
     text = _NINJA.format(
         cxx=_ninja_command(cxx),
         cflags=_ninja_command(compile_flags),
         ldflags=_ninja_command(link_flags),
-        compiles="\n".join(f"build {_ninja_path(o)}: compile {_ninja_path(s)}" for s, o in objects.items()),
+        nvcc=_ninja_command(nvcc),
+        nvflags=_ninja_command(nvflags),
+        compiles="\n".join(f"build {_ninja_path(o)}: {rules[s.suffix]} {_ninja_path(s)}" for s, o in objects.items()),
         target=_ninja_path(target),
         objects=" ".join(_ninja_path(o) for o in objects.values()),
     )
