@@ -1,6 +1,7 @@
 """Loads the compiled module `_C`, once, or says why there is none.
 
-`HAVE_NATIVE` and `native` tell what was found, `why_not` the reason when it is nothing, and
+`HAVE_NATIVE` and `native` tell what was found, `HAVE_CUDA_KERNELS` whether it has those, `why_not` the reason when it
+is nothing, and
 `announce_reference()` is what the first call on the reference path says to the user.
 
 Environment: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` does without it,
@@ -95,6 +96,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 native, why_not = _load()
 HAVE_NATIVE: bool = native is not None
+HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
 _announced = False
 
 

@@ -19,6 +19,8 @@ from dlkernels.nn.rnn import RecurrentLayer
 __all__ = ["Explanation", "LayerExplanation", "explain"]
 
 _OUR_CELLS = (RNNCell, LSTMCell, GRUCell)
+_CPU_DETAILS = ("threads", "split", "recurrence", "chunk_steps")
+_CUDA_DETAILS = ("kind", "blocks", "groups", "tile", "barriers_per_step")
 _CELL_MODES = {torch.nn.LSTMCell: "lstm", torch.nn.GRUCell: "gru"}
 
 
@@ -28,7 +30,8 @@ class LayerExplanation:
 
     path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (not a layer of dlkernels) or
     "nothing" (an empty batch). `forward` and `backward` are the plans of the native path: kernel, isa, threads, split
-    (serial, rows or units), recurrence (dot or tiles), chunk_steps, directions_side_by_side, reason.
+    (serial, rows or units), recurrence (dot or tiles), chunk_steps, directions_side_by_side, reason; on CUDA kernel,
+    kind (cluster, grid or steps), blocks, slices, groups, tile, shared_bytes, barriers_per_step, reason.
     """
 
     name: str
@@ -48,7 +51,8 @@ class LayerExplanation:
         lines = [f"{self.name}: {self.kernel} ({self.reason})"]
         for title, plan in (("forward", self.forward), ("backward", self.backward)):
             if plan:
-                details = ", ".join(f"{key} {plan[key]}" for key in ("threads", "split", "recurrence", "chunk_steps"))
+                keys = _CUDA_DETAILS if "kind" in plan else _CPU_DETAILS
+                details = ", ".join(f"{key} {plan[key]}" for key in keys if key in plan)
                 lines += [f"  {title}: {details}", f"    {plan['reason']}"]
         if self.packed_weights:
             lines.append(f"  prepacked weights: {self.packed_weights}")
@@ -197,7 +201,7 @@ def _explain_one(
 ) -> LayerExplanation:  # fmt: skip
     dtype = _compute_dtype(call.input)
     probe = torch.empty(0, dtype=dtype, device=call.input.device)
-    decided = route(probe, *tensors)
+    decided = route(probe, *tensors, projected=sizes["P"] > 0)
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not decided.native:
         packed = packed and "ignored: no kernel runs"
@@ -208,6 +212,13 @@ def _explain_one(
     assert native is not None
 
     def plan(backward: bool) -> dict[str, Any]:
+        if call.input.is_cuda and name == "cell":
+            reason = "products by torch, one fused kernel for gates and state"
+            return {"kernel": f"cuda/cell/{mode}", "kind": "cell", "reason": reason}
+        if call.input.is_cuda:
+            return dict(native.cuda_plan(
+                mode, dtype, call.steps, call.batch, sizes["H"], sizes["D"], backward, call.input.device.index
+            ))  # fmt: skip
         return dict(native.plan(
             mode, dtype, call.steps, call.batch, *(sizes[key] for key in "IHPD"), torch.get_num_threads(), backward,
             torch.are_deterministic_algorithms_enabled(), packed == "used" and not backward,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 _FACTORS: dict[str, tuple[str | int, ...]] = {
     "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
     "dtype": ("f32", "bf16", "f16"),
-    "path": ("cluster", "grid", "steps"),
+    "path": ("best", "grid", "steps"),
     "T": (1, 2, 5, 33),
     "B": (1, 3, 8, 17, 64),
     "H": (1, 16, 40, 64, 128, 200, 256, 512),
