@@ -113,15 +113,24 @@ py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
   return dict;
 }
 
-py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape) {
+py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool backward) {
   static const char* const kinds[] = {"cluster", "grid", "steps"};
+  const bool half = shape.dtype != DType::f32;
+  const SliceShape slice =
+      slice_shape(gate_count(shape.cell), half, plan.kind == SequencePlan::cluster, backward);
   py::dict dict;
   dict["kernel"] = std::string("cuda/") + kinds[plan.kind] + "/" + mode_name(shape.cell);
   dict["kind"] = kinds[plan.kind];
   dict["blocks"] = plan.slices * plan.groups;
   dict["slices"] = plan.slices;
   dict["groups"] = plan.groups;
+  dict["groups_at_once"] = plan.groups_at_once;
   dict["tile"] = plan.tile;
+  dict["column_tiles"] = plan.column_tiles;
+  dict["rows"] = slice.rows;
+  dict["terms"] = plan.layout.terms;
+  dict["splits"] = slice.splits;
+  dict["shared_weights"] = plan.layout.exchange - plan.layout.weights;
   dict["shared_bytes"] = plan.layout.bytes;
   dict["barriers_per_step"] = plan.kind == SequencePlan::steps ? 0 : 1;
   dict["reason"] = std::string(plan.reason);
@@ -230,7 +239,7 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t H, int D, bool backward,
          std::optional<int> device) {
         const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, 0, H, 0, D);
-        return dlk::cuda_plan_dict(dlk::sequence_plan(shape, dlk::limits_of(device), backward), shape);
+        return dlk::cuda_plan_dict(dlk::sequence_plan(shape, dlk::limits_of(device), backward), shape, backward);
       },
       "What would run on a CUDA device; on an H200 where device is None, whatever this machine has.", py::arg("mode"),
       py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("D") = 1, py::arg("backward") = false,

@@ -63,6 +63,7 @@ struct SequencePlan {
   int slices;        // blocks in a group
   int tile;          // sequences of a group
   int groups;        // directions times tiles
+  int groups_at_once;
   int column_tiles;  // tensor-core products side by side: a tile is walked in chunks of 8 * column_tiles sequences
   SharedLayout layout;
   char reason[200];

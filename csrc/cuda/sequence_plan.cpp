@@ -55,6 +55,7 @@ bool choose_tile(const LayerShape& shape, const GpuLimits& gpu, const Candidate&
     if (tile % (next.column_tiles * kMmaColumns)) continue;
     const int tiles = static_cast<int>((shape.B + tile - 1) / tile);
     next.groups = shape.D * tiles;
+    next.groups_at_once = candidate.max_groups;
     next.layout = make_layout(slice, shape, next, backward, gap);
     if (next.layout.bytes > gpu.shared_bytes) break;
     const int chunks = tile / (next.column_tiles * kMmaColumns);
