@@ -12,10 +12,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SPEC := $(subst >,-,$(subst <,-,$(subst =,-,$(subst /,-,$(TORCH_SPEC)))))
 ENV_STAMP := $(VENV)/.dlkernels-$(SPEC)
 DEV_STAMP := $(VENV)/.dlkernels-dev
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test abi-check wheel clean
+.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test cuda-test abi-check wheel clean
 
 help:
 	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
@@ -23,6 +23,7 @@ help:
 	@echo "make build        compile csrc/ in place, incrementally"
 	@echo "make lint         ruff, mypy, clang-format; make format puts right what can be"
 	@echo "make native-test  the kernels without torch, under the address and undefined-behaviour sanitizers"
+	@echo "make cuda-test    the CUDA kernels without a GPU: emulation, sanitizers, nvcc"
 	@echo "make test-O0      the tests on an -O0 build of the kernels"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
@@ -73,6 +74,9 @@ format: $(DEV_STAMP)
 
 native-test:
 	bash tests/native/run.sh
+
+cuda-test: $(ENV_STAMP)
+	$(PY) tests/cuda/run.py $(ARGS)
 
 abi-check: build
 	$(PY) tests/abi/check.py '$(ABI_TORCH_SPEC)'
