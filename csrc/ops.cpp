@@ -116,8 +116,7 @@ py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
 py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool backward) {
   static const char* const kinds[] = {"cluster", "grid", "steps"};
   const bool half = shape.dtype != DType::f32;
-  const SliceShape slice =
-      slice_shape(gate_count(shape.cell), half, plan.kind == SequencePlan::cluster, backward);
+  const SliceShape slice = slice_shape(gate_count(shape.cell), half, plan.kind == SequencePlan::cluster, backward);
   py::dict dict;
   dict["kernel"] = std::string("cuda/") + kinds[plan.kind] + "/" + mode_name(shape.cell);
   dict["kind"] = kinds[plan.kind];

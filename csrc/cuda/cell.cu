@@ -18,9 +18,9 @@ bool in_fours(const CellForward& p) {
          in_fours(p.saved);
 }
 bool in_fours(const CellBackward& p) {
-  return p.H % 4 == 0 && in_fours(p.saved) && in_fours(p.state) && in_fours(p.first) && in_fours(p.dy) && in_fours(p.product) &&
-         in_fours(p.carry) && in_fours(p.dc) && in_fours(p.new_dc) && in_fours(p.dgates) && in_fours(p.gate_grads) &&
-         in_fours(p.hidden);
+  return p.H % 4 == 0 && in_fours(p.saved) && in_fours(p.state) && in_fours(p.first) && in_fours(p.dy) &&
+         in_fours(p.product) && in_fours(p.carry) && in_fours(p.dc) && in_fours(p.new_dc) && in_fours(p.dgates) &&
+         in_fours(p.gate_grads) && in_fours(p.hidden);
 }
 
 unsigned blocks(int n, int each) { return static_cast<unsigned>(ceil_div(n, each)); }

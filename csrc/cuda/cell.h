@@ -41,19 +41,19 @@ struct CellBackward {
   int B, H;
   StepRows rows;
   int64_t bptt_steps;
-  StateRows<const float*> saved;     // S*H a row
-  StateRows<const void*> state;      // c or h before the step, or the rnn's h after it
-  StateRows<const void*> first;      // c or h before a sequence's first step; data null = zeros
-  StateRows<const void*> dy;         // of the step's output, or absent
-  StateRows<const float*> product;   // dgates(next) W_hh, or absent
-  StateRows<float*> carry;           // what else comes from the next step; receives what goes past the gates, or absent
-  StateRows<const void*> dc;         // of c', or absent
-  StateRows<void*> new_dc;           // of c; may be `dc`; or absent
-  StateRows<void*> dgates;           // gate_grad_slots*H a row, in the layer's dtype; 0 in rows that are not alive
-  StateRows<float*> gate_grads;      // the same in float32, or absent
-  StateRows<void*> hidden;           // those of the hidden side that the step before may see, G*H a row, or absent
-  float* bias_sums;                  // [gate_grad_slots, H] for each segment, or null
-  int64_t segment_stride;            // floats from segment to segment
+  StateRows<const float*> saved;    // S*H a row
+  StateRows<const void*> state;     // c or h before the step, or the rnn's h after it
+  StateRows<const void*> first;     // c or h before a sequence's first step; data null = zeros
+  StateRows<const void*> dy;        // of the step's output, or absent
+  StateRows<const float*> product;  // dgates(next) W_hh, or absent
+  StateRows<float*> carry;          // what else comes from the next step; receives what goes past the gates, or absent
+  StateRows<const void*> dc;        // of c', or absent
+  StateRows<void*> new_dc;          // of c; may be `dc`; or absent
+  StateRows<void*> dgates;          // gate_grad_slots*H a row, in the layer's dtype; 0 in rows that are not alive
+  StateRows<float*> gate_grads;     // the same in float32, or absent
+  StateRows<void*> hidden;          // those of the hidden side that the step before may see, G*H a row, or absent
+  float* bias_sums;                 // [gate_grad_slots, H] for each segment, or null
+  int64_t segment_stride;           // floats from segment to segment
   bool add_to_bias_sums;
 };
 

@@ -1,8 +1,9 @@
 // The pointwise half of a step: biases, gates, states, and in the backward their gradients and those of the biases.
 //
-// Grid: x = rows, y = units. A block has 32 x 8 threads: along the units, of which a thread takes `kWidth` in a row (4 where everything is
-// aligned, else 1), and along the rows. In the backward a block takes kSegmentRows rows, adds up the gate gradients of
-// each unit in a fixed order and leaves the sum of its segment: no atomics, so the same every time.
+// Grid: x = rows, y = units. A block has 32 x 8 threads: along the units, of which a thread takes `kWidth` in a row (4
+// where everything is aligned, else 1), and along the rows. In the backward a block takes kSegmentRows rows, adds up
+// the gate gradients of each unit in a fixed order and leaves the sum of its segment: no atomics, so the same every
+// time.
 #pragma once
 
 #include "cell.h"
@@ -150,8 +151,7 @@ __global__ void __launch_bounds__(kCellThreads) cell_backward(const __grid_const
         DLK_UNROLL
         for (int s = 0; s < Cell::kSaved; ++s) one[s] = saved[s][i];
         const float dh = carry[i] + dy[i];
-        const float direct =
-            step_backward<Cell>(p.cell == CellKind::rnn_relu, one, state[i], dh, &dc[i], dgates);
+        const float direct = step_backward<Cell>(p.cell == CellKind::rnn_relu, one, state[i], dh, &dc[i], dgates);
         carry[i] = cut ? 0.0f : direct;
         if (cut) dc[i] = 0.0f;
         DLK_UNROLL

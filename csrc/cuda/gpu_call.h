@@ -48,13 +48,15 @@ inline void check_launch(int error) {
 
 // [rows, columns] of `tensor` from element `offset` on.
 inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
-              int64_t offset = 0) {
+                     int64_t offset = 0) {
   const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &handle));
   return Tensor(handle);
 }
-inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns) { return matrix(tensor, rows, columns, columns, 1); }
+inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  return matrix(tensor, rows, columns, columns, 1);
+}
 inline Tensor transposed(const Tensor& tensor) {
   return matrix(tensor, tensor.size(1), tensor.size(0), tensor.strides()[1], tensor.strides()[0]);
 }
@@ -78,7 +80,9 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   Tensor result(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
 }
 
-inline void copy(const Tensor& to, const Tensor& from) { TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 1)); }
+inline void copy(const Tensor& to, const Tensor& from) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 1));
+}
 inline void zero(const Tensor& tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(tensor.get())); }
 
 // to = from in another dtype, or zeros.

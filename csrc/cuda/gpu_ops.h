@@ -15,8 +15,8 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy, const 
                                  const OptionalTensor& dc_n, const Tensor& x, const OptionalTensor& h0,
                                  const OptionalTensor& c0, const TensorList& weights, const Tensor& y,
                                  const Tensor& saved, const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                                 bool bidirectional, bool batch_first, int64_t bptt_steps, bool need_x,
-                                 bool need_state, bool need_weights, bool gate_grads);
+                                 bool bidirectional, bool batch_first, int64_t bptt_steps, bool need_x, bool need_state,
+                                 bool need_weights, bool gate_grads);
 
 TensorList gpu_cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
                             const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,

@@ -2,8 +2,8 @@
 //
 // The vectors of a tile lie twice, [2][tile][stride], and the steps alternate: who is at step s reads half s % 2 and
 // writes the other. Nobody can write a half that another block still reads, because it would have to be two steps
-// ahead. In a cluster every block has a copy in its shared memory, and all write into all copies. In a grid there is one
-// in global memory for each group.
+// ahead. In a cluster every block has a copy in its shared memory, and all write into all copies. In a grid there is
+// one in global memory for each group.
 #pragma once
 
 #include "real.h"

@@ -82,7 +82,7 @@ class TensorProduct {
     const auto vector = [&](int i, int n) {
       return load_vector<kThroughL2>(mine + n * kMmaColumns * layout_.stride + i * kSplits * 32);
     };
-    const auto use = [&](const uint4& v, int n, int m, const uint32_t(&low)[4], const uint32_t(&high)[4]) {
+    const auto use = [&](const uint4& v, int n, int m, const uint32_t (&low)[4], const uint32_t (&high)[4]) {
       mma_16x8x16<S>(sums[m][n], low, v.x, v.y);
       mma_16x8x16<S>(sums[m][n], high, v.z, v.w);
     };
@@ -233,10 +233,10 @@ class FloatProduct {
 template <class S, int kGates, bool kCluster, bool kBackward, int kColumnTiles>
 struct ChooseProduct {
   static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kCluster, kBackward);
-  using type = std::conditional_t<sizeof(S) == 2,
-                                  TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps,
-                                                kColumnTiles, !kCluster>,
-                                  FloatProduct<shape.rows, shape.splits, shape.register_steps>>;
+  using type = std::conditional_t<
+      sizeof(S) == 2,
+      TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps, kColumnTiles, !kCluster>,
+      FloatProduct<shape.rows, shape.splits, shape.register_steps>>;
 };
 
 }  // namespace gpu

@@ -117,7 +117,8 @@ void read_sequence(const Tensor& x, const TensorList& weights, const OptionalTen
   call->x = Call::contiguous(x);
   if (call->batch_sizes && shape.B > 0) {
     call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
-    check_launch(launch_offsets(call->batch_sizes, shape.T, static_cast<int*>(call->offsets.data()), call->on.stream()));
+    check_launch(
+        launch_offsets(call->batch_sizes, shape.T, static_cast<int*>(call->offsets.data()), call->on.stream()));
   }
 }
 
@@ -286,8 +287,7 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
                                  const OptionalTensor& c0_given, const TensorList& weights, const Tensor& y_given,
                                  const Tensor& saved_given, const OptionalTensor& batch_sizes,
                                  const OptionalTensor& lengths, bool bidirectional, bool batch_first,
-                                 int64_t bptt_steps, bool need_x, bool need_state, bool need_weights,
-                                 bool gate_grads) {
+                                 int64_t bptt_steps, bool need_x, bool need_state, bool need_weights, bool gate_grads) {
   SequenceCall call(cell, x);
   read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
   const LayerShape& shape = call.shape;
@@ -375,7 +375,12 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
     dweights[2 * d] = &grads[static_cast<size_t>(3 + d * count)];
     dweights[2 * d + 1] = dweights[2 * d] + 1;
     if (!bias) continue;
-    const BiasSums sums{cell, p.H, segments, shape.D * slots, p.bias_sums + d * slots, dweights[2 * d][2].data(),
+    const BiasSums sums{cell,
+                        p.H,
+                        segments,
+                        shape.D * slots,
+                        p.bias_sums + d * slots,
+                        dweights[2 * d][2].data(),
                         dweights[2 * d][3].data()};
     check_launch(launch_bias_sums(sums, shape.dtype, call.on.stream()));
   }

@@ -60,9 +60,9 @@ struct SharedLayout {
 
 struct SequencePlan {
   enum Kind : int { cluster, grid, steps } kind;
-  int slices;        // blocks in a group
-  int tile;          // sequences of a group
-  int groups;        // directions times tiles
+  int slices;  // blocks in a group
+  int tile;    // sequences of a group
+  int groups;  // directions times tiles
   int groups_at_once;
   int column_tiles;  // tensor-core products side by side: a tile is walked in chunks of 8 * column_tiles sequences
   SharedLayout layout;
@@ -89,18 +89,18 @@ struct SequenceForward {
   int T, B, H, D;
   int tile;
   SharedLayout layout;
-  const int* offsets;                 // [T + 1], null = padded
-  const int64_t* lengths;             // [B], clamped to 0..T by the kernel; null = T
-  RowTensor<const float*> gates[2];   // W_ih x, without biases: features G*H
-  const void* w_hh[2];                // [G*H, H]
-  const void *b_ih[2], *b_hh[2];      // [G*H] or null
-  const void *h0, *c0;                // [D, B, H] or null
-  RowTensor<void*> y;                 // features D*H
-  void *h_n, *c_n;                    // [D, B, H]
-  float* saved;                       // [D, rows, S, H], time-major, or null
-  int64_t saved_rows;                 // rows of one direction in `saved`
-  void* exchange;                     // grid: 2 * groups * tile * stride elements, need not be initialised
-  unsigned* counters;                 // grid: [groups], zero
+  const int* offsets;                // [T + 1], null = padded
+  const int64_t* lengths;            // [B], clamped to 0..T by the kernel; null = T
+  RowTensor<const float*> gates[2];  // W_ih x, without biases: features G*H
+  const void* w_hh[2];               // [G*H, H]
+  const void *b_ih[2], *b_hh[2];     // [G*H] or null
+  const void *h0, *c0;               // [D, B, H] or null
+  RowTensor<void*> y;                // features D*H
+  void *h_n, *c_n;                   // [D, B, H]
+  float* saved;                      // [D, rows, S, H], time-major, or null
+  int64_t saved_rows;                // rows of one direction in `saved`
+  void* exchange;                    // grid: 2 * groups * tile * stride elements, need not be initialised
+  unsigned* counters;                // grid: [groups], zero
 };
 
 struct SequenceBackward {
@@ -119,8 +119,8 @@ struct SequenceBackward {
   int64_t bptt_steps;
   RowTensor<void*> dgates[2];  // features gate_grad_slots*H, in the layer's dtype
   float* gate_grads;           // [D, saved_rows, gate_grad_slots, H], time-major: the same in float32, or null
-  void *dh0, *dc0;    // [D, B, H] or null
-  float* bias_sums;   // [tiles, D, gate_grad_slots, H], each tile's sum over its sequences and steps; or null
+  void *dh0, *dc0;             // [D, B, H] or null
+  float* bias_sums;            // [tiles, D, gate_grad_slots, H], each tile's sum over its sequences and steps; or null
   void* exchange;
   unsigned* counters;
 };

@@ -103,7 +103,6 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       if (chunk == 0) group.wait();
 
       float* part = partials + turn_parity * kShape.splits * kPart;
-      turn_parity ^= 1;
       // Nothing comes to sequences that are not alive yet, nor to those that ended before the last step.
       const int longest = lengths[p.tile + chunk / kColumns];
       const bool any_live = d == 0 ? t < longest : t <= longest;
@@ -111,6 +110,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         const S* from = group.vectors(s) + chunk * layout.stride;
         product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
         __syncthreads();
+        turn_parity ^= 1;
       }
 
       float grads[kTurns][kSlots];

@@ -98,12 +98,12 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
 
       // Two sets of partial sums in turn: who is still adding up the last ones is not overtaken.
       float* part = partials + turn_parity * kShape.splits * kPart;
-      turn_parity ^= 1;
       const bool any_live = t < lengths[p.tile + chunk / kColumns];
       if (any_live) {
         const S* from = group.vectors(s) + chunk * layout.stride;
         product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
         __syncthreads();
+        turn_parity ^= 1;
       }
 
       float h_new[kTurns] = {}, out[kTurns][Cell::kSaved + 1];

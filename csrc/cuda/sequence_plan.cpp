@@ -22,7 +22,8 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
   const int gates = gate_count(shape.cell), item = half ? 2 : 4;
   SharedLayout l{};
   l.terms = round_up(plan.slices * slice.units * (backward ? gates : 1), 32);
-  // A stride of 64 bytes more than a multiple of 128: eight lanes that read 16 bytes of two sequences meet no bank twice.
+  // A stride of 64 bytes more than a multiple of 128: eight lanes that read 16 bytes of two sequences meet no bank
+  // twice.
   l.stride = half && l.terms % 64 == 0 ? l.terms + 32 : l.terms;
   l.shared_steps = std::max(0, ceil_div(l.terms / slice.step_terms, slice.splits) - slice.register_steps);
   int at = 0;

@@ -137,7 +137,14 @@ def _cuda_archs() -> list[str]:
 def nvcc_flags(archs: list[str]) -> list[str]:
     """Spills to memory are errors: the kernels count on their registers."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    return ["-std=c++17", "-O3", "--expt-relaxed-constexpr", *codes, "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage", "-Werror=all-warnings"]
+    return [
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        *codes,
+        "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",
+        "-Werror=all-warnings",
+    ]
 
 
 def _python_include() -> str:

@@ -1,5 +1,5 @@
-// Kernels with planted bugs, for the emulation's own test: `emulation_test NAME` runs one and says whether its result is
-// right; run.py knows which build must notice what. Without a bug ("none") nothing may be noticed by any.
+// Kernels with planted bugs, for the emulation's own test: `emulation_test NAME` runs one and says whether its result
+// is right; run.py knows which build must notice what. Without a bug ("none") nothing may be noticed by any.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -34,23 +34,10 @@ enum class Bug {
 };
 
 const char* const kNames[] = {
-    "none",
-    "missing_block_barrier",
-    "missing_cluster_wait",
-    "missing_cluster_barrier",
-    "unordered_flag",
-    "unordered_wait",
-    "lost_signal",
-    "divergent_barrier",
-    "outside_shuffle_mask",
-    "absent_lane",
-    "shared_overrun",
-    "shared_neighbour",
-    "global_overrun",
-    "uninitialised_shared",
-    "misaligned_vector",
-    "absent_block",
-    "wrong_fragment",
+    "none",           "missing_block_barrier", "missing_cluster_wait", "missing_cluster_barrier", "unordered_flag",
+    "unordered_wait", "lost_signal",           "divergent_barrier",    "outside_shuffle_mask",    "absent_lane",
+    "shared_overrun", "shared_neighbour",      "global_overrun",       "uninitialised_shared",    "misaligned_vector",
+    "absent_block",   "wrong_fragment",
 };
 
 struct Params {

@@ -1,7 +1,8 @@
 // The CUDA kernels under emulation against the reference.
 //   kernels_test SHAPE...   cell:dtype:path:T:B:H:D:form:options, for example lstm:bf16:best:5:8:40:2:lengths:hb
-// path: grid or steps, or best for what an H200 would take, a cluster where possible. form: padded, lengths, packed. options: b biases, h states given, k gradients cut every
-// two steps, f batch first (and a gap between rows), g only final states' gradients, - none.
+// path: grid or steps, or best for what an H200 would take, a cluster where possible. form: padded, lengths, packed.
+// options: b biases, h states given, k gradients cut every two steps, f batch first (and a gap between rows), g only
+// final states' gradients, - none.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -381,7 +382,8 @@ class Test {
         for (int b = 0; b < o.B; ++b) {
           const size_t row = static_cast<size_t>(d) * rows + (packed ? first_row[t] + b : t * o.B + b);
           for (int64_t i = 0; exists(t, b) && i < features; ++i) {
-            dgates_exact[((static_cast<size_t>(d) * o.T + t) * o.B + b) * features + i] = gate_grads[row * features + i];
+            dgates_exact[((static_cast<size_t>(d) * o.T + t) * o.B + b) * features + i] =
+                gate_grads[row * features + i];
           }
         }
       }

@@ -1,5 +1,5 @@
-// The sequence kernels of the lstm in bfloat16 alone, for mutants: the other kernels would take minutes to compile. It is
-// copied beside the mutated headers.
+// The sequence kernels of the lstm in bfloat16 alone, for mutants: the other kernels would take minutes to compile. It
+// is copied beside the mutated headers.
 #include "sequence_launch.h"
 
 namespace dlk {

@@ -24,8 +24,8 @@ struct Problem {
 };
 
 struct Result {
-  std::vector<double> y, h_n, c_n;                           // [T, B, D*H], [D, B, H]
-  std::vector<double> dgates, dh0, dc0, db_ih, db_hh;        // [D, T, B, slots, H], [D, B, H], [D, G*H]
+  std::vector<double> y, h_n, c_n;                     // [T, B, D*H], [D, B, H]
+  std::vector<double> dgates, dh0, dc0, db_ih, db_hh;  // [D, T, B, slots, H], [D, B, H], [D, G*H]
 };
 
 template <class C, class Round>
@@ -66,7 +66,8 @@ Result run(const Problem& p, const Round& round) {
           for (int g = 0; g < G; ++g) {
             C sum = 0;
             for (int k = 0; k < H; ++k) sum += static_cast<C>(w[(static_cast<size_t>(g) * H + j) * H + k]) * operand[k];
-            x[g] = static_cast<C>(p.gates[row * G * H + g * H + j]) + at(p.b_ih, (static_cast<size_t>(d) * G + g) * H + j);
+            x[g] =
+                static_cast<C>(p.gates[row * G * H + g * H + j]) + at(p.b_ih, (static_cast<size_t>(d) * G + g) * H + j);
             hidden[g] = sum + at(p.b_hh, (static_cast<size_t>(d) * G + g) * H + j);
           }
           C h;
@@ -103,7 +104,8 @@ Result run(const Problem& p, const Round& round) {
         const size_t row = (static_cast<size_t>(d) * p.T + time(s)) * p.B + b;
         std::vector<C> hidden(static_cast<size_t>(G) * H), next(H, C(0));
         for (int j = 0; j < H; ++j) {
-          const C grad = dh[j] + at(p.dy, (static_cast<size_t>(time(s)) * p.B + b) * p.D * H + static_cast<size_t>(d) * H + j);
+          const C grad =
+              dh[j] + at(p.dy, (static_cast<size_t>(time(s)) * p.B + b) * p.D * H + static_cast<size_t>(d) * H + j);
           C out[4];
           if (p.cell == CellKind::lstm) {
             const C tanh_c = std::tanh(now.c[j]), sum = dc[j] + grad * now.o[j] * (C(1) - tanh_c * tanh_c);

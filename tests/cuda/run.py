@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import shapes
+from mutants import MUTANTS, Mutant
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -52,13 +53,17 @@ class Failure(Exception):
 def call(command: Sequence[str | Path], seed: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     nice = ["nice", "-n", os.environ["NICE"]] if os.environ.get("NICE") else []
     env = {**os.environ, **ENVIRONMENT, "EMULATION_SEED": str(seed), **environment}
-    return subprocess.run([*nice, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.run(
+        [*nice, *map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def must(command: Sequence[str | Path], seed: int = 0) -> str:
     done = call(command, seed)
     if done.returncode != 0:
-        raise Failure(f"{' '.join(map(str, command))[:2000]}\n(seed {seed}) ended with {done.returncode}:\n{done.stdout[-6000:]}")
+        raise Failure(
+            f"{' '.join(map(str, command))[:2000]}\n(seed {seed}) ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        )
     return done.stdout
 
 
@@ -187,21 +192,7 @@ def tsan() -> str:
     return run_shapes(test_program("tsan"), shapes.small_shapes(), SEEDS)
 
 
-# ---- Bugs in the kernels themselves: a file, what is there, what takes its place, and the build that must notice.
-MUTANTS = (
-    ("sequence_forward.h", "        __syncthreads();\n      }\n\n      float h_new", "      }\n\n      float h_new", "tsan"),
-    ("sequence_forward.h", "      turn_parity ^= 1;\n", "", "tsan"),
-    ("sequence_forward.h", "if (chunk == 0) group.wait();", "if (chunk == 0 && s == 0) group.wait();", "tsan"),
-    ("sequence_forward.h", "if (last_chunk) group.arrive();", "if (chunk == 0) group.arrive();", "tsan"),
-    ("sequence_forward.h", "t == (d == 0 ? lengths[b] - 1 : 0)", "t == lengths[b] - 1", "plain"),
-    ("sequence_forward.h", "u < p.H && term < p.H ?", "u < p.H ?", "asan"),
-    ("sequence_backward.h", "t >= lengths[b]) continue;\n        const int64_t row", "false) continue;\n        const int64_t row", "plain"),
-    ("sequence_backward.h", "if (cut) *dc = 0.0f;", "", "plain"),
-    ("group.h", "vectors_ + (step + 1) % 2 * half_ + b * stride_ + term - lane", "vectors_ + step % 2 * half_ + b * stride_ + term - lane", "tsan"),
-    ("group.h", "    if (threadIdx.x == 0) wait_for_arrivals(counter_, goal_);\n    __syncthreads();", "    if (threadIdx.x == 0) wait_for_arrivals(counter_, goal_);", "tsan"),
-    ("group.h", "    __syncthreads();\n    if (threadIdx.x == 0) signal_arrival(counter_);", "    if (threadIdx.x == 0) signal_arrival(counter_);", "tsan"),
-    ("product.h", "if (step >= steps_) return make_uint4(0, 0, 0, 0);", "", "asan"),
-)  # fmt: skip
+# ---- Bugs in the kernels themselves.
 # Of one cell and dtype, to compile fast: several chunks, both directions, uneven lengths.
 MUTANT_SHAPES = ("lstm:bf16:best:5:17:40:2:lengths:hbk", "lstm:bf16:grid:5:33:40:2:lengths:hb")
 
@@ -215,16 +206,16 @@ def mutants() -> str:
         steady[kind] = objects(kind, folder, [*unchanged, HERE / "kernels_test.cpp"])
     link = runtime()
 
-    def build_and_run(number: int, name: str, old: str, new: str, kind: str) -> bool:
+    def build_and_run(number: int, mutant: Mutant | None, kind: str) -> bool:
         folder = BUILD / f"mutant-{number}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu", "setup"))
-        if name:
-            file = folder / "csrc" / "cuda" / name
+        if mutant:
+            file = folder / "csrc" / "cuda" / mutant.file
             text = file.read_text()
-            if text.count(old) != 1:
-                raise Failure(f"{name} has {text.count(old)} times, not once: {old}")
-            file.write_text(text.replace(old, new))
+            if text.count(mutant.old) != 1:
+                raise Failure(f"{mutant.file} has {text.count(mutant.old)} times, not once: {mutant.old}")
+            file.write_text(text.replace(mutant.old, mutant.new))
         program = folder / "test"
         one = folder / "csrc" / "cuda" / "one_cell.cpp"
         shutil.copy(HERE / "one_cell.cpp", one)
@@ -235,10 +226,12 @@ def mutants() -> str:
         return any(result.returncode != 0 for result in results)
 
     for kind in COMPILERS:
-        if build_and_run(0, "", "", "", kind):
+        if build_and_run(0, None, kind):
             raise Failure(f"{kind} finds something in the kernels as they are")
     with ThreadPoolExecutor(JOBS) as pool:
-        noticed = list(pool.map(lambda item: build_and_run(item[0], *item[1]), enumerate(MUTANTS, 1)))
+        noticed = list(
+            pool.map(lambda item: build_and_run(item[0], item[1], item[1].noticed_by), enumerate(MUTANTS, 1))
+        )
     missed = [mutant for mutant, seen in zip(MUTANTS, noticed, strict=True) if not seen]
     if missed:
         raise Failure(f"not noticed: {missed}")
@@ -277,7 +270,16 @@ def compile_all() -> str:
             raise Failure(f"{name} was compiled for {archs}")
     for dtype, instruction in (("bf16", "f32.bf16.bf16.f32"), ("f16", "f32.f16.f16.f32")):
         for direction in ("forward", "backward"):
-            ptx = must([nvcc, *native.nvcc_flags(["90a"]), "-ptx", CUDA / f"sequence_{direction}_{dtype}.cu", "-o", "/dev/stdout"])
+            ptx = must(
+                [
+                    nvcc,
+                    *native.nvcc_flags(["90a"]),
+                    "-ptx",
+                    CUDA / f"sequence_{direction}_{dtype}.cu",
+                    "-o",
+                    "/dev/stdout",
+                ]
+            )
             for kernel in ptx.split(".entry ")[1:]:
                 if f"mma.sync.aligned.m16n8k16.row.col.{instruction}" not in kernel:
                     raise Failure(f"sequence_{direction}_{dtype}: no tensor-core products in {kernel[:80]}")

@@ -4,7 +4,8 @@
 // collectives are switches between fibers, in an order that a seed shuffles (EMULATION_SEED). Blocks of a cluster or of
 // a cooperative launch run at the same time, others one after the other, backwards for an odd seed. Shared memory comes
 // filled with NaN. Deadlocks, divergent barriers and lanes missing from a collective end the process with a table of
-// where the threads stand. Under clang's ThreadSanitizer two CUDA threads are ordered only by what orders them on a GPU.
+// where the threads stand. Under clang's ThreadSanitizer two CUDA threads are ordered only by what orders them on a
+// GPU.
 #pragma once
 
 #include <cuda_bf16.h>

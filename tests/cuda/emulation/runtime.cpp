@@ -1,6 +1,6 @@
 // The fibers of a block, and what makes them wait. Compiled without sanitizers, which are told by hand what a switch of
-// stacks and a barrier mean; their entry points are weak, so that one object serves every build. Nothing here may take a
-// lock: ThreadSanitizer would see an order between threads that the GPU does not give.
+// stacks and a barrier mean; their entry points are weak, so that one object serves every build. Nothing here may take
+// a lock: ThreadSanitizer would see an order between threads that the GPU does not give.
 #include "emulation.h"
 #undef threadIdx
 #undef blockIdx
@@ -233,8 +233,8 @@ void run_block(const Launch& launch, Grid* grid, Cluster* cluster, uint3 index, 
     fiber.warp = i / 32;
     fiber.cluster_rank = rank;
     fiber.cluster_size = launch.cluster;
-    fiber.stack = static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    fiber.stack = static_cast<char*>(
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     mprotect(fiber.stack, kPage, PROT_NONE);
     // As if fiber_main had been interrupted at its beginning: its address, below it six registers.
     void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
