@@ -14,13 +14,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     # The partial sums are added up before all warps have left theirs; or overwritten while they are added up.
-    Mutant("sequence_forward.h", "        __syncthreads();\n        turn_parity ^= 1;", "        turn_parity ^= 1;", "tsan"),
+    Mutant("sequence_forward.h", "__syncthreads();\n        turn_parity ^= 1;", "turn_parity ^= 1;", "tsan"),
     Mutant("sequence_forward.h", "        turn_parity ^= 1;\n", "", "tsan"),
     Mutant("sequence_backward.h", "        turn_parity ^= 1;\n", "", "tsan"),
     # A step begins before the other blocks have sent their h; or they are told before all of it is sent.
     Mutant("sequence_forward.h", "if (chunk == 0) group.wait();", "if (chunk == 0 && s == 0) group.wait();", "tsan"),
     Mutant("sequence_forward.h", "if (last_chunk) group.arrive();", "if (chunk == 0) group.arrive();", "tsan"),
-    Mutant("group.h", "    __syncthreads();\n    if (threadIdx.x == 0) signal", "    if (threadIdx.x == 0) signal", "tsan"),
+    Mutant("group.h", "__syncthreads();\n    if (threadIdx.x == 0) signal", "if (threadIdx.x == 0) signal", "tsan"),
     Mutant("group.h", "goal_);\n    __syncthreads();", "goal_);", "tsan"),
     # What is sent overwrites what is still being read.
     Mutant("group.h", "vectors_ + (step + 1) % 2 * half_ + b * stride_ + term - lane",

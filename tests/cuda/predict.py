@@ -70,7 +70,8 @@ def table(plan_of: Any, mode: str) -> list[str]:
             cost = predict(plan, mode, batch, hidden)
             lines.append(
                 f"| {hidden} | {batch} | {plan['kind']} | {plan['blocks'] or '-'} | {cost['barriers']:.0f} | "
-                f"{cost['memory'] / 1024:.0f} KiB | {cost['exchange'] / 1024:.0f} KiB | {cost['seconds'] * 1e6:.1f} µs |"
+                f"{cost['memory'] / 1024:.0f} KiB | {cost['exchange'] / 1024:.0f} KiB | "
+                f"{cost['seconds'] * 1e6:.1f} µs |"
             )
     return lines
 

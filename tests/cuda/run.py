@@ -84,9 +84,8 @@ def cuda_include() -> Path:
 
 
 def flags() -> list[str]:
-    return [
-        "-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", f"-isystem{cuda_include()}", f"-I{HERE / 'emulation'}",
-    ]  # fmt: skip
+    folders = [f"-isystem{cuda_include()}", f"-I{HERE / 'emulation'}"]
+    return ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", *folders]
 
 
 def compiler(kind: str) -> list[str]:
