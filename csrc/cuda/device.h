@@ -3,7 +3,6 @@
 #pragma once
 
 #ifdef __CUDACC__
-#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -15,6 +14,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define DLK_DEVICE __device__ __forceinline__
 

@@ -245,7 +245,7 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
   if (!dweights) return;
 
   CopyRows rows{};
-  rows.T = static_cast<int>(shape.T), rows.B = static_cast<int>(shape.B), rows.D = shape.D;
+  rows.T = static_cast<int>(shape.T), rows.B = static_cast<int>(shape.B);
   rows.item_bytes = item_bytes(shape.dtype);
   if (call->batch_sizes) rows.offsets = static_cast<const int*>(call->offsets.data());
   if (call->has_lengths) rows.lengths = static_cast<const int64_t*>(call->lengths.data());

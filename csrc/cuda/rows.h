@@ -8,7 +8,7 @@ namespace dlk {
 // to(t, b) = from(t, b), or that of the step before in the direction's own order; rows that are not alive become 0, so
 // that what the padding holds reaches no product.
 struct CopyRows {
-  int T, B, D;
+  int T, B;
   int64_t features, item_bytes;
   const int* offsets;      // [T + 1], null = padded
   const int64_t* lengths;  // [B], clamped; null = T
