@@ -1,8 +1,8 @@
 // The CUDA kernels under emulation against the reference.
 //   kernels_test SHAPE...   cell:dtype:path:T:B:H:D:form:options, for example lstm:bf16:best:5:8:40:2:lengths:hb
-// path: grid or steps, or best for what an H200 would take, a cluster where possible. form: padded, lengths, packed.
-// options: b biases, h states given, k gradients cut every two steps, f batch first (and a gap between rows), g only
-// final states' gradients, - none.
+// path: grid or steps; best: what an H200 would take, a cluster where possible; small, smallgrid: on a GPU with room
+// for few groups. form: padded, lengths, packed. options: b biases, h states given, k gradients cut every two steps, f
+// batch first (and a gap between rows), g only final states' gradients, - none.
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -184,13 +184,18 @@ class Test {
     }
     LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows};
     GpuLimits gpu = kH200;
-    if (o.path != "best") gpu.clusters_8 = gpu.clusters_16 = 0;
+    // Room for a few groups only, so that each has several chunks of sequences to walk.
+    const int units = slice_shape(G, o.dtype != DType::f32, false, false).units;
+    if (o.path == "small") gpu.clusters_8 = gpu.clusters_16 = 1;
+    if (o.path == "smallgrid") gpu.multiprocessors = o.D * ceil_div(o.H, units);
+    const bool clusters = o.path == "best" || o.path == "small";
+    if (!clusters) gpu.clusters_8 = gpu.clusters_16 = 0;
     if (o.path == "steps") gpu.multiprocessors = 0;
     forward_plan = sequence_plan(shape, gpu, false, 16);
     backward_plan = sequence_plan(shape, gpu, true, 16);
     const char* const kinds[] = {"cluster", "grid", "steps"};
     for (const SequencePlan* plan : {&forward_plan, &backward_plan}) {
-      if (o.path != "best" && o.path != kinds[plan->kind]) {
+      if (!clusters && o.path != "smallgrid" && o.path != kinds[plan->kind]) {
         std::fprintf(stderr, "%s: planned as %s\n", o.text.c_str(), kinds[plan->kind]);
         std::exit(1);
       }

@@ -29,5 +29,5 @@ MUTANTS = (
     Mutant("sequence_forward.h", "t == (d == 0 ? lengths[b] - 1 : 0)", "t == lengths[b] - 1", "plain"),
     Mutant("sequence_backward.h", "if (cut) *dc = 0.0f;", "", "plain"),
     Mutant("sequence_backward.h", "*carry = arrived;", "*carry = 0.0f;", "plain"),
-    Mutant("sequence_forward.h", "return u < p.H && term < p.H ?", "return u < p.H ?", "plain"),
+    Mutant("sequence_forward.h", "return u < p.H && term < p.H ?", "return u < p.H ?", "asan"),
 )  # fmt: skip

@@ -193,7 +193,7 @@ def tsan() -> str:
 
 # ---- Bugs in the kernels themselves.
 # Of one cell and dtype, to compile fast: several chunks, both directions, uneven lengths.
-MUTANT_SHAPES = ("lstm:bf16:best:5:17:40:2:lengths:hbk", "lstm:bf16:grid:5:33:40:2:lengths:hb")
+MUTANT_SHAPES = ("lstm:bf16:small:5:64:40:2:lengths:hbk", "lstm:bf16:smallgrid:3:64:40:2:lengths:hb")
 
 
 def mutants() -> str:

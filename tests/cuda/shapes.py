@@ -13,7 +13,7 @@ from collections.abc import Callable
 _FACTORS: dict[str, tuple[str | int, ...]] = {
     "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
     "dtype": ("f32", "bf16", "f16"),
-    "path": ("best", "grid", "steps"),
+    "path": ("best", "small", "grid", "smallgrid", "steps"),
     "T": (1, 2, 5, 33),
     "B": (1, 3, 8, 17, 64),
     "H": (1, 16, 40, 64, 128, 200, 256, 512),
@@ -34,7 +34,7 @@ def _affordable(row: Row) -> bool:
 
 
 def _small(row: Row) -> bool:
-    return int(row[_T]) <= 5 and int(row[_H]) <= 64 and int(row[_B]) <= 17
+    return int(row[_T]) <= 5 and int(row[_H]) <= 64 and int(row[_T]) * int(row[_B]) <= 128
 
 
 def _covering(allowed: Callable[[Row], bool], seed: int) -> list[str]:
