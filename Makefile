@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 ABI_TORCH_SPEC ?= torch==2.11.0
+# The oldest Triton that the kernels are held to, and the newest.
+TRITON_SPECS ?= triton==3.6.0 triton==3.9.0
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -15,7 +17,8 @@ DEV_STAMP := $(VENV)/.dlkernels-dev
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test cuda-test abi-check wheel clean
+.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test cuda-test abi-check gpuless \
+	gpu-check wheel clean
 
 help:
 	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
@@ -27,6 +30,8 @@ help:
 	@echo "make test-O0      the tests on an -O0 build of the kernels"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
+	@echo "make gpuless      the Triton kernels under the interpreter, and compiled for each architecture (minutes)"
+	@echo "make gpu-check    on a machine with an NVIDIA GPU: build, test, measure; build/gpu-check.json"
 	@echo "make wheel        dist/*.whl, built against the torch of $(VENV)"
 
 venv: $(ENV_STAMP)
@@ -80,6 +85,15 @@ cuda-test: $(ENV_STAMP)
 
 abi-check: build
 	$(PY) tests/abi/check.py '$(ABI_TORCH_SPEC)'
+
+# Needs no compiled module: Triton's interpreter runs on CPU tensors, its compiler on none.
+gpuless: $(ENV_STAMP)
+	$(PY) tests/gpuless/run.py $(TRITON_SPECS) $(ARGS)
+
+# With whatever Python has the CUDA build of torch: make gpu-check PYTHON=/path/to/python. ARGS=--rehearse needs no GPU
+# and proves only that the check itself works.
+gpu-check:
+	$(PYTHON) tests/gpu/check.py $(ARGS)
 
 wheel: $(ENV_STAMP)
 	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -31,7 +31,8 @@ class NoGrad {
 // How a type crosses the stack. take() owns what the value held, give() hands ownership over.
 template <class T>
 struct Crossing {
-  static_assert(std::is_same_v<T, bool> || std::is_same_v<T, int64_t>, "no schema type for T");
+  static_assert(std::is_same_v<T, bool> || std::is_same_v<T, int64_t> || std::is_same_v<T, double>,
+                "no schema type for T");  // a schema's float is a double
   static T take(StableIValue value) { return torch::stable::detail::to<T>(value); }
 };
 

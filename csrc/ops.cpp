@@ -11,6 +11,7 @@
 #ifdef DLKERNELS_WITH_CUDA
 #include "cuda/gpu_limits.h"
 #endif
+#include "host.h"
 
 namespace py = pybind11;
 
@@ -80,16 +81,6 @@ void implement(Library& library) {
   library.impl((mode + "_backward").c_str(), &Boxed<&Ops<cell>::backward>::kernel);
   library.impl((mode + "_cell").c_str(), &Boxed<&Ops<cell>::step>::kernel);
   library.impl((mode + "_cell_backward").c_str(), &Boxed<&Ops<cell>::step_backward>::kernel);
-}
-
-DType dtype_from_name(std::string name) {
-  const std::string prefix = "torch.";
-  if (name.rfind(prefix, 0) == 0) name = name.substr(prefix.size());
-  for (auto [known, dtype] : {std::pair{"float32", DType::f32}, std::pair{"float64", DType::f64},
-                              std::pair{"bfloat16", DType::bf16}, std::pair{"float16", DType::f16}}) {
-    if (name == known) return dtype;
-  }
-  throw std::invalid_argument("unknown dtype '" + name + "', expected float32, float64, bfloat16 or float16");
 }
 
 LayerShape make_shape(const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
@@ -178,6 +169,17 @@ py::dict features_dict() {
 }
 
 }  // namespace
+
+DType dtype_from_name(std::string name) {
+  const std::string prefix = "torch.";
+  if (name.rfind(prefix, 0) == 0) name = name.substr(prefix.size());
+  for (auto [known, dtype] : {std::pair{"float32", DType::f32}, std::pair{"float64", DType::f64},
+                              std::pair{"bfloat16", DType::bf16}, std::pair{"float16", DType::f16}}) {
+    if (name == known) return dtype;
+  }
+  throw std::invalid_argument("unknown dtype '" + name + "', expected float32, float64, bfloat16 or float16");
+}
+
 }  // namespace dlk
 
 STABLE_TORCH_LIBRARY(dlkernels, library) {
@@ -219,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name").none(true));
   m.def("set_poison", &dlk::set_poison, py::arg("on"));
+  dlk::bind_attention(m);
   m.def(
       "plan",
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,

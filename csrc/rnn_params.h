@@ -9,14 +9,11 @@
 // The compute type is double for f64 and float for every other dtype.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "kernel_params.h"
 
 namespace dlk {
 
 enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };
-enum class DType : int { f32, f64, bf16, f16 };
-enum class Isa : int { scalar, avx2, avx512 };
 
 constexpr int gate_count(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 constexpr int saved_slots(CellKind cell) { return cell == CellKind::lstm ? 5 : cell == CellKind::gru ? 4 : 0; }
@@ -90,17 +87,7 @@ struct BackwardParams {
   bool deterministic;
 };
 
-// How the kernels reach threads. `parallel` calls fn(ctx, begin, end) for ranges
-// that together cover [0, n), from whichever threads it likes, and returns after all.
-struct Runtime {
-  Isa isa;
-  int threads;
-  void (*parallel)(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end), void* ctx);
-};
-
 // What ran, or would run; explain() and the tests read it.
-constexpr int kMaxMembers = 64;
-
 struct Plan {
   Isa isa;
   int threads;  // members asked for, at most kMaxMembers

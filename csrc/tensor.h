@@ -9,7 +9,7 @@
 #include <utility>
 
 #include "cpu/runtime_flags.h"
-#include "rnn_params.h"
+#include "kernel_params.h"
 
 namespace dlk {
 
@@ -81,7 +81,17 @@ inline int32_t torch_dtype(DType dtype) {
 
 inline DType compute_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-// Uninitialised, contiguous.
+// Uninitialised; the strides leave no gaps.
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype,
+                            const Device& device = cpu_device()) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
+  Tensor tensor(handle);
+  if (poison() && tensor.numel() > 0 && tensor.on_cpu()) std::memset(tensor.data(), 0xff, tensor.byte_count());
+  return tensor;
+}
+
+// ... and contiguous.
 inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Device& device = cpu_device()) {
   constexpr int64_t kMaxDim = 8;
   int64_t strides[kMaxDim];
@@ -90,11 +100,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Devi
     strides[d] = numel;
     numel *= sizes[d];
   }
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
-  Tensor tensor(handle);
-  if (poison() && numel > 0 && tensor.on_cpu()) std::memset(tensor.data(), 0xff, tensor.byte_count());
-  return tensor;
+  return empty_strided(sizes, strides, dim, dtype, device);
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {

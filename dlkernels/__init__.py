@@ -1,9 +1,10 @@
-"""Fused recurrent layers for PyTorch on the CPU, drop-in for torch.nn.
+"""Fused recurrent layers and attention for PyTorch, drop-in for torch.nn.
 
-dlkernels.nn            RNN, LSTM, GRU and their cells
+dlkernels.nn            RNN, LSTM, GRU and their cells, MultiheadAttention, Transformer layers
 dlkernels.functional    the same without state
 dlkernels.reference     the same as short PyTorch, for tests
 dlkernels.patch         swaps the layers of a model, `unpatch` swaps them back
+dlkernels.patch_attention  runs F.scaled_dot_product_attention on our kernels
 dlkernels.explain       tells which kernel runs for an input, and why
 """
 
@@ -17,5 +18,17 @@ from dlkernels._version import __version__
 from dlkernels.explain import explain
 from dlkernels.info import info
 from dlkernels.patch import patch, patch_report, unpatch
+from dlkernels.sdpa import patch_attention
 
-__all__ = ["__version__", "explain", "functional", "info", "nn", "patch", "patch_report", "reference", "unpatch"]
+__all__ = [
+    "__version__",
+    "explain",
+    "functional",
+    "info",
+    "nn",
+    "patch",
+    "patch_attention",
+    "patch_report",
+    "reference",
+    "unpatch",
+]

@@ -188,9 +188,9 @@ def values_for_reference(x: Tensor, sizes: Tensor | None, lengths: Tensor | None
     """The values of batch_sizes and lengths, which the operators check themselves. For eager calls: it reads them."""
     if sizes is not None:
         if bool((sizes <= 0).any()) or bool((sizes[1:] > sizes[:-1]).any()):
-            raise ValueError(f"batch_sizes must be positive and must not increase, got {sizes.tolist()}")
+            raise RuntimeError(f"batch_sizes must be positive and must not increase, got {sizes.tolist()}")
         if int(sizes.sum()) != x.shape[0]:
-            raise ValueError(f"batch_sizes must sum to the rows of x, got {int(sizes.sum())} and {x.shape[0]}")
+            raise RuntimeError(f"batch_sizes must sum to the rows of x, got {int(sizes.sum())} and {x.shape[0]}")
     if lengths is not None and lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > steps):
         raise ValueError(f"lengths must lie in 0..T (T={steps}), got {lengths.tolist()}")
 

@@ -1,8 +1,7 @@
 """Loads the compiled module `_C`, once, or says why there is none.
 
 `HAVE_NATIVE` and `native` tell what was found, `HAVE_CUDA_KERNELS` whether it has those, `why_not` the reason when it
-is nothing, and
-`announce_reference()` is what the first call on the reference path says to the user.
+is nothing, and `announce_reference()` is what the first call on the reference path says to the user.
 
 Environment: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` does without it,
 `DLKERNELS_REQUIRE_NATIVE=1` makes its absence an ImportError.

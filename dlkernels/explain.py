@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,72 +11,22 @@ from torch.nn import Module
 from torch.nn.utils.rnn import PackedSequence
 
 from dlkernels import _native
+from dlkernels._autocast import autocast_dtype
 from dlkernels.autograd import route
-from dlkernels.functional import autocast_dtype
+from dlkernels.explain_attention import ATTENTION_FUNCTIONS, explain_function, explain_one
+from dlkernels.explain_layers import ATTENTION_LAYERS, attention_calls
+from dlkernels.explanation import Explanation, LayerExplanation, describe, settings
 from dlkernels.nn import GRUCell, LSTMCell, RNNCell
 from dlkernels.nn.rnn import RecurrentLayer
 
 __all__ = ["Explanation", "LayerExplanation", "explain"]
 
 _OUR_CELLS = (RNNCell, LSTMCell, GRUCell)
-_CPU_DETAILS = ("threads", "split", "recurrence", "chunk_steps")
-_CUDA_DETAILS = ("kind", "blocks", "groups", "tile", "barriers_per_step")
+_ATTENTION_OF_TORCH = (
+    torch.nn.MultiheadAttention, torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer,
+)  # fmt: skip
+_OF_TORCH = (torch.nn.RNNBase, torch.nn.RNNCellBase, *_ATTENTION_OF_TORCH)
 _CELL_MODES = {torch.nn.LSTMCell: "lstm", torch.nn.GRUCell: "gru"}
-
-
-@dataclass(frozen=True)
-class LayerExplanation:
-    """How one layer of the stack, or the cell, would run.
-
-    path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (not a layer of dlkernels) or
-    "nothing" (an empty batch). `forward` and `backward` are the plans of the native path: kernel, isa, threads, split
-    (serial, rows or units), recurrence (dot or tiles), chunk_steps, directions_side_by_side, reason; on CUDA kernel,
-    kind (cluster, grid or steps), blocks, slices, groups, tile, shared_bytes, barriers_per_step, reason.
-    """
-
-    name: str
-    path: str
-    reason: str
-    grad: bool
-    forward: dict[str, Any] = field(default_factory=dict)
-    backward: dict[str, Any] = field(default_factory=dict)
-    packed_weights: str = ""
-
-    @property
-    def kernel(self) -> str:
-        """For example "cpu/avx512/lstm"; the path where no kernel of ours runs."""
-        return str(self.forward.get("kernel", self.path))
-
-    def __str__(self) -> str:
-        lines = [f"{self.name}: {self.kernel} ({self.reason})"]
-        for title, plan in (("forward", self.forward), ("backward", self.backward)):
-            if plan:
-                keys = _CUDA_DETAILS if "kind" in plan else _CPU_DETAILS
-                details = ", ".join(f"{key} {plan[key]}" for key in keys if key in plan)
-                lines += [f"  {title}: {details}", f"    {plan['reason']}"]
-        if self.packed_weights:
-            lines.append(f"  prepacked weights: {self.packed_weights}")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """`layers` has one entry for each layer of the stack, one for a cell. `str()` is for reading."""
-
-    module: str
-    call: str
-    layers: tuple[LayerExplanation, ...]
-
-    @property
-    def kernel(self) -> str:
-        return self.layers[0].kernel
-
-    @property
-    def native(self) -> bool:
-        return all(layer.path == "native" for layer in self.layers)
-
-    def __str__(self) -> str:
-        return "\n".join([self.module, self.call, *map(str, self.layers)])
 
 
 @dataclass(frozen=True)
@@ -90,12 +40,37 @@ class _Call:
     batch: int
 
 
-def explain(
+def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Says which kernel `target(*args, **kwargs)` would run if it were called now, in the present grad mode, autocast,
+    thread and determinism settings, and why. Nothing is run.
+
+    target: a recurrent layer or cell, MultiheadAttention, a Transformer layer, `functional.attention`,
+    `functional.scaled_dot_product_attention`, or torch's function of that name, as `patch_attention` would route it.
+    """
+    if any(target is function for function in ATTENTION_FUNCTIONS):
+        return explain_function(target, *args, **kwargs)
+    if isinstance(target, ATTENTION_LAYERS):
+        return _attention_layer(target, *args, **kwargs)
+    if isinstance(target, _ATTENTION_OF_TORCH) and args:
+        return _not_ours(target, args[0])
+    return _layer(target, *args, **kwargs)
+
+
+def _attention_layer(layer: Module, *args: Any, **kwargs: Any) -> Explanation:
+    explained = []
+    for call in attention_calls(layer, *args, **kwargs):
+        if call.reason:
+            grad = torch.is_grad_enabled() and call.q.requires_grad
+            explained.append(LayerExplanation(call.name, "torch", call.reason, grad))
+        else:
+            explained.append(explain_one(call.name, call.q, call.k, call.v, **call.options))
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return Explanation(repr(layer), f"{describe('input', first)}, {settings(first)}", tuple(explained))
+
+
+def _layer(
     layer: Module, input: Tensor | PackedSequence, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0
 ) -> Explanation:
-    """Says which kernel `layer(input, hx, lengths=lengths, bptt_steps=bptt_steps)` would run if it were called now, in
-    the present grad mode, autocast, thread and determinism settings, and why. The layer is not run.
-    """
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"explain(): argument 'input' must be Tensor or PackedSequence, not {type(input).__name__}")
     if not isinstance(layer, (RecurrentLayer, *_OUR_CELLS)):
@@ -106,32 +81,20 @@ def explain(
     else:
         call = _cell_call(input, hx)
         layers = (_explain_cell(layer, call),)
-    return Explanation(repr(layer), f"{call.text}, {_settings(call.input)}", layers)
+    return Explanation(repr(layer), f"{call.text}, {settings(call.input)}", layers)
 
 
 def _not_ours(layer: Module, input: Any) -> Explanation:
-    known = (torch.nn.RNNBase, torch.nn.RNNCellBase)
-    if not isinstance(layer, known):
-        raise TypeError(f"explain: expected a recurrent layer or cell, got {type(layer).__name__}")
+    if not isinstance(layer, _OF_TORCH):
+        raise TypeError(
+            f"explain: expected a recurrent layer or cell, an attention layer or an attention function, got "
+            f"{type(layer).__name__}"
+        )
     of_torch = type(layer).__module__.startswith("torch.")
     reason = "torch.nn layer: not patched" if of_torch else "not a layer of dlkernels"
     data = input.data if isinstance(input, PackedSequence) else input
     only = LayerExplanation("whole module", "torch", reason, grad=False)
-    return Explanation(repr(layer), _describe("input", data), (only,))
-
-
-def _describe(name: str, tensor: Tensor) -> str:
-    return f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
-
-
-def _settings(input: Tensor) -> str:
-    parts = [f"grad mode {'on' if torch.is_grad_enabled() else 'off'}", f"{torch.get_num_threads()} threads"]
-    if torch.are_deterministic_algorithms_enabled():
-        parts.append("deterministic")
-    dtype = autocast_dtype(input)
-    if dtype is not None:
-        parts.append(f"autocast {str(dtype).removeprefix('torch.')}")
-    return ", ".join(parts)
+    return Explanation(repr(layer), describe("input", data), (only,))
 
 
 def _states(hx: Any) -> list[Tensor]:
@@ -144,7 +107,7 @@ def _layer_call(
     states = _states(hx)
     if isinstance(input, PackedSequence):
         steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
-        text = f"packed {_describe('input', input.data)} of {batch} sequences, up to {steps} steps"
+        text = f"packed {describe('input', input.data)} of {batch} sequences, up to {steps} steps"
         data = input.data
     else:
         if input.dim() not in (2, 3):
@@ -152,7 +115,7 @@ def _layer_call(
         data = input
         time, rows = (1, 0) if layer.batch_first and input.dim() == 3 else (0, 1)
         steps, batch = input.size(time), input.size(rows) if input.dim() == 3 else 1
-        text = _describe("input", input) + (", with lengths" if lengths is not None else "")
+        text = describe("input", input) + (", with lengths" if lengths is not None else "")
     if bptt_steps:
         text += f", gradients cut every {bptt_steps} steps"
     return _Call(text + (", given hx" if states else ", hx zeros"), data, states, steps, batch)
@@ -160,7 +123,7 @@ def _layer_call(
 
 def _cell_call(input: Any, hx: Any) -> _Call:
     states = _states(hx)
-    text = _describe("input", input) + (", given hx" if states else ", hx zeros")
+    text = describe("input", input) + (", given hx" if states else ", hx zeros")
     return _Call(text, input, states, 1, input.size(0) if input.dim() == 2 else 1)
 
 

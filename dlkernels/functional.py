@@ -1,9 +1,9 @@
-"""Stateless recurrent layers: weights come as arguments.
+"""Stateless recurrent layers, whose weights come as arguments, and attention (`dlkernels/attention.py`).
 
-All take floating-point tensors of one dtype and one device (float32, float64, bfloat16 and float16 have kernels on the
-CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast the input, the states
-and the weights are cast to the autocast dtype, float64 excepted, as torch casts the arguments of `linear`; outputs and
-states are returned in that dtype and gradients arrive in the dtypes that came in.
+The layers take floating-point tensors of one dtype and one device (float32, float64, bfloat16 and float16 have kernels
+on the CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast the input, the
+states and the weights are cast to the autocast dtype, float64 excepted, as torch casts the arguments of `linear`;
+outputs and states are returned in that dtype and gradients arrive in the dtypes that came in.
 
 Sizes in this module: T steps, B sequences, I input features, H hidden units, D directions, L layers, P projected units,
 O = P with a projection and H without. Errors have the types that torch.nn raises for the same mistake: RuntimeError for
@@ -14,18 +14,31 @@ arguments of a wrong type.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
 
 from dlkernels import _checks
+from dlkernels._autocast import autocast_dtype as autocast_dtype
+from dlkernels._autocast import cast
+from dlkernels.attention import attention, attention_map
 from dlkernels.autograd import CellConfig, SequenceConfig, route
 from dlkernels.autograd import cell as cell_step
 from dlkernels.autograd import sequence as layer_forward
+from dlkernels.sdpa import scaled_dot_product_attention
 
-__all__ = ["gru", "gru_cell", "lstm", "lstm_cell", "rnn", "rnn_cell"]
+__all__ = [
+    "attention",
+    "attention_map",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+    "scaled_dot_product_attention",
+]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -135,23 +148,6 @@ def _rnn_mode(nonlinearity: str) -> str:
     return "rnn_tanh" if nonlinearity == "tanh" else "rnn_relu"
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What to cast to, or None outside of autocast for the device of x."""
-    if not torch._C._is_any_autocast_enabled():
-        return None
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
-
-
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """As autocast casts the arguments of linear: every floating dtype but float64."""
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
-
-
 def _layers(
     mode: str, name: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], num_layers: int,
     bidirectional: bool, batch_first: bool, dropout: float, training: bool, lengths: Tensor | None,
@@ -177,8 +173,8 @@ def _layers(
     if dtype is not None:
         if packed is not None and dtype != weights[0].dtype:
             packed = None
-        x, h0, c0 = _cast(x, dtype), _cast(h0, dtype), _cast(c0, dtype)
-        weights = [_cast(weight, dtype) for weight in weights]
+        x, h0, c0 = cast(x, dtype), cast(h0, dtype), cast(c0, dtype)
+        weights = [cast(weight, dtype) for weight in weights]
     _checks.same_kind(x, (h0, c0), weights)
     _checks.input_size(x, weights[0])
     if dropout:
@@ -269,7 +265,7 @@ def _cell(
         return [state.squeeze(0) for state in out[: 2 if mode == "lstm" else 1]]
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, h, c, w_ih, w_hh, b_ih, b_hh = (_cast(tensor, dtype) for tensor in (x, h, c, w_ih, w_hh, b_ih, b_hh))
+        x, h, c, w_ih, w_hh, b_ih, b_hh = (cast(tensor, dtype) for tensor in (x, h, c, w_ih, w_hh, b_ih, b_hh))
     if b_ih is None and b_hh is not None:
         b_ih = torch.zeros_like(b_hh)
     elif b_hh is None and b_ih is not None:

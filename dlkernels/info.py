@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dlkernels import _native
+from dlkernels import _native, triton
 from dlkernels._version import __version__
 
 __all__ = ["format_info", "info"]
@@ -90,6 +90,25 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
                 "op": op, "device": "cuda", "kernel": f"cuda/{mode}" if not no_cuda else "reference", "dtypes": "",
                 "reason": no_cuda,
             })  # fmt: skip
+    return rows + _attention_kernels()
+
+
+def _attention_kernels() -> list[dict[str, str]]:
+    native = _native.native
+    kernel = f"cpu/{native.isa()}/attention" if native is not None else "reference"
+    if torch.cuda.is_available():
+        no_cuda = triton.why_not(torch.empty(0, device="cuda"))
+    else:
+        no_cuda = "torch finds no CUDA device"
+    rows = []
+    for op in triton.OPERATORS:
+        rows.append({
+            "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(_DTYPES), "reason": _native.why_not,
+        })  # fmt: skip
+        rows.append({
+            "op": op, "device": "cuda", "kernel": "reference" if no_cuda else "cuda/triton/attention",
+            "dtypes": "float32, bfloat16, float16", "reason": no_cuda,
+        })  # fmt: skip
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Swap torch.nn's recurrent layers and cells inside a model for the ones of dlkernels, and back.
+"""Swap torch.nn's recurrent, attention and Transformer layers inside a model for the ones of dlkernels, and back.
 
 A layer is swapped by giving the module object another class. The object itself stays: its parameters, buffers, hooks
 and the handles that remove them, parametrizations, training flag, and every reference to it from elsewhere (a module
@@ -16,7 +16,17 @@ import torch
 from torch.nn import Module
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from dlkernels.nn import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from dlkernels.nn import (
+    GRU,
+    LSTM,
+    RNN,
+    GRUCell,
+    LSTMCell,
+    MultiheadAttention,
+    RNNCell,
+    TransformerDecoderLayer,
+    TransformerEncoderLayer,
+)
 
 __all__ = ["PatchEntry", "PatchReport", "patch", "patch_report", "unpatch"]
 
@@ -29,6 +39,10 @@ _SWAPS: dict[type[Module], type[Module]] = {
     torch.nn.RNNCell: RNNCell,
     torch.nn.LSTMCell: LSTMCell,
     torch.nn.GRUCell: GRUCell,
+    torch.nn.MultiheadAttention: MultiheadAttention,
+    # TransformerEncoder, TransformerDecoder and Transformer only call these, and stay what they are.
+    torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
 }
 _OURS = {ours: theirs for theirs, ours in _SWAPS.items()}
 _OUR_CLASSES = tuple(_OURS)
@@ -43,8 +57,8 @@ _CUDNN_STATE = ("_flat_weights", "_flat_weight_refs")
 
 @dataclass(frozen=True)
 class PatchEntry:
-    """One recurrent layer of a model. `state` is "patched", "native" (built with dlkernels), "torch" (could be patched)
-    or "skipped" (cannot be, `reason` says why)."""
+    """One layer that torch.nn and dlkernels both have. `state` is "patched", "native" (built with dlkernels), "torch"
+    (could be patched) or "skipped" (cannot be, `reason` says why)."""
 
     name: str
     layer: str
@@ -57,7 +71,7 @@ class PatchEntry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """The recurrent layers of a model, each under the first name by which it is found."""
+    """The layers of a model that torch.nn and dlkernels both have, each under the first name by which it is found."""
 
     entries: list[PatchEntry] = field(default_factory=list)
 
@@ -74,12 +88,13 @@ class PatchReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "no recurrent layers"
+            return "no layers that dlkernels has"
         return "\n".join(map(str, self.entries))
 
 
 def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
-    """Swaps every torch.nn RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in `model` and returns the model.
+    """Swaps every torch.nn RNN, LSTM, GRU, RNNCell, LSTMCell, GRUCell, MultiheadAttention, TransformerEncoderLayer and
+    TransformerDecoderLayer in `model` and returns the model.
 
     Works in place, on the root too, unless `copy` asks for a deep copy. Layers that cannot be swapped (a subclass, a
     scripted module, an instance with its own `forward`) stay as they are, and a warning names them and the reason.
@@ -119,7 +134,7 @@ def unpatch(model: M) -> M:
 
 
 def patch_report(model: Module) -> PatchReport:
-    """The state of every recurrent layer in `model`."""
+    """The state of every layer in `model` that torch.nn and dlkernels both have."""
     entries = []
     for name, module in model.named_modules():
         cls = type_before_parametrizations(module)
@@ -147,7 +162,7 @@ def _layer_name(module: Module) -> str:
 
 
 def _obstacle(module: Module) -> str:
-    """Why a recurrent layer of torch cannot be swapped; empty where it can, or where the module is something else."""
+    """Why a layer of torch cannot be swapped; empty where it can, or where the module is something else."""
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript" if module.original_name in _NAMES else ""
     cls: Any = type_before_parametrizations(module)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlkernels.bench import cases, charlm, cli, machine, plots, readme, results, tables, timing
+from dlkernels.bench import attention, cases, charlm, cli, machine, plots, readme, results, tables, timing
 from dlkernels.bench.cases import Case
 from dlkernels.bench.checks import Checker
 from dlkernels.bench.progress import Progress
@@ -399,7 +399,7 @@ class TestCommand:
 
     def test_list(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.command(tmp_path, "--suite", "targets", "--list") == 0
-        assert len(capsys.readouterr().out.split()) == len(cases.targets())
+        assert len(capsys.readouterr().out.split()) == len(cases.targets()) + len(attention.targets())
 
     @pytest.mark.parametrize("bad", [("--threads", "0"), ("--dtypes", "int8"), ("--suite", "x")])
     def test_bad_arguments(self, bad: tuple[str, str]) -> None:

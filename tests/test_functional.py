@@ -199,8 +199,8 @@ def lstm_arguments() -> tuple[Tensor, Any, list[Any]]:
         ({"batch_sizes": torch.tensor([3])}, RuntimeError, "input must have 2 dimensions"),
         ({"input": torch.randn(4, I), "hx": None, "batch_sizes": [3, 1]}, TypeError, "batch_sizes should be a tensor"),
         ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([3.0])}, RuntimeError, "batch_sizes"),
-        ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([1, 3])}, ValueError, "batch_sizes"),
-        ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([3, 3])}, ValueError, "batch_sizes"),
+        ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([1, 3])}, RuntimeError, "batch_sizes"),
+        ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([3, 3])}, RuntimeError, "batch_sizes"),
     ],
     ids=lambda value: None if not isinstance(value, dict) else "-".join(value),
 )  # fmt: skip

@@ -50,11 +50,11 @@ FORWARD_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lengths of two dimensions": ({"lengths": torch.ones(1, 3).long()}, RuntimeError, "one-dimensional"),
     "batch_sizes for padded x": ({"batch_sizes": torch.tensor([3, 2])}, RuntimeError, "x must be packed"),
     "batch_sizes that grow": (
-        {"x": zeros(5, I), "batch_sizes": torch.tensor([2, 3])}, ValueError, "must not increase, got 3 at step 1",
+        {"x": zeros(5, I), "batch_sizes": torch.tensor([2, 3])}, RuntimeError, "must not increase, got 3 at step 1",
     ),
-    "batch_sizes of 0": ({"x": zeros(5, I), "batch_sizes": torch.tensor([5, 0])}, ValueError, "must be positive"),
-    "batch_sizes too large": ({"x": zeros(5, I), "batch_sizes": torch.tensor([2**62])}, ValueError, "batch_sizes"),
-    "batch_sizes of another sum": ({"x": zeros(5, I), "batch_sizes": torch.tensor([3, 1])}, ValueError, "must sum"),
+    "batch_sizes of 0": ({"x": zeros(5, I), "batch_sizes": torch.tensor([5, 0])}, RuntimeError, "must be positive"),
+    "batch_sizes too large": ({"x": zeros(5, I), "batch_sizes": torch.tensor([2**62])}, RuntimeError, "batch_sizes"),
+    "batch_sizes of another sum": ({"x": zeros(5, I), "batch_sizes": torch.tensor([3, 1])}, RuntimeError, "must sum"),
     "no batch_sizes": ({"x": zeros(0, I), "batch_sizes": torch.tensor([]).long()}, RuntimeError, "must not be empty"),
     "lengths and batch_sizes": (
         {"x": zeros(3, I), "batch_sizes": torch.tensor([3]), "lengths": torch.tensor([1, 1, 1])}, RuntimeError,

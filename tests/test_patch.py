@@ -85,7 +85,7 @@ def test_whole_model_in_place_or_copied() -> None:
     report = dlkernels.patch_report(model)
     assert report.patched == ["a.1", "cells.0"]
     assert "a.1: GRU patched" in str(report)
-    assert str(dlkernels.patch_report(nn.Linear(2, 2))) == "no recurrent layers"
+    assert str(dlkernels.patch_report(nn.Linear(2, 2))) == "no layers that dlkernels has"
 
 
 def test_verbose_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,12 +115,12 @@ void read_batch_sizes(const OptionalTensor& batch_sizes, const Tensor& x, Sequen
   shape.B = sizes[0];
   int64_t rows = 0;
   for (int64_t t = 0; t < shape.T; ++t) {
-    DLK_CHECK_VALUE(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : shape.rows),
-                    "batch_sizes must be positive and must not increase, got ", sizes[t], " at step ", t,
-                    t ? concat(" after ", sizes[t - 1]) : concat(" for ", shape.rows, " rows"));
+    DLK_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : shape.rows),
+              "batch_sizes must be positive and must not increase, got ", sizes[t], " at step ", t,
+              t ? concat(" after ", sizes[t - 1]) : concat(" for ", shape.rows, " rows"));
     rows += sizes[t];
   }
-  DLK_CHECK_VALUE(rows == shape.rows, "batch_sizes must sum to the rows of x, got ", rows, " and ", shape.rows);
+  DLK_CHECK(rows == shape.rows, "batch_sizes must sum to the rows of x, got ", rows, " and ", shape.rows);
   call->batch_sizes = sizes;
 }
 

@@ -34,3 +34,26 @@ class Wanted(NamedTuple):
     state: bool
     weights: bool
     groups: int = 0
+
+
+class AttentionConfig(NamedTuple):
+    """Sequence lengths are 0 for padded input; the others as `dlkernels.ops.attention` has them."""
+
+    max_seqlen_q: int
+    max_seqlen_k: int
+    softmax_scale: float
+    causal: int = 0
+    window_left: int = -1
+    window_right: int = -1
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+
+class AttentionWanted(NamedTuple):
+    """Which gradients the backward computes; those of k and v come together."""
+
+    q: bool
+    kv: bool
+    mask: bool
+    slopes: bool
+    sinks: bool

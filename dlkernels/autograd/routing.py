@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dlkernels import _native
+from dlkernels import _native, triton
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 CUDA_KERNEL_DTYPES = KERNEL_DTYPES - {torch.float64}
@@ -64,8 +64,18 @@ def route(*tensors: Tensor | None, projected: bool = False) -> Route:
     if not _native.HAVE_NATIVE:
         return _no_kernel(f"no compiled kernels: {_native.why_not}")
     reason = _why_no_kernel(x, projected)
-    if reason:
-        return _no_kernel(reason)
+    return _no_kernel(reason) if reason else _with_kernel(tensors)
+
+
+def attention_route(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Route:
+    """As `route`, for attention, whose CUDA kernels are Triton's; its arguments have passed its checks."""
+    if not q.is_cuda:
+        return route(q, k, v, *others)
+    reason = triton.why_not(q, v)
+    return _no_kernel(reason) if reason else _with_kernel((q, k, v, *others))
+
+
+def _with_kernel(tensors: tuple[Tensor | None, ...]) -> Route:
     compiling = torch.compiler.is_compiling()
     if not compiling and forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
@@ -82,6 +92,6 @@ def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError(
-                "dlkernels: forward-mode differentiation (jvp, jacfwd, dual tensors) is not supported by the recurrent "
-                "layers; use reverse mode (vjp, jacrev, backward), or dlkernels.reference, which supports both"
+                "dlkernels: forward-mode differentiation (jvp, jacfwd, dual tensors) is not supported; use "
+                "reverse mode (vjp, jacrev, backward), or dlkernels.reference, which supports both"
             )

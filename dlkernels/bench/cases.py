@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
+from typing import Protocol, TypeVar
 
 MODES = ("lstm", "gru", "rnn")
 REGIMES = ("latency", "middle", "GEMM-bound")
@@ -17,6 +18,13 @@ REGIME_TEXT = {
 SHORT_DTYPE = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 
 Shape = tuple[int, int, int, int]
+
+
+class Named(Protocol):
+    def matches(self, pattern: str) -> bool: ...
+
+
+C = TypeVar("C", bound=Named)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,5 +151,5 @@ def targets(threads: Sequence[int] = (1, 2)) -> list[Case]:
     return [dataclasses.replace(case, threads=count) for case in cases for count in threads]
 
 
-def select(cases: Iterable[Case], patterns: Sequence[str]) -> list[Case]:
+def select(cases: Iterable[C], patterns: Sequence[str]) -> list[C]:
     return [case for case in cases if not patterns or any(case.matches(p) for p in patterns)]

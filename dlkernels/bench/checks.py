@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..testing import Verdict, within_rule
+from .attention import AttentionCase, AttentionWorkload, Run, Tensors, exact
+from .attention import theirs as torch_attention
 from .cases import Case
 from .workload import Build, Inputs, Workload
 
@@ -30,8 +32,9 @@ class Checker:
     """Keeps the float64 reference and torch's results of the last workload: cases that differ in their thread count
     only come one after another and share them."""
 
-    def __init__(self, theirs: Build):
+    def __init__(self, theirs: Build, their_attention: Run = torch_attention):
         self.theirs = theirs
+        self.their_attention = their_attention
         self._key = ""
         self._reference: dict[str, Tensor] = {}
         self._measure: dict[str, Tensor] = {}
@@ -41,6 +44,15 @@ class Checker:
             plain = dataclasses.replace(case, against="torch")
             self._reference = Workload(plain, inputs, self.theirs, dtype=torch.float64).results()
             self._measure = Workload(plain, inputs, self.theirs).results()
+            self._key = case.workload
+        return compare(ours.results(), self._measure, self._reference, getattr(torch, case.dtype))
+
+    def attention(self, case: AttentionCase, inputs: Tensors, ours: AttentionWorkload) -> Agreement:
+        if case.workload != self._key:
+            self._reference = AttentionWorkload(case, inputs, exact, dtype=torch.float64).results()
+            # With dropout the peer draws another mask; plain PyTorch with ours is the measure then.
+            peer = exact if case.dropout else self.their_attention
+            self._measure = AttentionWorkload(case, inputs, peer, padded=not case.dropout).results()
             self._key = case.workload
         return compare(ours.results(), self._measure, self._reference, getattr(torch, case.dtype))
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
-from . import cases, charlm, machine, plots, results, tables
+from . import attention, cases, charlm, machine, plots, results, tables
 from .progress import Progress
 from .runner import Result, Runner
 from .timing import Budget
 
-SUITES = ("main", "grid", "targets", "charlm", "all")
+SUITES = ("main", "grid", "attention", "targets", "attention-targets", "charlm", "all")
+
+AnyCase = cases.Case | attention.AttentionCase
 # No case is started after this, so that a busy machine makes --quick measure less, not last longer.
 QUICK_SECONDS = 45.0
 DTYPES = tuple(cases.SHORT_DTYPE)
@@ -42,7 +44,7 @@ def _positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python -m dlkernels bench", description="dlkernels against torch.nn on this machine."
+        prog="python -m dlkernels bench", description="dlkernels against torch on this machine."
     )
     add = p.add_argument
     add("--suite", choices=SUITES, default="main", help="main (the default) is charlm and grid, all adds targets")
@@ -63,7 +65,8 @@ def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
     if args.list:
         print("\n".join(case.name for case in chosen))
         return 0
-    jobs = [] if args.only or args.suite in ("grid", "targets") else [_job(args, mode) for mode in ("lstm", "gru")]
+    trains = args.suite in ("main", "charlm", "all") and not args.only
+    jobs = [_job(args, mode) for mode in ("lstm", "gru")] if trains else []
     if not chosen and not jobs:
         print("no case matches", file=sys.stderr)
         return 2
@@ -87,19 +90,24 @@ def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
     return 2 if any(r.reached is False for r in measured) else 0
 
 
-def _cases(args: argparse.Namespace) -> list[cases.Case]:
-    found: list[cases.Case] = []
+def _cases(args: argparse.Namespace) -> list[AnyCase]:
+    found: list[AnyCase] = []
+    threads = args.threads or sorted({1, torch.get_num_threads()})
     if args.suite in ("main", "grid", "all"):
-        found += cases.grid(args.threads or sorted({1, torch.get_num_threads()}), args.dtypes, args.quick)
+        found += cases.grid(threads, args.dtypes, args.quick)
+    if args.suite in ("main", "grid", "attention", "all"):
+        found += attention.grid(threads, args.dtypes, args.quick)
     if args.suite in ("targets", "all"):
         found += cases.targets(args.threads or (1, 2))
+    if args.suite in ("targets", "attention-targets", "all"):
+        found += attention.targets(args.threads or (1, 2))
     return cases.select(found, args.only)
 
 
 def _budget(args: argparse.Namespace) -> Budget:
     if args.quick:
         return Budget(args.seconds or 0.3, block_seconds=0.01, min_pairs=3, max_seconds=3.0)
-    return Budget(args.seconds or (2.0 if args.suite == "targets" else 1.0))
+    return Budget(args.seconds or (2.0 if args.suite.endswith("targets") else 1.0))
 
 
 def _job(args: argparse.Namespace, mode: str) -> charlm.Config:
@@ -117,7 +125,7 @@ def _train(jobs: Sequence[charlm.Config], args: argparse.Namespace) -> list[dict
     return trained
 
 
-def _measure(chosen: Sequence[cases.Case], runner: Runner, deadline: float) -> list[Result]:
+def _measure(chosen: Sequence[AnyCase], runner: Runner, deadline: float) -> list[Result]:
     if not chosen:
         return []
     progress = Progress(len(chosen), "cases")

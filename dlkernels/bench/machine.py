@@ -48,7 +48,15 @@ def isa() -> str:
 def last_kernel() -> dict[str, Any]:
     """The plan of the last op call of this thread; what ran, not what was intended."""
     module = native()
-    run = module.last_run() if module else None
+    return _plan(module.last_run() if module else None)
+
+
+def last_attention_kernel() -> dict[str, Any]:
+    module = native()
+    return _plan(module.attention_last_run() if module else None)
+
+
+def _plan(run: dict[str, Any] | None) -> dict[str, Any]:
     return {k: v for k, v in run.items() if isinstance(v, (str, int, float, bool))} if run else {"kernel": "reference"}
 
 

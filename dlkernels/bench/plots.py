@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from . import picture
 from .cases import MODES, REGIMES
 from .machine import headline
 
 # Okabe-Ito colours, told apart by colour-blind readers too.
-_COLOURS = dict(zip(MODES, ("#0072B2", "#D55E00", "#009E73"), strict=True))
+_COLOURS = dict(zip((*MODES, "attention"), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 _MARKERS = "osD^v"
 
 
@@ -22,6 +23,8 @@ def draw(doc: dict[str, Any], path: Path) -> list[Path]:
     entries = [e for e in doc["results"] if e["status"] == "ok" and e["case"]["against"] == "torch"]
     if entries:
         made.append(_ratios(doc, entries, path.with_suffix(".png")))
+    if any(e["case"]["mode"] == "attention" for e in doc["results"]):
+        made.append(_heat_map(path.with_name(path.stem + "-attention.png")))
     if doc["charlm"]:
         made.append(_curves(doc, path.with_name(path.stem + "-charlm.png")))
     return made
@@ -57,7 +60,7 @@ def _ratios(doc: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> P
     last.set_xscale("log", base=2)
     last.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     last.xaxis.set_minor_formatter(NullFormatter())
-    last.set_xlabel("torch.nn time / dlkernels time (log scale); bar: middle half of the block pairs", fontsize=8)
+    last.set_xlabel("torch time / dlkernels time (log scale); bar: middle half of the block pairs", fontsize=8)
     handles = [Line2D([], [], color=c, linewidth=3, label=m.upper()) for m, c in _COLOURS.items()]
     handles += [
         Line2D([], [], color="grey", marker=markers[t], linestyle="", label=f"{t} thread" + "s" * (t > 1))
@@ -65,6 +68,29 @@ def _ratios(doc: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> P
     ]
     figure.legend(handles=handles, fontsize=7, loc="outside lower center", ncols=len(handles))
     figure.suptitle(headline(doc["machine"], doc["versions"]), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def _heat_map(path: Path) -> Path:
+    """`attention_map` of made-up heads over 16,384 tokens, none of which ever has its M x N probabilities in memory."""
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import LogNorm
+
+    titles, maps = picture.heads()
+    figure, panels = plt.subplots(1, len(titles), figsize=(3.2 * len(titles), 3.6), layout="constrained")
+    for panel, title, values in zip(panels, titles, maps, strict=True):
+        image = panel.imshow(
+            values.clamp(min=1e-5).numpy(), norm=LogNorm(1e-5, 1), cmap="magma", interpolation="nearest"
+        )
+        panel.set_title(title, fontsize=9)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.set_xlabel("keys", fontsize=8)
+    panels[0].set_ylabel("queries", fontsize=8)
+    figure.colorbar(image, ax=panels, shrink=0.8, label="share of a bin's attention")
+    figure.suptitle(f"attention_map of {picture.LENGTH:,} tokens in {picture.BINS} x {picture.BINS} bins", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

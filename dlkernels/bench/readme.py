@@ -21,7 +21,7 @@ from .machine import headline
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SOURCES = re.compile(r"<!-- from: (.*?) -->")
-_OP_ORDER = ("lstm", "gru", "rnn", "lstmcell", "grucell", "rnncell")
+_OP_ORDER = ("lstm", "gru", "rnn", "lstmcell", "grucell", "rnncell", "attention")
 
 
 def render(docs: dict[str, dict[str, Any]]) -> str:
@@ -53,7 +53,7 @@ def _regimes(doc: dict[str, Any]) -> str:
     from .runner import geometric_mean
 
     rated = [e for e in doc["results"] if "speedup" in e and e["case"]["against"] == "torch"]
-    rows = [["speed-up over torch.nn", *REGIMES]]
+    rows = [["speed-up over torch", *REGIMES]]
     for op in _OP_ORDER:
         mine = [e for e in rated if _op(e) == op]
         for pick, label in ((False, "inference"), (True, "training")):
@@ -67,15 +67,32 @@ def _regimes(doc: dict[str, Any]) -> str:
 
 
 def _targets(doc: dict[str, Any]) -> str:
+    """One table for the layers, one for attention."""
+    of_layers = [e for e in doc["results"] if e["case"]["mode"] != "attention"]
+    of_attention = [e for e in doc["results"] if e["case"]["mode"] == "attention"]
+    parts = []
+    if of_layers:
+        parts.append(f"Speed-up over torch.nn:\n\n{_target_table(of_layers, '(B, T, I, H)')}")
+    if of_attention:
+        table = _target_table(of_attention, "(B, H, M, D)")
+        parts.append(f"Speed-up over torch's scaled_dot_product_attention:\n\n{table}")
+    reached = doc["summary"]["targets"]
+    tail = f"\n\nTargets reached: {reached['reached']} of {reached['of']}." if reached else ""
+    return "\n\n".join(parts) + tail
+
+
+def _target_table(entries: Sequence[dict[str, Any]], sizes: str) -> str:
     """A row per shape and op, a column per use and thread count."""
     cells: dict[tuple[str, str, str, str], dict[tuple[bool, int], str]] = {}
     columns: set[tuple[bool, int]] = set()
-    for e in doc["results"]:
+    for e in entries:
         case = e["case"]
         layout = "packed" if case["packed"] else ""
         if case["against"] == "padded":
             layout = "packed over our own padded, per valid step"
-        shape = f"({case['B']}, {case['T']}, {case['I']}, {case['H']})"
+        shape = _shape(case)
+        if case["mode"] == "attention":
+            layout = ", ".join(_features(case))
         key = (shape, layout, _op(e), SHORT_DTYPE[case["dtype"]])
         column = (case["training"], case["threads"])
         columns.add(column)
@@ -83,13 +100,11 @@ def _targets(doc: dict[str, Any]) -> str:
         cells.setdefault(key, {})[column] = (_times(e["speedup"]) if "speedup" in e else e["status"]) + mark
     order = sorted(columns)
     titles = [f"{'training' if t else 'inference'}, {n} thread{'s' * (n > 1)}" for t, n in order]
-    rows = [["(B, T, I, H)", "op", *titles]]
+    rows = [[sizes, "op", *titles]]
     for (shape, layout, op, dtype), found in cells.items():
         notes = [text for text in (layout, "" if dtype == "f32" else dtype) if text]
         rows.append([shape, ", ".join([_title(op), *notes]), *(found.get(column, "") for column in order)])
-    reached = doc["summary"]["targets"]
-    tail = f"\n\nTargets reached: {reached['reached']} of {reached['of']}." if reached else ""
-    return f"Speed-up over torch.nn:\n\n{_table(rows)}{tail}"
+    return _table(rows)
 
 
 def _jobs(doc: dict[str, Any]) -> str:
@@ -105,11 +120,27 @@ def _jobs(doc: dict[str, Any]) -> str:
     return _table(rows)
 
 
+def _shape(case: dict[str, Any]) -> str:
+    names = "BHMD" if case["mode"] == "attention" else "BTIH"
+    return f"({', '.join(str(case[name]) for name in names)})"
+
+
+def _features(case: dict[str, Any]) -> list[str]:
+    """What an attention case has beside its shape."""
+    found = ["causal"] * case["causal"] + ["packed"] * case["packed"]
+    found += [{"bool": "bool mask", "bias": "bias", "grad": "trained bias"}[case["mask"]]] if case["mask"] else []
+    found += [f"dropout {case['dropout']:g}"] if case["dropout"] else []
+    found += [f"{name} = {case[name]}" for name in ("N", "Hkv", "Dv") if case[name]]
+    return found + ([f"against {case['against']}"] if case["against"] != "torch" else [])
+
+
 def _op(entry: dict[str, Any]) -> str:
     return str(entry["case"]["mode"]) + ("cell" if entry["case"]["cell"] else "")
 
 
 def _title(op: str) -> str:
+    if op == "attention":
+        return op
     return op[:-4].upper() + "Cell" if op.endswith("cell") else op.upper()
 
 

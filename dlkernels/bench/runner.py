@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 
-from . import machine, workload
+from . import attention, machine, workload
+from .attention import AttentionCase, AttentionWorkload
 from .cases import REGIMES, Case
 from .checks import Agreement, Checker
-from .timing import Budget, Sample, alternate
+from .timing import Budget, Sample, Side, alternate
 from .workload import Build, Inputs, Workload
 
 Status = Literal["ok", "disagree", "error", "no peer"]
@@ -20,7 +21,7 @@ Status = Literal["ok", "disagree", "error", "no peer"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    case: Case
+    case: Case | AttentionCase
     status: Status
     message: str = ""
     sample: Sample | None = None
@@ -84,34 +85,61 @@ class Runner:
     budget: Budget = dataclasses.field(default_factory=Budget)
     ours: Build = workload.ours
     theirs: Build = workload.theirs
+    our_attention: attention.Run = attention.ours
+    their_attention: attention.Run = attention.theirs
 
-    def run(self, cases: Iterable[Case]) -> Iterator[Result]:
+    def run(self, cases: Iterable[Case | AttentionCase]) -> Iterator[Result]:
         """One result per case; torch's thread count and deterministic mode are put back at the end."""
         threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-        checker = Checker(self.theirs)
+        checker = Checker(self.theirs, self.their_attention)
         try:
             for case in cases:
                 torch.set_num_threads(case.threads)
-                yield self._one(case, checker)
+                if isinstance(case, AttentionCase):
+                    yield self._attention(case, checker)
+                else:
+                    yield self._layer(case, checker)
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic)
 
-    def _one(self, case: Case, checker: Checker) -> Result:
+    def _layer(self, case: Case, checker: Checker) -> Result:
         inputs = Inputs.make(case)
+
+        def mine() -> tuple[Workload, Agreement]:
+            side = Workload(case, inputs, self.ours, deterministic=case.against == "default")
+            return side, checker(case, inputs, side)
+
+        return self._one(case, lambda: self._peer(case, inputs), mine, machine.last_kernel)
+
+    def _attention(self, case: AttentionCase, checker: Checker) -> Result:
+        inputs = attention.make_inputs(case)
+
+        def mine() -> tuple[AttentionWorkload, Agreement]:
+            side = AttentionWorkload(case, inputs, self.our_attention)
+            return side, checker.attention(case, inputs, side)
+
+        def peer() -> AttentionWorkload:
+            return AttentionWorkload(case, inputs, self.their_attention, padded=True)
+
+        return self._one(case, peer, mine, machine.last_attention_kernel)
+
+    def _one(
+        self, case: Case | AttentionCase, make_peer: Callable[[], Side],
+        make_mine: Callable[[], tuple[Side, Agreement]], last_kernel: Callable[[], dict[str, Any]],
+    ) -> Result:  # fmt: skip
         try:
-            peer = self._peer(case, inputs)
+            peer = make_peer()
             peer()
         except Exception as problem:  # a missing dtype or op of the peer's is a fact to report, not a failure of ours
             return Result(case, "no peer", _first_line(problem))
         try:
-            mine = Workload(case, inputs, self.ours, deterministic=case.against == "default")
-            agreement = checker(case, inputs, mine)
+            mine, agreement = make_mine()
             if not agreement.ok:
                 return Result(case, "disagree", str(agreement), agreement=agreement)
             mine.prepare()
             mine()
-            kernel = machine.last_kernel()
+            kernel = last_kernel()
             return Result(case, "ok", sample=alternate(peer, mine, self.budget), agreement=agreement, kernel=kernel)
         except Exception as problem:
             return Result(case, "error", _first_line(problem))

@@ -12,6 +12,8 @@ from .runner import Result
 _AGAINST = {
     "padded": "packed against our own padded run, per valid step (1.00 = as fast)",
     "default": "deterministic mode against our own default mode (its cost)",
+    "flash": "attention against torch's flash backend",
+    "math": "attention against torch's math backend",
 }
 
 
@@ -28,7 +30,7 @@ def results_table(results: Sequence[Result]) -> str:
 def _group(title: str, results: Sequence[Result]) -> str:
     if not results:
         return ""
-    peer = "torch ms" if results[0].case.against == "torch" else "own ms"
+    peer = "own ms" if results[0].case.against in ("padded", "default") else "torch ms"
     rows = [["case", peer, "ours ms", "speed-up", "of block pairs", "target", "kernel"]]
     rows += [_row(result) for result in results]
     return title + "\n" + align(rows)
@@ -83,7 +85,7 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 def summary_text(summary: dict[str, Any]) -> str:
     lines = []
     if summary["overall"]:
-        rows = [["speed-up over torch.nn, geometric mean", "", ""]]
+        rows = [["speed-up over torch, geometric mean", "", ""]]
         named = list(summary["regimes"].items()) + list(summary["ops"].items()) + [("overall", summary["overall"])]
         rows += [[f"  {name}", f"{m['speedup']:.2f}x", f"({m['cases']} cases)"] for name, m in named if m]
         lines.append(align(rows))

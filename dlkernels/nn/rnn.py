@@ -153,12 +153,7 @@ class RecurrentLayer(RNNBase):
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
             self._check_packed(data, batch_sizes, hx, weights)
-            try:
-                output, hidden = self._call(data, hx, weights, None, batch_sizes, bptt_steps)
-            except ValueError as error:
-                if str(error).startswith("batch_sizes"):  # the operator's word for a sum or an order that is wrong
-                    raise RuntimeError(str(error)) from None
-                raise
+            output, hidden = self._call(data, hx, weights, None, batch_sizes, bptt_steps)
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(hidden, unsorted_indices)
         input.dim()

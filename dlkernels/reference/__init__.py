@@ -4,8 +4,9 @@ where no kernel does. Any floating dtype and device, differentiable any number o
 float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels hold their state.
 """
 
+from dlkernels.reference.attention import attention, attention_map
 from dlkernels.reference.cells import cell
 from dlkernels.reference.sequences import sequence, stack
 from dlkernels.reference.weights import GATES, DirectionWeights, split_directions
 
-__all__ = ["GATES", "DirectionWeights", "cell", "sequence", "split_directions", "stack"]
+__all__ = ["GATES", "DirectionWeights", "attention", "attention_map", "cell", "sequence", "split_directions", "stack"]

@@ -2,41 +2,16 @@
 //   kernels_test [cases] [seed]
 // Buffers are of exact size and hold NaN until written, scratch too; meant to run under sanitizers.
 #include <array>
-#include <atomic>
 #include <cstdlib>
 #include <map>
-#include <thread>
 
 #include "../../csrc/cpu/runtime_flags.h"
 #include "cases.h"
 #include "check.h"
+#include "pool.h"
 
 namespace dlk {
 namespace {
-
-// What torch's pool may do with a call: a thread for each unit, fewer threads with longer
-// ranges, or one range after the other on the caller's thread.
-enum class Pool { one_each, two_ranges, one_range, in_turn };
-Pool g_pool = Pool::one_each;
-
-void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end), void* ctx) {
-  const int64_t ranges = g_pool == Pool::one_range ? 1 : g_pool == Pool::two_ranges ? std::min<int64_t>(n, 2) : n;
-  if (g_pool == Pool::in_turn) {
-    for (int64_t i = 0; i < ranges; ++i) fn(ctx, i, i + 1);
-    return;
-  }
-  // A pool's threads are awake when work comes; new ones are slow to start, so they meet first.
-  std::atomic<int64_t> waiting{ranges};
-  const auto member = [&](int64_t i) {
-    --waiting;
-    while (waiting > 0) std::this_thread::yield();
-    fn(ctx, n * i / ranges, n * (i + 1) / ranges);
-  };
-  std::vector<std::thread> threads;
-  for (int64_t i = 1; i < ranges; ++i) threads.emplace_back(member, i);
-  member(0);
-  for (std::thread& thread : threads) thread.join();
-}
 
 // Within rounding of the storage type, and of sums in the compute type that grow with T. The
 // dx of two directions is a sum of rounded parts, which may cancel.
@@ -234,17 +209,6 @@ void run_case(const Case& c, Random& random) {
   each_output(forward(serial, in, c.save), out, equal);
   each_gradient(backward(serial, in, oracle), grads, equal);
   if (c.shape.B) check_alone(c, in, out, oracle, grads, int64_t(random() % uint64_t(c.shape.B)));
-}
-
-std::vector<Isa> isas() {
-  std::vector<Isa> found = {Isa::scalar};
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(Isa::avx2);
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back(Isa::avx512);
-  }
-#endif
-  return found;
 }
 
 }  // namespace

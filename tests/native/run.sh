@@ -16,18 +16,24 @@ export CXX FLAGS build
 mkdir -p "$build"
 
 csrc=../../csrc/cpu
-kernels="isa/avx512 isa/avx2 isa/scalar isa/dispatch plan rnn_kernels team"  # the slowest to compile first
+# The slowest to compile first.
+kernels="isa/avx512 isa/avx2 isa/attention_avx512 isa/attention_avx2 isa/scalar isa/attention_scalar isa/dispatch plan
+  rnn_kernels team attention_plan attention_kernels"
 objects=
 for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
 {
   for name in $kernels; do echo "$csrc/$name.cpp"; done
   echo kernels_test.cpp
+  echo attention_test.cpp
   echo simd_test.cpp
 } | xargs -P 2 -I{} sh -c '$CXX $FLAGS -c {} -o "$build/$(basename {} .cpp).o"'
 # shellcheck disable=SC2086
 $CXX $FLAGS $objects "$build/kernels_test.o" -o "$build/kernels_test"
 # shellcheck disable=SC2086
+$CXX $FLAGS $objects "$build/attention_test.o" -o "$build/attention_test"
+# shellcheck disable=SC2086
 $CXX $FLAGS "$build/simd_test.o" -o "$build/simd_test"
 
 [ "$mode" = tsan ] || "$build/simd_test"
 "$build/kernels_test" "${2:-$cases}" "${3:-0}"
+"$build/attention_test" "${2:-$cases}" "${3:-0}"

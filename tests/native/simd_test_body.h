@@ -193,7 +193,37 @@ MathErrors test_math(const char* isa) {
 }
 
 template <class C>
+void test_exp2_down(const char* isa) {
+  using V = Vec<C>;
+  constexpr C eps = std::numeric_limits<C>::epsilon();
+  C residual[V::size];
+  fma(V::set1(1 + eps), V::set1(1 - eps), V::set1(-1)).store(residual);
+  for (const C factor : {C(1.4426950408889634), C(0.18), C(1e-19), C(37)}) {
+    const Exp2Down<C> exp2(factor);
+    for (int i = -1000; i <= 40; ++i) {
+      const C x = static_cast<C>(i) * (ExpConstants<C>::n_max + 5) / (1000 * factor);
+      C got[V::size];
+      exp2(V::set1(x)).store(got);
+      const auto want = std::exp2(wider(x) * wider(factor));
+      const double rounding = residual[0] != 0 ? 0 : std::fabs(static_cast<double>(x * factor));  // without an fma
+      if (want < 2 * std::numeric_limits<C>::min()) {
+        CHECK(got[0] >= 0 && got[0] <= 2 * std::numeric_limits<C>::min(), "%s 2^%g", isa, double(x * factor));
+      } else {
+        CHECK(error_in_ulps(got[0], want) < 1.2 + rounding, "%s 2^%g", isa, double(x * factor));
+      }
+      CHECK(i != 0 || got[0] == 1, "%s 2^0 = %.9g", isa, double(got[0]));
+    }
+    C got[V::size];
+    exp2(V::set1(-std::numeric_limits<C>::infinity())).store(got);
+    CHECK(got[0] == 0, "%s 2^-inf", isa);
+    exp2(V::set1(std::numeric_limits<C>::quiet_NaN())).store(got);
+    CHECK(std::isnan(got[0]), "%s 2^nan", isa);
+  }
+}
+
+template <class C>
 void test_type(const char* isa, const char* type) {
+  test_exp2_down<C>(isa);
   test_memory<C>(isa);
   test_shuffles<C>(isa);
   test_arithmetic<C>(isa);

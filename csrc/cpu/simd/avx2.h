@@ -209,4 +209,54 @@ DLK_INLINE void narrow(bf16* p, Vec<float> a, int n) { store16(&p->bits, vec_to_
 DLK_INLINE void narrow(f16* p, Vec<float> a) { store16(p, vec_to_f16(a)); }
 DLK_INLINE void narrow(f16* p, Vec<float> a, int n) { store16(&p->bits, vec_to_f16(a), n); }
 
+struct Words {
+  static constexpr int size = 8;
+  __m256i v;
+
+  static DLK_INLINE Words set1(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
+  static DLK_INLINE Words load(const uint32_t* p) {
+    return {_mm256_loadu_si256(static_cast<const __m256i*>(static_cast<const void*>(p)))};
+  }
+  DLK_INLINE void store(uint32_t* p) const { _mm256_storeu_si256(static_cast<__m256i*>(static_cast<void*>(p)), v); }
+};
+DLK_INLINE Words operator^(Words a, Words b) { return {_mm256_xor_si256(a.v, b.v)}; }
+DLK_INLINE void multiply_wide(Words a, Words b, Words* high, Words* low) {
+  const __m256i even = _mm256_mul_epu32(a.v, b.v);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), _mm256_srli_epi64(b.v, 32));
+  low->v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high->v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+
+template <class C>
+DLK_INLINE Vec<C> where_at_least(const uint32_t* words, uint32_t threshold, C value);
+template <>
+DLK_INLINE Vec<float> where_at_least<float>(const uint32_t* words, uint32_t threshold, float value) {
+  const __m256i w = Words::load(words).v;
+  const __m256i kept = _mm256_cmpeq_epi32(_mm256_max_epu32(w, Words::set1(threshold).v), w);
+  return {_mm256_and_ps(_mm256_castsi256_ps(kept), _mm256_set1_ps(value))};
+}
+template <>
+DLK_INLINE Vec<double> where_at_least<double>(const uint32_t* words, uint32_t threshold, double value) {
+  const __m128i w = load16(words);
+  const __m128i kept = _mm_cmpeq_epi32(_mm_max_epu32(w, _mm_set1_epi32(static_cast<int>(threshold))), w);
+  return {_mm256_and_pd(_mm256_castsi256_pd(_mm256_cvtepi32_epi64(kept)), _mm256_set1_pd(value))};
+}
+
+template <class C>
+DLK_INLINE Vec<C> bias_of_bools(const uint8_t* bytes);
+template <>
+DLK_INLINE Vec<float> bias_of_bools<float>(const uint8_t* bytes) {
+  const __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(bytes))));
+  const __m256 off = _mm256_castsi256_ps(_mm256_cmpeq_epi32(x, _mm256_setzero_si256()));
+  return {_mm256_and_ps(off, _mm256_set1_ps(-std::numeric_limits<float>::infinity()))};
+}
+template <>
+DLK_INLINE Vec<double> bias_of_bools<double>(const uint8_t* bytes) {
+  int four;
+  std::memcpy(&four, bytes, sizeof four);
+  const __m256i x = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+  const __m256d off = _mm256_castsi256_pd(_mm256_cmpeq_epi64(x, _mm256_setzero_si256()));
+  return {_mm256_and_pd(off, _mm256_set1_pd(-std::numeric_limits<double>::infinity()))};
+}
+
 #include "common.h"

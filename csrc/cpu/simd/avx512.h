@@ -230,4 +230,48 @@ DLK_INLINE void narrow(bf16* p, Vec<float> a, int n) { store16(p, vec_to_bf16(a)
 DLK_INLINE void narrow(f16* p, Vec<float> a) { store16(p, vec_to_f16(a)); }
 DLK_INLINE void narrow(f16* p, Vec<float> a, int n) { store16(p, vec_to_f16(a), n); }
 
+struct Words {
+  static constexpr int size = 16;
+  __m512i v;
+
+  static DLK_INLINE Words set1(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+  static DLK_INLINE Words load(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+  DLK_INLINE void store(uint32_t* p) const { _mm512_storeu_si512(p, v); }
+};
+DLK_INLINE Words operator^(Words a, Words b) { return {_mm512_xor_si512(a.v, b.v)}; }
+DLK_INLINE void multiply_wide(Words a, Words b, Words* high, Words* low) {
+  const __m512i even = _mm512_mul_epu32(a.v, b.v);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), _mm512_srli_epi64(b.v, 32));
+  low->v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+  high->v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+}
+
+template <class C>
+DLK_INLINE Vec<C> where_at_least(const uint32_t* words, uint32_t threshold, C value);
+template <>
+DLK_INLINE Vec<float> where_at_least<float>(const uint32_t* words, uint32_t threshold, float value) {
+  const __mmask16 kept = _mm512_cmpge_epu32_mask(Words::load(words).v, Words::set1(threshold).v);
+  return {_mm512_maskz_mov_ps(kept, _mm512_set1_ps(value))};
+}
+template <>
+DLK_INLINE Vec<double> where_at_least<double>(const uint32_t* words, uint32_t threshold, double value) {
+  const __mmask8 kept = _mm256_cmpge_epu32_mask(load16(words), _mm256_set1_epi32(static_cast<int>(threshold)));
+  return {_mm512_maskz_mov_pd(kept, _mm512_set1_pd(value))};
+}
+
+template <class C>
+DLK_INLINE Vec<C> bias_of_bools(const uint8_t* bytes);
+template <>
+DLK_INLINE Vec<float> bias_of_bools<float>(const uint8_t* bytes) {
+  const __m128i x = _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(bytes)));
+  const __mmask16 off = _mm_testn_epi8_mask(x, x);
+  return {_mm512_maskz_mov_ps(off, _mm512_set1_ps(-std::numeric_limits<float>::infinity()))};
+}
+template <>
+DLK_INLINE Vec<double> bias_of_bools<double>(const uint8_t* bytes) {
+  const __m128i x = _mm_loadl_epi64(static_cast<const __m128i*>(static_cast<const void*>(bytes)));
+  const __mmask8 off = static_cast<__mmask8>(_mm_testn_epi8_mask(x, x));
+  return {_mm512_maskz_mov_pd(off, _mm512_set1_pd(-std::numeric_limits<double>::infinity()))};
+}
+
 #include "common.h"

@@ -1,4 +1,4 @@
-// exp, sigmoid, tanh and relu over Vec or Pair, written once for
+// exp, Exp2Down, sigmoid, tanh and relu over Vec or Pair, written once for
 // every ISA. No include guard: see target.h.
 //
 // y = n ln2 + r with |r| <= ln2 / 2, and e^y = 2^n (1 + p), p = expm1(r) by a
@@ -91,6 +91,25 @@ DLK_INLINE V exp(V x) {
   const V scale = exponent_from_bits(half);
   return fma(scale, expm1_reduced(r, C()), scale) * exponent_from_bits(rest);
 }
+
+// 2^(factor x) for a factor > 0 and products up to about 0 (to n_max at most); exactly 1 at 0; 0 where it would not be
+// normal, NaN for NaN.
+template <class C>
+struct Exp2Down {
+  using V = Vec<C>;
+  using K = ExpConstants<C>;
+  V factor, least;
+
+  DLK_INLINE explicit Exp2Down(C times) : factor(V::set1(times)), least(V::set1(-K::n_max / times)) {}
+
+  DLK_INLINE V operator()(V x) const {
+    const V y = max(least, x), shift = V::set1(K::shift);
+    const V shifted = fma(y, factor, shift);
+    const V scale = exponent_from_bits(shifted);
+    const V minus_r = fnma(y, factor, shifted - shift);
+    return fma(scale, expm1_reduced(minus_r * V::set1(C(-0.6931471805599453)), C()), scale);
+  }
+};
 
 template <class V>
 DLK_INLINE V sigmoid(V x) {

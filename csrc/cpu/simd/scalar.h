@@ -127,4 +127,33 @@ DLK_INLINE void narrow(f16* p, Vec<float> a, int n) {
   if (n > 0) narrow(p, a);
 }
 
+// As many unsigned 32-bit integers as Vec<float> has lanes.
+struct Words {
+  static constexpr int size = 1;
+  uint32_t v;
+
+  static DLK_INLINE Words set1(uint32_t x) { return {x}; }
+  static DLK_INLINE Words load(const uint32_t* p) { return {*p}; }
+  DLK_INLINE void store(uint32_t* p) const { *p = v; }
+};
+DLK_INLINE Words operator^(Words a, Words b) { return {a.v ^ b.v}; }
+// The whole product in two halves.
+DLK_INLINE void multiply_wide(Words a, Words b, Words* high, Words* low) {
+  const uint64_t product = uint64_t{a.v} * b.v;
+  *high = {static_cast<uint32_t>(product >> 32)};
+  *low = {static_cast<uint32_t>(product)};
+}
+
+// Lane i: words[i] >= threshold ? value : 0
+template <class C>
+DLK_INLINE Vec<C> where_at_least(const uint32_t* words, uint32_t threshold, C value) {
+  return {*words >= threshold ? value : C(0)};
+}
+
+// Lane i: bytes[i] ? 0 : -inf
+template <class C>
+DLK_INLINE Vec<C> bias_of_bools(const uint8_t* bytes) {
+  return {*bytes ? C(0) : -std::numeric_limits<C>::infinity()};
+}
+
 #include "common.h"

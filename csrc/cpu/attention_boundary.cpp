@@ -1,0 +1,231 @@
+#include "attention_boundary.h"
+
+#include <cmath>
+
+#include "simd/storage.h"
+
+namespace dlk {
+namespace {
+
+thread_local AttentionShape last_called{};
+thread_local bool has_called = false;
+
+// int32 [B + 1], from 0 to at most `rows`, not falling.
+const int32_t* read_cu_seqlens(const OptionalTensor& tensor, const char* what, int64_t rows, int64_t max_seqlen,
+                               Inputs* inputs) {
+  DLK_CHECK(tensor.dim() == 1 && tensor.numel() > 0, what, " must have shape [B + 1], got ", shape_text(tensor));
+  DLK_CHECK(tensor.on_cpu(), what, " must be on the CPU like q");
+  DLK_CHECK(tensor.dtype() == aoti_torch_dtype_int32(), what, " must be int32, got ", dtype_text(tensor.dtype()));
+  const int32_t* values = static_cast<const int32_t*>(inputs->contiguous(tensor));
+  DLK_CHECK_VALUE(values[0] == 0, what, " must begin with 0, got ", values[0]);
+  for (int64_t b = 1; b < tensor.numel(); ++b) {
+    DLK_CHECK_VALUE(values[b] >= values[b - 1] && values[b] <= rows, what, " must not fall and must not exceed the ",
+                    rows, " rows that there are, got ", values[b], " after ", values[b - 1]);
+    DLK_CHECK_VALUE(max_seqlen == 0 || values[b] - values[b - 1] <= max_seqlen, what, " has a sequence of ",
+                    values[b] - values[b - 1], " rows, more than max_seqlen ", max_seqlen);
+  }
+  return values;
+}
+
+}  // namespace
+
+void remember_attention(const AttentionShape& shape) {
+  last_called = shape;
+  has_called = true;
+}
+
+const AttentionShape* last_attention_shape() { return has_called ? &last_called : nullptr; }
+
+std::vector<double> as_doubles(const Tensor& tensor, DType dtype, Inputs* inputs) {
+  const void* data = inputs->contiguous(tensor);
+  std::vector<double> values(static_cast<size_t>(tensor.numel()));
+  for (size_t i = 0; i < values.size(); ++i) {
+    switch (dtype) {
+      case DType::f64:
+        values[i] = static_cast<const double*>(data)[i];
+        break;
+      case DType::f32:
+        values[i] = static_cast<double>(static_cast<const float*>(data)[i]);
+        break;
+      case DType::bf16:
+        values[i] = static_cast<double>(to_float(static_cast<const bf16*>(data)[i]));
+        break;
+      case DType::f16:
+        values[i] = static_cast<double>(to_float(static_cast<const f16*>(data)[i]));
+        break;
+    }
+  }
+  return values;
+}
+
+void from_doubles(const std::vector<double>& values, DType dtype, void* out) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    switch (dtype) {
+      case DType::f64:
+        static_cast<double*>(out)[i] = values[i];
+        break;
+      case DType::f32:
+        static_cast<float*>(out)[i] = static_cast<float>(values[i]);
+        break;
+      case DType::bf16:
+        static_cast<bf16*>(out)[i] = to_bf16(static_cast<float>(values[i]));
+        break;
+      case DType::f16:
+        static_cast<f16*>(out)[i] = to_f16(static_cast<float>(values[i]));
+        break;
+    }
+  }
+}
+
+AttentionCall::AttentionCall(const AttentionArguments& arguments) {
+  read_sizes(arguments);
+  read_sequences(arguments);
+  if (arguments.mask) read_mask(arguments.mask);
+  read_rules(arguments);
+}
+
+void AttentionCall::read_sizes(const AttentionArguments& a) {
+  const bool packed = static_cast<bool>(a.cu_seqlens_q);
+  DLK_CHECK(packed == static_cast<bool>(a.cu_seqlens_k),
+            "cu_seqlens_q and cu_seqlens_k must be given together or not at all");
+  AttentionShape& s = in.shape;
+  s.dtype = check_float(a.q, "q");
+  dtype = a.q.dtype();
+  compute = torch_dtype(compute_type(s.dtype));
+  const int64_t dim = packed ? 3 : 4;
+  const char* const layout = packed ? "[rows, heads, width] with cu_seqlens" : "[B, heads, rows, width]";
+  DLK_CHECK(a.q.dim() == dim, "q must have shape ", layout, ", got ", shape_text(a.q));
+  DLK_CHECK(a.k.dim() == dim, "k must have shape ", layout, ", got ", shape_text(a.k));
+  const int64_t heads = 1, rows = packed ? 0 : 2;
+  s.B = packed ? a.cu_seqlens_q.numel() - 1 : a.q.size(0);
+  s.H = a.q.size(heads);
+  s.M = a.q.size(rows);
+  s.D = a.q.size(dim - 1);
+  s.Hkv = a.k.size(heads);
+  s.N = a.k.size(rows);
+  check_heads(a.k, "k", s.Hkv, s.N, s.D);
+  DLK_CHECK(s.Hkv ? s.H % s.Hkv == 0 : s.H == 0, "the ", s.H, " heads of q must be a multiple of the ", s.Hkv,
+            " heads of k");
+  in.q = inputs.heads(a.q);
+  in.k = inputs.heads(a.k);
+  if (!a.v) return;
+  DLK_CHECK(a.v->dim() == dim, "v must have shape ", layout, ", got ", shape_text(*a.v));
+  s.Dv = a.v->size(dim - 1);
+  check_heads(*a.v, "v", s.Hkv, s.N, s.Dv);
+  in.v = inputs.heads(*a.v);
+}
+
+void AttentionCall::read_sequences(const AttentionArguments& a) {
+  DLK_CHECK_VALUE(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0,
+                  "max_seqlen_q and max_seqlen_k must not be negative, got ", a.max_seqlen_q, " and ", a.max_seqlen_k);
+  if (!a.cu_seqlens_q) return;
+  DLK_CHECK(!a.mask, "mask must be None with cu_seqlens");
+  in.cu_q = read_cu_seqlens(a.cu_seqlens_q, "cu_seqlens_q", in.shape.M, a.max_seqlen_q, &inputs);
+  in.cu_k = read_cu_seqlens(a.cu_seqlens_k, "cu_seqlens_k", in.shape.N, a.max_seqlen_k, &inputs);
+  DLK_CHECK(a.cu_seqlens_k.numel() == in.shape.B + 1, "cu_seqlens_k must have shape [", in.shape.B + 1,
+            "] like cu_seqlens_q, got ", shape_text(a.cu_seqlens_k));
+}
+
+void AttentionCall::read_mask(const OptionalTensor& mask) {
+  const AttentionShape& s = in.shape;
+  const int64_t full[] = {s.B, s.H, s.M, s.N};
+  DLK_CHECK(mask.on_cpu(), "mask must be on the CPU like q");
+  const bool boolean = mask.dtype() == aoti_torch_dtype_bool();
+  DLK_CHECK(boolean || mask.dtype() == dtype || mask.dtype() == aoti_torch_dtype_float32(),
+            "mask must be bool, float32 or of the dtype of q, got ", dtype_text(mask.dtype()));
+  bool fits = mask.dim() == 4;
+  for (int d = 0; fits && d < 4; ++d) fits = mask.size(d) == full[d] || mask.size(d) == 1;
+  DLK_CHECK(fits, "mask must have shape ", shape_text(full, 4), " or 1 where it is broadcast, got ", shape_text(mask));
+  const int64_t* strides = mask.strides();
+  const auto stride = [&](int d) { return mask.size(d) == 1 ? int64_t{0} : strides[d]; };
+  in.mask = {mask.data(), boolean,  boolean ? s.dtype : check_float(mask, "mask"), stride(0), stride(1),
+             stride(2),   stride(3)};
+}
+
+void AttentionCall::read_rules(const AttentionArguments& a) {
+  const AttentionShape& s = in.shape;
+  if (a.alibi_slopes) {
+    const DType type = check_float(a.alibi_slopes, "alibi_slopes");
+    const bool per_sequence = a.alibi_slopes.dim() == 2;
+    DLK_CHECK(a.alibi_slopes.dim() >= 1 && a.alibi_slopes.dim() <= 2 &&
+                  a.alibi_slopes.numel() == (per_sequence ? s.B : 1) * s.H && a.alibi_slopes.size(per_sequence) == s.H,
+              "alibi_slopes must have shape [", s.H, "] or [", s.B, ", ", s.H, "], got ", shape_text(a.alibi_slopes));
+    slopes_ = as_doubles(a.alibi_slopes, type, &inputs);
+    slopes_.push_back(0);  // so that there is an address even without heads
+    in.slopes = slopes_.data();
+    in.slopes_b = per_sequence ? s.H : 0;
+  }
+  if (a.sinks) {
+    const DType type = check_float(a.sinks, "sinks");
+    DLK_CHECK(a.sinks.dim() == 1 && a.sinks.numel() == s.H, "sinks must have shape [", s.H, "], got ",
+              shape_text(a.sinks));
+    sinks_ = as_doubles(a.sinks, type, &inputs);
+    sinks_.push_back(0);
+    in.sinks = sinks_.data();
+  }
+  DLK_CHECK_VALUE(std::isfinite(a.softmax_scale), "softmax_scale must be finite, got ", a.softmax_scale);
+  DLK_CHECK_VALUE(std::isfinite(a.softcap) && a.softcap >= 0, "softcap must not be negative, got ", a.softcap);
+  DLK_CHECK_VALUE(a.dropout_p >= 0 && a.dropout_p <= 1, "dropout_p must lie in 0..1, got ", a.dropout_p);
+  DLK_CHECK_VALUE(a.causal >= 0 && a.causal <= 2, "causal must be 0 (none), 1 (top_left) or 2 (bottom_right), got ",
+                  a.causal);
+  DLK_CHECK_VALUE(a.window_left >= -1 && a.window_right >= -1,
+                  "window_left and window_right must not be below -1 (unbounded), got ", a.window_left, " and ",
+                  a.window_right);
+  in.scale = a.softmax_scale;
+  in.softcap = a.softcap;
+  in.causal = static_cast<Causal>(a.causal);
+  in.left = a.window_left;
+  in.right = a.window_right;
+  in.dropout_p = a.dropout_p;
+  if (a.dropout_p == 0) return;
+  DLK_CHECK(a.rng, "rng must be given with dropout_p");
+  DLK_CHECK(a.rng.dim() == 1, "rng must have shape [2], got ", shape_text(a.rng));
+  check_tensor(a.rng, "rng", aoti_torch_dtype_int64(), {2});
+  const int64_t* seed = static_cast<const int64_t*>(inputs.contiguous(a.rng));
+  in.seed = static_cast<uint64_t>(seed[0]);
+  in.offset = static_cast<uint32_t>(seed[1]);
+}
+
+Tensor AttentionCall::empty_heads(int64_t heads, int64_t rows, int64_t width) const {
+  if (varlen()) return empty({rows, heads, width}, dtype);
+  const int64_t sizes[] = {in.shape.B, heads, rows, width};
+  const int64_t strides[] = {rows * heads * width, width, heads * width, 1};
+  return empty_strided(sizes, strides, 4, dtype);
+}
+
+Tensor AttentionCall::empty_lse() const {
+  if (varlen()) return empty({in.shape.H, in.shape.M}, compute);
+  return empty({in.shape.B, in.shape.H, in.shape.M}, compute);
+}
+
+void AttentionCall::check_heads(const Tensor& tensor, const char* what, int64_t heads, int64_t rows,
+                                int64_t width) const {
+  // read_sizes calls this before it has read the sequences: the rank tells.
+  if (tensor.dim() == 3) {
+    check_tensor(tensor, what, dtype, {rows, heads, width});
+  } else {
+    check_tensor(tensor, what, dtype, {in.shape.B, heads, rows, width});
+  }
+}
+
+HeadTensor<const void*> AttentionCall::read_lse(const Tensor& tensor, const char* what) {
+  const AttentionShape& s = in.shape;
+  if (varlen()) {
+    check_tensor(tensor, what, compute, {s.H, s.M});
+  } else {
+    check_tensor(tensor, what, compute, {s.B, s.H, s.M});
+  }
+  return {inputs.contiguous(tensor), s.H * s.M, s.M, 1};
+}
+
+HeadTensor<void*> AttentionCall::heads_of(const Tensor& output) const {
+  const int64_t* strides = output.strides();
+  if (varlen()) return {output.data(), 0, strides[1], strides[0]};
+  return {output.data(), strides[0], strides[1], strides[2]};
+}
+
+HeadTensor<void*> AttentionCall::lse_of(const Tensor& output) const {
+  return {output.data(), in.shape.H * in.shape.M, in.shape.M, 1};
+}
+
+}  // namespace dlk

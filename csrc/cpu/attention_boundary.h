@@ -1,0 +1,67 @@
+// What the attention operators share on their way from tensors to structs.
+#pragma once
+
+#include "../checks.h"
+#include "attention_ops.h"
+#include "boundary.h"
+#include "threads.h"
+
+namespace dlk {
+
+// The arguments that the operators have in common, in the order of their schemas.
+struct AttentionArguments {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor* v;  // null: an operator without values
+  const OptionalTensor& mask;
+  const OptionalTensor& alibi_slopes;
+  const OptionalTensor& sinks;
+  const OptionalTensor& cu_seqlens_q;
+  const OptionalTensor& cu_seqlens_k;
+  const OptionalTensor& rng;
+  int64_t max_seqlen_q, max_seqlen_k;
+  double softmax_scale;
+  int64_t causal, window_left, window_right;
+  double softcap, dropout_p;
+};
+
+// One call, checked; owns what had to be copied or converted.
+class AttentionCall {
+ public:
+  explicit AttentionCall(const AttentionArguments& arguments);
+  AttentionCall(const AttentionCall&) = delete;
+  AttentionCall& operator=(const AttentionCall&) = delete;
+
+  AttentionInputs in{};
+  int32_t dtype = 0, compute = 0;  // torch's numbers for the dtype and the compute type
+  Inputs inputs;
+
+  bool varlen() const { return in.cu_q != nullptr; }
+
+  // [B, heads, rows, width] in memory as [B, rows, heads, width]; or [rows, heads, width].
+  Tensor empty_heads(int64_t heads, int64_t rows, int64_t width) const;
+  Tensor empty_lse() const;  // [B, H, M] or [H, M]
+
+  void check_heads(const Tensor& tensor, const char* what, int64_t heads, int64_t rows, int64_t width) const;
+  // Checks and reads [B, H, M] or [H, M] of the compute type.
+  HeadTensor<const void*> read_lse(const Tensor& tensor, const char* what);
+
+  HeadTensor<void*> heads_of(const Tensor& output) const;
+  HeadTensor<void*> lse_of(const Tensor& output) const;
+
+ private:
+  void read_sizes(const AttentionArguments& arguments);
+  void read_sequences(const AttentionArguments& arguments);
+  void read_mask(const OptionalTensor& mask);
+  void read_rules(const AttentionArguments& arguments);
+
+  std::vector<double> slopes_, sinks_;
+};
+
+void remember_attention(const AttentionShape& shape);
+
+// Elements of a CPU tensor of any of the four types as doubles, in order; and back.
+std::vector<double> as_doubles(const Tensor& tensor, DType dtype, Inputs* inputs);
+void from_doubles(const std::vector<double>& values, DType dtype, void* out);
+
+}  // namespace dlk

@@ -1,0 +1,17 @@
+// The attention kernels, in reading order. Included once per ISA, inside its target
+// region and namespace, after Vec and the math of that ISA.
+#include "storage_access.h"
+#include "tile.h"
+#include "attention_tile.h"
+#include "attention_lanes.h"
+#include "attention_scores.h"
+#include "attention_philox.h"
+#include "attention_state.h"
+#include "attention_dot.h"
+#include "attention_forward.h"
+#include "attention_mask_gradient.h"
+#include "attention_delta.h"
+#include "attention_gradients.h"
+#include "attention_backward.h"
+#include "attention_map.h"
+#include "attention_entry.h"

@@ -1,0 +1,9 @@
+#include "attention_system.h"
+
+namespace dlk::scalar {
+constexpr Isa kIsa = Isa::scalar;
+constexpr int kRegisters = 16;
+#include "../simd/scalar.h"
+#include "../simd/math.h"
+#include "../generic/attention.h"
+}  // namespace dlk::scalar

@@ -1,0 +1,84 @@
+"""TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's classes with our attention and another forward.
+
+torch.nn's encoder layer has a fast path for inference that computes everything by one operator and would never call
+`self_attn`; so forward is written anew, always through the submodules. They may be given nested tensors, as
+`torch.nn.TransformerEncoder` does for padded batches in inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import relu
+
+from dlkernels.nn.attention import MultiheadAttention
+from dlkernels.nn.attention_masks import same_kind
+
+__all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
+
+
+class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+    """`torch.nn.TransformerEncoderLayer` on fused attention kernels."""
+
+    def __init__(
+        self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = relu, layer_norm_eps: float = 1e-5, batch_first: bool = False,
+        norm_first: bool = False, bias: bool = True, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype,
+        )  # fmt: skip
+        # Another class for the same object, so that initialisation draws what torch's draws.
+        self.self_attn.__class__ = MultiheadAttention
+
+    def forward(
+        self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As in torch.nn; `is_causal` without `src_mask` is an error in inference too."""
+        if src_mask is not None and not isinstance(src_mask, Tensor):
+            raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(src_mask).__name__}")
+        mask, padding = same_kind(src_mask, "src_mask", src_key_padding_mask, "src_key_padding_mask", src.dtype)
+        x = src
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal)
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal))
+        return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
+
+
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """`torch.nn.TransformerDecoderLayer` on fused attention kernels."""
+
+    def __init__(
+        self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = relu, layer_norm_eps: float = 1e-5, batch_first: bool = False,
+        norm_first: bool = False, bias: bool = True, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
+            dtype,
+        )  # fmt: skip
+        self.self_attn.__class__ = MultiheadAttention
+        self.multihead_attn.__class__ = MultiheadAttention
+
+    def forward(
+        self, tgt: Tensor, memory: Tensor, tgt_mask: Tensor | None = None, memory_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None, memory_key_padding_mask: Tensor | None = None,
+        tgt_is_causal: bool = False, memory_is_causal: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As in torch.nn."""
+        of_self = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
+        of_memory = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
+        x = tgt
+        if self.norm_first:
+            x = x + self._sa_block(self.norm1(x), *of_self)
+            x = x + self._mha_block(self.norm2(x), *of_memory)
+            return x + self._ff_block(self.norm3(x))
+        x = self.norm1(x + self._sa_block(x, *of_self))
+        x = self.norm2(x + self._mha_block(x, *of_memory))
+        return self.norm3(x + self._ff_block(x))  # type: ignore[no-any-return]

@@ -1,0 +1,50 @@
+"""What the attention operators return, without the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def register() -> None:
+    for name, fake in (("attention", _attention), ("attention_backward", _backward), ("attention_map", _map)):
+        torch.library.register_fake(f"dlkernels::{name}", fake)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _heads_like(x: Tensor, width: Any) -> Tensor:
+    """As wide as `width`; padded ones in memory as [B, rows, heads, width]."""
+    if x.dim() == 3:
+        return x.new_empty((*x.shape[:2], width))
+    B, heads, rows = x.shape[:3]
+    return x.new_empty((B, rows, heads, width)).transpose(1, 2)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
+    return _heads_like(q, v.shape[-1]), q.new_empty(lse, dtype=_compute_dtype(q))
+
+
+def _backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: int, window_left: int,
+    window_right: int, softcap: float, dropout_p: float, need_q: bool, need_kv: bool, need_mask: bool,
+    need_slopes: bool, need_sinks: bool,
+) -> list[Tensor]:  # fmt: skip
+    grads = [_heads_like(x, x.shape[-1]) if need else None for x, need in ((q, need_q), (k, need_kv), (v, need_kv))]
+    for x, need in ((mask, need_mask), (alibi_slopes, need_slopes), (sinks, need_sinks)):
+        grads.append(x.new_empty(x.shape) if need and x is not None else None)
+    return [q.new_empty((0,)) if grad is None else grad for grad in grads]
+
+
+def _map(
+    q: Tensor, k: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, softmax_scale: float,
+    causal: int, window_left: int, window_right: int, softcap: float, rows: int, cols: int,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:2], rows, cols), dtype=_compute_dtype(q))

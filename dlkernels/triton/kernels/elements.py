@@ -1,0 +1,250 @@
+"""What happens to one score between the two products of attention. Every kernel, forward and backward, asks here.
+
+Shapes are left to the caller: `i` (query), `j` (key) and what belongs to a query broadcast against the tile, so the
+same text serves tiles [queries, keys] and [keys, queries].
+
+Scores of 16-bit operands are in base 2, with log2(e) in the scale, since exp2 is the machine's instruction. Those of
+float32 operands (EXACT) are natural: the factor, rounded, would be the largest error of all, and another
+multiplication is nothing beside float32's products.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Bits of the kernels' FEATURES argument.
+SOFTCAP = tl.constexpr(1)
+ALIBI = tl.constexpr(2)
+BOOL_MASK = tl.constexpr(4)
+FLOAT_MASK = tl.constexpr(8)
+DROPOUT = tl.constexpr(16)
+SINKS = tl.constexpr(32)
+LEFT = tl.constexpr(64)  # a key may be too far before its query
+RIGHT = tl.constexpr(128)  # or too far behind: the window's right edge, 0 under causal
+VARLEN = tl.constexpr(256)
+BOTTOM_RIGHT = tl.constexpr(512)  # the last query stands at the last key
+SIGNED_SCALE = tl.constexpr(1024)  # the scale is negative: the largest product is not the largest score
+
+# Rows of lse and delta behind each sequence, for the backward passes to read ahead without a bound: two tiles.
+SPARE = tl.constexpr(256)
+
+ANY_MASK = tl.constexpr(4 | 8)
+# Some key within bounds may be hidden from some query, so NaN may lie where it must not be seen.
+HIDES = tl.constexpr(4 | 8 | 64 | 128)
+
+
+@triton.jit
+def tanh(x, EXACT: tl.constexpr):
+    """Without libdevice, which the interpreter lacks. EXACT: to an ulp or two near 0 as well, for float32."""
+    size = tl.abs(x)
+    e = tl.exp2(size * (-2 * LOG2E))
+    y = (1 - e) / (1 + e)
+    y = tl.where(x < 0, -y, y)
+    if EXACT:
+        # 1 - e cancels there. Minimax polynomial of Cephes' tanhf.
+        z = x * x
+        near = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
+        y = tl.where(size < 0.625, (near - 3.33332819422e-1) * z * x + x, y)
+    return y
+
+
+@triton.jit
+def unit(EXACT: tl.constexpr):
+    """One nat in the units of the scores."""
+    if EXACT:
+        return 1.0
+    else:
+        return LOG2E
+
+
+@triton.jit
+def power(x, EXACT: tl.constexpr):
+    """e to a score."""
+    if EXACT:
+        return tl.exp2(x * LOG2E)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def logarithm(x, EXACT: tl.constexpr):
+    """The score whose power is x."""
+    if EXACT:
+        return tl.log2(x) * LN2
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def scores(
+    dots, i, j, live, N, shift, left, right, scale, cap, slope, mask_rows, mask_stride, FEATURES: tl.constexpr,
+    EDGE: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """(scores, tanh): the logits, -inf where the key is hidden; the softcap's tanh, for its derivative.
+
+    `live`: the query exists. EDGE: the tile may cross the end of the keys or the edge of the causal triangle or the
+    window; without it only a mask hides anything. With a softcap `scale` is softmax_scale / softcap and `cap` the
+    softcap in the scores' units; without, it is `scale` that is in these, as `slope` always is.
+    """
+    s = dots * scale
+    t = s
+    if SOFTCAP & FEATURES:
+        t = tanh(s, EXACT)
+        s = t * cap
+    if ALIBI & FEATURES:
+        s -= slope * tl.abs(i + shift - j).to(tl.float32)
+    if EDGE:
+        seen = live & (j < N)
+        if RIGHT & FEATURES:
+            seen = seen & (j <= i + shift + right)
+        if LEFT & FEATURES:
+            seen = seen & (j >= i + shift - left)
+    if ANY_MASK & FEATURES:
+        # Read under the bounds alone: what the triangle hides is dropped by the `where` below, NaN or not.
+        there = live & (j < N)
+        mask = tl.load(mask_rows + j.to(tl.int64) * mask_stride, mask=there, other=0)
+        if BOOL_MASK & FEATURES:
+            visible = mask != 0
+        else:
+            mask = mask.to(tl.float32)
+            s += mask * unit(EXACT)
+            visible = mask != float("-inf")
+        if EDGE:
+            seen = seen & visible
+        else:
+            seen = visible
+    if EDGE or (ANY_MASK & FEATURES):
+        s = tl.where(seen, s, float("-inf"))
+    return s, t
+
+
+@triton.jit
+def kept(i, first_j, head, seed, offset, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[BLOCK_M, BLOCK_N]: does dropout keep the element? `i` and `head` are [BLOCK_M, 1] or scalars, first_j % 4 == 0.
+
+    A function of seed, offset, head, query and key alone, so every tiling and both passes see the same mask. One call
+    of the generator gives the words of four neighbouring keys.
+    """
+    quads = (first_j // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
+    w0, w1, w2, w3 = tl.philox(seed, quads, i, head, offset.to(tl.uint32))
+    limit = threshold.to(tl.uint32)
+    even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
+    odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
+    return tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N]) != 0
+
+
+@triton.jit
+def load_rows(base, first, rows, stride, end, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Rows first + rows of a matrix as [len(rows), BLOCK], zero beyond `end` (asked only at an EDGE) and WIDTH."""
+    cols = tl.arange(0, BLOCK)
+    # Only the start is 64 bits wide: offsets within a tile fit 32.
+    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    if EDGE and WIDTH < BLOCK:
+        return tl.load(pointers, mask=(first + rows < end)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    elif EDGE:
+        return tl.load(pointers, mask=(first + rows < end)[:, None], other=0.0)
+    elif WIDTH < BLOCK:
+        return tl.load(pointers, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def product(p, x, acc, seen, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + p @ x. CAREFUL: a NaN or infinity in x counts only where `seen`, though p is 0 elsewhere and 0 * NaN is
+    not: kernels come back this way when the plain product gave NaN."""
+    if CAREFUL:
+        clean = tl.where(tl.abs(x) < float("inf"), x, 0.0).to(x.dtype)
+        acc = tl.dot(p.to(x.dtype), clean, acc, input_precision=PRECISION)
+        nan = x != x
+        where = seen.to(x.dtype)
+        zero = tl.zeros_like(acc)
+        up = tl.dot(where, ((x == float("inf")) | nan).to(x.dtype), zero, input_precision=PRECISION)
+        down = tl.dot(where, ((x == float("-inf")) | nan).to(x.dtype), zero, input_precision=PRECISION)
+        return acc + tl.where(up > 0, float("inf"), 0.0) + tl.where(down > 0, float("-inf"), 0.0)
+    else:
+        return tl.dot(p.to(x.dtype), x, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def has_nan(x):
+    # Flat: two reductions, one after the other, crash Triton 3.6's compiler for 10.0.
+    return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]]), 0) > 0
+
+
+@triton.jit
+def sequence(cu_q, cu_k, b, M, N, FEATURES: tl.constexpr):
+    """(first query row, M, first key row, N, shift) of batch entry b; position of query i is i + shift."""
+    if VARLEN & FEATURES:
+        row0 = tl.load(cu_q + b)
+        rows = tl.load(cu_q + b + 1) - row0
+        col0 = tl.load(cu_k + b)
+        cols = tl.load(cu_k + b + 1) - col0
+    else:
+        row0 = b * 0
+        rows = row0 + M
+        col0 = b * 0
+        cols = col0 + N
+    if BOTTOM_RIGHT & FEATURES:
+        shift = cols - rows
+    else:
+        shift = row0 * 0
+    return row0, rows, col0, cols, shift
+
+
+@triton.jit
+def stats_start(b, h, row0, stride_b, stride_h, FEATURES: tl.constexpr):
+    """Where the sequence's rows of lse and delta begin, in the layout that `preprocess` writes."""
+    start = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+    if VARLEN & FEATURES:
+        start += row0
+    return start
+
+
+@triton.jit
+def _whole_or_none(begin, full_begin, full_end, end):
+    # Without a whole tile the loop behind the whole ones takes everything.
+    full_begin = tl.maximum(full_begin, begin)
+    any_whole = full_begin < full_end
+    return begin, tl.where(any_whole, full_begin, begin), tl.where(any_whole, full_end, begin), end
+
+
+@triton.jit
+def key_range(i_first, i_last, N, shift, left, right, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(begin, full_begin, full_end, end) of the keys that queries i_first..i_last see.
+
+    All but `end` are multiples of BLOCK_N. Tiles of [full_begin, full_end) are seen whole; the others need EDGE. Only
+    the left edge of a window puts tiles before full_begin.
+    """
+    begin = N * 0
+    full_begin = begin
+    end = N
+    full_end = N
+    if RIGHT & FEATURES:
+        end = tl.minimum(N, tl.maximum(i_last + shift + right + 1, 0))
+        full_end = tl.minimum(N, tl.maximum(i_first + shift + right + 1, 0))
+    if LEFT & FEATURES:
+        begin = tl.maximum(i_first + shift - left, 0) // BLOCK_N * BLOCK_N
+        full_begin = tl.cdiv(tl.maximum(i_last + shift - left, 0), BLOCK_N) * BLOCK_N
+    return _whole_or_none(begin, full_begin, full_end // BLOCK_N * BLOCK_N, end)
+
+
+@triton.jit
+def query_range(j_first, j_last, M, N, shift, left, right, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The same for the queries that see one of the keys j_first..j_last, a tile: j_last may lie beyond N.
+
+    Here it is the right edge, the causal diagonal, that puts tiles before full_begin.
+    """
+    begin = M * 0
+    full_begin = begin
+    end = M
+    full_end = tl.where(j_last < N, M, 0)
+    if RIGHT & FEATURES:
+        begin = tl.maximum(j_first - right - shift, 0) // BLOCK_M * BLOCK_M
+        full_begin = tl.cdiv(tl.maximum(j_last - right - shift, 0), BLOCK_M) * BLOCK_M
+    if LEFT & FEATURES:
+        end = tl.minimum(M, tl.maximum(tl.minimum(j_last, N - 1) + left - shift + 1, 0))
+        full_end = tl.minimum(full_end, tl.maximum(j_first + left - shift + 1, 0))
+    return _whole_or_none(begin, full_begin, full_end // BLOCK_M * BLOCK_M, end)

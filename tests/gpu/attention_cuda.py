@@ -1,0 +1,197 @@
+"""The attention operators on a CUDA device against float64 on the CPU: the cases of tests/gpuless, and what only a GPU
+can show. Run by check.py; DLKERNELS_SHARD=2/8 takes each eighth case, DLKERNELS_DEADLINE ends a run in time."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpuless"))
+
+from cases import FACTORS, GRADIENTS, Inputs, Judge, build, label, pairwise
+from timing import DEADLINE, DEVICE, REHEARSAL
+
+import dlkernels
+import dlkernels.triton
+from dlkernels.testing import Verdict
+
+dlkernels.triton.register()
+SHARD, _, SHARDS = os.environ.get("DLKERNELS_SHARD", "0/1").partition("/")
+# Longer than under the interpreter: several of the shipped tiles, whole and cut.
+LENGTHS = ((1, 1), (1, 513), (7, 97), (97, 7), (300, 300), (257, 1030), (1025, 130))
+CASES = pairwise(FACTORS | {"lengths": LENGTHS[:4] if REHEARSAL else LENGTHS})
+ON_A_GPU = pytest.mark.skipif(REHEARSAL, reason="a rehearsal: only a GPU shows this")
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> None:
+    if time.time() > DEADLINE:
+        pytest.skip("NOT RUN: the time of this part was over")
+
+
+def mine(index: int) -> bool:
+    return index % int(SHARDS) == int(SHARD)
+
+
+def on_device(inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def move(x: Any) -> Any:
+        return x.to(DEVICE) if isinstance(x, Tensor) else x
+
+    q, k, v = move(inputs.q), move(inputs.k), move(inputs.v)
+    features = {name: x if name == "rng" else move(x) for name, x in inputs.features.items()}
+    rest = list(features.values())
+    o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
+    mask = features["mask"]
+    needs = (True, True, mask is not None and mask.is_floating_point(), features["alibi_slopes"] is not None)
+    gradients = torch.ops.dlkernels.attention_backward(
+        move(inputs.do), move(inputs.dlse), q, k, v, o, lse, *rest, *needs, features["sinks"] is not None
+    )
+    return o, lse, gradients
+
+
+@pytest.mark.parametrize(
+    "index", [i for i in range(len(CASES)) if mine(i)], ids=[label(c) for i, c in enumerate(CASES) if mine(i)]
+)
+def test_pairs_of_features(index: int) -> None:
+    judged(build(CASES[index], index), CASES[index]["dtype"])
+
+
+def judged(inputs: Inputs, dtype: torch.dtype) -> None:
+    """Right, and the same twice."""
+    o, lse, gradients = on_device(inputs)
+    judge = Judge(inputs, dtype)
+    wrong = []
+
+    def note(name: str, verdict: Verdict, factor: float) -> None:
+        # exp2, log2 and division of the GPU are good to 2 ulp, those of the CPU to 1.
+        if not verdict.ours <= verdict.limit * factor + 1e-6 * float(dtype == torch.float32):
+            wrong.append(f"{name}: {verdict}")
+
+    note("o", judge.output(o, dtype), 2)
+    note("lse", judge.logarithm(lse), 4)
+    for name, actual in zip(GRADIENTS, gradients, strict=True):
+        if name in judge.gradients:
+            note(name, judge.gradient(name, actual), 2)
+    again = on_device(inputs)
+    for name, first, second in zip(
+        ("o", "lse", *GRADIENTS), (o, lse, *gradients), (*again[:2], *again[2]), strict=True
+    ):
+        if not torch.equal(first, second):
+            wrong.append(f"{name} differs from run to run")
+    assert not wrong, "\n".join(wrong)
+
+
+PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | {"lengths": (300, 300)}
+NO_FEATURES = (None, None, None, None, None, None, 0, 0)
+
+
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saturated_rows(dtype: torch.dtype) -> None:
+    """Logits of some 1e4: were a score fused with what is subtracted from it, p would miss 1 by its rounding."""
+    inputs = build(PLAIN | {"causal": 1, "dtype": dtype, "widths": (64, 64)}, 13)
+    judged(inputs._replace(q=inputs.q * 64, k=inputs.k * 64), dtype)
+
+
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_nan_does_not_leak(dtype: torch.dtype) -> None:
+    case = PLAIN | {"causal": 1, "dtype": dtype, "widths": (64, 64)}
+    inputs = build(case, 1)
+    clean_o, _, clean = on_device(inputs)
+    k, v = inputs.k.clone(), inputs.v.clone()
+    k[:, :, 200], v[:, :, 200] = float("nan"), float("inf")
+    o, _, gradients = on_device(inputs._replace(k=k, v=v))
+    torch.testing.assert_close(o[:, :, :200], clean_o[:, :, :200])
+    torch.testing.assert_close(gradients[0][:, :, :200], clean[0][:, :, :200])
+    assert not o[:, :, 200:].isfinite().any()
+
+
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+def test_200_repeats_are_bit_equal() -> None:
+    inputs = build(PLAIN | {"causal": 1, "dtype": torch.bfloat16, "widths": (64, 64), "alibi": "H", "group": 2}, 2)
+    first = on_device(inputs)
+    for _ in range(200):
+        o, lse, gradients = on_device(inputs)
+        assert torch.equal(o, first[0]) and torch.equal(lse, first[1])
+        assert all(map(torch.equal, gradients, first[2]))
+
+
+@ON_A_GPU
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+def test_memory_is_linear() -> None:
+    """16k x 16k, forward and backward: nothing of M x N elements."""
+    length, heads, width = 16384, 2, 64
+    q, k, v, do = (torch.randn(1, heads, length, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+    rest = (*NO_FEATURES, width**-0.5, 0, -1, -1, 0.0, 0.0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
+    torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, lse, *rest, True, True, False, False, False)
+    assert torch.cuda.max_memory_allocated() - before < length * length // 2
+
+
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+def test_decode_splits_the_keys() -> None:
+    """(1, 32, 1, 2048, 128) with four query heads to a key head, against the same without splitting and SDPA."""
+    q = torch.randn(1, 32, 1, 128, device=DEVICE, dtype=torch.bfloat16)
+    k, v = (torch.randn(1, 8, 2048, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    rest = (*NO_FEATURES, 128**-0.5, 0, -1, -1, 0.0, 0.0)
+    o, _ = torch.ops.dlkernels.attention(q, k, v, *rest)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    torch.testing.assert_close(o.double(), expected, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+def test_the_function_runs_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dlkernels.functional.attention` with gradients, compiled and not; on a GPU it is the Triton code that ran."""
+    ran: list[str] = []
+    if not REHEARSAL:
+        from dlkernels.triton import attention as host
+
+        for name in ("attention_forward", "attention_backward"):
+            original = getattr(host, name)
+            monkeypatch.setattr(host, name, lambda *x, name=name, run=original: ran.append(name) or run(*x))
+    q, k, v = (torch.randn(2, 4, 130, 64, device=DEVICE, requires_grad=True) for _ in range(3))
+
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dlkernels.functional.attention(q, k, v, causal=True).square().sum()
+
+    plain = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    assert REHEARSAL or ran == ["attention_forward", "attention_backward"]
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    right = torch.autograd.grad(expected.square().sum(), (q, k, v))
+    for found, wanted in zip(plain, right, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(q, k, v), (q, k, v))
+    for found, wanted in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@ON_A_GPU
+@pytest.mark.skipif(not mine(0), reason="in the first shard")
+def test_cuda_graph() -> None:
+    """Nothing synchronises and nothing is allocated behind torch's back: a captured call replays with other inputs."""
+    rest = (*NO_FEATURES, 64**-0.5, 1, -1, -1, 0.0, 0.0)
+    q, k, v, do = (torch.randn(2, 4, 256, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
+
+    def call() -> list[Tensor]:
+        o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
+        more = torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, lse, *rest, True, True, False, False, False)
+        return [o, lse, *more[:3]]
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, call()))

@@ -1,0 +1,182 @@
+"""Every shipped tile of the Triton attention kernels, compiled for the architectures it is shipped for, with no GPU.
+
+The host code itself makes the launches, so what is compiled is what would run: `make gpuless`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import offline
+import pytest
+import torch
+
+from dlkernels.triton import attention as host
+from dlkernels.triton import heuristics
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+KERNELS = ("forward", "combine", "preprocess", "backward_query", "backward_key", "mask_gradient", "map_kernel")
+# These have products; with 16-bit operands they are the matrix units' work.
+PRODUCTS = ("forward", "backward_query", "backward_key", "mask_gradient")
+# Here a whole warp group's, on 9.0.
+WARPGROUP = ("forward", "backward_query", "backward_key")
+FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "causal": {"causal": 1},
+    "dropout": {"dropout_p": 0.1},
+    "everything": {
+        "causal": 2, "window_left": 300, "softcap": 20.0, "dropout_p": 0.1, "mask": torch.float32,
+        "alibi_slopes": True, "sinks": True,
+    },
+}  # fmt: skip
+# Spilled registers that each turn of a loop over tiles may move: over whole tiles, and over any. Whole tiles are what
+# people wait for: there a few moves at most, which hide behind the products. Tiles at an edge are few; "everything" is
+# seven features at once, whose price is paid in registers. The repair of hidden NaN runs on no finite data.
+SPILLS_PER_LOOP = {"plain": (8, 64), "causal": (8, 64), "dropout": (8, 64), "everything": (64, 128)}
+# At a width of 256 the sums for 64 keys, the fewest that a warp group takes, are half of the registers.
+SPILLS_WIDE = (16, 128)
+# A turn of these has a thousand multiplications and more.
+SPILLS_FLOAT32 = (64, 160)
+
+
+class Compiled(NamedTuple):
+    name: str
+    binary: offline.Binary
+    loops: list[offline.Loop]
+
+
+class Recorder:
+    """Stands for a kernel: compiles each launch instead of running it."""
+
+    def __init__(self, name: str, kernel: Any, found: list[Compiled]) -> None:
+        self.name, self.kernel, self.found = name, kernel, found
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            compiled = self.kernel.warmup(*args, grid=grid, **options)
+            self.found.append(Compiled(self.name, *offline.inspect(compiled)))
+
+        return launch
+
+
+def compile_call(
+    monkeypatch: pytest.MonkeyPatch, arch: str, dtype: torch.dtype, width: int, features: dict[str, Any],
+    backward: bool = True,
+) -> list[Compiled]:  # fmt: skip
+    found: list[Compiled] = []
+    for name in KERNELS:
+        monkeypatch.setattr(host, name, Recorder(name, getattr(host, name), found))
+    monkeypatch.setattr(host, "_machine", lambda q: (arch, 1))
+    q, k = torch.empty(2, 4, 512, width, dtype=dtype), torch.empty(2, 2, 512, width, dtype=dtype)
+    mask_dtype = features.get("mask")
+    additive = mask_dtype == torch.float32
+    features = {
+        "mask": None if mask_dtype is None else torch.empty(2, 4, 512, 512, dtype=mask_dtype),
+        "alibi_slopes": torch.empty(4) if features.get("alibi_slopes") else None,
+        "sinks": torch.empty(4, dtype=dtype) if features.get("sinks") else None, "cu_seqlens_q": None,
+        "cu_seqlens_k": None, "rng": torch.tensor([1, 2]), "max_seqlen_q": 0, "max_seqlen_k": 0,
+        "softmax_scale": 0.125, "causal": features.get("causal", 0), "window_left": features.get("window_left", -1),
+        "window_right": features.get("window_right", -1), "softcap": features.get("softcap", 0.0),
+        "dropout_p": features.get("dropout_p", 0.0),
+    }  # fmt: skip
+    with offline.architecture(arch):
+        o, lse = host.attention_forward(q, k, k, **features)
+        if backward:
+            host.attention_backward(
+                o, None, q, k, k, o, lse, **features, need_q=True, need_kv=True, need_mask=additive,
+                need_slopes=features["alibi_slopes"] is not None, need_sinks=features["sinks"] is not None,
+            )  # fmt: skip
+    return found
+
+
+def check(found: list[Compiled], arch: str, half: bool, kind: str, width: int = 64) -> None:
+    for name, binary, loops in found:
+        where = f"{name}, {kind}, {arch}: {binary}, {loops}"
+        print(where)
+        assert binary.shared <= heuristics.FAMILIES[arch], f"too much shared memory: {where}"
+        # Triton makes an empty kernel of one that needs more, without a word.
+        assert binary.tensor_columns <= 512, f"too much tensor memory: {where}"
+        assert binary.registers <= 255, where
+        if name not in PRODUCTS:
+            assert binary.stack == 0, f"spills: {where}"
+            continue
+        if half:
+            units = {"sm_80": binary.mma, "sm_90": binary.wgmma + binary.mma, "sm_100": binary.tcgen05 + binary.mma}
+            assert units[arch] > 0, f"no matrix instructions: {where}"
+        else:
+            assert binary.fma > 0 and binary.mma + binary.wgmma + binary.tcgen05 == 0, f"not float32's units: {where}"
+        if arch == "sm_90" and half and name in WARPGROUP:
+            assert binary.wgmma > 0, f"no wgmma: {where}"
+        if binary.stack == 0:
+            continue
+        assert loops, f"no loop found: {where}"
+        whole, any_loop = SPILLS_FLOAT32 if not half else SPILLS_WIDE if width > 128 else SPILLS_PER_LOOP[kind]
+        # Blocks that wait for a barrier lie behind the code and jump back into it: they look like small loops.
+        most = max(loop.matrix for loop in loops)
+        plainest = min((loop for loop in loops if 2 * loop.matrix >= most), key=lambda loop: loop.selects)
+        assert plainest.spills <= whole, f"spills in a loop: {where}"
+        usual = loops[: max(1, len(loops) - _repairs(name, kind))]
+        assert max(loop.spills for loop in usual) <= any_loop, f"spills in a loop: {where}"
+
+
+def _repairs(name: str, kind: str) -> int:
+    """Loops that only repair, the last ones."""
+    if kind in ("plain", "dropout") or name == "mask_gradient":
+        return 0
+    return 2 if name == "backward_key" else 1
+
+
+WIDTHS = (64, 128, 256)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dropout"])
+@pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, WIDTHS)))
+def test_shipped_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the matrix units: each tile of the tables, and each that `heuristics.tile` makes of it for busy kernels."""
+    check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind, width)
+
+
+@pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, WIDTHS)))
+def test_shipped_tiles_float32(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(compile_call(monkeypatch, arch, torch.float32, width, {}), arch, False, "plain")
+
+
+# The features' price is the same registers on 8.0; 10.0's tensor memory is narrowest at 256.
+CUT = [
+    ("sm_80", 128, "causal"), ("sm_90", 128, "causal"), ("sm_90", 64, "everything"), ("sm_100", 128, "causal"),
+    ("sm_100", 256, "causal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch, width, kind", CUT)
+def test_loops_over_cut_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind, width)
+
+
+@pytest.mark.parametrize("arch, width", [("sm_86", width) for width in WIDTHS])
+def test_small_shared_memory(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8.6, 8.9 and 12.x: 99 KiB. Compiled as 8.6."""
+    for name, binary, _ in compile_call(monkeypatch, arch, torch.float16, width, {}):
+        assert binary.shared <= heuristics.FAMILIES[arch], (name, width, binary)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_decode_map_and_odd_sizes(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Compiled] = []
+    for name in KERNELS:
+        monkeypatch.setattr(host, name, Recorder(name, getattr(host, name), found))
+    monkeypatch.setattr(host, "_machine", lambda q: (arch, 132))
+    rest = (None, None, None, None, None, None, 0, 0, 0.1, 0, -1, -1, 0.0, 0.0)
+    with offline.architecture(arch):
+        q, k = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16), torch.empty(1, 8, 2048, 128, dtype=torch.bfloat16)
+        host.attention_forward(q, k, k, *rest)
+        q, k, v = (torch.empty(1, 2, 100, width, dtype=torch.float16) for width in (59, 59, 111))
+        o, lse = host.attention_forward(q, k, v, *rest)
+        if arch == "sm_90":
+            host.attention_backward(o, lse, q, k, v, o, lse, *rest, True, True, False, False, False)
+        host.attention_map(q, k, None, None, None, 0.1, 1, -1, -1, 0.0, 8, 8)
+    names = [name for name, _, _ in found]
+    assert {"forward", "combine", "map_kernel"} <= set(names)
+    for name, binary, _ in found:
+        assert binary.shared <= heuristics.FAMILIES[arch] and binary.tensor_columns <= 512, (name, binary)

@@ -1,0 +1,95 @@
+"""Makes `TRITON_INTERPRET=1` a fair judge: bfloat16 that rounds, memory that faults behind its end.
+
+The interpreter keeps bfloat16 as uint16 bits and computes on the bits (a product is off by 1e10, without a word), and
+numpy reads beyond a tensor as readily as a GPU does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "Triton must find TRITON_INTERPRET=1 when it is imported"
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    nearest_even = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), nearest_even)
+
+
+def _is_bf16(handle: Any) -> bool:
+    return handle.dtype.scalar == tl.bfloat16
+
+
+def _up(handle: Any) -> Any:
+    return interpreter.TensorHandle(_widen(handle.data), tl.float32) if _is_bf16(handle) else handle
+
+
+def _down(handle: Any) -> Any:
+    return interpreter.TensorHandle(_round(handle.data), tl.bfloat16)
+
+
+def install_bfloat16() -> None:
+    """Arithmetic on bfloat16 goes through float32 and rounds to nearest even, as on the GPU."""
+    builder = interpreter.InterpreterBuilder
+    cast, dot, binary, unary = builder.cast_impl, builder.create_dot, builder.binary_op, builder.unary_op
+
+    def cast_impl(self: Any, src: Any, dst: Any) -> Any:
+        if _is_bf16(src) and dst.scalar != tl.bfloat16:
+            return _up(src) if dst.scalar == tl.float32 else cast(self, _up(src), dst)
+        if dst.scalar == tl.bfloat16 and not _is_bf16(src):
+            return interpreter.TensorHandle(_round(src.data.astype(np.float32)), tl.bfloat16)
+        return cast(self, src, dst)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        return dot(self, _up(a), _up(b), d, *rest)
+
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if not (_is_bf16(lhs) or _is_bf16(rhs)):
+            return binary(self, lhs, rhs, op)
+        result = binary(self, _up(lhs), _up(rhs), op)
+        return result if result.data.dtype == np.bool_ else _down(result)
+
+    def unary_op(self: Any, arg: Any, op: Any) -> Any:
+        return _down(unary(self, _up(arg), op)) if _is_bf16(arg) else unary(self, arg, op)
+
+    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    builder.binary_op, builder.unary_op = binary_op, unary_op
+
+
+def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor, NaN where it can be, whose last byte is the last before a page that may not be touched."""
+    count = int(np.prod(shape, dtype=np.int64))
+    if count == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    size = count * torch.empty(0, dtype=dtype).element_size()
+    total = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, total + mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(address + total), mmap.PAGESIZE, 0):
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+    tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=total - size).view(tuple(shape))
+    return tensor.fill_(float("nan")) if dtype.is_floating_point else tensor
+
+
+def guard(x: Tensor) -> Tensor:
+    """x, its elements in the same order of memory, before a guard page."""
+    order = sorted(range(x.dim()), key=lambda dim: (-x.stride(dim), dim))
+    copy = guarded([x.size(dim) for dim in order], x.dtype)
+    back = [order.index(dim) for dim in range(x.dim())]
+    copy = copy.permute(back)
+    return copy.copy_(x)

@@ -1,0 +1,25 @@
+"""That the checks of attention_offline.py can fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_offline import check, compile_call
+
+from dlkernels.triton import heuristics
+
+
+def test_shared_memory_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile far too large compiles without a word."""
+    monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(64, 128, 8, 4))
+    found = compile_call(monkeypatch, "sm_80", torch.bfloat16, 256, {}, backward=False)
+    with pytest.raises(AssertionError, match="shared memory"):
+        check(found, "sm_80", True, "plain")
+
+
+def test_spills_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 x 256 sums of float32 are more than the registers of four warps."""
+    monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 64, 4, 1))
+    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 256, {}, backward=False)
+    with pytest.raises(AssertionError, match="spills in a loop"):
+        check(found, "sm_90", True, "plain")

@@ -1,0 +1,140 @@
+"""GPU code proven without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [PYTEST ARGUMENTS]
+
+The Triton kernels run under Triton's interpreter with the first of the given releases, and are compiled for each
+architecture with all of them, as many processes at a time as this one may use processors. A rung that cannot run says
+why and fails, unless DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100`). The environments,
+in build/, lie on top of the one that runs this: they hold Triton and the numpy that its interpreter can work with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+# Triton 3.6's interpreter converts arrays of one element to scalars, which numpy 2.4 refuses.
+NUMPY = "numpy<2.4"
+ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
+SHARDS = 2  # of the interpreter's tests
+LIMIT = 1500.0  # seconds that a rung may take
+
+
+class Rung(NamedTuple):
+    name: str
+    spec: str
+    file: str
+    settings: dict[str, str]
+
+
+class Result(NamedTuple):
+    rung: Rung
+    verdict: str
+    fine: bool
+    seconds: float
+
+
+def rungs(specs: list[str]) -> list[Rung]:
+    """The longest first."""
+    interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    return [
+        *(
+            Rung(f"interpreter {shard + 1}/{SHARDS}", specs[0], "attention_interpreted.py",
+                 interpreted | {"DLKERNELS_SHARD": f"{shard}/{SHARDS}"})
+            for shard in range(SHARDS)
+        ),
+        *(
+            Rung(f"offline {arch}", spec, "attention_offline.py", {"DLKERNELS_ARCH": arch, "OMP_NUM_THREADS": "1"})
+            for arch in ARCHITECTURES for spec in specs
+        ),
+        *(Rung("registration", spec, "registration.py", {}) for spec in specs),
+        Rung("interpreter itself", specs[0], "interpreter_itself.py", interpreted),
+        Rung("offline itself", specs[0], "offline_itself.py", {"OMP_NUM_THREADS": "1"}),
+    ]  # fmt: skip
+
+
+def environment(spec: str) -> tuple[Path, str]:
+    """The Python of an environment with this Triton, or why there is none."""
+    if not sys.platform.startswith("linux"):
+        return Path(), f"Triton has no wheels for {sys.platform}"
+    folder = ROOT / "build" / f"gpuless-{re.sub(r'[^0-9A-Za-z.]+', '-', spec)}"
+    python, ready = folder / "bin" / "python", folder / "ready"
+    if ready.exists():
+        return python, ""
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        below = sysconfig.get_path("purelib")
+        own = next(folder.glob("lib/python*/site-packages"))
+        (own / "below.pth").write_text(below + "\n")
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", spec, NUMPY]
+        subprocess.run(pip, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip().splitlines() or [str(error)]
+        return Path(), f"no environment with {spec}: {said[-1]}"
+    ready.touch()
+    return python, ""
+
+
+def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Result:
+    begin = time.monotonic()
+    if missing:
+        allowed = any(name and name in rung.name for name in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(","))
+        return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
+    settings = {
+        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "DLKERNELS_TEST_ALLOW_REFERENCE": "1",
+        **rung.settings,
+    }  # fmt: skip
+    # Triton 3.6 reads scalars from arrays of one element in every operation; numpy warns each time.
+    command = [
+        str(python), "-m", "pytest", str(HERE / rung.file), "-q", "-p", "no:cacheprovider", f"--confcutdir={HERE}",
+        "-W", "ignore::DeprecationWarning", *arguments,
+    ]  # fmt: skip
+    log = ROOT / "build" / f"gpuless-{re.sub(r'[^0-9A-Za-z]+', '-', f'{rung.name} {rung.spec}')}.log"
+    with log.open("w") as file:
+        try:
+            status = subprocess.run(
+                command, cwd=ROOT, env=settings, stdout=file, stderr=subprocess.STDOUT, timeout=LIMIT
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    output = log.read_text()
+    summary = output.strip().splitlines()[-1] if output.strip() else "no output"
+    # Nothing may be skipped here: whatever cannot be tested is to be seen.
+    fine = status == 0 and "skipped" not in summary
+    if not fine:
+        print(output[-20000:], flush=True)
+    verdict = f"{'passed' if fine else f'FAILED ({status})'}: {summary.strip('= ')}"
+    return Result(rung, verdict, fine, time.monotonic() - begin)
+
+
+def main(arguments: list[str]) -> int:
+    specs = [x for x in arguments if x.startswith("triton")]
+    rest = [x for x in arguments if not x.startswith("triton")]
+    if not specs:
+        print(__doc__)
+        return 2
+    begin = time.monotonic()
+    (ROOT / "build").mkdir(exist_ok=True)
+    pythons = {spec: environment(spec) for spec in specs}
+    print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
+    results = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs)]
+        for future in waiting:
+            result = future.result()
+            results.append(result)
+            print(f"== {result.rung.name}, {result.rung.spec}: {result.verdict}, {result.seconds:.0f} s", flush=True)
+    failed = sum(not result.fine for result in results)
+    print(f"{len(results) - failed} rungs passed, {failed} failed, {time.monotonic() - begin:.0f} s")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

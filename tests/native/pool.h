@@ -1,0 +1,47 @@
+// What torch's pool may do with a call, and the instruction sets of this machine.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/kernel_params.h"
+
+namespace dlk {
+
+// A thread for each unit, fewer threads with longer ranges, or one range after the other on the caller's thread.
+enum class Pool { one_each, two_ranges, one_range, in_turn };
+inline Pool g_pool = Pool::one_each;
+
+inline void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end), void* ctx) {
+  const int64_t ranges = g_pool == Pool::one_range ? 1 : g_pool == Pool::two_ranges ? std::min<int64_t>(n, 2) : n;
+  if (g_pool == Pool::in_turn) {
+    for (int64_t i = 0; i < ranges; ++i) fn(ctx, i, i + 1);
+    return;
+  }
+  // A pool's threads are awake when work comes; new ones are slow to start, so they meet first.
+  std::atomic<int64_t> waiting{ranges};
+  const auto member = [&](int64_t i) {
+    --waiting;
+    while (waiting > 0) std::this_thread::yield();
+    fn(ctx, n * i / ranges, n * (i + 1) / ranges);
+  };
+  std::vector<std::thread> threads;
+  for (int64_t i = 1; i < ranges; ++i) threads.emplace_back(member, i);
+  member(0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+inline std::vector<Isa> isas() {
+  std::vector<Isa> found = {Isa::scalar};
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(Isa::avx2);
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    found.push_back(Isa::avx512);
+  }
+#endif
+  return found;
+}
+
+}  // namespace dlk

@@ -1,0 +1,86 @@
+"""Random calls of `functional.attention` against float64, counted: 1,000 distinct ones, not one disagreement."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from attention_calls import check, second_looks
+from attention_oracle import Case
+from conftest import available_isas
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from settings import num_threads, use_isa
+
+pytestmark = pytest.mark.usefixtures("native")
+
+REQUIRED = 1000
+EXAMPLES = 1100  # hypothesis may draw a call twice
+ISAS = available_isas()
+LENGTHS = st.integers(0, 5) | st.integers(6, 20) | st.sampled_from([33, 65])
+WIDTHS = st.integers(1, 20) | st.sampled_from([31, 32, 33, 65])
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    Hkv, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
+    packed = draw(st.integers(0, 3)) == 0
+    B = draw(st.integers(1, 3))
+    lengths = [tuple(draw(LENGTHS) for _ in range(B)) for _ in range(2)] if packed else [None, None]
+    edge = st.sampled_from([-1, -1, 0, 1, 3, 20])
+    return Case(
+        B=B, H=Hkv * group, Hkv=Hkv, M=draw(LENGTHS), N=draw(LENGTHS), D=draw(WIDTHS), Dv=draw(WIDTHS),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])),
+        mask=None if packed else draw(st.sampled_from([None, "", "n", "m", "mn", "hm", "bn", "hn", "bmn", "bhmn"])),
+        mask_kind=draw(st.sampled_from(["bool", "own", "float32"])), causal=draw(st.integers(0, 2)),
+        window=(draw(edge), draw(edge)), slopes=draw(st.sampled_from([None, "h", "bh"])), sinks=draw(st.booleans()),
+        softcap=draw(st.sampled_from([0.0, 0.0, 3.0, 30.0])), scale=draw(st.sampled_from([None, None, 0.3, -0.2])),
+        dropout=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0])), lengths_q=lengths[0], lengths_k=lengths[1],
+        layout=draw(st.sampled_from(["bhmd", "bmhd", "strided"])), dlse=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)),
+    )  # fmt: skip
+
+
+@pytest.mark.heavy
+def test_random_calls() -> None:
+    passed: set[tuple[Case, str, int]] = set()
+    doubts = len(second_looks)
+
+    # Derandomised and without a database: every run of the suite sees the same calls.
+    @settings(
+        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(cases(), st.sampled_from(ISAS), st.integers(1, 3))
+    def property_holds(case: Case, isa: str, threads: int) -> None:
+        with use_isa(isa), num_threads(threads):
+            check(case)
+        passed.add((case, isa, threads))
+
+    property_holds()
+    counts = {
+        field: collections.Counter(str(getattr(case, field)) for case, _, _ in passed)
+        for field in ("dtype", "mask", "causal", "slopes", "sinks", "softcap", "dropout", "layout", "dlse")
+    }
+    print(f"\n{len(passed)} distinct calls, {len(second_looks) - doubts} results after a second look; {counts}")
+    assert len(passed) >= REQUIRED
+    assert len(second_looks) - doubts <= len(passed) // 10
+    assert all(len(by_value) > 1 and min(by_value.values()) >= len(passed) // 50 for by_value in counts.values())
+    assert {isa for _, isa, _ in passed} == set(ISAS)
+
+
+def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The property has teeth: an error of a few float32 roundings in one gradient makes it fail."""
+    import attention_calls
+
+    honest = attention_calls.run
+
+    def dishonest(*args, **kwargs):
+        results = honest(*args, **kwargs)
+        results["dk"] = results["dk"] * (1 + 64 * torch.finfo(results["dk"].dtype).eps)
+        return results
+
+    monkeypatch.setattr(attention_calls, "run", dishonest)
+    with pytest.raises(AssertionError, match="dk"):
+        check(Case(M=40, N=40))

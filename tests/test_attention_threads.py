@@ -1,0 +1,172 @@
+"""Attention and threads: several Python threads, another parallel region, OpenMP's limits, fork."""
+
+from __future__ import annotations
+
+import inspect
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from attention_calls import run
+from attention_oracle import Case, make_data
+from settings import run_python
+
+pytestmark = pytest.mark.usefixtures("native")
+
+# Split over rows, over rows and keys, over keys alone, and by packed sequences; serial.
+CASES = [
+    Case(B=2, H=4, Hkv=2, M=130, N=130, D=32, Dv=32, causal=1),
+    Case(B=1, H=2, Hkv=1, M=70, N=700, D=59, Dv=33, causal=2, mask="mn", mask_kind="own", slopes="h", dropout=0.2),
+    Case(B=1, H=8, Hkv=2, M=1, N=1500, D=64, Dv=64, sinks=True),
+    Case(B=3, H=2, Hkv=1, D=32, Dv=32, lengths_q=(3, 0, 90), lengths_k=(80, 5, 300), dtype=torch.bfloat16),
+    Case(M=3, N=4),
+]
+
+
+def test_several_python_threads(threads: Any) -> None:
+    """Different calls at once, with torch's own matrix product beside them."""
+    from dlkernels import _native
+
+    threads(2)
+    work = [(case, make_data(case)) for case in CASES if not case.dropout]  # whose seed is patched in, see run()
+    expected = [run(*one) for one in work]
+    left, right = torch.randn(192, 192), torch.randn(192, 192)
+    product = left @ right
+
+    def body(index: int) -> None:
+        if index % 5 == 4:
+            torch.testing.assert_close(left @ right, product)
+            return
+        at = index % len(work)
+        for name, value in run(*work[at]).items():
+            assert torch.equal(value, expected[at][name]), (name, work[at][0])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(body, range(60)))
+        assert pool.submit(_native.native.attention_last_run).result() is not None
+    fresh = ThreadPoolExecutor(1)
+    assert fresh.submit(_native.native.attention_last_run).result() is None  # it belongs to its thread
+    fresh.shutdown()
+
+
+PRELUDE = """
+import ctypes, os, select, sys, threading
+import torch
+import dlkernels
+from dlkernels import _native
+from attention_calls import check, prepare, run
+from attention_oracle import make_data
+from test_attention_threads import CASES
+_native.native.set_poison(True)
+last_run = _native.native.attention_last_run
+"""
+
+
+def run_with_prelude(source: str, **env: str) -> str:
+    return run_python(inspect.cleandoc(PRELUDE) + "\n" + inspect.cleandoc(source), **env)
+
+
+def test_inside_another_parallel_region() -> None:
+    """torch's OpenMP team is busy: each of its threads calls attention, with backward, from inside the region."""
+    output = run_with_prelude(
+        """
+        library = os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp.so.1")
+        if not os.path.exists(library):
+            print("no libgomp in this torch")
+            sys.exit(0)
+        gomp = ctypes.CDLL(library)
+        torch.mm(torch.ones(300, 300), torch.ones(300, 300))
+        work = [(case, make_data(case)) for case in CASES if not case.dropout]
+        expected = [run(*one) for one in work]
+        failures, inside = [], []
+
+        def body(_):
+            inside.append((threading.get_ident(), gomp.omp_in_parallel()))
+            try:
+                for one, results in zip(work, expected):
+                    for name, value in run(*one).items():
+                        assert torch.equal(value, results[name]), (name, one[0])
+            except BaseException as error:
+                failures.append(repr(error))
+
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
+        gomp.GOMP_parallel(callback, None, 2, 0)
+        assert not failures, failures
+        assert len(set(inside)) == 2 and all(flag == 1 for _, flag in inside), inside
+        print("both members passed")
+        """
+    )
+    if "no libgomp" in output:
+        pytest.skip("this torch does not ship libgomp")
+    assert "both members passed" in output
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"OMP_THREAD_LIMIT": "1"},
+        {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4"},
+        {"OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "3"},
+    ],
+    ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()),
+)
+def test_openmp_limits(variables: dict[str, str]) -> None:
+    output = run_with_prelude(
+        """
+        for case in CASES:
+            check(case)
+        torch.set_num_threads(3)
+        for case in CASES:
+            check(case)
+        print("passed", torch.get_num_threads())
+        """,
+        **variables,
+    )
+    assert "passed" in output
+
+
+def test_after_fork() -> None:
+    """torch's pool does not survive a fork: the child, of a parent that used it, neither hangs nor is wrong. Torch's
+    own operators hang there when they are large enough for threads, so all tensors are made before."""
+    output = run_with_prelude(
+        """
+        import faulthandler
+        import numpy
+
+        torch.set_num_threads(2)
+        work = [prepare(case, make_data(case)) for case in CASES]
+        expected = [call() for call in work]
+        torch.mm(torch.randn(400, 400), torch.randn(400, 400))
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            faulthandler.dump_traceback_later(50, exit=True)
+            verdict = b"failed"
+            try:
+                for call, results in zip(work, expected):
+                    for name, value in call().items():
+                        a, b = (t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in (value, results[name]))
+                        numpy.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=name)
+                    assert last_run()["members"] == 1, last_run()
+                verdict = b"passed"
+            except BaseException as error:
+                verdict = repr(error).encode()
+            finally:
+                os.write(writer, verdict)
+                os._exit(0)
+        ready = select.select([reader], [], [], 60)[0]
+        if not ready:
+            os.kill(child, 9)
+            os.waitpid(child, 0)
+            raise SystemExit("the child hangs")
+        verdict = os.read(reader, 4000).decode()
+        os.waitpid(child, 0)
+        assert verdict == "passed", verdict
+        for call, results in zip(work, expected):
+            for name, value in call().items():
+                assert torch.equal(value, results[name]), name
+        print("child and parent passed")
+        """
+    )
+    assert "child and parent passed" in output
