@@ -7,8 +7,8 @@
 #include "cpu/rnn_ops.h"
 #include "cpu/rnn_reason.h"
 #include "cpu/threads.h"
-#include "cuda/sequence.h"
-#ifdef DLKERNELS_WITH_CUDA
+#include "cuda/plan_cap.h"
+#ifdef DLKERNELS_CUDA_ARCHS
 #include "cuda/gpu_limits.h"
 #endif
 #include "host.h"
@@ -105,12 +105,11 @@ py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
 }
 
 py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool backward) {
-  static const char* const kinds[] = {"cluster", "grid", "steps"};
   const bool half = shape.dtype != DType::f32;
   const SliceShape slice = slice_shape(gate_count(shape.cell), half, plan.kind == SequencePlan::cluster, backward);
   py::dict dict;
-  dict["kernel"] = std::string("cuda/") + kinds[plan.kind] + "/" + mode_name(shape.cell);
-  dict["kind"] = kinds[plan.kind];
+  dict["kernel"] = std::string("cuda/") + plan_kind_name(plan.kind) + "/" + mode_name(shape.cell);
+  dict["kind"] = plan_kind_name(plan.kind);
   dict["blocks"] = plan.slices * plan.groups;
   dict["slices"] = plan.slices;
   dict["groups"] = plan.groups;
@@ -129,12 +128,12 @@ py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool 
 
 // The limits of a device of this machine; of an H200 where `device` is none.
 GpuLimits limits_of(std::optional<int> device) {
-#ifdef DLKERNELS_WITH_CUDA
-  if (device) return gpu_limits(*device);
+#ifdef DLKERNELS_CUDA_ARCHS
+  if (device) return capped(gpu_limits(*device));
 #else
   if (device) throw std::runtime_error("compiled without CUDA kernels");
 #endif
-  return kH200;
+  return capped(kH200);
 }
 
 py::dict build_info() {
@@ -154,10 +153,14 @@ py::dict build_info() {
   info["flags"] = "";
 #endif
   info["isas"] = isas;
-#ifdef DLKERNELS_WITH_CUDA
+#ifdef DLKERNELS_CUDA_ARCHS
   info["with_cuda"] = true;
+  info["cuda_archs"] = DLKERNELS_CUDA_ARCHS;
+  info["why_no_cuda"] = "";
 #else
   info["with_cuda"] = false;
+  info["cuda_archs"] = "";
+  info["why_no_cuda"] = DLKERNELS_WHY_NO_CUDA;
 #endif
   return info;
 }
@@ -246,6 +249,10 @@ PYBIND11_MODULE(_C, m) {
       "What would run on a CUDA device; on an H200 where device is None, whatever this machine has.", py::arg("mode"),
       py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("D") = 1, py::arg("backward") = false,
       py::arg("device") = py::none());
+  m.def(
+      "cap_cuda_plan", [](const std::string& kind) { dlk::set_plan_cap(dlk::plan_kind_from_name(kind)); },
+      "The best kind of plan that CUDA layers may take: cluster (all), grid or steps. For tests and measurements.",
+      py::arg("kind"));
   m.def("last_run", []() -> py::object {
     const dlk::LayerShape* shape = dlk::last_shape();
     if (!shape) return py::none();

@@ -78,7 +78,7 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     if with_cuda:
         no_cuda = "" if torch.cuda.is_available() else "torch finds no CUDA device"
     else:
-        no_cuda = "no CUDA kernels were built" if native is not None else _native.why_not
+        no_cuda = f"no CUDA kernels: {_native.why_no_cuda}" if native is not None else _native.why_not
     rows = []
     for mode in MODES:
         for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):

@@ -49,7 +49,12 @@ void implement(torch::stable::detail::StableLibrary& library) {
 }  // namespace
 }  // namespace dlk
 
-STABLE_TORCH_LIBRARY_IMPL(dlkernels, CUDA, library) {
+// The test of this boundary without a GPU (tests/cuda/boundary.cpp) builds it for CPU tensors.
+#ifndef DLKERNELS_GPU_KEY
+#define DLKERNELS_GPU_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, DLKERNELS_GPU_KEY, library) {
   using dlk::CellKind;
   dlk::implement<CellKind::lstm>(library);
   dlk::implement<CellKind::gru>(library);

@@ -3,6 +3,7 @@
 //
 // Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
 #include "gpu_ops.h"
+#include "plan_cap.h"
 #include "rows.h"
 #include "steps.h"
 
@@ -179,7 +180,7 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
   save = save && call.saved() > 0;
   Tensor saved = call.records(save, saved_slots(cell));
   if (shape.B > 0) {
-    const SequencePlan plan = sequence_plan(shape, gpu_limits(call.on.device().index), false);
+    const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), false);
     SequenceForward p = common_params<SequenceForward>(call, h0, c0, plan);
     const Tensor inputs = matrix(call.x, shape.rows, shape.I);
     Tensor gates[2];
@@ -326,7 +327,7 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
     return grads;
   }
 
-  const SequencePlan plan = sequence_plan(shape, gpu_limits(call.on.device().index), true);
+  const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), true);
   const bool by_steps = plan.kind == SequencePlan::steps;
   SequenceBackward p = common_params<SequenceBackward>(call, h0, c0, plan);
   p.y = call.rows(static_cast<const void*>(y.data()), shape.D * shape.H);

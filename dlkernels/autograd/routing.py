@@ -45,7 +45,7 @@ def _why_no_kernel(x: Tensor, projected: bool) -> str:
     if kind not in ("cpu", "cuda"):
         return f"no kernel for {kind} tensors"
     if kind == "cuda" and not _native.HAVE_CUDA_KERNELS:
-        return "the compiled module has no CUDA kernels: it was built without nvcc"
+        return f"the compiled module has no CUDA kernels: {_native.why_no_cuda}"
     if x.dtype not in (KERNEL_DTYPES if kind == "cpu" else CUDA_KERNEL_DTYPES):
         return f"no kernel for {x.dtype} on {kind}"
     if kind == "cuda" and projected:
