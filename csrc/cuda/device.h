@@ -117,9 +117,10 @@ DLK_DEVICE void wait_for_arrivals(const unsigned* counter, unsigned goal) {
   unsigned seen;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen < goal);
+  } while (static_cast<int>(seen - goal) < 0);  // right also when very many steps have wrapped the counter
 #else
-  emulation::wait_until("at the grid's barrier", [=] { return __atomic_load_n(counter, __ATOMIC_RELAXED) >= goal; });
+  emulation::wait_until("at the grid's barrier",
+                        [=] { return static_cast<int>(__atomic_load_n(counter, __ATOMIC_RELAXED) - goal) >= 0; });
   __atomic_load_n(counter, __ATOMIC_ACQUIRE);
 #endif
 }
@@ -174,11 +175,15 @@ struct LaunchShape {
 
 template <class Params>
 int launch(void (*kernel)(Params), const LaunchShape& shape, void* stream, const Params& params) {
+  if (shape.grid_x == 0) return 0;  // nothing to do, which CUDA takes for an error
 #ifdef __CUDACC__
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shape.shared_bytes > 48 << 10) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    // The most there is, not what this call needs: another thread may be about to launch the same kernel with more.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (!error) error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (error) return error;
   }
   if (shape.cluster > 8) {

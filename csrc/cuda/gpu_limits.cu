@@ -47,8 +47,13 @@ GpuLimits gpu_limits(int device) {
   cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (major >= 9) {
+    // The driver answers for the current device, which may be another one when only a plan is asked for.
+    int current = device;
+    cudaGetDevice(&current);
+    if (current != device) cudaSetDevice(device);
     limits.clusters_8 = resident_clusters(8, limits.shared_bytes);
     limits.clusters_16 = resident_clusters(16, limits.shared_bytes);
+    if (current != device) cudaSetDevice(current);
   }
   known[device] = limits;
   return limits;

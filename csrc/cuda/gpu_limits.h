@@ -5,7 +5,7 @@
 
 namespace dlk {
 
-// Of the current device, read once per process.
+// Read once per process and device.
 GpuLimits gpu_limits(int device);
 
 const char* gpu_error_text(int error);

@@ -20,6 +20,7 @@ namespace gpu {
 
 template <class Cell, class S, bool kCluster, int kColumnTiles>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward p) {
+  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched there
   constexpr int kGates = Cell::kGates, kSlots = Cell::kGateGrads;
   constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, true);
   constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
@@ -161,6 +162,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     }
   }
 
+  // Where chunks have fewer cells than the block threads, another thread's element is read here than was written above.
+  __syncthreads();
   for (int i = thread; exists && i < p.tile * kUnits; i += kSequenceThreads) {
     const int b = i / kUnits;
     if (first + b >= p.B) break;

@@ -17,6 +17,7 @@ namespace gpu {
 
 template <class Cell, class S, bool kCluster, int kColumnTiles>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __grid_constant__ SequenceForward p) {
+  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched there
   constexpr int kGates = Cell::kGates;
   constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, false);
   constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;

@@ -17,6 +17,9 @@ MUTANTS = (
     Mutant("sequence_forward.h", "__syncthreads();\n        turn_parity ^= 1;", "turn_parity ^= 1;", "tsan"),
     Mutant("sequence_forward.h", "        turn_parity ^= 1;\n", "", "tsan"),
     Mutant("sequence_backward.h", "        turn_parity ^= 1;\n", "", "tsan"),
+    # What other threads wrote is given out before all have written.
+    Mutant("sequence_backward.h", "  __syncthreads();\n  for (int i = thread; exists", "  for (int i = thread; exists",
+           "tsan"),
     # A step begins before the other blocks have sent their h; or they are told before all of it is sent.
     Mutant("sequence_forward.h", "if (chunk == 0) group.wait();", "if (chunk == 0 && s == 0) group.wait();", "tsan"),
     Mutant("sequence_forward.h", "if (last_chunk) group.arrive();", "if (chunk == 0) group.arrive();", "tsan"),
