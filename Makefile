@@ -30,7 +30,7 @@ help:
 	@echo "make test-O0      the tests on an -O0 build of the kernels"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
-	@echo "make gpuless      the Triton kernels under the interpreter, and compiled for each architecture (minutes)"
+	@echo "make gpuless      Triton kernels interpreted and compiled, and cuda-test: GPU code without a GPU (minutes)"
 	@echo "make gpu-check    on a machine with an NVIDIA GPU: build, test, measure; build/gpu-check.json"
 	@echo "make wheel        dist/*.whl, built against the torch of $(VENV)"
 
@@ -80,14 +80,14 @@ format: $(DEV_STAMP)
 native-test:
 	bash tests/native/run.sh
 
-cuda-test: $(ENV_STAMP)
+cuda-test: build
 	$(PY) tests/cuda/run.py $(ARGS)
 
 abi-check: build
 	$(PY) tests/abi/check.py '$(ABI_TORCH_SPEC)'
 
-# Needs no compiled module: Triton's interpreter runs on CPU tensors, its compiler on none.
-gpuless: $(ENV_STAMP)
+# Of the compiled module only the CUDA layers' torch boundary makes use: Triton's interpreter runs on CPU tensors.
+gpuless: build
 	$(PY) tests/gpuless/run.py $(TRITON_SPECS) $(ARGS)
 
 # With whatever Python has the CUDA build of torch: make gpu-check PYTHON=/path/to/python. ARGS=--rehearse needs no GPU

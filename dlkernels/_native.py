@@ -1,7 +1,8 @@
 """Loads the compiled module `_C`, once, or says why there is none.
 
 `HAVE_NATIVE` and `native` tell what was found, `why_not` the reason when it is nothing, `HAVE_CUDA_KERNELS` and
-`why_no_cuda` the same of kernels for CUDA, and `announce_reference()` is what the first call on the reference path says to the user.
+`why_no_cuda` the same of kernels for CUDA, and `announce_reference()` is what the first call on the reference path says
+to the user.
 
 Environment: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` does without it,
 `DLKERNELS_REQUIRE_NATIVE=1` makes its absence an ImportError.

@@ -8,9 +8,9 @@ setup.py calls `build`; developers run `make build`, which is `python csrc/setup
 dlkernels/. `--opt 0 --out FILE` makes another build beside it, to be loaded with DLKERNELS_NATIVE=FILE.
 
 Environment: CXX, CXXFLAGS and LDFLAGS as everywhere; DLKERNELS_OPT=0..3 the optimisation level (2);
-MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing. DLKERNELS_CUDA=1 compiles the
-CUDA kernels come what may, 0 never; NVCC names the compiler for them; DLKERNELS_CUDA_ARCHS the architectures, "80 90a" for
-example (those of the GPUs at hand; where there is none 80, 90a and 100a), and asks for the kernels like DLKERNELS_CUDA=1.
+MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing. DLKERNELS_CUDA=1 compiles
+the CUDA kernels come what may, 0 never; NVCC names the compiler for them; DLKERNELS_CUDA_ARCHS the architectures, "80
+90a" for example (those of the GPUs at hand; where there is none 80, 90a and 100a), and asks for them too.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def cuda_include() -> Path:
 
 def flags() -> list[str]:
     folders = [f"-isystem{cuda_include()}", f"-I{HERE / 'emulation'}"]
-    return ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", *folders]
+    return ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fPIC", *folders]
 
 
 def compiler(kind: str) -> list[str]:

@@ -4,6 +4,7 @@ emulation  the emulation's own test: planted bugs, each noticed by the builds th
 kernels    the kernels under emulation against the reference, over a covering array of shapes
 asan       the same over smaller shapes with the address and undefined-behaviour sanitizers
 tsan       the same with clang's ThreadSanitizer, in several schedules
+boundary   the torch boundary on CPU tensors with emulated kernels: tests/gpu/recurrent_cuda.py (after `make build`)
 mutants    bugs planted in the kernels: each must be noticed
 compile    nvcc for sm_80, sm_90a and sm_100a: no spills, no local memory, registers, tensor-core instructions
 resident   the blocks of a plan that meet at a barrier fit an H200 at the same time
@@ -24,10 +25,11 @@ from ladder import BUILD, JOBS, ROOT, Outcome, Unit, chosen_units, run_units
 sys.path.insert(0, str(ROOT / "csrc" / "setup"))
 sys.dont_write_bytecode = True
 
+import boundary  # noqa: E402
 import compiled  # noqa: E402
 import emulated  # noqa: E402
 
-RUNGS = ("emulation", "kernels", "asan", "tsan", "mutants", "compile", "resident")
+RUNGS = ("emulation", "kernels", "boundary", "asan", "tsan", "mutants", "compile", "resident")
 
 
 def report(units: list[Unit], outcomes: dict[str, Outcome]) -> list[str]:
@@ -57,7 +59,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"no such rung: {', '.join(unknown)}; there are {', '.join(RUNGS)}")
     BUILD.mkdir(parents=True, exist_ok=True)
-    units = chosen_units([*emulated.units(), *compiled.units()], wanted)
+    units = chosen_units([*emulated.units(), *boundary.units(), *compiled.units()], wanted)
     begin = time.monotonic()
     outcomes = run_units(units)
     failures = report(units, outcomes)
