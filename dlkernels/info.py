@@ -134,7 +134,7 @@ def format_info(data: dict[str, Any]) -> str:
         ", ".join([*(f"{name} {versions[name]}" for name in ("dlkernels", "torch", "python")), versions["platform"]]),
         f"native module: {native['file']}" if native["loaded"] else f"native module: none ({native['why_not']})",
     ]
-    for key, value in native["build"].items():
+    for key, value in ((key, value) for key, value in native["build"].items() if value != ""):
         lines.append(f"  {key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     lines.append(f"CPU: {cpu['model']}, {threads['cpus']} usable CPUs, torch capability {cpu['torch_capability']}")
     if cpu["features"]:
