@@ -14,7 +14,8 @@ from mutants import MUTANTS, Mutant
 SEEDS = (0, 1, 3)
 COMPILERS = {
     "plain": ["g++", "-O2", "-Wno-array-bounds"],  # GCC 12 loses track of what a storage dtype implies
-    "asan": ["clang++", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    # The shapes are small: compiling takes longer than running.
+    "asan": ["clang++", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["clang++", "-O1", "-fsanitize=thread"],
 }
 ENVIRONMENT = {
@@ -127,7 +128,7 @@ def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
 MUTANT_SHAPES = (
     "lstm:bf16:small:5:64:40:2:lengths:hbk",
     "lstm:bf16:smallgrid:3:64:40:2:lengths:hb",
-    "lstm:f32:smallgrid:2:17:16:1:lengths:hb",
+    "lstm:f32:smallgrid:1:16:16:1:lengths:hb",
 )
 WAYS = ("forward", "backward")
 STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.cpp")
