@@ -126,8 +126,8 @@ def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
 # ---- Bugs in the kernels themselves.
 # Of one cell, to compile fast: several chunks, both directions, uneven lengths.
 MUTANT_SHAPES = (
-    "lstm:bf16:small:5:64:40:2:lengths:hbk",
-    "lstm:bf16:smallgrid:3:64:40:2:lengths:hb",
+    "lstm:bf16:small:3:40:40:2:lengths:hbk",
+    "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
     "lstm:f32:smallgrid:1:16:16:1:lengths:hb",
 )
 WAYS = ("forward", "backward")
@@ -157,8 +157,8 @@ def link_mutant(kind: str, kernels: Sequence[Path], program: Path) -> None:
     must([*compiler(kind), "-pthread", *kernels, *steady, RUNTIME, "-o", program])
 
 
-def notices(program: Path) -> bool:
-    runs = ((shape, seed) for seed in SEEDS for shape in MUTANT_SHAPES)
+def notices(program: Path, seeds: Sequence[int] = SEEDS) -> bool:
+    runs = ((shape, seed) for seed in seeds for shape in MUTANT_SHAPES)
     return any(call([program, shape], **environment(seed, 20000)).returncode != 0 for shape, seed in runs)
 
 
@@ -168,7 +168,7 @@ def unchanged(kind: str) -> None:
         one_cell(kind, way, folder, one_cell_of(kind, way))
     program = BUILD / f"one_cell-{kind}"
     link_mutant(kind, [one_cell_of(kind, way) for way in WAYS], program)
-    if notices(program):
+    if notices(program, SEEDS[:1]):
         raise Failure(f"{kind} finds something in the kernels as they are")
 
 
