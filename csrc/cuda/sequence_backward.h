@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   group.begin([](int, int) { return from_float<S>(0.0f); });
 
   const int64_t rows0 = d * p.saved_rows;
-  const float* saved = p.saved + rows0 * Cell::kSaved * p.H + j;
+  const float* saved = p.saved ? p.saved + rows0 * Cell::kSaved * p.H + j : nullptr;
   const S* y = static_cast<const S*>(p.y.data) + d * p.H + j;
   const S* dy = p.dy.data ? static_cast<const S*>(p.dy.data) + d * p.H + j : nullptr;
   const RowTensor<void*>& dgates = p.dgates[d];
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     }
   }
 
-  // Where chunks have fewer cells than the block threads, another thread's element is read here than was written above.
+  // A chunk of fewer cells than the block has threads was written above by other threads than read it here.
   __syncthreads();
   for (int i = thread; exists && i < p.tile * kUnits; i += kSequenceThreads) {
     const int b = i / kUnits;

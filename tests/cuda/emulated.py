@@ -14,7 +14,8 @@ from mutants import MUTANTS, Mutant
 SEEDS = (0, 1, 3)
 COMPILERS = {
     "plain": ["g++", "-O2", "-Wno-array-bounds"],  # GCC 12 loses track of what a storage dtype implies
-    "asan": ["clang++", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    # The shapes are small: compiling takes longer than running.
+    "asan": ["clang++", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["clang++", "-O1", "-fsanitize=thread"],
 }
 ENVIRONMENT = {
@@ -93,11 +94,11 @@ def emulation(kind: str) -> None:
 
 # ---- The kernels.
 SOURCES = {
-    # How long each takes to compile, about, with the sanitizers that take longest.
-    "sequence_forward_bf16.cu": 10, "sequence_backward_bf16.cu": 10,
-    "sequence_forward_f16.cu": 10, "sequence_backward_f16.cu": 10,
-    "sequence_forward_f32.cu": 6, "sequence_backward_f32.cu": 6,
-    "cell.cu": 8, "rows.cu": 2, "sequence_plan.cpp": 1, "steps.cpp": 2, "kernels_test.cpp": 5,
+    # How long each takes to compile, about.
+    "sequence_forward_bf16.cu": 4, "sequence_backward_bf16.cu": 4,
+    "sequence_forward_f16.cu": 4, "sequence_backward_f16.cu": 4,
+    "sequence_forward_f32.cu": 2, "sequence_backward_f32.cu": 2,
+    "cell.cu": 4, "rows.cu": 1, "sequence_plan.cpp": 1, "steps.cpp": 1, "kernels_test.cpp": 4,
 }  # fmt: skip
 
 
@@ -125,9 +126,9 @@ def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
 # ---- Bugs in the kernels themselves.
 # Of one cell, to compile fast: several chunks, both directions, uneven lengths.
 MUTANT_SHAPES = (
-    "lstm:bf16:small:5:64:40:2:lengths:hbk",
-    "lstm:bf16:smallgrid:3:64:40:2:lengths:hb",
-    "lstm:f32:smallgrid:2:17:16:1:lengths:hb",
+    "lstm:bf16:small:3:40:40:2:lengths:hbk",
+    "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
+    "lstm:f32:smallgrid:1:16:16:1:lengths:hb",
 )
 WAYS = ("forward", "backward")
 STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.cpp")
@@ -156,8 +157,8 @@ def link_mutant(kind: str, kernels: Sequence[Path], program: Path) -> None:
     must([*compiler(kind), "-pthread", *kernels, *steady, RUNTIME, "-o", program])
 
 
-def notices(program: Path) -> bool:
-    runs = ((shape, seed) for seed in SEEDS for shape in MUTANT_SHAPES)
+def notices(program: Path, seeds: Sequence[int] = SEEDS) -> bool:
+    runs = ((shape, seed) for seed in seeds for shape in MUTANT_SHAPES)
     return any(call([program, shape], **environment(seed, 20000)).returncode != 0 for shape, seed in runs)
 
 
@@ -167,7 +168,7 @@ def unchanged(kind: str) -> None:
         one_cell(kind, way, folder, one_cell_of(kind, way))
     program = BUILD / f"one_cell-{kind}"
     link_mutant(kind, [one_cell_of(kind, way) for way in WAYS], program)
-    if notices(program):
+    if notices(program, SEEDS[:1]):
         raise Failure(f"{kind} finds something in the kernels as they are")
 
 

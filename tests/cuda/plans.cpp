@@ -1,6 +1,7 @@
 // The plans of an H200 for the sizes of docs/cuda.md, one a line, for the check of what is resident:
 //   cell dtype H B D way kind slices groups groups_at_once column_tiles threads shared_bytes
 #include <cstdio>
+#include <initializer_list>
 
 #include "../../csrc/cuda/sequence.h"
 

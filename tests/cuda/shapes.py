@@ -25,8 +25,9 @@ _FACTORS: dict[str, tuple[str | int, ...]] = {
 _NAMES = list(_FACTORS)
 _LIMITED = [_NAMES.index(name) for name in ("path", "T", "B", "H", "D")]  # what costs depend on
 
-# In float32 a chunk of a grid has fewer cells than the block has threads: what ends up where is not as elsewhere.
-_FURTHER_SMALL = ("gru:f32:smallgrid:2:17:16:2:lengths:hb",)
+# In float32 a chunk of a grid has fewer cells than the block has threads, and with an even number of chunks the last
+# one's cells change hands at the end.
+_FURTHER_SMALL = ("gru:f32:smallgrid:2:64:16:2:lengths:hb",)
 
 Row = tuple[str | int, ...]
 Pair = tuple[int, str | int, int, str | int]
