@@ -96,9 +96,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 native, why_not = _load()
 HAVE_NATIVE: bool = native is not None
-_build = native.build_info() if native is not None else {"with_cuda": False, "why_no_cuda": why_not}
-HAVE_CUDA_KERNELS: bool = _build["with_cuda"]
-why_no_cuda: str = _build["why_no_cuda"]
+HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
+why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not
 _announced = False
 
 

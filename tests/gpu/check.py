@@ -34,6 +34,8 @@ UNTIL = {
 }  # fmt: skip
 TAIL = 6000
 REHEARSE = "--rehearse" in sys.argv[1:]
+if REHEARSE:  # on whatever machine, beside whatever else
+    UNTIL = {name: 5 * seconds for name, seconds in UNTIL.items()}
 
 
 def environment() -> dict[str, Any]:
@@ -274,7 +276,7 @@ def main() -> int:
     report["seconds"] = round(time.time() - BEGIN, 1)
     out.write_text(json.dumps(report, indent=1))
     print(f"{out}: {report['seconds']} s")
-    assert report["seconds"] < TOTAL + 20
+    assert REHEARSE or report["seconds"] < TOTAL + 20
     return int(any(part.get("status") != 0 for part in parts.values()))
 
 

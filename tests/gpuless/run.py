@@ -4,8 +4,8 @@ The Triton kernels run under Triton's interpreter with the first of the given re
 architecture with all of them, as many processes at a time as this one may use processors. The CUDA kernels have a
 ladder of their own, tests/cuda/run.py, the last rung here. A rung that cannot run says why and fails, unless
 DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`). The environments, in build/, lie
-on top of the one that runs this: they hold Triton and the numpy that its interpreter can work with. One more holds nvcc,
-where the machine has none.
+on top of the one that runs this: they hold Triton and the numpy that its interpreter can work with. One more holds
+nvcc, where the machine has none.
 """
 
 from __future__ import annotations
