@@ -14,11 +14,11 @@ PIP := $(PY) -m pip --disable-pip-version-check
 SPEC := $(subst >,-,$(subst <,-,$(subst =,-,$(subst /,-,$(TORCH_SPEC)))))
 ENV_STAMP := $(VENV)/.dlkernels-$(SPEC)
 DEV_STAMP := $(VENV)/.dlkernels-dev
-CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test abi-check gpuless gpu-check \
-	wheel clean
+.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test cuda-test abi-check gpuless \
+	gpu-check wheel clean
 
 help:
 	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
@@ -26,10 +26,11 @@ help:
 	@echo "make build        compile csrc/ in place, incrementally"
 	@echo "make lint         ruff, mypy, clang-format; make format puts right what can be"
 	@echo "make native-test  the kernels without torch, under the address and undefined-behaviour sanitizers"
+	@echo "make cuda-test    the CUDA kernels without a GPU: emulation, sanitizers, nvcc"
 	@echo "make test-O0      the tests on an -O0 build of the kernels"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
-	@echo "make gpuless      the Triton kernels under the interpreter, and compiled for each architecture (minutes)"
+	@echo "make gpuless      Triton kernels interpreted and compiled, and cuda-test: GPU code without a GPU (minutes)"
 	@echo "make gpu-check    on a machine with an NVIDIA GPU: build, test, measure; build/gpu-check.json"
 	@echo "make wheel        dist/*.whl, built against the torch of $(VENV)"
 
@@ -79,11 +80,14 @@ format: $(DEV_STAMP)
 native-test:
 	bash tests/native/run.sh
 
+cuda-test: build
+	$(PY) tests/cuda/run.py $(ARGS)
+
 abi-check: build
 	$(PY) tests/abi/check.py '$(ABI_TORCH_SPEC)'
 
-# Needs no compiled module: Triton's interpreter runs on CPU tensors, its compiler on none.
-gpuless: $(ENV_STAMP)
+# Of the compiled module only the CUDA layers' torch boundary makes use: Triton's interpreter runs on CPU tensors.
+gpuless: build
 	$(PY) tests/gpuless/run.py $(TRITON_SPECS) $(ARGS)
 
 # With whatever Python has the CUDA build of torch: make gpu-check PYTHON=/path/to/python. ARGS=--rehearse needs no GPU

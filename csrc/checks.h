@@ -51,8 +51,13 @@ inline std::string dtype_text(int32_t dtype) {
 }
 
 // `what` names the argument in messages, e.g. "h0".
-inline void check_tensor(const Tensor& tensor, const char* what, int32_t dtype, std::initializer_list<int64_t> shape) {
-  DLK_CHECK(tensor.on_cpu(), what, " must be on the CPU like x");
+inline void check_tensor(const Tensor& tensor, const char* what, int32_t dtype, std::initializer_list<int64_t> shape,
+                         const Device* device = nullptr) {
+  if (device) {
+    DLK_CHECK(tensor.device() == *device, what, " must be on the device of x");
+  } else {
+    DLK_CHECK(tensor.on_cpu(), what, " must be on the CPU like x");
+  }
   const int32_t found = tensor.dtype();
   DLK_CHECK(found == dtype, what, " must be ", dtype_text(dtype), ", got ", dtype_text(found));
   const int64_t dim = static_cast<int64_t>(shape.size());

@@ -7,6 +7,10 @@
 #include "cpu/rnn_ops.h"
 #include "cpu/rnn_reason.h"
 #include "cpu/threads.h"
+#include "cuda/plan_cap.h"
+#ifdef DLKERNELS_CUDA_ARCHS
+#include "cuda/gpu_limits.h"
+#endif
 #include "host.h"
 
 namespace py = pybind11;
@@ -100,6 +104,38 @@ py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
   return dict;
 }
 
+py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool backward) {
+  const bool half = shape.dtype != DType::f32;
+  const SliceShape slice = slice_shape(gate_count(shape.cell), half, plan.kind == SequencePlan::cluster, backward);
+  py::dict dict;
+  dict["kernel"] = std::string("cuda/") + plan_kind_name(plan.kind) + "/" + mode_name(shape.cell);
+  dict["kind"] = plan_kind_name(plan.kind);
+  dict["blocks"] = plan.slices * plan.groups;
+  dict["slices"] = plan.slices;
+  dict["groups"] = plan.groups;
+  dict["groups_at_once"] = plan.groups_at_once;
+  dict["tile"] = plan.tile;
+  dict["column_tiles"] = plan.column_tiles;
+  dict["rows"] = slice.rows;
+  dict["terms"] = plan.layout.terms;
+  dict["splits"] = slice.splits;
+  dict["shared_weights"] = plan.layout.exchange - plan.layout.weights;
+  dict["shared_bytes"] = plan.layout.bytes;
+  dict["barriers_per_step"] = plan.kind == SequencePlan::steps ? 0 : 1;
+  dict["reason"] = std::string(plan.reason);
+  return dict;
+}
+
+// The limits of a device of this machine; of an H200 where `device` is none.
+GpuLimits limits_of(std::optional<int> device) {
+#ifdef DLKERNELS_CUDA_ARCHS
+  if (device) return capped(gpu_limits(*device));
+#else
+  if (device) throw std::runtime_error("compiled without CUDA kernels");
+#endif
+  return capped(kH200);
+}
+
 py::dict build_info() {
   py::list isas;
   for (Isa isa : compiled_isas()) isas.append(isa_name(isa));
@@ -117,7 +153,15 @@ py::dict build_info() {
   info["flags"] = "";
 #endif
   info["isas"] = isas;
+#ifdef DLKERNELS_CUDA_ARCHS
+  info["with_cuda"] = true;
+  info["cuda_archs"] = DLKERNELS_CUDA_ARCHS;
+  info["why_no_cuda"] = "";
+#else
   info["with_cuda"] = false;
+  info["cuda_archs"] = "";
+  info["why_no_cuda"] = DLKERNELS_WHY_NO_CUDA;
+#endif
   return info;
 }
 
@@ -195,6 +239,20 @@ PYBIND11_MODULE(_C, m) {
       py::arg("mode"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0,
       py::arg("D") = 1, py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
       py::arg("packed_weights") = false, py::arg("rows") = py::none());
+  m.def(
+      "cuda_plan",
+      [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t H, int D, bool backward,
+         std::optional<int> device) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, 0, H, 0, D);
+        return dlk::cuda_plan_dict(dlk::sequence_plan(shape, dlk::limits_of(device), backward), shape, backward);
+      },
+      "What would run on a CUDA device; on an H200 where device is None, whatever this machine has.", py::arg("mode"),
+      py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("D") = 1, py::arg("backward") = false,
+      py::arg("device") = py::none());
+  m.def(
+      "cap_cuda_plan", [](const std::string& kind) { dlk::set_plan_cap(dlk::plan_kind_from_name(kind)); },
+      "The best kind of plan that CUDA layers may take: cluster (all), grid or steps. For tests and measurements.",
+      py::arg("kind"));
   m.def("last_run", []() -> py::object {
     const dlk::LayerShape* shape = dlk::last_shape();
     if (!shape) return py::none();

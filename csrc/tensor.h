@@ -13,6 +13,12 @@
 
 namespace dlk {
 
+struct Device {
+  int32_t type, index;
+  bool operator==(const Device& other) const { return type == other.type && index == other.index; }
+};
+inline Device cpu_device() { return {aoti_torch_device_type_cpu(), 0}; }
+
 class Tensor {
  public:
   Tensor() = default;
@@ -36,6 +42,9 @@ class Tensor {
   int64_t size(int64_t d) const { return sizes()[d]; }
   int32_t dtype() const { return read<int32_t>(aoti_torch_get_dtype); }
   bool on_cpu() const { return read<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu(); }
+  Device device() const {
+    return {read<int32_t>(aoti_torch_get_device_type), on_cpu() ? 0 : read<int32_t>(aoti_torch_get_device_index)};
+  }
   bool contiguous() const { return read<bool>(aoti_torch_is_contiguous); }
   size_t byte_count() const { return static_cast<size_t>(numel()) * aoti_torch_dtype_element_size(dtype()); }
 
@@ -72,18 +81,18 @@ inline int32_t torch_dtype(DType dtype) {
 
 inline DType compute_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-// Uninitialised, on the CPU; the strides leave no gaps.
-inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype) {
+// Uninitialised; the strides leave no gaps.
+inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype,
+                            const Device& device = cpu_device()) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
   Tensor tensor(handle);
-  if (poison() && tensor.numel() > 0) std::memset(tensor.data(), 0xff, tensor.byte_count());
+  if (poison() && tensor.numel() > 0 && tensor.on_cpu()) std::memset(tensor.data(), 0xff, tensor.byte_count());
   return tensor;
 }
 
 // ... and contiguous.
-inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
+inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Device& device = cpu_device()) {
   constexpr int64_t kMaxDim = 8;
   int64_t strides[kMaxDim];
   int64_t numel = 1;
@@ -91,14 +100,16 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
     strides[d] = numel;
     numel *= sizes[d];
   }
-  return empty_strided(sizes, strides, dim, dtype);
+  return empty_strided(sizes, strides, dim, dtype, device);
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
-inline Tensor empty_like(const Tensor& other) { return empty(other.sizes(), other.dim(), other.dtype()); }
+inline Tensor empty_like(const Tensor& other) {
+  return empty(other.sizes(), other.dim(), other.dtype(), other.device());
+}
 
 // Stands for an output that is not wanted or does not exist.
 inline Tensor absent(int32_t dtype) { return empty({0}, dtype); }

@@ -1,7 +1,8 @@
 """Loads the compiled module `_C`, once, or says why there is none.
 
-`HAVE_NATIVE` and `native` tell what was found, `why_not` the reason when it is nothing, and
-`announce_reference()` is what the first call on the reference path says to the user.
+`HAVE_NATIVE` and `native` tell what was found, `why_not` the reason when it is nothing, `HAVE_CUDA_KERNELS` and
+`why_no_cuda` the same of kernels for CUDA, and `announce_reference()` is what the first call on the reference path says
+to the user.
 
 Environment: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` does without it,
 `DLKERNELS_REQUIRE_NATIVE=1` makes its absence an ImportError.
@@ -95,6 +96,8 @@ def _load() -> tuple[ModuleType | None, str]:
 
 native, why_not = _load()
 HAVE_NATIVE: bool = native is not None
+HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
+why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not
 _announced = False
 
 

@@ -164,7 +164,7 @@ def _explain_one(
 ) -> LayerExplanation:  # fmt: skip
     dtype = _compute_dtype(call.input)
     probe = torch.empty(0, dtype=dtype, device=call.input.device)
-    decided = route(probe, *tensors)
+    decided = route(probe, *tensors, projected=sizes["P"] > 0)
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not decided.native:
         packed = packed and "ignored: no kernel runs"
@@ -175,6 +175,13 @@ def _explain_one(
     assert native is not None
 
     def plan(backward: bool) -> dict[str, Any]:
+        if call.input.is_cuda and name == "cell":
+            reason = "products by torch, one fused kernel for gates and state"
+            return {"kernel": f"cuda/cell/{mode}", "kind": "cell", "reason": reason}
+        if call.input.is_cuda:
+            return dict(native.cuda_plan(
+                mode, dtype, call.steps, call.batch, sizes["H"], sizes["D"], backward, call.input.device.index
+            ))  # fmt: skip
         return dict(native.plan(
             mode, dtype, call.steps, call.batch, *(sizes[key] for key in "IHPD"), torch.get_num_threads(), backward,
             torch.are_deterministic_algorithms_enabled(), packed == "used" and not backward,

@@ -12,7 +12,10 @@ from dlkernels._autocast import autocast_dtype
 
 __all__ = ["Explanation", "LayerExplanation", "describe", "settings"]
 
-_DETAILS = ("threads", "split", "recurrence", "chunk_steps", "block_m", "block_n")
+_DETAILS = (
+    "threads", "split", "recurrence", "chunk_steps", "block_m", "block_n",
+    "kind", "blocks", "groups", "tile", "barriers_per_step",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class LayerExplanation:
 
     path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (not a layer of dlkernels) or
     "nothing" (an empty batch). `forward` and `backward` are the plans of the native path: kernel, isa, threads, split
-    and reason; of recurrent layers also recurrence (dot or tiles), chunk_steps and directions_side_by_side, of
+    and reason; of recurrent layers also recurrence (dot or tiles), chunk_steps and directions_side_by_side, on CUDA
+    kind (cluster, grid, steps or cell), blocks, slices, groups, tile, shared_bytes and barriers_per_step instead; of
     attention block_m and block_n.
     """
 

@@ -78,7 +78,7 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     if with_cuda:
         no_cuda = "" if torch.cuda.is_available() else "torch finds no CUDA device"
     else:
-        no_cuda = "no CUDA kernels were built" if native is not None else _native.why_not
+        no_cuda = f"no CUDA kernels: {_native.why_no_cuda}" if native is not None else _native.why_not
     rows = []
     for mode in MODES:
         for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):
@@ -134,7 +134,7 @@ def format_info(data: dict[str, Any]) -> str:
         ", ".join([*(f"{name} {versions[name]}" for name in ("dlkernels", "torch", "python")), versions["platform"]]),
         f"native module: {native['file']}" if native["loaded"] else f"native module: none ({native['why_not']})",
     ]
-    for key, value in native["build"].items():
+    for key, value in ((key, value) for key, value in native["build"].items() if value != ""):
         lines.append(f"  {key}: {', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     lines.append(f"CPU: {cpu['model']}, {threads['cpus']} usable CPUs, torch capability {cpu['torch_capability']}")
     if cpu["features"]:

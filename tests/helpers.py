@@ -90,6 +90,11 @@ class Data:
     dc: Tensor
     params: dict[str, Tensor]
 
+    def to(self, device: str) -> Data:
+        fields = {name: getattr(self, name) for name in ("x", "h0", "c0", "dy", "dh", "dc")}
+        moved = {name: None if value is None else value.to(device) for name, value in fields.items()}
+        return Data(**moved, params={name: value.to(device) for name, value in self.params.items()})
+
 
 def make_data(case: Case) -> Data:
     generator = torch.Generator().manual_seed(case.seed)
@@ -128,7 +133,8 @@ def make_data(case: Case) -> Data:
 
 
 def new_layer(case: Case, data: Data, dtype: torch.dtype, package: Any = dlkernels.nn, **more: Any) -> torch.nn.Module:
-    layer = getattr(package, CLASS_NAMES[case.mode])(**layer_kwargs(case), dtype=dtype, **more)
+    device = data.x.device
+    layer = getattr(package, CLASS_NAMES[case.mode])(**layer_kwargs(case), dtype=dtype, device=device, **more)
     layer.load_state_dict({name: p.to(dtype) for name, p in data.params.items()})
     return layer
 
@@ -143,7 +149,7 @@ def leaf(values: Tensor | None, dtype: torch.dtype, contiguous: bool, batch_firs
     if contiguous:
         return values.contiguous().clone().requires_grad_()
     shape = [values.shape[1], values.shape[0], 2 * values.shape[2] + 1]
-    view = torch.full(shape, float("nan"), dtype=dtype).transpose(0, 1)[..., 1::2]
+    view = torch.full(shape, float("nan"), dtype=dtype, device=values.device).transpose(0, 1)[..., 1::2]
     return view.copy_(values).detach().requires_grad_()
 
 
@@ -181,7 +187,7 @@ def run_layer(
         if case.lengths is None:
             y, state = layer(x, hx, **more)
         elif ours and not case.packed:
-            y, state = layer(x, hx, lengths=torch.tensor(case.lengths), **more)
+            y, state = layer(x, hx, lengths=torch.tensor(case.lengths, device=x.device), **more)
         else:
             packed = pack_padded_sequence(x, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False)
             packed_y, state = layer(packed, hx, **more)
@@ -291,14 +297,14 @@ def neighbours(case: Case, data: Data) -> Iterator[Data]:
         yield Data(**moved, params=params)
 
 
-def errors_nearby(case: Case, data: Data) -> dict[str, tuple[float, float]]:
+def errors_nearby(case: Case, data: Data, device: str = "cpu") -> dict[str, tuple[float, float]]:
     """Our median error and torch's in each result, over neighbours of the case."""
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for moved in neighbours(case, data):
         ref = torch_results(case, moved, torch.float64)
         for found, results in (
-            (ours, run_layer(case, moved, case.dtype, dlkernels.nn)),
+            (ours, run_layer(case, moved.to(device), case.dtype, dlkernels.nn)),
             (theirs, torch_results(case, moved, case.dtype)),
         ):
             for name, value in results.items():
@@ -314,8 +320,11 @@ def acceptable_nearby(
     return ours <= limit and verdict.ours <= RETRY_CAP * max(limit, verdict.limit)
 
 
-def disagreements(case: Case, data: Data, ours: Results, theirs: Results, ref: Results) -> list[str]:
-    """Where `ours` breaks the tolerance rule; padding must be exactly 0, which the rule alone would not ask for."""
+def disagreements(
+    case: Case, data: Data, ours: Results, theirs: Results, ref: Results, device: str = "cpu"
+) -> list[str]:
+    """Where `ours`, made on `device`, breaks the tolerance rule; padding must be exactly 0, which the rule alone would
+    not ask for."""
     assert ours.keys() <= theirs.keys() == ref.keys(), (ours.keys(), theirs.keys(), ref.keys())
     found: list[str] = []
     nearby: dict[str, tuple[float, float]] = {}
@@ -324,7 +333,7 @@ def disagreements(case: Case, data: Data, ours: Results, theirs: Results, ref: R
         verdict = within_rule(value, theirs[name], ref[name], case.dtype, grad=is_grad)
         if verdict.ok:
             continue
-        nearby = nearby or errors_nearby(case, data)
+        nearby = nearby or errors_nearby(case, data, device)
         second_looks.append(f"{case}: {name} {verdict}, nearby {nearby[name]}")
         if not acceptable_nearby(verdict, nearby[name], ref[name], case.dtype, is_grad):
             found.append(
@@ -333,16 +342,16 @@ def disagreements(case: Case, data: Data, ours: Results, theirs: Results, ref: R
             )
     if case.lengths is not None:
         padding = torch.arange(case.T)[:, None] >= torch.tensor(case.lengths)
-        padded = [name for name in ("y", "dx") if name in ours and ours[name][padding].ne(0).any()]
+        padded = [name for name in ("y", "dx") if name in ours and ours[name].cpu()[padding].ne(0).any()]
         found += [f"{name}: padding is not 0" for name in padded]
     return found
 
 
-def check_case(case: Case) -> None:
-    """Outputs and every gradient of our layer under the tolerance rule."""
+def check_case(case: Case, device: str = "cpu") -> None:
+    """Outputs and every gradient of our layer under the tolerance rule; torch's results are those on the CPU."""
     data, theirs, ref = expected(case)
-    ours = run_layer(case, data, case.dtype, dlkernels.nn)
-    found = disagreements(case, data, ours, theirs, ref)
+    ours = run_layer(case, data.to(device), case.dtype, dlkernels.nn)
+    found = disagreements(case, data, ours, theirs, ref, device)
     assert not found, f"{case}\n  " + "\n  ".join(found)
 
 

@@ -1,10 +1,16 @@
 """Compiles csrc/ into the one module `_C` with ninja: incremental, parallel, without importing torch.
 
+The CUDA kernels go into the same module, which then loads on any torch, with CUDA or without. They take a minute of two
+cores for each architecture, so by default only those who can use them pay: there has to be an nvcc, a GPU, and a torch
+with CUDA.
+
 setup.py calls `build`; developers run `make build`, which is `python csrc/setup/native.py`: the module lands in
 dlkernels/. `--opt 0 --out FILE` makes another build beside it, to be loaded with DLKERNELS_NATIVE=FILE.
 
 Environment: CXX, CXXFLAGS and LDFLAGS as everywhere; DLKERNELS_OPT=0..3 the optimisation level (2);
-MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing.
+MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing. DLKERNELS_CUDA=1 compiles
+the CUDA kernels come what may, 0 never; NVCC names the compiler for them; DLKERNELS_CUDA_ARCHS the architectures, "80
+90a" for example (those of the GPUs at hand; where there is none 80, 90a and 100a), and asks for them too.
 """
 
 from __future__ import annotations
@@ -18,11 +24,15 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from find_torch import REQUIREMENT, find_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_OPT = "2"
+DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
+# Plain C++, which explain asks anywhere.
+PLAN = ("plan_cap", "sequence_plan")
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11: one module for every torch from there on
 
 _NINJA = """\
@@ -30,9 +40,16 @@ ninja_required_version = 1.5
 cxx = {cxx}
 cflags = {cflags}
 ldflags = {ldflags}
+nvcc = {nvcc}
+nvflags = {nvflags}
 
 rule compile
-  command = $cxx -MMD -MF $out.d $cflags -c $in -o $out
+  command = $cxx -MMD -MF $out.d $cflags$own -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
+rule compile_cuda
+  command = $nvcc -MD -MF $out.d $nvflags -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $in
@@ -71,8 +88,85 @@ def module_name() -> str:
     return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def sources() -> list[Path]:
-    return sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")])
+def sources(cuda: bool) -> list[Path]:
+    files = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")]
+    if cuda:
+        files += [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cu")]
+    else:
+        files += [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in PLAN]
+    return sorted(files)
+
+
+class Cuda(NamedTuple):
+    """The CUDA compiler, where its libraries are, and the GPUs to compile for."""
+
+    nvcc: str
+    lib: Path
+    archs: list[str]
+
+
+def find_cuda() -> Cuda | None:
+    """The CUDA compiler of this machine; None where there is none."""
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if not nvcc or not shutil.which(nvcc):
+        return None
+    # nvcc may be a script that calls the real one: it knows best where it lives.
+    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    top = next((line.split("=", 1)[1] for line in said.splitlines() if line.startswith("#$ TOP=")), None)
+    if top is None:
+        raise SystemExit(f"dlkernels: {nvcc} does not say where CUDA is; DLKERNELS_CUDA=0 builds without it")
+    libs = [path for name in ("lib64", "lib") if (path := Path(top.strip(), name)).is_dir()]
+    lib = next((path for path in libs if (path / "libcudart_static.a").is_file()), None)
+    if lib is None:
+        raise SystemExit(f"dlkernels: no libcudart_static.a under {top}; DLKERNELS_CUDA=0 builds without CUDA")
+    chosen = os.environ.get("DLKERNELS_CUDA_ARCHS", "").replace(",", " ").split()
+    return Cuda(nvcc, lib, chosen or gpus_here() or list(DEFAULT_CUDA_ARCHS))
+
+
+def gpus_here() -> list[str]:
+    """The architectures of this machine's GPUs, as nvcc names them."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return []
+    found = subprocess.run([smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    words = {line.strip().replace(".", "") for line in found.stdout.splitlines()}
+    numbers = sorted(int(word) for word in words if word.isdigit()) if found.returncode == 0 else []
+    return [f"{number}a" if number >= 90 else str(number) for number in numbers]
+
+
+def cuda_to_build() -> tuple[Cuda | None, str]:
+    """What compiles the CUDA kernels, or None and why they are left out."""
+    wish = os.environ.get("DLKERNELS_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"dlkernels: DLKERNELS_CUDA is 0 or 1, not {wish!r}")
+    if wish == "0":
+        return None, "DLKERNELS_CUDA is 0"
+    cuda = find_cuda()
+    if wish == "1" or os.environ.get("DLKERNELS_CUDA_ARCHS"):
+        if cuda is None:
+            raise SystemExit("dlkernels: the CUDA kernels are asked for and there is no nvcc (looked at NVCC and PATH)")
+        return cuda, ""
+    if cuda is None:
+        return None, "it was built without nvcc"
+    torch = find_torch()
+    if torch is not None and not (torch.lib / "libtorch_cuda.so").is_file():
+        return None, f"it was built for torch {torch.version}, which is without CUDA"
+    if not gpus_here():
+        return None, "it was built where there is no GPU"
+    return cuda, ""
+
+
+def nvcc_flags(archs: list[str]) -> list[str]:
+    """Spills to memory are errors: the kernels count on their registers."""
+    codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        *codes,
+        "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",
+        "-Werror=all-warnings",
+    ]
 
 
 def _python_include() -> str:
@@ -136,17 +230,31 @@ def _ninja_command(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def _write_ninja_file(build_dir: Path, opt: str) -> Path:
+def _write_ninja_file(build_dir: Path, opt: str, cuda: Cuda | None, why_no_cuda: str) -> Path:
     cxx = compiler()
     assert cxx is not None
     compile_flags, link_flags = _flags(opt, build_dir)
+    # The host module alone tells what was built, so that nothing else is compiled anew when that changes.
+    tells = [f'-DDLKERNELS_WHY_NO_CUDA="{why_no_cuda}"']
+    nvcc, nvflags = [], []
+    if cuda:
+        tells = [f'-DDLKERNELS_CUDA_ARCHS="{" ".join(cuda.archs)}"']
+        nvcc = [cuda.nvcc, f"-ccbin={cxx[0]}"]
+        nvflags = [*nvcc_flags(cuda.archs), "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        link_flags += [f"-L{cuda.lib}", "-lcudart_static", "-ldl", "-lrt"]
     target = build_dir / module_name()
-    objects = {source: build_dir / f"{source.relative_to(ROOT / 'csrc')}.o" for source in sources()}
+    objects = {source: build_dir / f"{source.relative_to(ROOT / 'csrc')}.o" for source in sources(cuda is not None)}
+    rules = {".cpp": "compile", ".cu": "compile_cuda"}
+    own = {ROOT / "csrc" / "ops.cpp": f"\n  own = $ {_ninja_command(tells)}"}
     text = _NINJA.format(
         cxx=_ninja_command(cxx),
         cflags=_ninja_command(compile_flags),
         ldflags=_ninja_command(link_flags),
-        compiles="\n".join(f"build {_ninja_path(o)}: compile {_ninja_path(s)}" for s, o in objects.items()),
+        nvcc=_ninja_command(nvcc),
+        nvflags=_ninja_command(nvflags),
+        compiles="\n".join(
+            f"build {_ninja_path(o)}: {rules[s.suffix]} {_ninja_path(s)}{own.get(s, '')}" for s, o in objects.items()
+        ),
         target=_ninja_path(target),
         objects=" ".join(_ninja_path(o) for o in objects.values()),
     )
@@ -175,12 +283,15 @@ def build(out: Path, opt: str | None = None) -> None:
     build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}-O{opt}"
     build_dir.mkdir(parents=True, exist_ok=True)
     jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    cuda, why_no_cuda = cuda_to_build()
     with (build_dir / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
-        target = _write_ninja_file(build_dir, opt)
+        target = _write_ninja_file(build_dir, opt, cuda, why_no_cuda)
         if subprocess.run([_ninja(), "-C", str(build_dir), "-j", jobs]).returncode != 0:
             raise SystemExit("dlkernels: the native module does not compile (the compiler's messages are above)")
         _install(target, out)
+    built = f"for {', '.join(f'sm_{arch}' for arch in cuda.archs)}" if cuda else f"none: {why_no_cuda}"
+    print(f"dlkernels: CPU kernels compiled; CUDA kernels {built}", flush=True)
 
 
 def _install(target: Path, out: Path) -> None:

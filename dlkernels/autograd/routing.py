@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 from dlkernels import _native, triton
 
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+CUDA_KERNEL_DTYPES = KERNEL_DTYPES - {torch.float64}
 
 
 class Route(NamedTuple):
@@ -38,8 +39,23 @@ def _no_kernel(reason: str) -> Route:
     return Route("reference", reason)
 
 
-def route(*tensors: Tensor | None) -> Route:
-    """How a call with these tensors runs now; the first is the input. They are of one device and dtype.
+def _why_no_kernel(x: Tensor, projected: bool) -> str:
+    """Empty where there is one for this input."""
+    kind = x.device.type
+    if kind not in ("cpu", "cuda"):
+        return f"no kernel for {kind} tensors"
+    if kind == "cuda" and not _native.HAVE_CUDA_KERNELS:
+        return f"the compiled module has no CUDA kernels: {_native.why_no_cuda}"
+    if x.dtype not in (KERNEL_DTYPES if kind == "cpu" else CUDA_KERNEL_DTYPES):
+        return f"no kernel for {x.dtype} on {kind}"
+    if kind == "cuda" and projected:
+        return "no CUDA kernel for projections"
+    return ""
+
+
+def route(*tensors: Tensor | None, projected: bool = False) -> Route:
+    """How a call with these tensors runs now; the first is the input. They are of one device and dtype. `projected`:
+    of a layer with proj_size.
 
     Raises NotImplementedError when one of them carries a forward-mode tangent.
     """
@@ -47,15 +63,12 @@ def route(*tensors: Tensor | None) -> Route:
     assert x is not None
     if not _native.HAVE_NATIVE:
         return _no_kernel(f"no compiled kernels: {_native.why_not}")
-    if not x.is_cpu:
-        return _no_kernel(f"no kernel for {x.device.type} tensors")
-    if x.dtype not in KERNEL_DTYPES:
-        return _no_kernel(f"no kernel for {x.dtype}")
-    return _with_kernel(tensors)
+    reason = _why_no_kernel(x, projected)
+    return _no_kernel(reason) if reason else _with_kernel(tensors)
 
 
 def attention_route(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Route:
-    """As `route`, for attention, which has kernels for CUDA too; its arguments have passed its checks."""
+    """As `route`, for attention, whose CUDA kernels are Triton's; its arguments have passed its checks."""
     if not q.is_cuda:
         return route(q, k, v, *others)
     reason = triton.why_not(q, v)

@@ -34,7 +34,8 @@ def sequence(
     The arguments are taken as checked: one device, one dtype, fitting sizes. `packed` is what `ops.pack` made of the
     weights, or None.
     """
-    path = route(x, h0, c0, *weights).path
+    projected = len(weights) // (2 if cfg.bidirectional else 1) % 2 == 1
+    path = route(x, h0, c0, *weights, projected=projected).path
     if path == "op":
         return ops.sequence_forward(
             cfg.mode, x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, False,

@@ -2,10 +2,10 @@
 
     python tests/gpu/check.py [--rehearse] [OUT.json]
 
-Build, GPU tests, benchmarks of attention against every SDPA backend and of the recurrent layers against cuDNN's. A part
-that fails does not keep the others from running. What did not run, on a machine without a GPU nearly everything, is
-said. The exit status is 0 if all parts ran and passed. --rehearse runs the same parts on the CPU, at small sizes: that
-this file and its tests work, not more.
+Build for the GPU at hand, GPU tests, compute-sanitizer, benchmarks of attention against every SDPA backend and of the
+recurrent layers against cuDNN's, ncu. A part that fails does not keep the others from running. What did not run, on a
+machine without a GPU nearly everything, is said. The exit status is 0 if all parts ran and passed. --rehearse runs the
+same parts on the CPU, at small sizes: that this file and its tests work, not more.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,14 @@ HERE = Path(__file__).resolve().parent
 BEGIN = time.time()
 TOTAL = 520.0  # seconds, of nine minutes
 # Seconds since the beginning; a part may take what those before it left.
-UNTIL = {"build": 110.0, "tests": 320.0, "attention": 440.0, "recurrent": 505.0}
+UNTIL = {
+    "build": 110.0, "tests": 270.0, "memcheck": 310.0, "racecheck": 340.0, "attention": 420.0, "recurrent": 495.0,
+    "ncu": 512.0,
+}  # fmt: skip
 TAIL = 6000
 REHEARSE = "--rehearse" in sys.argv[1:]
+if REHEARSE:  # on whatever machine, beside whatever else
+    UNTIL = {name: 5 * seconds for name, seconds in UNTIL.items()}
 
 
 def environment() -> dict[str, Any]:
@@ -69,56 +78,123 @@ def settings(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **device, **more}
 
 
-def run(command: list[str], until: float, **more: str) -> dict[str, Any]:
-    """A part in a process of its own, ended `until` seconds after the beginning."""
-    limit = max(5.0, BEGIN + until - time.time())
-    begin = time.time()
+def finish(process: subprocess.Popen[str], until: float) -> int:
+    """Its status; what it started ends with it, `until` seconds after the beginning at the latest."""
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=settings(**more), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            timeout=limit,
-        )  # fmt: skip
-        status, output = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as error:
-        status = 124
-        output = error.stdout.decode(errors="replace") if isinstance(error.stdout, bytes) else error.stdout or ""
-    except OSError as error:
-        status, output = 127, str(error)
-    return {"status": status, "seconds": round(time.time() - begin, 1), "output": output[-TAIL:]}
+        return process.wait(timeout=max(5.0, BEGIN + until - time.time()))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return 124
+
+
+def run(command: list[str], until: float, tail: int = TAIL, **more: str) -> dict[str, Any]:
+    """A part in a process of its own, with `more` in its environment."""
+    begin = time.time()
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        try:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=settings(**more), stdout=log, stderr=subprocess.STDOUT, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+            status = finish(process, until)
+        except OSError as error:
+            status = 127
+            log.write(str(error))
+        log.seek(0)
+        output = log.read()
+    return {"status": status, "seconds": round(time.time() - begin, 1), "output": output[-tail:]}
+
+
+def build(gpu: bool) -> dict[str, Any]:
+    """For the GPU at hand alone; where there is none only the CPU's kernels."""
+    result = run([sys.executable, "csrc/setup/native.py"], UNTIL["build"], DLKERNELS_CUDA=str(int(gpu)))
+    built = re.findall("^dlkernels: .*", result["output"], re.MULTILINE)
+    return result | {"built": built[0] if built else ""}
+
+
+def pytest_process(name: str, file: str, shard: str, deadline: float) -> tuple[subprocess.Popen[str], Any]:
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-q", "--tb=short", "-rs", "-p", "no:cacheprovider"]
+    log = (ROOT / "build" / f"gpu-tests-{name}.log").open("w+")
+    more = {"DLKERNELS_SHARD": shard, "DLKERNELS_DEADLINE": str(deadline), "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(
+        [*command, f"--confcutdir={HERE}"], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True,
+        env=settings(DLKERNELS_TEST_ALLOW_REFERENCE="1", **more),
+        start_new_session=True,
+    )  # fmt: skip
+    return process, log
 
 
 def tests() -> dict[str, Any]:
-    """In several processes: most of the time goes into compiling, on the CPU."""
-    shards = 1 if REHEARSE else max(1, min(12, (os.cpu_count() or 2) - 2))
+    """In several processes: most of the time goes into compiling, and into float64 on the CPU."""
+    cores = os.cpu_count() or 2
+    shards = {"attention": 1, "recurrent": 1} if REHEARSE else {
+        "attention": max(1, min(10, cores - 5)), "recurrent": max(1, min(3, cores - 2)),
+    }  # fmt: skip
     deadline = BEGIN + UNTIL["tests"] - 15
-    waiting = []
-    for shard in range(shards):
-        command = [sys.executable, "-m", "pytest", str(HERE / "attention_cuda.py"), "-q", "--tb=short", "-rs"]
-        command += ["-p", "no:cacheprovider", f"--confcutdir={HERE}"]
-        more = {"DLKERNELS_SHARD": f"{shard}/{shards}", "DLKERNELS_DEADLINE": str(deadline)}
-        log = (ROOT / "build" / f"gpu-tests-{shard}.log").open("w+")
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True,
-            env=settings(DLKERNELS_TEST_ALLOW_REFERENCE="1", **more),
-        )  # fmt: skip
-        waiting.append((process, log))
-    counts: dict[str, int] = {}
+    waiting = [
+        (name, *pytest_process(f"{name}-{shard}", f"{name}_cuda.py", f"{shard}/{count}", deadline))
+        for name, count in shards.items() for shard in range(count)
+    ]  # fmt: skip
+    counts: dict[str, dict[str, int]] = {name: {} for name in shards}
     failures, statuses = [], []
-    for process, log in waiting:
-        try:
-            process.wait(timeout=max(5.0, BEGIN + UNTIL["tests"] - time.time()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    for name, process, log in waiting:
+        statuses.append(finish(process, UNTIL["tests"]))
         log.seek(0)
         output = log.read()
         log.close()
-        statuses.append(process.returncode)
         for number, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", output[-400:]):
-            counts[what] = counts.get(what, 0) + int(number)
-        if process.returncode != 0:
+            counts[name][what] = counts[name].get(what, 0) + int(number)
+        if statuses[-1] != 0:
             failures.append(output[-TAIL:])
     return {"status": max(statuses, key=abs), "counts": counts, "failures": failures}
+
+
+def tool(name: str) -> str | None:
+    """Of the CUDA toolkit: on the PATH, or where nvcc is."""
+    nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
+    folders = [Path(nvcc).resolve().parent, Path("/usr/local/cuda/bin")] if nvcc else [Path("/usr/local/cuda/bin")]
+    return shutil.which(name) or next((str(folder / name) for folder in folders if (folder / name).is_file()), None)
+
+
+def watched(name: str, program: str, options: list[str], calls: str) -> dict[str, Any]:
+    """calls.py under a tool; in a rehearsal without it."""
+    found = None if REHEARSE else tool(program)
+    if found is None and not REHEARSE:
+        return {"not_run": f"there is no {program}", "status": 0}
+    command = [sys.executable, str(HERE / "calls.py"), calls]
+    # Without torch's cache each tensor is memory of its own, which memcheck can tell from its neighbours.
+    more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if program == "compute-sanitizer" else {}
+    result = run(
+        [found, *options, *command] if found else command, UNTIL[name], tail=4 * TAIL,
+        DLKERNELS_DEADLINE=str(BEGIN + UNTIL[name] - 10), **more,
+    )  # fmt: skip
+    if "ERR_NVGPUCTRPERM" in result["output"]:
+        result |= {"status": 0, "not_run": "this machine does not let users read the GPU's counters"}
+    elif "NOT RUN" in result["output"] and result["status"] == 1:  # calls.py found its time over; 9 are errors
+        result |= {"status": 0}
+    return result
+
+
+def memcheck() -> dict[str, Any]:
+    return watched("memcheck", "compute-sanitizer", ["--tool", "memcheck", "--error-exitcode", "9"], "small")
+
+
+def racecheck() -> dict[str, Any]:
+    return watched("racecheck", "compute-sanitizer", ["--tool", "racecheck", "--error-exitcode", "9"], "small")
+
+
+METRICS = (
+    "gpu__time_duration.sum", "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "lts__throughput.avg.pct_of_peak_sustained_elapsed", "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "launch__registers_per_thread", "launch__shared_mem_per_block_dynamic",
+)  # fmt: skip
+
+
+def ncu() -> dict[str, Any]:
+    options = ["--csv", "--kernel-name", "regex:sequence_|cell_", "--launch-count", "6", "--metrics", ",".join(METRICS)]
+    result = watched("ncu", "ncu", options, "main")
+    return result | {"lines": [line for line in result.get("output", "").splitlines() if line.startswith('"')]}
 
 
 def benchmark(name: str, out: Path) -> dict[str, Any]:
@@ -143,6 +219,27 @@ def missing(found: dict[str, Any]) -> str:
     return f"Triton: {found['triton_error']}" if "triton_error" in found else ""
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The recurrent layers' times for a terminal."""
+    head = f"{'layer':22} {'B x T x I x H':20} {'form':7} {'plan':9} {'forward ms':>20} {'training ms':>20}"
+    lines = [f"{head}  speed-up of ours / torch.nn"]
+    for row in rows:
+        if "B" not in row:
+            lines.append(str(row)[:120])
+            continue
+        times = []
+        for what in ("forward", "training"):
+            pair = [row[name].get(f"{what}_ms") for name in ("dlkernels", "torch.nn")]
+            times.append(" / ".join("-" if value is None else f"{value:.3f}" for value in pair))
+        speeds = [row[f"{what}_speedup"] for what in ("forward", "training")]
+        said = ", ".join("-" if value is None else f"{value:.2f}" for value in speeds)
+        sizes = "x".join(str(row[name]) for name in ("B", "T", "I", "H"))
+        plan = row["forward"].get("kind", row["path"])
+        name = f"{row['what']} {row['dtype']}"
+        lines.append(f"{name:22} {sizes:20} {row['form']:7} {plan:9} {times[0]:>20} {times[1]:>20}  {said}")
+    return lines
+
+
 def main() -> int:
     names = [x for x in sys.argv[1:] if not x.startswith("--")]
     out = Path(names[0]) if names else ROOT / "build" / "gpu-check.json"
@@ -160,14 +257,27 @@ def main() -> int:
             print(result.get("output") or "\n".join(result.get("failures", [])), flush=True)
 
     print(json.dumps(report["environment"], indent=1))
-    note("build", run([sys.executable, "csrc/setup/native.py"], UNTIL["build"]))
+    on_gpu = report["environment"].get("available", False) and not REHEARSE
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        "build": lambda: build(on_gpu), "tests": tests, "memcheck": memcheck, "racecheck": racecheck,
+        "attention": lambda: benchmark("attention", out), "recurrent": lambda: benchmark("recurrent", out), "ncu": ncu,
+    }  # fmt: skip
     reason = missing(report["environment"])
-    for name in ("tests", "attention", "recurrent"):
-        note(name, {"not_run": reason} if reason else tests() if name == "tests" else benchmark(name, out))
+    for name in UNTIL:
+        if reason and name != "build":
+            note(name, {"not_run": reason})
+            continue
+        try:
+            note(name, work[name]())
+        except Exception as error:  # of this file: the other parts are still worth having
+            note(name, {"status": 1, "output": repr(error)})
+    print("\n".join(table(parts["recurrent"].get("rows", []))))
+    if reason or REHEARSE:
+        print(f"NOTHING RAN ON A GPU: {reason or 'this was a rehearsal'}")
     report["seconds"] = round(time.time() - BEGIN, 1)
     out.write_text(json.dumps(report, indent=1))
     print(f"{out}: {report['seconds']} s")
-    assert report["seconds"] < TOTAL + 20
+    assert REHEARSE or report["seconds"] < TOTAL + 20
     return int(any(part.get("status") != 0 for part in parts.values()))
 
 

@@ -1,15 +1,18 @@
 """GPU code proven without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [PYTEST ARGUMENTS]
 
 The Triton kernels run under Triton's interpreter with the first of the given releases, and are compiled for each
-architecture with all of them, as many processes at a time as this one may use processors. A rung that cannot run says
-why and fails, unless DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100`). The environments,
-in build/, lie on top of the one that runs this: they hold Triton and the numpy that its interpreter can work with.
+architecture with all of them, as many processes at a time as this one may use processors. The CUDA kernels have a
+ladder of their own, tests/cuda/run.py, the last rung here. A rung that cannot run says why and fails, unless
+DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`). The environments, in build/, lie
+on top of the one that runs this: they hold Triton and the numpy that its interpreter can work with. One more holds
+nvcc, where the machine has none.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -23,6 +26,8 @@ HERE = Path(__file__).resolve().parent
 # Triton 3.6's interpreter converts arrays of one element to scalars, which numpy 2.4 refuses.
 NUMPY = "numpy<2.4"
 ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
+# The compiler of CUDA, its own needs, and the headers of bfloat16 and float16, which the emulation reads too.
+NVCC_SPECS = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm", "cuda-cccl"))
 SHARDS = 2  # of the interpreter's tests
 LIMIT = 1500.0  # seconds that a rung may take
 
@@ -82,6 +87,47 @@ def environment(spec: str) -> tuple[Path, str]:
     return python, ""
 
 
+def nvcc() -> tuple[str, str]:
+    """The command, or why there is none."""
+    found = shutil.which(os.environ.get("NVCC") or "nvcc")
+    if found:
+        return found, ""
+    folder = ROOT / "build" / "gpuless-nvcc"
+    try:
+        if not (folder / "ready").exists():
+            subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+            pip = [
+                str(folder / "bin" / "python"),
+                "-m",
+                "pip",
+                "--disable-pip-version-check",
+                "install",
+                "-q",
+                "--no-deps",
+            ]
+            subprocess.run([*pip, *NVCC_SPECS], check=True, capture_output=True, text=True)
+            (folder / "ready").touch()
+        return str(next(folder.glob("lib/python*/site-packages/nvidia/cu13/bin/nvcc"))), ""
+    except (subprocess.CalledProcessError, StopIteration) as error:
+        said = (getattr(error, "stderr", "") or "").strip().splitlines() or [repr(error)]
+        return "", f"no nvcc, and none to be installed: {said[-1]}"
+
+
+def climb_cuda() -> Result:
+    """The ladder of the CUDA kernels, which prints its own rungs."""
+    begin = time.monotonic()
+    rung = Rung("cuda", "tests/cuda/run.py", "", {})
+    command, missing = nvcc()
+    if missing:
+        allowed = "cuda" in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(",")
+        return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
+    status = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "cuda" / "run.py")], cwd=ROOT, env={**os.environ, "NVCC": command}
+    ).returncode
+    verdict = "passed" if status == 0 else f"FAILED ({status})"
+    return Result(rung, verdict, status == 0, time.monotonic() - begin)
+
+
 def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Result:
     begin = time.monotonic()
     if missing:
@@ -131,6 +177,8 @@ def main(arguments: list[str]) -> int:
             result = future.result()
             results.append(result)
             print(f"== {result.rung.name}, {result.rung.spec}: {result.verdict}, {result.seconds:.0f} s", flush=True)
+    results.append(climb_cuda())
+    print(f"== cuda: {results[-1].verdict}, {results[-1].seconds:.0f} s", flush=True)
     failed = sum(not result.fine for result in results)
     print(f"{len(results) - failed} rungs passed, {failed} failed, {time.monotonic() - begin:.0f} s")
     return int(failed > 0)

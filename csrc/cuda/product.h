@@ -1,0 +1,243 @@
+// A block's product of its resident rows of W_hh with the vectors of a few sequences.
+//
+// The terms are cut into `splits` parts, dealt out in steps: part p takes steps p, p + splits, ... Of these the first
+// `register_steps` keep their weights in registers, the others in shared memory, in the order in which they are read.
+// Every part leaves its own sums in shared memory, [split][sequence][rows + 4], to be added by who uses them.
+//
+// 16-bit numbers go through the tensor cores. A step is 32 terms, of which lane 4 g + q takes eight in a row, 8 q to
+// 8 q + 7, from the vector of sequence g with one load of 16 bytes: the terms of the two products in it are permuted,
+// in the weights alike. float32 is multiplied in float32: a lane has up to four rows, and a step is four terms.
+#pragma once
+
+#include "real.h"
+#include "sequence.h"
+
+namespace dlk {
+namespace gpu {
+
+template <bool kThroughL2>
+DLK_DEVICE uint4 load_vector(const void* p) {
+  if constexpr (kThroughL2) {
+    return load_through_l2(p);
+  } else {
+    return *static_cast<const uint4*>(p);
+  }
+}
+
+// `weight(row, term)` gives the block's W_hh as a float; 0 where there is none.
+template <class S, int kRows, int kRowGroups, int kSplits, int kRegisterSteps, int kColumnTiles, bool kThroughL2>
+class TensorProduct {
+  static constexpr int kRowTiles = kRows / 16 / kRowGroups;
+  // Loads from L2 that are on their way before the first of them is used.
+  static constexpr int kAhead = !kThroughL2 ? 1 : kColumnTiles == 1 ? 4 : 2;
+
+ public:
+  DLK_DEVICE TensorProduct(const SharedLayout& layout, char* shared)
+      : warp_(threadIdx.x / 32), lane_(threadIdx.x % 32), layout_(layout) {
+    weights_ = reinterpret_cast<uint4*>(shared + layout.weights) + lane_;
+    steps_ = layout.terms / 32;
+  }
+
+  template <class Weight>
+  DLK_DEVICE void load(const Weight& weight) {
+    const auto pair = [&](int row, int term) {
+      const S items[2] = {from_float<S>(weight(row, term)), from_float<S>(weight(row, term + 1))};
+      uint32_t word;
+      memcpy(&word, items, sizeof word);
+      return word;
+    };
+    const int g = lane_ / 4, q = lane_ % 4;
+    // The fragments of tile m of step i: for two products, rows g and g + 8 by the first and the second pair of terms.
+    const auto fragment = [&](int i, int m, int product) {
+      const int row = (row_group() * kRowTiles + m) * 16 + g;
+      const int step = i * kSplits + split();
+      const int term = step * 32 + 8 * q + 4 * product;
+      if (step >= steps_) return make_uint4(0, 0, 0, 0);
+      return make_uint4(pair(row, term), pair(row + 8, term), pair(row, term + 2), pair(row + 8, term + 2));
+    };
+    DLK_UNROLL
+    for (int i = 0; i < kRegisterSteps; ++i) {
+      DLK_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        DLK_UNROLL
+        for (int product = 0; product < 2; ++product) {
+          const uint4 f = fragment(i, m, product);
+          uint32_t* to = registers_[i][m][product];
+          to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
+        }
+      }
+    }
+    for (int i = 0; i < layout_.shared_steps; ++i) {
+      for (int m = 0; m < kRowTiles; ++m) {
+        for (int product = 0; product < 2; ++product) *stored(i, m, product) = fragment(kRegisterSteps + i, m, product);
+      }
+    }
+  }
+
+  // vectors: those of the chunk's first sequence and, `stride` apart, the following ones.
+  DLK_DEVICE void multiply(const S* vectors, float* partials) {
+    float sums[kRowTiles][kColumnTiles][4] = {};
+    const int g = lane_ / 4, q = lane_ % 4;
+    const S* mine = vectors + g * layout_.stride + split() * 32 + 8 * q;
+    const auto vector = [&](int i, int n) {
+      return load_vector<kThroughL2>(mine + n * kMmaColumns * layout_.stride + i * kSplits * 32);
+    };
+    const auto use = [&](const uint4& v, int n, int m, const uint32_t (&low)[4], const uint32_t (&high)[4]) {
+      mma_16x8x16<S>(sums[m][n], low, v.x, v.y);
+      mma_16x8x16<S>(sums[m][n], high, v.z, v.w);
+    };
+    DLK_UNROLL
+    for (int first = 0; first < kRegisterSteps; first += kAhead) {
+      uint4 v[kAhead][kColumnTiles];
+      DLK_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        const bool there = (first + i) * kSplits + split() < steps_;
+        DLK_UNROLL
+        for (int n = 0; n < kColumnTiles; ++n) v[i][n] = there ? vector(first + i, n) : make_uint4(0, 0, 0, 0);
+      }
+      DLK_UNROLL
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i < kRegisterSteps && (first + i) * kSplits + split() < steps_) {
+          DLK_UNROLL
+          for (int m = 0; m < kRowTiles; ++m) {
+            DLK_UNROLL
+            for (int n = 0; n < kColumnTiles; ++n) {
+              use(v[i][n], n, m, registers_[first + i][m][0], registers_[first + i][m][1]);
+            }
+          }
+        }
+      }
+    }
+    for (int i = 0; i < layout_.shared_steps; ++i) {
+      if ((kRegisterSteps + i) * kSplits + split() >= steps_) break;
+      uint4 v[kColumnTiles];
+      DLK_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n) v[n] = vector(kRegisterSteps + i, n);
+      DLK_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        const uint4 a = *stored(i, m, 0), b = *stored(i, m, 1);
+        const uint32_t low[4] = {a.x, a.y, a.z, a.w}, high[4] = {b.x, b.y, b.z, b.w};
+        DLK_UNROLL
+        for (int n = 0; n < kColumnTiles; ++n) use(v[n], n, m, low, high);
+      }
+    }
+    DLK_UNROLL
+    for (int n = 0; n < kColumnTiles; ++n) {
+      DLK_UNROLL
+      for (int m = 0; m < kRowTiles; ++m) {
+        DLK_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int row = (row_group() * kRowTiles + m) * 16 + g + 8 * (i / 2), column = n * 8 + 2 * q + i % 2;
+          partials[(split() * kColumnTiles * kMmaColumns + column) * (kRows + 4) + row] = sums[m][n][i];
+        }
+      }
+    }
+  }
+
+ private:
+  DLK_DEVICE int split() const { return warp_ % kSplits; }
+  DLK_DEVICE int row_group() const { return warp_ / kSplits; }
+  DLK_DEVICE uint4* stored(int i, int m, int product) const {
+    return weights_ + (((warp_ * layout_.shared_steps + i) * kRowTiles + m) * 2 + product) * 32;
+  }
+
+  const int warp_, lane_;
+  const SharedLayout& layout_;
+  int steps_;
+  uint4* weights_;
+  uint32_t registers_[kRegisterSteps][kRowTiles][2][4];
+};
+
+template <int kRows, int kSplits, int kRegisterSteps>
+class FloatProduct {
+  static constexpr int kLaneRows = (kRows + 31) / 32;
+
+ public:
+  DLK_DEVICE FloatProduct(const SharedLayout& layout, char* shared) : layout_(layout) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // With 16 rows the upper half of a warp is a part of its own.
+    split_ = kRows < 32 ? 2 * warp + lane / 16 : warp;
+    row_ = kRows < 32 ? lane % 16 : lane;
+    weights_ = reinterpret_cast<float4*>(shared + layout.weights);
+    steps_ = layout.terms / 4;
+  }
+
+  template <class Weight>
+  DLK_DEVICE void load(const Weight& weight) {
+    const auto four = [&](int i, int r) {
+      const int term = (i * kSplits + split_) * 4;
+      if (term >= layout_.terms) return make_float4(0, 0, 0, 0);
+      return make_float4(weight(row(r), term), weight(row(r), term + 1), weight(row(r), term + 2),
+                         weight(row(r), term + 3));
+    };
+    DLK_UNROLL
+    for (int i = 0; i < kRegisterSteps; ++i) {
+      DLK_UNROLL
+      for (int r = 0; r < kLaneRows; ++r) registers_[i][r] = four(i, r);
+    }
+    for (int i = 0; i < layout_.shared_steps; ++i) {
+      DLK_UNROLL
+      for (int r = 0; r < kLaneRows; ++r) {
+        if (has_row(r)) *stored(i, r) = four(kRegisterSteps + i, r);
+      }
+    }
+  }
+
+  DLK_DEVICE void multiply(const float* vectors, float* partials) {
+    float sums[kLaneRows][kMmaColumns] = {};
+    const auto use = [&](int i, const float4(&w)[kLaneRows]) {
+      const float* terms = vectors + (i * kSplits + split_) * 4;
+      DLK_UNROLL
+      for (int b = 0; b < kMmaColumns; ++b) {
+        const float4 v = *reinterpret_cast<const float4*>(terms + b * layout_.stride);
+        DLK_UNROLL
+        for (int r = 0; r < kLaneRows; ++r) {
+          sums[r][b] = fmaf(w[r].x, v.x, sums[r][b]);
+          sums[r][b] = fmaf(w[r].y, v.y, sums[r][b]);
+          sums[r][b] = fmaf(w[r].z, v.z, sums[r][b]);
+          sums[r][b] = fmaf(w[r].w, v.w, sums[r][b]);
+        }
+      }
+    };
+    DLK_UNROLL
+    for (int i = 0; i < kRegisterSteps; ++i) {
+      if (i * kSplits + split_ < steps_) use(i, registers_[i]);
+    }
+    for (int i = 0; i < layout_.shared_steps; ++i) {
+      if ((kRegisterSteps + i) * kSplits + split_ >= steps_) break;
+      float4 w[kLaneRows];
+      DLK_UNROLL
+      for (int r = 0; r < kLaneRows; ++r) w[r] = *stored(i, has_row(r) ? r : 0);
+      use(kRegisterSteps + i, w);
+    }
+    DLK_UNROLL
+    for (int r = 0; r < kLaneRows; ++r) {
+      DLK_UNROLL
+      for (int b = 0; b < kMmaColumns; ++b) {
+        if (has_row(r)) partials[(split_ * kMmaColumns + b) * (kRows + 4) + row(r)] = sums[r][b];
+      }
+    }
+  }
+
+ private:
+  DLK_DEVICE bool has_row(int r) const { return r * 32 + row_ < kRows; }
+  DLK_DEVICE int row(int r) const { return has_row(r) ? r * 32 + row_ : 0; }
+  DLK_DEVICE float4* stored(int i, int r) const { return weights_ + (i * kSplits + split_) * kRows + r * 32 + row_; }
+
+  const SharedLayout& layout_;
+  int split_, row_, steps_;
+  float4* weights_;
+  float4 registers_[kRegisterSteps][kLaneRows];
+};
+
+template <class S, int kGates, bool kCluster, bool kBackward, int kColumnTiles>
+struct ChooseProduct {
+  static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kCluster, kBackward);
+  using type = std::conditional_t<
+      sizeof(S) == 2,
+      TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps, kColumnTiles, !kCluster>,
+      FloatProduct<shape.rows, shape.splits, shape.register_steps>>;
+};
+
+}  // namespace gpu
+}  // namespace dlk

@@ -1,0 +1,392 @@
+// The sequence operators on CUDA tensors: check, allocate, plan, and run the products outside the recurrence (torch's)
+// around the kernels of this folder. Arguments and results are those of the schemas in ops.cpp.
+//
+// Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
+#include "gpu_ops.h"
+#include "plan_cap.h"
+#include "rows.h"
+#include "steps.h"
+
+namespace dlk {
+namespace {
+
+struct GpuWeights {
+  Tensor w_ih, w_hh, b_ih, b_hh;  // contiguous; the biases may be absent
+  bool bias = false;
+};
+
+struct SequenceCall : Call {
+  using Call::Call;
+
+  // In x's own order: of padded input [T, B] or [B, T], of packed input the rows of its data.
+  template <class Pointer>
+  RowTensor<Pointer> rows(Pointer data, int64_t features) const {
+    if (batch_sizes) return {data, features, 0};
+    return batch_first ? RowTensor<Pointer>{data, features, shape.T * features}
+                       : RowTensor<Pointer>{data, shape.B * features, features};
+  }
+  Tensor empty_like_x(int64_t features) const {
+    if (batch_sizes) return on.empty({shape.rows, features}, dtype);
+    return batch_first ? on.empty({shape.B, shape.T, features}, dtype) : on.empty({shape.T, shape.B, features}, dtype);
+  }
+  void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
+    if (batch_sizes) {
+      check(tensor, what, {shape.rows, features});
+    } else if (batch_first) {
+      check(tensor, what, {shape.B, shape.T, features});
+    } else {
+      check(tensor, what, {shape.T, shape.B, features});
+    }
+  }
+  // Time-major records of the compute type.
+  Tensor records(bool wanted, int64_t slots_of_record) const {
+    if (!wanted) return on.absent(aoti_torch_dtype_float32());
+    if (batch_sizes) return on.floats({shape.D, shape.rows, slots_of_record, shape.H});
+    return on.floats({shape.D, shape.T, shape.B, slots_of_record, shape.H});
+  }
+  void check_state(const OptionalTensor& state, const char* what) const {
+    if (state) check(state, what, {shape.D, shape.B, shape.H});
+  }
+
+  GpuWeights weights[2];
+  const int64_t* batch_sizes = nullptr;  // on the host
+  Tensor offsets, lengths, x;            // x: contiguous
+  bool has_lengths = false, batch_first = false;
+};
+
+void read_layout(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool batch_first,
+                 SequenceCall* call) {
+  LayerShape& shape = call->shape;
+  if (batch_sizes) {
+    DLK_CHECK(!lengths, "lengths are for padded x, batch_sizes for packed x: give one of them");
+    DLK_CHECK(x.dim() == 2, "x must be packed data of shape [rows, input_size] with batch_sizes, got ", shape_text(x));
+    check_tensor(batch_sizes, "batch_sizes", aoti_torch_dtype_int64(), {batch_sizes.numel()});
+    DLK_CHECK(batch_sizes.contiguous() && batch_sizes.numel() > 0, "batch_sizes must be contiguous and not empty");
+    const int64_t* sizes = static_cast<const int64_t*>(batch_sizes.data());
+    shape.T = batch_sizes.numel();
+    shape.rows = x.size(0);
+    shape.B = sizes[0];
+    int64_t rows = 0;
+    for (int64_t t = 0; t < shape.T; ++t) {
+      DLK_CHECK_VALUE(sizes[t] > 0 && sizes[t] <= sizes[t ? t - 1 : 0],
+                      "batch_sizes must be positive and must not increase, got ", sizes[t], " at step ", t);
+      rows += sizes[t];
+    }
+    DLK_CHECK_VALUE(rows == shape.rows, "batch_sizes must sum to the rows of x, got ", rows, " and ", shape.rows);
+    call->batch_sizes = sizes;
+  } else {
+    DLK_CHECK(x.dim() == 3, "x must have three dimensions, got shape ", shape_text(x));
+    call->batch_first = batch_first;
+    shape.T = x.size(batch_first ? 1 : 0);
+    shape.B = x.size(batch_first ? 0 : 1);
+    shape.rows = shape.T * shape.B;
+    DLK_CHECK(shape.T > 0, "x must have at least one time step, got shape ", shape_text(x));
+    if (lengths) {
+      check_tensor(lengths, "lengths", aoti_torch_dtype_int64(), {shape.B}, &call->on.device());
+      call->lengths = Call::contiguous(lengths);
+      call->has_lengths = true;
+    }
+  }
+  DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
+}
+
+void read_sequence(const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
+                   const OptionalTensor& lengths, bool bidirectional, bool batch_first, SequenceCall* call) {
+  LayerShape& shape = call->shape;
+  shape.D = bidirectional ? 2 : 1;
+  read_layout(x, batch_sizes, lengths, batch_first, call);
+  const size_t count = weights.size() / static_cast<size_t>(shape.D);
+  DLK_CHECK(weights.size() % static_cast<size_t>(shape.D) == 0 && (count == 2 || count == 4),
+            "on CUDA weights must hold w_ih, w_hh[, b_ih, b_hh] for each direction, got ", weights.size(), " tensors");
+  DLK_CHECK(weights[1].dim() == 2 && weights[1].size(1) > 0, "w_hh must have shape [gates * hidden_size, hidden_size]");
+  shape.I = x.size(x.dim() - 1);
+  shape.H = weights[1].size(1);
+  for (int d = 0; d < shape.D; ++d) {
+    const Tensor* w = &weights[static_cast<size_t>(d) * count];
+    GpuWeights& into = call->weights[d];
+    call->check(w[0], "w_ih", {call->gates(), shape.I});
+    call->check(w[1], "w_hh", {call->gates(), shape.H});
+    into.w_ih = Call::contiguous(w[0]);
+    into.w_hh = Call::contiguous(w[1]);
+    into.bias = count == 4;
+    if (!into.bias) continue;
+    call->check(w[2], "b_ih", {call->gates()});
+    call->check(w[3], "b_hh", {call->gates()});
+    into.b_ih = Call::contiguous(w[2]);
+    into.b_hh = Call::contiguous(w[3]);
+  }
+  call->x = Call::contiguous(x);
+  if (call->batch_sizes && shape.B > 0) {
+    call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
+    check_launch(
+        launch_offsets(call->batch_sizes, shape.T, static_cast<int*>(call->offsets.data()), call->on.stream()));
+  }
+}
+
+// What a plan of groups needs besides; lives until its kernel is in the stream.
+struct GroupMemory {
+  Tensor exchange, counters;
+  GroupMemory(const SequenceCall& call, const SequencePlan& plan) {
+    if (plan.kind != SequencePlan::grid) return;
+    exchange = call.on.empty({int64_t{2} * plan.groups * plan.tile * plan.layout.stride}, call.dtype);
+    counters = call.on.empty({plan.groups}, aoti_torch_dtype_int32());
+  }
+  template <class Params>
+  void give(Params* params) const {
+    if (!exchange.get()) return;
+    params->exchange = exchange.data();
+    params->counters = static_cast<unsigned*>(counters.data());
+  }
+};
+
+// The fields that both directions of a sequence have.
+template <class Params>
+Params common_params(const SequenceCall& call, const OptionalTensor& h0, const OptionalTensor& c0,
+                     const SequencePlan& plan) {
+  const LayerShape& shape = call.shape;
+  Params p{};
+  p.cell = shape.cell;
+  p.T = static_cast<int>(shape.T), p.B = static_cast<int>(shape.B), p.H = static_cast<int>(shape.H), p.D = shape.D;
+  p.tile = plan.tile;
+  p.layout = plan.layout;
+  if (call.batch_sizes) p.offsets = static_cast<const int*>(call.offsets.data());
+  if (call.has_lengths) p.lengths = static_cast<const int64_t*>(call.lengths.data());
+  for (int d = 0; d < shape.D; ++d) p.w_hh[d] = call.weights[d].w_hh.data();
+  p.h0 = pointer(h0);
+  p.c0 = pointer(c0);
+  p.saved_rows = shape.rows;
+  return p;
+}
+
+void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
+
+}  // namespace
+
+SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const OptionalTensor& h0_given,
+                                     const OptionalTensor& c0_given, const TensorList& weights,
+                                     const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                                     bool bidirectional, bool batch_first, bool save) {
+  SequenceCall call(cell, x);
+  read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+  call.check_state(h0_given, "h0");
+  call.check_state(c0_given, "c0");
+  const OptionalTensor h0 = Call::contiguous_or_absent(h0_given), c0 = Call::contiguous_or_absent(c0_given);
+  const LayerShape& shape = call.shape;
+  const bool lstm = call.lstm();
+
+  Tensor y = call.empty_like_x(shape.D * shape.H);
+  Tensor h_n = call.on.empty({shape.D, shape.B, shape.H}, call.dtype);
+  Tensor c_n = lstm ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(call.dtype);
+  save = save && call.saved() > 0;
+  Tensor saved = call.records(save, saved_slots(cell));
+  if (shape.B > 0) {
+    const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), false);
+    SequenceForward p = common_params<SequenceForward>(call, h0, c0, plan);
+    const Tensor inputs = matrix(call.x, shape.rows, shape.I);
+    Tensor gates[2];
+    for (int d = 0; d < shape.D; ++d) {
+      gates[d] = call.on.floats({shape.rows, call.gates()});
+      multiply(inputs, transposed(call.weights[d].w_ih), gates[d]);
+      p.gates[d] = call.rows(static_cast<const float*>(gates[d].data()), call.gates());
+      if (call.weights[d].bias) {
+        p.b_ih[d] = call.weights[d].b_ih.data();
+        p.b_hh[d] = call.weights[d].b_hh.data();
+      }
+    }
+    p.y = call.rows(y.data(), shape.D * shape.H);
+    p.h_n = h_n.data();
+    if (lstm) p.c_n = c_n.data();
+    if (save) p.saved = static_cast<float*>(saved.data());
+    if (plan.kind != SequencePlan::steps) {
+      const GroupMemory memory(call, plan);
+      memory.give(&p);
+      check_launch(launch_sequence(p, shape.dtype, plan, call.on.stream()));
+    } else {
+      copy_or_zero(h_n, h0);
+      if (lstm) copy_or_zero(c_n, c0);
+      const Tensor gates_h = call.on.floats({shape.B, call.gates()});
+      const Tensor state = call.on.floats({shape.D, shape.B, shape.H});
+      if (call.saved() > 0) copy(state, lstm ? c_n : h_n);
+      const ForwardSteps steps{call.batch_sizes, static_cast<float*>(gates_h.data()),
+                               static_cast<float*>(state.data())};
+      const auto product = [&](int d) {
+        const Tensor h = matrix(h_n, shape.B, shape.H, shape.H, 1, d * shape.B * shape.H);
+        multiply(h, transposed(call.weights[d].w_hh), gates_h);
+        return 0;
+      };
+      check_launch(run_forward_steps(p, steps, shape.dtype, product, call.on.stream()));
+    }
+  }
+  return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved)};
+}
+
+namespace {
+
+// dx and the gradients of the weights, from those of the gates. dgates[d]: [rows, slots * H] in x's order.
+void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tensor& y, const OptionalTensor& h0,
+                            const Tensor* dx, Tensor* const* dweights) {
+  const LayerShape& shape = call->shape;
+  const int64_t gates = call->gates(), slots = call->slots(), H = shape.H;
+  // The first slots are those of the input side, in the order of w_ih's rows.
+  const auto input_side = [&](int d) { return matrix(dgates[d], shape.rows, gates, slots, 1); };
+  if (dx) {
+    if (shape.D == 1) {
+      multiply(input_side(0), call->weights[0].w_ih, matrix(*dx, shape.rows, shape.I));
+    } else {
+      Tensor parts[2];
+      for (int d = 0; d < 2; ++d) {
+        parts[d] = call->on.floats({shape.rows, shape.I});
+        multiply(input_side(d), call->weights[d].w_ih, parts[d]);
+      }
+      const AddStates sum{shape.rows * shape.I, static_cast<const float*>(parts[0].data()),
+                          static_cast<const float*>(parts[1].data()), dx->data()};
+      check_launch(launch_add_states(sum, shape.dtype, call->on.stream()));
+    }
+  }
+  if (!dweights) return;
+
+  CopyRows rows{};
+  rows.T = static_cast<int>(shape.T), rows.B = static_cast<int>(shape.B);
+  rows.item_bytes = item_bytes(shape.dtype);
+  if (call->batch_sizes) rows.offsets = static_cast<const int*>(call->offsets.data());
+  if (call->has_lengths) rows.lengths = static_cast<const int64_t*>(call->lengths.data());
+
+  Tensor inputs = matrix(call->x, shape.rows, shape.I);
+  if (call->has_lengths) {
+    Tensor masked = call->on.empty({shape.rows, shape.I}, call->dtype);
+    rows.features = shape.I;
+    rows.step = CopyRows::same;
+    rows.from = call->rows(static_cast<const void*>(call->x.data()), shape.I);
+    rows.to = call->rows(masked.data(), shape.I);
+    check_launch(launch_copy_rows(rows, call->on.stream()));
+    inputs = std::move(masked);
+  }
+  const Tensor before = call->on.empty({shape.rows, H}, call->dtype);
+  for (int d = 0; d < shape.D; ++d) {
+    multiply(transposed(input_side(d)), inputs, *dweights[2 * d]);
+    rows.features = H;
+    rows.step = d == 0 ? CopyRows::before : CopyRows::before_reverse;
+    rows.from = call->rows(static_cast<const void*>(offset_by(y, d * H, rows.item_bytes)), shape.D * H);
+    rows.first = h0 ? offset_by(h0, d * shape.B * H, rows.item_bytes) : nullptr;
+    rows.to = call->rows(before.data(), H);
+    check_launch(launch_copy_rows(rows, call->on.stream()));
+    // Of the gru's n the hidden side has a slot of its own, the last.
+    const int64_t together = slots > gates ? gates - H : gates;
+    const Tensor& dw_hh = *dweights[2 * d + 1];
+    multiply(transposed(matrix(dgates[d], shape.rows, together, slots, 1)), before, matrix(dw_hh, together, H));
+    if (together < gates) {
+      multiply(transposed(matrix(dgates[d], shape.rows, H, slots, 1, gates)), before,
+               matrix(dw_hh, H, H, H, 1, together * H));
+    }
+  }
+}
+
+}  // namespace
+
+TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, const OptionalTensor& dh_n_given,
+                                 const OptionalTensor& dc_n_given, const Tensor& x, const OptionalTensor& h0_given,
+                                 const OptionalTensor& c0_given, const TensorList& weights, const Tensor& y_given,
+                                 const Tensor& saved_given, const OptionalTensor& batch_sizes,
+                                 const OptionalTensor& lengths, bool bidirectional, bool batch_first,
+                                 int64_t bptt_steps, bool need_x, bool need_state, bool need_weights, bool gate_grads) {
+  SequenceCall call(cell, x);
+  read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+  const LayerShape& shape = call.shape;
+  const bool lstm = call.lstm(), bias = call.weights[0].bias;
+  const int64_t count = bias ? 4 : 2, slots = call.slots();
+  DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
+  call.check_state(h0_given, "h0");
+  call.check_state(c0_given, "c0");
+  call.check_state(dh_n_given, "dh_n");
+  call.check_state(dc_n_given, "dc_n");
+  call.check_rows(y_given, "y", shape.D * shape.H);
+  if (dy_given) call.check_rows(dy_given, "dy", shape.D * shape.H);
+  DLK_CHECK(saved_given.numel() == shape.D * shape.rows * call.saved(), "saved does not fit x and the weights");
+  const OptionalTensor h0 = Call::contiguous_or_absent(h0_given), c0 = Call::contiguous_or_absent(c0_given);
+  const OptionalTensor dy = Call::contiguous_or_absent(dy_given), dh_n = Call::contiguous_or_absent(dh_n_given);
+  const OptionalTensor dc_n = Call::contiguous_or_absent(dc_n_given);
+  const Tensor y = Call::contiguous(y_given), saved = Call::contiguous(saved_given);
+
+  TensorList grads;
+  grads.reserve(weights.size() + 5);
+  const auto output = [&](bool wanted, std::initializer_list<int64_t> sizes) -> void* {
+    grads.push_back(wanted ? call.on.empty(sizes, call.dtype) : call.on.absent(call.dtype));
+    return data_if(wanted, grads.back());
+  };
+  grads.push_back(need_x ? call.empty_like_x(shape.I) : call.on.absent(call.dtype));
+  void* dh0 = output(need_state, {shape.D, shape.B, shape.H});
+  void* dc0 = output(need_state && lstm, {shape.D, shape.B, shape.H});
+  for (const Tensor& w : weights) grads.push_back(need_weights ? empty_like(w) : call.on.absent(call.dtype));
+  const size_t record = grads.size();
+  if (gate_grads) {
+    grads.push_back(call.records(true, gate_grad_slots(cell)));
+    grads.push_back(call.on.absent(aoti_torch_dtype_float32()));
+  }
+  if (shape.B == 0) {
+    for (const Tensor& grad : grads) zero(grad);
+    return grads;
+  }
+
+  const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), true);
+  const bool by_steps = plan.kind == SequencePlan::steps;
+  SequenceBackward p = common_params<SequenceBackward>(call, h0, c0, plan);
+  p.y = call.rows(static_cast<const void*>(y.data()), shape.D * shape.H);
+  if (dy) p.dy = call.rows(static_cast<const void*>(dy.data()), shape.D * shape.H);
+  if (call.saved() > 0) p.saved = static_cast<const float*>(saved.data());
+  p.dh_n = pointer(dh_n);
+  p.dc_n = pointer(dc_n);
+  p.bptt_steps = bptt_steps;
+  Tensor dgates[2];
+  for (int d = 0; d < shape.D; ++d) {
+    dgates[d] = call.on.empty({shape.rows, slots}, call.dtype);
+    p.dgates[d] = call.rows(dgates[d].data(), slots);
+  }
+  if (gate_grads) p.gate_grads = static_cast<float*>(grads[record].data());
+  p.dh0 = dh0;
+  p.dc0 = dc0;
+  const int segments = by_steps ? ceil_div(p.B, kSegmentRows) : plan.groups / shape.D;
+  Tensor bias_sums;
+  if (bias && need_weights) {
+    bias_sums = call.on.floats({segments, shape.D, slots});
+    p.bias_sums = static_cast<float*>(bias_sums.data());
+  }
+  if (!by_steps) {
+    const GroupMemory memory(call, plan);
+    memory.give(&p);
+    check_launch(launch_sequence(p, shape.dtype, plan, call.on.stream()));
+  } else {
+    const Tensor hidden = call.on.empty({shape.D, shape.B, call.gates()}, call.dtype);
+    const Tensor product = call.on.floats({shape.B, shape.H});
+    const Tensor carry = call.on.floats({shape.D, shape.B, shape.H}), dc = call.on.floats({shape.D, shape.B, shape.H});
+    copy_or_zero(carry, dh_n);
+    copy_or_zero(dc, dc_n);
+    zero(hidden);
+    const BackwardSteps steps{call.batch_sizes, hidden.data(), static_cast<float*>(product.data()),
+                              static_cast<float*>(carry.data()), static_cast<float*>(dc.data())};
+    const auto multiply_by_weights = [&](int d) {
+      const int64_t begin = d * shape.B * call.gates();
+      multiply(matrix(hidden, shape.B, call.gates(), call.gates(), 1, begin), call.weights[d].w_hh, product);
+      return 0;
+    };
+    check_launch(run_backward_steps(p, steps, shape.dtype, multiply_by_weights, call.on.stream()));
+  }
+
+  Tensor* dweights[4] = {};
+  for (int d = 0; need_weights && d < shape.D; ++d) {
+    dweights[2 * d] = &grads[static_cast<size_t>(3 + d * count)];
+    dweights[2 * d + 1] = dweights[2 * d] + 1;
+    if (!bias) continue;
+    const BiasSums sums{cell,
+                        p.H,
+                        segments,
+                        shape.D * slots,
+                        p.bias_sums + d * slots,
+                        dweights[2 * d][2].data(),
+                        dweights[2 * d][3].data()};
+    check_launch(launch_bias_sums(sums, shape.dtype, call.on.stream()));
+  }
+  products_of_gate_grads(&call, dgates, y, h0, need_x ? &grads[0] : nullptr, need_weights ? dweights : nullptr);
+  return grads;
+}
+
+}  // namespace dlk

@@ -1,0 +1,203 @@
+// The recurrence of a layer over whole sequences, backward, in one kernel:
+//   for each step, last first: dh = dy + dgates(next) W_hh + what passed the next step's gates by;
+//                              dgates, dc = the cell's backward of dh and dc
+// The blocks and the way they meet are those of the forward; here a block has the columns of W_hh of its own units, and
+// the vectors that go round are the gate gradients of the hidden side, [slice][gate][unit], rounded to the layer's
+// dtype. dgates also goes to memory, where the caller's products make dx and the weight gradients of it.
+//
+// What a sequence hands from step to step besides (`carry`: dh_n at first, then the gru's direct path) and dc lie in
+// shared memory in float32. A step at which a sequence is not alive passes both on, and adds to `carry` what W_hh
+// brings: so h_0's gradient comes about, whether a sequence ends with the others or before them. bptt_steps cuts by
+// handing on zeros. Bias gradients are summed by each thread for its unit, in a fixed order.
+#pragma once
+
+#include "group.h"
+#include "product.h"
+#include "walk.h"
+
+namespace dlk {
+namespace gpu {
+
+template <class Cell, class S, bool kCluster, int kColumnTiles>
+__global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward p) {
+  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched there
+  constexpr int kGates = Cell::kGates, kSlots = Cell::kGateGrads;
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, true);
+  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
+  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
+  constexpr int kPart = kColumns * (kShape.rows + 4);
+  constexpr int kRowsApart = kSequenceThreads / kUnits;  // between the sequences of a thread
+
+  char* shared = dynamic_shared();
+  const SharedLayout& layout = p.layout;
+  float* partials = reinterpret_cast<float*>(shared + layout.partials);
+  float* carries = reinterpret_cast<float*>(shared + layout.states);
+  float* dcs = carries + p.tile * kUnits;
+  int* lengths = reinterpret_cast<int*>(shared + layout.lengths);
+  S* vectors = reinterpret_cast<S*>(shared + layout.exchange);
+  forbid_gaps(layout, shared);
+
+  const int thread = static_cast<int>(threadIdx.x), slice = static_cast<int>(blockIdx.x);
+  const int first_unit = slice * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
+  const int d = static_cast<int>(blockIdx.z);
+  const int unit = thread % kUnits, j = first_unit + unit;
+  const bool exists = j < p.H;
+  const bool relu = p.cell == CellKind::rnn_relu;
+  const int64_t state0 = static_cast<int64_t>(d) * p.B + first;
+  const int steps = read_lengths<kColumns>(p, first, lengths);
+
+  const S* w = static_cast<const S*>(p.w_hh[d]);
+  typename ChooseProduct<S, kGates, kCluster, true, kColumnTiles>::type product(layout, shared);
+  product.load([&](int row, int term) {
+    const int gate = term / kUnits % kGates, from = term / (kGates * kUnits) * kUnits + term % kUnits;
+    const int u = first_unit + row;
+    return u < p.H && from < p.H ? to_float(w[(static_cast<int64_t>(gate) * p.H + from) * p.H + u]) : 0.0f;
+  });
+  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+    const int b = i / kUnits;
+    const int64_t at = (state0 + b) * p.H + j;
+    const bool there = exists && first + b < p.B;
+    carries[i] = there ? load_or_zero<S>(p.dh_n, at) : 0.0f;
+    dcs[i] = there ? load_or_zero<S>(p.dc_n, at) : 0.0f;
+  }
+  auto group = make_group<S, kCluster>(p, vectors);
+  group.begin([](int, int) { return from_float<S>(0.0f); });
+
+  const int64_t rows0 = d * p.saved_rows;
+  const float* saved = p.saved ? p.saved + rows0 * Cell::kSaved * p.H + j : nullptr;
+  const S* y = static_cast<const S*>(p.y.data) + d * p.H + j;
+  const S* dy = p.dy.data ? static_cast<const S*>(p.dy.data) + d * p.H + j : nullptr;
+  const RowTensor<void*>& dgates = p.dgates[d];
+  float* gate_grads = p.gate_grads ? p.gate_grads + rows0 * kSlots * p.H + j : nullptr;
+  float bias_sums[kSlots] = {};
+  int turn_parity = 0;
+
+  // One more turn than there are steps: the last brings the gradient of h_0 together.
+  for (int s = 0; s <= steps; ++s) {
+    const int t = d == 0 ? steps - 1 - s : s;
+    for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
+      const bool last_chunk = chunk + kColumns >= p.tile;
+      float record[kTurns][Cell::kSaved + 1], state[kTurns], dh[kTurns];
+      DLK_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const int b = chunk + thread / kUnits + i * kRowsApart;
+        dh[i] = state[i] = 0.0f;
+        if (!exists || b >= p.tile || s == steps || t >= lengths[b]) continue;
+        const int64_t row = row_number(p.offsets, p.B, t, first + b);
+        DLK_UNROLL
+        for (int k = 0; k < Cell::kSaved; ++k) record[i][k] = saved[(row * Cell::kSaved + k) * p.H];
+        if (dy) dh[i] = to_float(dy[row_offset(p.dy, p.offsets, t, first + b)]);
+        const bool is_first = t == (d == 0 ? 0 : lengths[b] - 1);
+        const int before = d == 0 ? t - 1 : t + 1;
+        const int64_t at = (state0 + b) * p.H + j;
+        if constexpr (Cell::kSaved == 0) {
+          state[i] = to_float(y[row_offset(p.y, p.offsets, t, first + b)]);
+        } else if (is_first) {
+          state[i] = load_or_zero<S>(Cell::kCellState ? p.c0 : p.h0, at);
+        } else if constexpr (Cell::kCellState) {
+          const int64_t row_before = row_number(p.offsets, p.B, before, first + b);
+          state[i] = saved[(row_before * Cell::kSaved + Cell::kSaved - 1) * p.H];
+        } else {
+          state[i] = to_float(y[row_offset(p.y, p.offsets, before, first + b)]);
+        }
+      }
+      if (chunk == 0) group.wait();
+
+      float* part = partials + turn_parity * kShape.splits * kPart;
+      // Nothing comes to sequences that are not alive yet, nor to those that ended before the last step.
+      const int longest = lengths[p.tile + chunk / kColumns];
+      const bool any_live = d == 0 ? t < longest : t <= longest;
+      if (any_live) {
+        const S* from = group.vectors(s) + chunk * layout.stride;
+        product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
+        __syncthreads();
+        turn_parity ^= 1;
+      }
+
+      float grads[kTurns][kSlots];
+      DLK_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
+        DLK_UNROLL
+        for (int k = 0; k < kSlots; ++k) grads[i][k] = 0.0f;
+        if (column >= kColumns || !any_live) continue;
+        const int length = lengths[b];
+        const bool live = exists && s < steps && t < length;
+        float* carry = carries + b * kUnits + unit;
+        float* dc = dcs + b * kUnits + unit;
+        const float arrived = *carry + add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
+        bool cut = false;
+        if (live) {
+          const float direct = step_backward<Cell>(relu, record[i], state[i], dh[i] + arrived, dc, grads[i]);
+          const int own_step = d == 0 ? t : length - 1 - t;
+          cut = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
+          *carry = cut ? 0.0f : direct;
+          if (cut) *dc = 0.0f;
+        } else {
+          *carry = arrived;
+        }
+        if (s == steps) continue;
+        DLK_UNROLL
+        for (int g = 0; g < kGates; ++g) {
+          const float item = cut ? 0.0f : grads[i][hidden_slot<Cell>(g)];
+          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item), true);
+        }
+      }
+      if (last_chunk && s < steps) group.arrive();
+
+      DLK_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
+        if (column >= kColumns || !exists || s == steps || first + b >= p.B) break;
+        if (p.offsets && t >= lengths[b]) continue;
+        S* to = static_cast<S*>(dgates.data) + row_offset(dgates, p.offsets, t, first + b) + j;
+        const int64_t row = row_number(p.offsets, p.B, t, first + b);
+        DLK_UNROLL
+        for (int k = 0; k < kSlots; ++k) {
+          to[static_cast<int64_t>(k) * p.H] = from_float<S>(grads[i][k]);
+          if (gate_grads) gate_grads[(row * kSlots + k) * p.H] = grads[i][k];
+          bias_sums[k] += grads[i][k];
+        }
+      }
+    }
+  }
+
+  // A chunk of fewer cells than the block has threads was written above by other threads than read it here.
+  __syncthreads();
+  for (int i = thread; exists && i < p.tile * kUnits; i += kSequenceThreads) {
+    const int b = i / kUnits;
+    if (first + b >= p.B) break;
+    const int64_t at = (state0 + b) * p.H + j;
+    store_if<S>(p.dh0, at, carries[i]);
+    if constexpr (Cell::kCellState) store_if<S>(p.dc0, at, dcs[i]);
+  }
+  if (p.bias_sums) {
+    // The threads of a unit, in order.
+    __syncthreads();
+    DLK_UNROLL
+    for (int k = 0; k < kSlots; ++k) partials[k * kSequenceThreads + thread] = bias_sums[k];
+    __syncthreads();
+    float* to = p.bias_sums + (static_cast<int64_t>(blockIdx.y) * p.D + d) * kSlots * p.H;
+    for (int i = thread; i < kSlots * kUnits; i += kSequenceThreads) {
+      const int k = i / kUnits, u = i % kUnits;
+      float sum = 0.0f;
+      for (int of = u; of < kSequenceThreads; of += kUnits) sum += partials[k * kSequenceThreads + of];
+      if (first_unit + u < p.H) to[static_cast<int64_t>(k) * p.H + first_unit + u] = sum;
+    }
+  }
+  if (p.offsets || !exists) return;
+  for (int t = steps; t < p.T; ++t) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kRowsApart) {
+      S* to = static_cast<S*>(dgates.data) + row_offset(dgates, nullptr, t, first + b) + j;
+      const int64_t row = row_number(nullptr, p.B, t, first + b);
+      DLK_UNROLL
+      for (int k = 0; k < kSlots; ++k) {
+        to[static_cast<int64_t>(k) * p.H] = from_float<S>(0.0f);
+        if (gate_grads) gate_grads[(row * kSlots + k) * p.H] = 0.0f;
+      }
+    }
+  }
+}
+
+}  // namespace gpu
+}  // namespace dlk

@@ -1,0 +1,148 @@
+#include "steps.h"
+
+#include <vector>
+
+#include "rows.h"
+
+namespace dlk {
+namespace {
+
+// Where a step's rows are: those of packed input lie behind each other, those of padded input `b` apart.
+class StepPlaces {
+ public:
+  StepPlaces(const int64_t* batch_sizes, int T, int B) : packed_(batch_sizes), T_(T), B_(B) {
+    first_.push_back(0);
+    for (int t = 0; packed_ && t < T; ++t) first_.push_back(first_.back() + batch_sizes[t]);
+  }
+  bool has(int t) const { return t >= 0 && t < T_; }
+  // Of time-major rows without gaps.
+  int64_t row(int t) const { return packed_ ? first_[static_cast<size_t>(t)] : static_cast<int64_t>(t) * B_; }
+
+  // The step's rows from `feature` on, in items of `size` bytes.
+  template <class To, class From>
+  StateRows<To> rows(const RowTensor<From>& tensor, int t, int64_t feature, int size, bool f32) const {
+    if (!tensor.data || !has(t)) return {nullptr, 0, f32};
+    const int64_t begin = (packed_ ? row(t) : t) * tensor.t + feature;
+    using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<To>>, const char, char>;
+    return {reinterpret_cast<To>(reinterpret_cast<Bytes*>(tensor.data) + begin * size), packed_ ? tensor.t : tensor.b,
+            f32};
+  }
+  template <class Float>
+  StateRows<Float*> records(Float* data, int t, int64_t features) const {
+    if (!data || !has(t)) return {nullptr, 0, true};
+    return {data + row(t) * features, features, true};
+  }
+
+ private:
+  const int64_t* packed_;
+  int T_, B_;
+  std::vector<int64_t> first_;
+};
+
+template <class Pointer>
+Pointer at(Pointer data, int64_t bytes) {
+  using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return data ? static_cast<Pointer>(static_cast<Bytes*>(data) + bytes) : nullptr;
+}
+
+}  // namespace
+
+int run_forward_steps(const SequenceForward& p, const ForwardSteps& steps, DType dtype, const StepProduct& multiply,
+                      void* stream) {
+  const int64_t H = p.H, states = static_cast<int64_t>(p.B) * H, gates = gate_count(p.cell) * H;
+  const int64_t slots = saved_slots(p.cell) * H;
+  const int size = dtype == DType::f32 ? 4 : 2;
+  const bool f32 = dtype == DType::f32, lstm = p.cell == CellKind::lstm;
+  const StepPlaces places(steps.batch_sizes, p.T, p.B);
+  for (int s = 0; s < p.T; ++s) {
+    for (int d = 0; d < p.D; ++d) {
+      const int t = d == 0 ? s : p.T - 1 - s;
+      if (const int error = multiply(d)) return error;
+      CellForward cell{};
+      cell.cell = p.cell;
+      cell.B = p.B;
+      cell.H = p.H;
+      cell.rows = {t, p.T, p.offsets, p.lengths, d == 1};
+      cell.gates_x = places.rows<const float*>(p.gates[d], t, 0, 4, true);
+      cell.gates_h = {steps.gates_h, gates, true};
+      cell.b_ih = p.b_ih[d];
+      cell.b_hh = p.b_hh[d];
+      if (slots) {
+        cell.state = {steps.state + d * states, H, true};
+        cell.new_state = {steps.state + d * states, H, true};
+      }
+      cell.h = {at(p.h_n, d * states * size), H, f32};
+      cell.y = places.rows<void*>(p.y, t, d * H, size, f32);
+      if (lstm) cell.c_n = {at(p.c_n, d * states * size), H, f32};
+      if (p.saved) cell.saved = places.records(p.saved + d * p.saved_rows * slots, t, slots);
+      if (const int error = launch_cell(cell, dtype, stream)) return error;
+    }
+  }
+  return 0;
+}
+
+int run_backward_steps(const SequenceBackward& p, const BackwardSteps& steps, DType dtype, const StepProduct& multiply,
+                       void* stream) {
+  const int64_t H = p.H, states = static_cast<int64_t>(p.B) * H, gates = gate_count(p.cell) * H;
+  const int64_t saved = saved_slots(p.cell) * H, slots = gate_grad_slots(p.cell) * H;
+  const int size = dtype == DType::f32 ? 4 : 2;
+  const bool f32 = dtype == DType::f32, lstm = p.cell == CellKind::lstm;
+  const StepPlaces places(steps.batch_sizes, p.T, p.B);
+  for (int s = 0; s < p.T; ++s) {
+    for (int d = 0; d < p.D; ++d) {
+      const int t = d == 0 ? p.T - 1 - s : s, before = d == 0 ? t - 1 : t + 1;
+      if (s > 0) {
+        if (const int error = multiply(d)) return error;
+      }
+      CellBackward cell{};
+      cell.cell = p.cell;
+      cell.B = p.B;
+      cell.H = p.H;
+      cell.rows = {t, p.T, p.offsets, p.lengths, d == 1};
+      cell.bptt_steps = p.bptt_steps;
+      if (saved) {
+        const float* records = p.saved + d * p.saved_rows * saved;
+        cell.saved = places.records(records, t, saved);
+        if (lstm) {
+          const StateRows<const float*> c = places.records(records + (saved - H), before, saved);
+          cell.state = {c.data, c.stride, true};
+        } else {
+          cell.state = places.rows<const void*>(p.y, before, d * H, size, f32);
+        }
+        cell.first = {at(lstm ? p.c0 : p.h0, d * states * size), H, f32};
+      } else {
+        cell.state = places.rows<const void*>(p.y, t, d * H, size, f32);
+      }
+      cell.dy = places.rows<const void*>(p.dy, t, d * H, size, f32);
+      if (s > 0) cell.product = {steps.product, H, true};
+      cell.carry = {steps.carry + d * states, H, true};
+      if (lstm) {
+        cell.dc = {steps.dc + d * states, H, true};
+        cell.new_dc = {steps.dc + d * states, H, true};
+      }
+      cell.dgates = places.rows<void*>(p.dgates[d], t, 0, size, f32);
+      if (p.gate_grads) cell.gate_grads = places.records(p.gate_grads + d * p.saved_rows * slots, t, slots);
+      cell.hidden = {at(steps.hidden, d * static_cast<int64_t>(p.B) * gates * size), gates, f32};
+      if (p.bias_sums) {
+        cell.bias_sums = p.bias_sums + d * slots;
+        cell.segment_stride = p.D * slots;
+        cell.add_to_bias_sums = s > 0;
+      }
+      if (const int error = launch_cell(cell, dtype, stream)) return error;
+    }
+  }
+  for (int d = 0; d < p.D; ++d) {
+    if (p.dh0) {
+      if (const int error = multiply(d)) return error;
+      const AddStates dh0{states, steps.carry + d * states, steps.product, at(p.dh0, d * states * size)};
+      if (const int error = launch_add_states(dh0, dtype, stream)) return error;
+    }
+    if (p.dc0 && lstm) {
+      const AddStates dc0{states, steps.dc + d * states, nullptr, at(p.dc0, d * states * size)};
+      if (const int error = launch_add_states(dc0, dtype, stream)) return error;
+    }
+  }
+  return 0;
+}
+
+}  // namespace dlk

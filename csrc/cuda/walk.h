@@ -1,0 +1,83 @@
+// Which sequences a block walks and where their rows lie, in device code.
+#pragma once
+
+#include "real.h"
+#include "sequence.h"
+
+namespace dlk {
+namespace gpu {
+
+// Element offset of row (t, b).
+template <class Pointer>
+DLK_DEVICE int64_t row_offset(const RowTensor<Pointer>& tensor, const int* offsets, int t, int b) {
+  return offsets ? (static_cast<int64_t>(offsets[t]) + b) * tensor.t : t * tensor.t + b * tensor.b;
+}
+
+DLK_DEVICE int64_t row_number(const int* offsets, int B, int t, int b) {
+  return offsets ? static_cast<int64_t>(offsets[t]) + b : static_cast<int64_t>(t) * B + b;
+}
+
+// Steps of sequence b, 0 behind the batch's end. In packed input the sequences become fewer with every step.
+DLK_DEVICE int sequence_length(const int* offsets, const int64_t* lengths, int T, int B, int b) {
+  if (b >= B) return 0;
+  if (lengths) return lengths[b] < 0 ? 0 : lengths[b] > T ? T : static_cast<int>(lengths[b]);
+  if (!offsets) return T;
+  int begin = 0, end = T;
+  while (begin < end) {
+    const int middle = (begin + end) / 2;
+    if (offsets[middle + 1] - offsets[middle] > b) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
+  }
+  return begin;
+}
+
+// Fills `lengths` (shared memory) for the tile, and behind them the largest of each chunk of sequences; returns the
+// largest of all. The block's threads meet in here.
+template <int kColumns, class Params>
+DLK_DEVICE int read_lengths(const Params& p, int first, int* lengths) {
+  for (int i = static_cast<int>(threadIdx.x); i < p.tile; i += kSequenceThreads) {
+    lengths[i] = sequence_length(p.offsets, p.lengths, p.T, p.B, first + i);
+  }
+  __syncthreads();
+  int longest = 0;
+  for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
+    int here = 0;
+    for (int i = chunk; i < chunk + kColumns; ++i) here = lengths[i] > here ? lengths[i] : here;
+    if (threadIdx.x == 0) lengths[p.tile + chunk / kColumns] = here;
+    longest = here > longest ? here : longest;
+  }
+  __syncthreads();
+  return longest;
+}
+
+DLK_DEVICE void forbid_gaps(const SharedLayout& layout, char* shared) {
+  if constexpr (kSharedGap > 0) {
+    const int ends[] = {layout.exchange, layout.partials, layout.states, layout.bias, layout.lengths, layout.bytes};
+    for (int end : ends) forbid_gap(shared + end - kSharedGap);
+  }
+}
+
+template <class S>
+DLK_DEVICE float load_or_zero(const void* data, int64_t index) {
+  return data ? to_float(static_cast<const S*>(data)[index]) : 0.0f;
+}
+
+template <class S>
+DLK_DEVICE void store_if(void* data, int64_t index, float value) {
+  if (data) static_cast<S*>(data)[index] = from_float<S>(value);
+}
+
+// The sum of all parts of a product for one element.
+template <int kSplits>
+DLK_DEVICE float add_parts(const float* part, int distance) {
+  float sum = 0.0f;
+  DLK_UNROLL
+  for (int i = 0; i < kSplits; ++i) sum += part[i * distance];
+  return sum;
+}
+
+}  // namespace gpu
+}  // namespace dlk

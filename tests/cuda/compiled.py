@@ -1,0 +1,166 @@
+"""The rungs that look at what nvcc makes of the kernels: registers, spills, tensor cores, what is resident at once."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ladder import BUILD, CUDA, HERE, Failure, Unit, must, tool
+
+ARCHS = ("80", "90a", "100a")
+# How long the files take for one GPU, about, and the GPUs against sm_90a.
+SECONDS = {"sequence_forward": 15, "sequence_backward": 22, "cell": 5}
+ARCH_FACTORS = {"80": 0.4, "90a": 1.0, "100a": 1.6}
+
+
+class Kernel(NamedTuple):
+    file: str
+    arch: str
+    function: str
+    registers: int
+    static_shared: int
+    tensor_products: int
+
+
+_kernels: dict[tuple[str, str], list[Kernel]] = {}  # of each file and arch, when it has been compiled
+
+
+def files() -> list[str]:
+    return sorted(path.name for path in CUDA.glob("*.cu"))
+
+
+def code_of(cubin: Path) -> dict[str, bytes]:
+    """The machine code of each kernel in an ELF file: the sections `.text.NAME`."""
+    data = cubin.read_bytes()
+    table, size, count, names = *struct.unpack_from("<Q", data, 40), *struct.unpack_from("<3H", data, 58)
+    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
+    strings = headers[names][4]
+    found = {}
+    for name, _, _, _, offset, length in headers:
+        text = data[strings + name : data.index(b"\0", strings + name)].decode()
+        if text.startswith(".text."):
+            found[text.removeprefix(".text.")] = data[offset : offset + length]
+    return found
+
+
+def tensor_products(code: bytes) -> int:
+    """How many of the instructions, 16 bytes each, are HMMA: their lowest 12 bits say so on all GPUs from sm_75 on."""
+    return sum(struct.unpack_from("<H", code, at)[0] & 0xFFF == 0x23C for at in range(0, len(code), 16))
+
+
+def compile_one(file: str, arch: str) -> None:
+    import native
+
+    nvcc = tool(os.environ.get("NVCC", "nvcc"))
+    cubin = BUILD / f"{file}.sm_{arch}.cubin"
+    report = must([nvcc, *native.nvcc_flags([arch]), "-Xptxas=-v", "-cubin", CUDA / file, "-o", cubin])
+    code = code_of(cubin)
+    entries = re.findall(
+        r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
+        r"Used (\d+) registers([^\n]*)", report, re.DOTALL,
+    )  # fmt: skip
+    kernels = []
+    for function, for_arch, stack, spills, registers, rest in entries:
+        limit = 255 if "sequence_" in function else 128
+        if for_arch != f"sm_{arch}" or int(stack) or int(spills) or int(registers) > limit:
+            raise Failure(f"{file}: {function} on {arch}: {registers} registers, {stack} stack, {spills} spilled")
+        shared = re.search(r"(\d+) bytes smem", rest)
+        products = tensor_products(code[function])
+        kernels.append(Kernel(file, arch, function, int(registers), int(shared[1]) if shared else 0, products))
+    if not kernels or len(kernels) != len(code):
+        raise Failure(f"{file}: {len(kernels)} kernels reported and {len(code)} in the binary for sm_{arch}")
+    _kernels[file, arch] = kernels
+
+
+def check_compiled() -> None:
+    """Tensor cores multiply in every 16-bit sequence kernel that its GPU can run, and in no other."""
+    for kernel in (kernel for some in _kernels.values() for kernel in some):
+        sequence = sequence_kernel(kernel.function)
+        runs = sequence is not None and not (sequence.cluster and kernel.arch == "80")
+        expected = runs and sequence is not None and sequence.dtype != "f32"
+        if expected != (kernel.tensor_products > 0):
+            raise Failure(f"{kernel.function} on sm_{kernel.arch} has {kernel.tensor_products} tensor-core products")
+
+
+# ---- What is resident at once.
+
+
+class Sequence(NamedTuple):
+    """Which instance of the sequence kernels a plan takes."""
+
+    way: str
+    cell: str
+    dtype: str
+    cluster: bool
+    column_tiles: int
+
+
+def sequence_kernel(mangled: str) -> Sequence | None:
+    match = re.search(
+        r"sequence_(forward|backward)I.*?(Lstm|Gru|Rnn)CellE(13__nv_bfloat16|6__half|f)Lb([01])ELi([12])E", mangled
+    )
+    if match is None:
+        return None
+    dtype = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}[match[3]]
+    return Sequence(match[1], match[2].lower(), dtype, match[4] == "1", int(match[5]))
+
+
+# An H200's multiprocessors, and what one of them has: registers, threads, shared memory, of which each block takes
+# 1 KiB more than it asks for. A cluster stays within a part of the GPU that has at least 16 of them.
+MULTIPROCESSORS, CLUSTER_ROOM = 132, 16
+REGISTERS, THREADS, SHARED, SHARED_OF_BLOCK, RESERVED = 65536, 2048, 228 << 10, 227 << 10, 1 << 10
+
+
+def blocks_at_once(registers: int, shared: int, threads: int) -> int:
+    """Blocks of a kernel on one multiprocessor. Registers are dealt out to warps in pieces of 256."""
+    if shared > SHARED_OF_BLOCK:
+        return 0
+    of_warp = -(-registers * 32 // 256) * 256
+    return min(THREADS // threads, REGISTERS // of_warp // (threads // 32), SHARED // (shared + RESERVED))
+
+
+def check_resident() -> None:
+    """The blocks of every plan that meet at a barrier run at the same time, given what the compiler took."""
+    program = BUILD / "plans"
+    must([tool("g++"), "-std=c++17", "-O1", HERE / "plans.cpp", CUDA / "sequence_plan.cpp", "-o", program])
+    kernels = {
+        sequence: kernel
+        for (_, arch), some in _kernels.items()
+        if arch == "90a"
+        for kernel in some
+        if (sequence := sequence_kernel(kernel.function))
+    }
+    checked = 0
+    for line in must([program]).splitlines():
+        cell, dtype, *_, way, kind, slices, groups, at_once, column_tiles, threads, shared = line.split()
+        if kind == "steps":
+            continue
+        kernel = kernels[Sequence(way, cell, dtype, kind == "cluster", int(column_tiles))]
+        on_one = blocks_at_once(kernel.registers, kernel.static_shared + int(shared), int(threads))
+        # A grid meets as a whole, of clusters each by itself.
+        together = int(slices) * (int(groups) if kind == "grid" else min(int(groups), int(at_once)))
+        fits = kind == "grid" or int(slices) <= CLUSTER_ROOM * on_one
+        if together > MULTIPROCESSORS * on_one or not fits:
+            raise Failure(f"{line}: {together} blocks, {on_one} on a multiprocessor ({kernel.registers} registers)")
+        checked += 1
+    if checked < 400:
+        raise Failure(f"only {checked} plans are persistent")
+
+
+def units() -> list[Unit]:
+    all_units = []
+    for arch in ARCHS:
+        for file in files():
+            seconds = SECONDS.get(file.removesuffix(".cu").rsplit("_", 1)[0], 1) * ARCH_FACTORS[arch]
+            seconds *= 0.4 if "f32" in file else 1
+            run = partial(compile_one, file, arch)
+            all_units.append(Unit("compile", f"nvcc {file} sm_{arch}", seconds, run))
+    compiled = tuple(unit.name for unit in all_units)
+    all_units.append(Unit("compile", "tensor cores", 0, check_compiled, compiled))
+    sequences = tuple(name for name in compiled if "sequence" in name and name.endswith("sm_90a"))
+    all_units.append(Unit("resident", "resident", 3, check_resident, sequences))
+    return all_units

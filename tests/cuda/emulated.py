@@ -1,0 +1,219 @@
+"""The rungs that run under the emulation: its own planted bugs, the kernels in three builds, bugs in the kernels."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import shapes
+from ladder import BUILD, CUDA, HERE, ROOT, Failure, Unit, call, must, tool
+from mutants import MUTANTS, Mutant
+
+SEEDS = (0, 1, 3)
+COMPILERS = {
+    "plain": ["g++", "-O2", "-Wno-array-bounds"],  # GCC 12 loses track of what a storage dtype implies
+    # The shapes are small: compiling takes longer than running.
+    "asan": ["clang++", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "tsan": ["clang++", "-O1", "-fsanitize=thread"],
+}
+ENVIRONMENT = {
+    "TSAN_OPTIONS": "halt_on_error=1:report_atomic_races=1",
+    "ASAN_OPTIONS": "detect_stack_use_after_return=0",
+    "EMULATION_PATIENCE": "200000",
+}
+
+
+def environment(seed: int, patience: int | None = None) -> dict[str, str]:
+    own = {"EMULATION_PATIENCE": str(patience)} if patience else {}
+    return {**ENVIRONMENT, "EMULATION_SEED": str(seed), **own}
+
+
+@cache
+def cuda_include() -> Path:
+    import native
+
+    cuda = native.find_cuda()
+    if cuda is None:
+        raise Failure("nvcc is missing")
+    return cuda.lib.parent / "include"
+
+
+def flags() -> list[str]:
+    folders = [f"-isystem{cuda_include()}", f"-I{HERE / 'emulation'}"]
+    return ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fPIC", *folders]
+
+
+def compiler(kind: str) -> list[str]:
+    name, *options = COMPILERS[kind]
+    return [tool(name, f"{name}-14"), *options]
+
+
+RUNTIME = BUILD / "runtime.o"
+
+
+def build_runtime() -> None:
+    """The emulation itself, which no sanitizer may see."""
+    must([tool("g++"), "-O2", *flags(), "-c", HERE / "emulation" / "runtime.cpp", "-o", RUNTIME])
+
+
+# ---- The emulation's own bugs: which builds must notice. Others may.
+PLANTED = {
+    "missing_block_barrier": "tsan",
+    "missing_cluster_wait": "plain tsan",
+    "missing_cluster_barrier": "plain tsan",
+    "unordered_flag": "tsan",
+    "unordered_wait": "tsan",
+    "lost_signal": "plain",
+    "divergent_barrier": "plain",
+    "outside_shuffle_mask": "plain",
+    "absent_lane": "plain",
+    "shared_overrun": "asan",
+    "shared_neighbour": "asan",
+    "global_overrun": "asan",
+    "uninitialised_shared": "plain",
+    "misaligned_vector": "asan",
+    "absent_block": "plain",
+    "wrong_fragment": "plain",
+}
+
+
+def emulation(kind: str) -> None:
+    program = BUILD / f"emulation-{kind}"
+    must([*compiler(kind), *flags(), HERE / "emulation_test.cpp", RUNTIME, "-o", program])
+    listed = call([program]).output.split()
+    if sorted(listed) != sorted([*PLANTED, "none"]):
+        raise Failure(f"the planted bugs are {listed}")
+    for seed in SEEDS:
+        must([program, "none"], **environment(seed))
+    for bug in (bug for bug, kinds in PLANTED.items() if kind in kinds.split()):
+        if all(call([program, bug], **environment(seed, 2000)).returncode == 0 for seed in SEEDS):
+            raise Failure(f"{kind} does not notice {bug}")
+
+
+# ---- The kernels.
+SOURCES = {
+    # How long each takes to compile, about.
+    "sequence_forward_bf16.cu": 4, "sequence_backward_bf16.cu": 4,
+    "sequence_forward_f16.cu": 4, "sequence_backward_f16.cu": 4,
+    "sequence_forward_f32.cu": 2, "sequence_backward_f32.cu": 2,
+    "cell.cu": 4, "rows.cu": 1, "sequence_plan.cpp": 1, "steps.cpp": 1, "kernels_test.cpp": 4,
+}  # fmt: skip
+
+
+def object_of(kind: str, source: str) -> Path:
+    return BUILD / f"{source}.{kind}.o"
+
+
+def build_object(kind: str, source: str) -> None:
+    folder = HERE if source == "kernels_test.cpp" else CUDA
+    must([*compiler(kind), *flags(), "-x", "c++", "-c", folder / source, "-o", object_of(kind, source)])
+
+
+def link(kind: str) -> None:
+    built = [object_of(kind, source) for source in SOURCES]
+    must([*compiler(kind), "-pthread", *built, RUNTIME, "-o", BUILD / f"kernels-{kind}"])
+
+
+def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        output = must([BUILD / f"kernels-{kind}", shape], **environment(seed))
+        if "1 shapes, 0 failures" not in output:
+            raise Failure(output)
+
+
+# ---- Bugs in the kernels themselves.
+# Of one cell, to compile fast: several chunks, both directions, uneven lengths.
+MUTANT_SHAPES = (
+    "lstm:bf16:small:3:40:40:2:lengths:hbk",
+    "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
+    "lstm:f32:smallgrid:1:16:16:1:lengths:hb",
+)
+WAYS = ("forward", "backward")
+STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.cpp")
+
+
+def one_cell(kind: str, way: str, header_folder: Path, out: Path) -> None:
+    source = header_folder / "one_cell.cpp"
+    shutil.copy(HERE / "one_cell.cpp", source)
+    must([*compiler(kind), *flags(), "-Wno-error", f"-DONE_CELL_{way.upper()}", "-c", source, "-o", out])
+
+
+def copy_of_headers(name: str) -> Path:
+    """A copy of csrc to change; its cuda folder."""
+    folder = BUILD / f"mutant-{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu", "setup", "*.cpp", "*.cu"))
+    return folder / "csrc" / "cuda"
+
+
+def one_cell_of(kind: str, way: str) -> Path:
+    return BUILD / f"one_cell-{way}.{kind}.o"
+
+
+def link_mutant(kind: str, kernels: Sequence[Path], program: Path) -> None:
+    steady = [object_of(kind, source) for source in STEADY]
+    must([*compiler(kind), "-pthread", *kernels, *steady, RUNTIME, "-o", program])
+
+
+def notices(program: Path, seeds: Sequence[int] = SEEDS) -> bool:
+    runs = ((shape, seed) for seed in seeds for shape in MUTANT_SHAPES)
+    return any(call([program, shape], **environment(seed, 20000)).returncode != 0 for shape, seed in runs)
+
+
+def unchanged(kind: str) -> None:
+    folder = copy_of_headers(f"none-{kind}")
+    for way in WAYS:
+        one_cell(kind, way, folder, one_cell_of(kind, way))
+    program = BUILD / f"one_cell-{kind}"
+    link_mutant(kind, [one_cell_of(kind, way) for way in WAYS], program)
+    if notices(program, SEEDS[:1]):
+        raise Failure(f"{kind} finds something in the kernels as they are")
+
+
+def mutated(number: int, mutant: Mutant) -> None:
+    kind = mutant.noticed_by
+    folder = copy_of_headers(str(number))
+    file = folder / mutant.file
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise Failure(f"{mutant.file} has {text.count(mutant.old)} times, not once: {mutant.old}")
+    file.write_text(text.replace(mutant.old, mutant.new))
+    # What both ways include is wrong in both; it is enough that one of them is noticed.
+    way = "backward" if "backward" in mutant.file else "forward"
+    other = one_cell_of(kind, "forward" if way == "backward" else "backward")
+    changed = folder / f"{way}.o"
+    one_cell(kind, way, folder, changed)
+    link_mutant(kind, [changed, other], folder / "test")
+    if not notices(folder / "test"):
+        raise Failure(f"not noticed: {mutant}")
+
+
+def units() -> list[Unit]:
+    shapes.check()
+    all_units = [Unit("build", "runtime", 3, build_runtime)]
+    for kind in COMPILERS:
+        all_units.append(Unit("emulation", f"emulation {kind}", 8, partial(emulation, kind), ("runtime",)))
+        built = []
+        for source, seconds in SOURCES.items():
+            built.append(f"{source} {kind}")
+            all_units.append(Unit("build", built[-1], seconds, partial(build_object, kind, source)))
+        all_units.append(Unit("build", f"link {kind}", 1, partial(link, kind), (*built, "runtime")))
+    for rung, kind, chosen, seeds in (
+        ("kernels", "plain", shapes.all_shapes(), (0, 3)),
+        ("asan", "asan", shapes.small_shapes(), (0, 1)),
+        ("tsan", "tsan", shapes.small_shapes(), SEEDS),
+    ):
+        for shape in chosen:
+            seconds = 1 + shapes.work(shape) / 1e6
+            run = partial(run_shape, kind, shape, seeds)
+            all_units.append(Unit(rung, f"{rung} {shape}", seconds, run, (f"link {kind}",)))
+    for kind in sorted({mutant.noticed_by for mutant in MUTANTS}):
+        steady = tuple(f"{source} {kind}" for source in STEADY)
+        run = partial(unchanged, kind)
+        all_units.append(Unit("mutants", f"unchanged {kind}", 8, run, ("runtime", *steady)))
+    for number, mutant in enumerate(MUTANTS, 1):
+        run = partial(mutated, number, mutant)
+        all_units.append(Unit("mutants", f"mutant {number}", 5, run, (f"unchanged {mutant.noticed_by}",)))
+    return all_units

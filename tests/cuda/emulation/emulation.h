@@ -1,0 +1,96 @@
+// CUDA on the CPU: what a kernel's source sees when it is compiled by a C++ compiler instead of nvcc.
+//
+// A block runs on one OS thread and each of its CUDA threads is a fiber there, so __syncthreads and the warp's
+// collectives are switches between fibers, in an order that a seed shuffles (EMULATION_SEED). Blocks of a cluster or of
+// a cooperative launch run at the same time, others one after the other, backwards for an odd seed. Shared memory comes
+// filled with NaN. Deadlocks, divergent barriers and lanes missing from a collective end the process with a table of
+// where the threads stand. Under clang's ThreadSanitizer two CUDA threads are ordered only by what orders them on a
+// GPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <vector_functions.h>
+#include <vector_types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+namespace emulation {
+
+struct Position {
+  uint3 thread, block;
+  dim3 threads, blocks;
+  unsigned lane, warp;
+  unsigned cluster_rank, cluster_size;
+};
+
+extern thread_local const Position* here;
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;      // blocks in a cluster, along x
+  bool cooperative = false;  // all blocks of the grid at once
+};
+void run(const Launch& launch, const std::function<void()>& kernel);
+
+void block_barrier();
+void cluster_arrive();
+void cluster_wait();
+// Every lane of `mask` hands in `size` bytes (at most 16) and gets those of all 32.
+void warp_exchange(uint32_t mask, const void* in, size_t size, void* out);
+// Lets the other threads go on until ready() holds.
+void wait_until(const char* what, const std::function<bool()>& ready);
+char* shared_memory();
+// Where `local`, in this block's shared memory, lies in that of another block of the cluster.
+void* shared_memory_of(unsigned rank, void* local);
+// 16 bytes that nothing may touch, between two arrays in shared memory; needs the address sanitizer.
+void forbid(char* gap);
+[[noreturn]] void fail(const char* message);
+
+template <class T>
+T shuffle(uint32_t mask, T value, unsigned source) {
+  T all[32];
+  warp_exchange(mask, &value, sizeof value, all);
+  if (!(mask >> (source & 31) & 1)) fail("a shuffle reads a lane outside its mask");
+  return all[source & 31];
+}
+
+}  // namespace emulation
+
+// The CUDA headers define these for the host compiler, as nothing or as attributes it does not know.
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define threadIdx (emulation::here->thread)
+#define blockIdx (emulation::here->block)
+#define blockDim (emulation::here->threads)
+#define gridDim (emulation::here->blocks)
+
+inline void __syncthreads() { emulation::block_barrier(); }
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int source) {
+  return emulation::shuffle(mask, value, static_cast<unsigned>(source));
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
+  return emulation::shuffle(mask, value, emulation::here->lane ^ static_cast<unsigned>(lanes));
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}

@@ -1,0 +1,401 @@
+// The fibers of a block, and what makes them wait. Compiled without sanitizers, which are told by hand what a switch of
+// stacks and a barrier mean; their entry points are weak, so that one object serves every build. Nothing here may take
+// a lock: ThreadSanitizer would see an order between threads that the GPU does not give.
+#include "emulation.h"
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+#include <sched.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <algorithm>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+extern "C" {
+#define WEAK __attribute__((weak))
+void __sanitizer_start_switch_fiber(void**, const void*, size_t) WEAK;
+void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) WEAK;
+void __asan_poison_memory_region(const volatile void*, size_t) WEAK;
+void __asan_unpoison_memory_region(const volatile void*, size_t) WEAK;
+void* __tsan_get_current_fiber() WEAK;
+void* __tsan_create_fiber(unsigned) WEAK;
+void __tsan_destroy_fiber(void*) WEAK;
+void __tsan_switch_to_fiber(void*, unsigned) WEAK;
+void __tsan_acquire(void*) WEAK;
+void __tsan_release(void*) WEAK;
+void AnnotateIgnoreReadsBegin(const char*, int) WEAK;
+void AnnotateIgnoreReadsEnd(const char*, int) WEAK;
+void AnnotateIgnoreWritesBegin(const char*, int) WEAK;
+void AnnotateIgnoreWritesEnd(const char*, int) WEAK;
+
+// Saves the callee-saved registers of x86-64 on this stack and goes on with those on another.
+void emulation_switch(void** save, void* to);
+}
+asm(R"(.text
+.globl emulation_switch
+emulation_switch:
+  pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+  ret
+)");
+
+namespace emulation {
+
+thread_local const Position* here;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kPage = 4096;
+// Looks, 50 microseconds apart, at whether another block came along; EMULATION_PATIENCE overrides it. A clock would
+// count the time in which the process was stopped or had no processor.
+constexpr long kPatience = 1000000;
+constexpr long kEagerLooks = 50;
+
+// A point in time that others can be ordered after, for ThreadSanitizer.
+struct Moment {
+  char address = 0;
+  void release() {
+    if (__tsan_release) __tsan_release(&address);
+  }
+  void acquire() {
+    if (__tsan_acquire) __tsan_acquire(&address);
+  }
+};
+
+// The emulation's own memory traffic (malloc and memcpy are intercepted) is not the kernel's.
+class Unseen {
+ public:
+  Unseen() {
+    if (!AnnotateIgnoreReadsBegin) return;
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unseen() {
+    if (!AnnotateIgnoreReadsBegin) return;
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+  }
+};
+
+struct Fiber : Position {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  enum { ready, waiting, polling, done } state = ready;
+  const char* where = "at its start";
+  const std::function<bool()>* condition = nullptr;
+  unsigned cluster_phase = 0;
+  void *tsan = nullptr, *asan = nullptr;
+};
+
+// Lanes that wait for each other, by their mask.
+struct WarpMeeting {
+  uint32_t mask, arrived = 0;
+  char slots[32][16];
+  Moment moment;
+};
+
+struct Cluster {
+  std::atomic<unsigned> arrived{0}, phase{0};
+  unsigned threads = 0;
+  Moment moments[2];
+  std::vector<char*> shared;
+};
+
+struct Grid {
+  const std::function<void()>* kernel;
+  Moment finished;
+  // Fibers are destroyed last: that joins them, which would order the next block after them.
+  std::vector<void*> fibers;
+  std::atomic<bool> fibers_locked{false};
+};
+
+struct Block {
+  Grid* grid;
+  Cluster* cluster;
+  char* shared;
+  std::vector<Fiber> fibers;
+  unsigned live = 0;
+  unsigned at_barrier = 0, barrier_phase = 0;
+  Moment barrier_moments[2];
+  std::vector<std::vector<std::unique_ptr<WarpMeeting>>> meetings;  // of each warp
+  void *stack_pointer = nullptr, *tsan = nullptr, *asan = nullptr;
+  const void* stack_bottom = nullptr;
+  size_t stack_size = 0;
+};
+
+thread_local Block* block;
+
+Fiber* self() { return const_cast<Fiber*>(static_cast<const Fiber*>(here)); }
+
+void back_to_scheduler() {
+  Fiber* fiber = self();
+  if (__sanitizer_start_switch_fiber) {
+    __sanitizer_start_switch_fiber(fiber->state == Fiber::done ? nullptr : &fiber->asan, block->stack_bottom,
+                                   block->stack_size);
+  }
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(block->tsan, 1);
+  emulation_switch(&fiber->stack_pointer, block->stack_pointer);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(fiber->asan, nullptr, nullptr);
+}
+
+void sleep_until_woken(const char* where) {
+  self()->state = Fiber::waiting;
+  self()->where = where;
+  back_to_scheduler();
+}
+
+void fiber_main() {
+  if (__sanitizer_finish_switch_fiber) {
+    __sanitizer_finish_switch_fiber(nullptr, &block->stack_bottom, &block->stack_size);
+  }
+  (*block->grid->kernel)();
+  block->grid->finished.release();
+  self()->state = Fiber::done;
+  self()->where = "returned";
+  --block->live;
+  back_to_scheduler();
+}
+
+void switch_to(Fiber* fiber) {
+  here = fiber;
+  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&block->asan, fiber->stack, kStackBytes);
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(fiber->tsan, 1);
+  emulation_switch(&block->stack_pointer, fiber->stack_pointer);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(block->asan, nullptr, nullptr);
+}
+
+// Runs the fibers until all have returned; who polls is asked only when nobody else can go on.
+void schedule(unsigned seed) {
+  std::mt19937 random(seed * 7919 + here->block.x);
+  const unsigned count = static_cast<unsigned>(block->fibers.size());
+  const char* patience_text = std::getenv("EMULATION_PATIENCE");
+  const long patience = patience_text ? std::atol(patience_text) : kPatience;
+  unsigned next = 0;
+  long looks = 0;
+  while (block->live > 0) {
+    const unsigned first = seed ? static_cast<unsigned>(random() % count) : next;
+    Fiber* chosen = nullptr;
+    bool polling = false;
+    for (unsigned i = 0; i < count && !chosen; ++i) {
+      Fiber& fiber = block->fibers[(first + i) % count];
+      polling |= fiber.state == Fiber::polling;
+      if (fiber.state == Fiber::ready) chosen = &fiber;
+    }
+    for (unsigned i = 0; i < count && !chosen; ++i) {
+      Fiber& fiber = block->fibers[(first + i) % count];
+      if (fiber.state == Fiber::polling && (*fiber.condition)()) chosen = &fiber;
+    }
+    if (!chosen) {
+      if (!polling) fail("deadlock or divergent barrier");
+      if (++looks > patience) fail("waited in vain for another block");
+      const timespec pause{0, looks > kEagerLooks ? 50000 : 0};
+      nanosleep(&pause, nullptr);
+      continue;
+    }
+    looks = 0;
+    chosen->state = Fiber::ready;
+    next = static_cast<unsigned>(chosen - block->fibers.data() + 1) % count;
+    switch_to(chosen);
+  }
+}
+
+void run_block(const Launch& launch, Grid* grid, Cluster* cluster, uint3 index, unsigned rank, unsigned seed) {
+  const Unseen unseen;
+  Block own;
+  block = &own;
+  const unsigned count = launch.block.x * launch.block.y * launch.block.z;
+  own.grid = grid;
+  own.cluster = cluster;
+  own.shared = cluster->shared[rank];
+  own.fibers.resize(count);
+  own.meetings.resize((count + 31) / 32);
+  own.live = count;
+  if (__tsan_get_current_fiber) own.tsan = __tsan_get_current_fiber();
+  for (unsigned i = 0; i < count; ++i) {
+    Fiber& fiber = own.fibers[i];
+    const dim3& size = launch.block;
+    fiber.thread = {i % size.x, i / size.x % size.y, i / size.x / size.y};
+    fiber.block = index;
+    fiber.threads = size;
+    fiber.blocks = launch.grid;
+    fiber.lane = i % 32;
+    fiber.warp = i / 32;
+    fiber.cluster_rank = rank;
+    fiber.cluster_size = launch.cluster;
+    fiber.stack = static_cast<char*>(
+        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    mprotect(fiber.stack, kPage, PROT_NONE);
+    // As if fiber_main had been interrupted at its beginning: its address, below it six registers.
+    void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
+    *top = reinterpret_cast<void*>(fiber_main);
+    fiber.stack_pointer = top - 6;
+    if (__tsan_create_fiber) fiber.tsan = __tsan_create_fiber(0);
+  }
+  here = own.fibers.data();
+  schedule(seed);
+  while (grid->fibers_locked.exchange(true)) sched_yield();
+  for (Fiber& fiber : own.fibers) {
+    munmap(fiber.stack, kStackBytes);
+    if (fiber.tsan) grid->fibers.push_back(fiber.tsan);
+  }
+  grid->fibers_locked.store(false);
+}
+
+}  // namespace
+
+void fail(const char* message) {
+  const Position& at = *here;
+  std::fprintf(stderr, "emulation: %s, in block (%u, %u, %u):\n", message, at.block.x, at.block.y, at.block.z);
+  std::map<std::string, int> places;
+  for (const Fiber& fiber : block->fibers) places[fiber.state == Fiber::ready ? "running" : fiber.where]++;
+  for (const auto& [where, threads] : places) std::fprintf(stderr, "  %d threads %s\n", threads, where.c_str());
+  std::abort();
+}
+
+void block_barrier() {
+  const Unseen unseen;
+  Moment& moment = block->barrier_moments[block->barrier_phase % 2];
+  moment.release();
+  if (++block->at_barrier == block->fibers.size()) {
+    block->at_barrier = 0;
+    ++block->barrier_phase;
+    for (Fiber& fiber : block->fibers) {
+      if (fiber.state == Fiber::waiting && fiber.where == std::string("at __syncthreads")) fiber.state = Fiber::ready;
+    }
+  } else {
+    sleep_until_woken("at __syncthreads");
+  }
+  moment.acquire();
+}
+
+static void meet(WarpMeeting* meeting) {
+  meeting->moment.release();
+  meeting->arrived |= 1u << here->lane;
+  if (meeting->arrived == meeting->mask) {
+    meeting->arrived = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (meeting->mask >> lane & 1) block->fibers[here->warp * 32 + lane].state = Fiber::ready;
+    }
+  } else {
+    sleep_until_woken("in a collective of their warp");
+  }
+  meeting->moment.acquire();
+}
+
+void warp_exchange(uint32_t mask, const void* in, size_t size, void* out) {
+  const Unseen unseen;
+  if (!(mask >> here->lane & 1)) fail("a lane takes part in a collective whose mask lacks it");
+  auto& meetings = block->meetings[here->warp];
+  auto found = std::find_if(meetings.begin(), meetings.end(), [=](const auto& m) { return m->mask == mask; });
+  if (found == meetings.end()) {
+    meetings.push_back(std::make_unique<WarpMeeting>());
+    meetings.back()->mask = mask;
+    found = meetings.end() - 1;
+  }
+  WarpMeeting* meeting = found->get();
+  std::memcpy(meeting->slots[here->lane], in, size);
+  meet(meeting);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    std::memcpy(static_cast<char*>(out) + lane * size, meeting->slots[lane], size);
+  }
+  meet(meeting);
+}
+
+void wait_until(const char* what, const std::function<bool()>& ready) {
+  const Unseen unseen;
+  Fiber* fiber = self();
+  fiber->state = Fiber::polling;
+  fiber->where = what;
+  fiber->condition = &ready;
+  back_to_scheduler();
+}
+
+void cluster_arrive() {
+  const Unseen unseen;
+  Cluster& cluster = *block->cluster;
+  const unsigned phase = cluster.phase.load();
+  self()->cluster_phase = phase;
+  cluster.moments[phase % 2].release();
+  if (cluster.arrived.fetch_add(1) + 1 == cluster.threads) {
+    cluster.arrived.store(0);
+    cluster.phase.store(phase + 1);
+  }
+}
+
+void cluster_wait() {
+  const Unseen unseen;
+  Cluster& cluster = *block->cluster;
+  const unsigned phase = self()->cluster_phase;
+  wait_until("at the cluster's barrier", [&] { return cluster.phase.load() != phase; });
+  cluster.moments[phase % 2].acquire();
+}
+
+char* shared_memory() { return block->shared; }
+
+void* shared_memory_of(unsigned rank, void* local) {
+  if (rank >= block->cluster->shared.size()) fail("there is no such block in the cluster");
+  return block->cluster->shared[rank] + (static_cast<char*>(local) - block->shared);
+}
+
+void forbid(char* gap) {
+  if (__asan_poison_memory_region) __asan_poison_memory_region(gap, 16);
+}
+
+void run(const Launch& launch, const std::function<void()>& kernel) {
+  const char* text = std::getenv("EMULATION_SEED");
+  const unsigned seed = text ? static_cast<unsigned>(std::atoi(text)) : 0;
+  const dim3& size = launch.grid;
+  const unsigned blocks = size.x * size.y * size.z, clusters = blocks / launch.cluster;
+  const unsigned threads = launch.block.x * launch.block.y * launch.block.z;
+  Grid grid;
+  grid.kernel = &kernel;
+  std::vector<Cluster> all(clusters);
+  // Only now does a cluster's shared memory come to life: of hundreds of blocks it would be gigabytes.
+  const auto open = [&](Cluster* cluster) {
+    cluster->threads = threads * launch.cluster;
+    for (unsigned rank = 0; rank < launch.cluster; ++rank) {
+      // Exactly as many bytes as asked for, at the alignment that the hardware gives.
+      char* memory = static_cast<char*>(std::aligned_alloc(128, (launch.shared_bytes + 127) / 128 * 128 + 128));
+      std::memset(memory, 0xff, launch.shared_bytes);
+      if (__asan_poison_memory_region) __asan_poison_memory_region(memory + launch.shared_bytes, 16);
+      cluster->shared.push_back(memory);
+    }
+  };
+  const auto close = [&](Cluster* cluster) {
+    const Unseen unseen;
+    for (char* memory : cluster->shared) {
+      if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(memory, launch.shared_bytes + 16);
+      std::free(memory);
+    }
+  };
+  const auto run_one = [&](unsigned i) {
+    run_block(launch, &grid, &all[i / launch.cluster], {i % size.x, i / size.x % size.y, i / size.x / size.y},
+              i % launch.cluster, seed);
+  };
+  const unsigned at_once = launch.cooperative ? clusters : 1;
+  for (unsigned first = 0; first < clusters; first += at_once) {
+    const unsigned begin = seed % 2 ? clusters - first - at_once : first;
+    std::vector<std::thread> workers;
+    for (unsigned c = begin; c < begin + at_once; ++c) open(&all[c]);
+    for (unsigned i = begin * launch.cluster; i < (begin + at_once) * launch.cluster; ++i) {
+      workers.emplace_back(run_one, i);
+    }
+    for (std::thread& worker : workers) worker.join();
+    for (unsigned c = begin; c < begin + at_once; ++c) close(&all[c]);
+  }
+  grid.finished.acquire();
+  for (void* fiber : grid.fibers) __tsan_destroy_fiber(fiber);
+}
+
+}  // namespace emulation

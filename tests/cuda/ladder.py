@@ -1,0 +1,134 @@
+"""What the rungs of run.py are made of: commands, and units of work that run two at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda-tests"
+JOBS = min(2, len(os.sched_getaffinity(0)))
+
+_here = threading.local()  # .spent: processor seconds of the commands that this thread's unit ran
+
+
+class Failure(Exception):
+    pass
+
+
+class Done(NamedTuple):
+    returncode: int
+    output: str
+
+
+class Unit(NamedTuple):
+    """A piece of a rung. `seconds`, a guess, decides what goes first; `after` names units that must have run."""
+
+    rung: str
+    name: str
+    seconds: float
+    run: Callable[[], object]
+    after: tuple[str, ...] = ()
+
+
+def call(command: Sequence[str | Path], **environment: str) -> Done:
+    nice = ["nice", "-n", os.environ["NICE"]] if os.environ.get("NICE") else []
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = subprocess.Popen(
+            [*nice, *map(str, command)], env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT
+        )
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        _here.spent = getattr(_here, "spent", 0.0) + usage.ru_utime + usage.ru_stime
+        output.seek(0)
+        return Done(child.returncode, output.read())
+
+
+def must(command: Sequence[str | Path], **environment: str) -> str:
+    done = call(command, **environment)
+    if done.returncode != 0:
+        shown = " ".join([*(f"{name}={value}" for name, value in environment.items()), *map(str, command)])
+        raise Failure(f"{shown[:2000]}\nended with {done.returncode}:\n{done.output[-6000:]}")
+    return done.output
+
+
+def tool(*names: str) -> str:
+    for name in names:
+        if shutil.which(name):
+            return name
+    raise Failure(f"{names[0]} is missing")
+
+
+class Outcome(NamedTuple):
+    spent: float  # processor seconds
+    ended: float  # seconds after the start of all
+    failure: str | None
+
+
+def chosen_units(units: Sequence[Unit], rungs: Sequence[str]) -> list[Unit]:
+    """The units of these rungs and those that they wait for."""
+    by_name = {unit.name: unit for unit in units}
+    assert len(by_name) == len(units)
+    todo = [unit.name for unit in units if unit.rung in rungs]
+    wanted: set[str] = set()
+    while todo:
+        name = todo.pop()
+        if name not in wanted:
+            wanted.add(name)
+            todo += by_name[name].after
+    return [unit for unit in units if unit.name in wanted]
+
+
+def run_units(units: Sequence[Unit]) -> dict[str, Outcome]:
+    """Runs all, JOBS at a time, first what the longest chain of others waits for."""
+    waiting = {unit.name: unit for unit in units}
+    chain: dict[str, float] = {}
+
+    def chain_from(unit: Unit) -> float:
+        if unit.name not in chain:
+            followers = (chain_from(other) for other in units if unit.name in other.after)
+            chain[unit.name] = unit.seconds + max(followers, default=0.0)
+        return chain[unit.name]
+
+    order = sorted(units, key=chain_from, reverse=True)
+    outcomes: dict[str, Outcome] = {}
+    changed = threading.Condition()
+    begin = time.monotonic()
+
+    def next_unit() -> Unit | None:
+        with changed:
+            while waiting:
+                for unit in order:
+                    if unit.name in waiting and all(name in outcomes for name in unit.after):
+                        return waiting.pop(unit.name)
+                changed.wait()
+        return None
+
+    def work() -> None:
+        while unit := next_unit():
+            _here.spent = 0.0
+            failure = next((f"{name} failed" for name in unit.after if outcomes[name].failure), None)
+            if failure is None:
+                try:
+                    unit.run()
+                except Exception as error:  # of whatever kind: the rung failed, the others go on
+                    failure = str(error) if isinstance(error, Failure) else repr(error)
+            with changed:
+                outcomes[unit.name] = Outcome(_here.spent, time.monotonic() - begin, failure)
+                changed.notify_all()
+
+    workers = [threading.Thread(target=work) for _ in range(JOBS)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return outcomes

@@ -1,0 +1,36 @@
+"""Bugs to plant in the kernels: what stands in a file of csrc/cuda, what takes its place, which build must notice."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    noticed_by: str
+
+
+MUTANTS = (
+    # The partial sums are added up before all warps have left theirs; or overwritten while they are added up.
+    Mutant("sequence_forward.h", "__syncthreads();\n        turn_parity ^= 1;", "turn_parity ^= 1;", "tsan"),
+    Mutant("sequence_forward.h", "        turn_parity ^= 1;\n", "", "tsan"),
+    Mutant("sequence_backward.h", "        turn_parity ^= 1;\n", "", "tsan"),
+    # What other threads wrote is given out before all have written.
+    Mutant("sequence_backward.h", "  __syncthreads();\n  for (int i = thread; exists", "  for (int i = thread; exists",
+           "tsan"),
+    # A step begins before the other blocks have sent their h; or they are told before all of it is sent.
+    Mutant("sequence_forward.h", "if (chunk == 0) group.wait();", "if (chunk == 0 && s == 0) group.wait();", "tsan"),
+    Mutant("sequence_forward.h", "if (last_chunk) group.arrive();", "if (chunk == 0) group.arrive();", "tsan"),
+    Mutant("group.h", "__syncthreads();\n    if (threadIdx.x == 0) signal", "if (threadIdx.x == 0) signal", "tsan"),
+    Mutant("group.h", "goal_);\n    __syncthreads();", "goal_);", "tsan"),
+    # What is sent overwrites what is still being read.
+    Mutant("group.h", "vectors_ + (step + 1) % 2 * half_ + b * stride_ + term - lane",
+           "vectors_ + step % 2 * half_ + b * stride_ + term - lane", "plain"),
+    # Uneven lengths, cuts, padding.
+    Mutant("sequence_forward.h", "t == (d == 0 ? lengths[b] - 1 : 0)", "t == lengths[b] - 1", "plain"),
+    Mutant("sequence_backward.h", "if (cut) *dc = 0.0f;", "", "plain"),
+    Mutant("sequence_backward.h", "*carry = arrived;", "*carry = 0.0f;", "plain"),
+    Mutant("sequence_forward.h", "return u < p.H && term < p.H ?", "return u < p.H ?", "asan"),
+)  # fmt: skip

@@ -1,0 +1,73 @@
+"""Everything that can be said about the CUDA kernels without a GPU: `python tests/cuda/run.py [RUNG...]`.
+
+emulation  the emulation's own test: planted bugs, each noticed by the builds that must notice it
+kernels    the kernels under emulation against the reference, over a covering array of shapes
+asan       the same over smaller shapes with the address and undefined-behaviour sanitizers
+tsan       the same with clang's ThreadSanitizer, in several schedules
+boundary   the torch boundary on CPU tensors with emulated kernels: tests/gpu/recurrent_cuda.py (after `make build`)
+mutants    bugs planted in the kernels: each must be noticed
+compile    nvcc for sm_80, sm_90a and sm_100a: no spills, no local memory, registers, tensor-core instructions
+resident   the blocks of a plan that meet at a barrier fit an H200 at the same time
+
+Needs nvcc with its headers, g++, clang++ with its sanitizers' runtimes (Debian: clang, libclang-rt-14-dev). A rung that
+lacks something fails. NICE=19 runs everything at that niceness. The times that are printed are those of processors.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import defaultdict
+
+from ladder import BUILD, JOBS, ROOT, Outcome, Unit, chosen_units, run_units
+
+sys.path.insert(0, str(ROOT / "csrc" / "setup"))
+sys.dont_write_bytecode = True
+
+import boundary  # noqa: E402
+import compiled  # noqa: E402
+import emulated  # noqa: E402
+
+RUNGS = ("emulation", "kernels", "boundary", "asan", "tsan", "mutants", "compile", "resident")
+
+
+def report(units: list[Unit], outcomes: dict[str, Outcome]) -> list[str]:
+    """Prints a line for each rung and returns what failed."""
+    by_rung: defaultdict[str, list[Unit]] = defaultdict(list)
+    for unit in units:
+        by_rung[unit.rung].append(unit)
+    failures = []
+    for rung, members in by_rung.items():
+        failed = [unit.name for unit in members if outcomes[unit.name].failure]
+        spent = sum(outcomes[unit.name].spent for unit in members)
+        result = f"FAILED: {', '.join(failed)}" if failed else "passed"
+        print(f"{rung:10} {spent:5.0f} s  {len(members):3} units, the last after "
+              f"{max(outcomes[unit.name].ended for unit in members):4.0f} s  {result}")  # fmt: skip
+        failures += failed
+    if os.environ.get("VERBOSE"):
+        for unit in sorted(units, key=lambda unit: -outcomes[unit.name].spent):
+            print(f"  {outcomes[unit.name].spent:5.1f} s (guess {unit.seconds:4.1f})  {unit.name}")
+    for name in failures:
+        print(f"\n{name}: {outcomes[name].failure}")
+    return failures
+
+
+def main() -> None:
+    wanted = sys.argv[1:] or list(RUNGS)
+    unknown = set(wanted) - set(RUNGS)
+    if unknown:
+        raise SystemExit(f"no such rung: {', '.join(unknown)}; there are {', '.join(RUNGS)}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    units = chosen_units([*emulated.units(), *boundary.units(), *compiled.units()], wanted)
+    begin = time.monotonic()
+    outcomes = run_units(units)
+    failures = report(units, outcomes)
+    spent = sum(outcome.spent for outcome in outcomes.values())
+    print(f"all        {spent:5.0f} s  of processors, {time.monotonic() - begin:.0f} s by the clock, {JOBS} at a time")
+    if failures:
+        raise SystemExit(f"failed: {len(failures)} of {len(units)} units")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The shapes that the kernels run on under emulation: covering arrays, in which every pair of values of two factors
+occurs somewhere, as far as the emulation can afford it (some tenths of a GFLOP a second).
+
+A shape is cell:dtype:path:T:B:H:D:form:options, as test_case.h reads it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from functools import cache
+
+_FACTORS: dict[str, tuple[str | int, ...]] = {
+    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    "dtype": ("f32", "bf16", "f16"),
+    "path": ("best", "small", "grid", "smallgrid", "steps"),
+    "T": (1, 2, 5, 33),
+    "B": (1, 3, 8, 17, 64),
+    "H": (1, 16, 40, 64, 128, 200, 256, 512),
+    "D": (1, 2),
+    "form": ("padded", "lengths", "packed"),
+    "options": ("b", "hb", "hbk", "hbf", "hg", "-"),
+}
+_NAMES = list(_FACTORS)
+_LIMITED = [_NAMES.index(name) for name in ("path", "T", "B", "H", "D")]  # what costs depend on
+
+# In float32 a chunk of a grid has fewer cells than the block has threads, and with an even number of chunks the last
+# one's cells change hands at the end.
+_FURTHER_SMALL = ("gru:f32:smallgrid:2:64:16:2:lengths:hb",)
+
+Row = tuple[str | int, ...]
+Pair = tuple[int, str | int, int, str | int]
+Limits = tuple[str | int, ...]  # values of the limited factors
+Allowed = Callable[..., bool]
+
+
+def _affordable(path: str, T: int, B: int, H: int, D: int) -> bool:
+    if H >= 256:
+        return T <= 2 and B <= 8
+    return T * B * H * H <= 5 * 17 * 200 * 200
+
+
+def _small(path: str, T: int, B: int, H: int, D: int) -> bool:
+    # A grid's blocks are all at once: 64 of them have more threads than ThreadSanitizer finds room for.
+    if path == "grid" and D * -(-B // 8) * -(-H // 16) > 32:
+        return False
+    return T <= 5 and H <= 64 and T * B <= 128
+
+
+def _pairs(row: Row) -> set[Pair]:
+    return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
+
+
+@cache
+def _all_limits(allowed: Allowed) -> list[Limits]:
+    choices = (_FACTORS[_NAMES[i]] for i in _LIMITED)
+    return [values for values in itertools.product(*choices) if allowed(*values)]
+
+
+def _limits_with(allowed: Allowed, pair: Pair) -> Iterator[Limits]:
+    """The values of the limited factors that are allowed and agree with the pair."""
+    fixed = [(_LIMITED.index(i), value) for i, value in (pair[:2], pair[2:]) if i in _LIMITED]
+    return (values for values in _all_limits(allowed) if all(values[i] == value for i, value in fixed))
+
+
+@cache
+def _possible_pairs(allowed: Allowed) -> tuple[Pair, ...]:
+    factors = list(_FACTORS.values())
+    return tuple(
+        (i, a, j, b)
+        for i, j in itertools.combinations(range(len(factors)), 2)
+        for a, b in itertools.product(factors[i], factors[j])
+        if next(_limits_with(allowed, (i, a, j, b)), None)
+    )
+
+
+def _covering(allowed: Allowed, seed: int) -> list[str]:
+    """Greedily, from random rows with a pair that is still missing."""
+    chance = random.Random(seed)
+    missing = list(_possible_pairs(allowed))
+    rows: list[str] = []
+    while missing:
+        i, a, j, b = missing[0]
+        limits = list(_limits_with(allowed, missing[0]))
+        candidates = []
+        for _ in range(40):
+            row = [chance.choice(factor) for factor in _FACTORS.values()]
+            row[i], row[j] = a, b
+            for at, value in zip(_LIMITED, chance.choice(limits), strict=True):
+                row[at] = value
+            candidates.append(tuple(row))
+        left = set(missing)
+        best = max(candidates, key=lambda row: len(_pairs(row) & left))
+        covered = _pairs(best)
+        missing = [pair for pair in missing if pair not in covered]
+        rows.append(":".join(map(str, best)))
+    return rows
+
+
+@cache
+def all_shapes() -> list[str]:
+    return [*_covering(_affordable, seed=0), *_FURTHER_SMALL]
+
+
+@cache
+def small_shapes() -> list[str]:
+    """For the sanitizers."""
+    return [*_covering(_small, seed=1), *_FURTHER_SMALL]
+
+
+def work(shape: str) -> int:
+    """About how many multiply-adds of one gate a shape takes."""
+    _, _, _, T, B, H, D, *_ = shape.split(":")
+    return int(T) * int(B) * int(H) * int(H) * int(D)
+
+
+def _row(shape: str) -> Row:
+    return tuple(int(part) if part.isdigit() else part for part in shape.split(":"))
+
+
+def check() -> None:
+    """That the arrays cover what they promise, whoever changes this file."""
+    for chosen, allowed in ((all_shapes(), _affordable), (small_shapes(), _small)):
+        rows = [_row(shape) for shape in chosen]
+        for row in rows:
+            assert all(value in factor for value, factor in zip(row, _FACTORS.values(), strict=True)), row
+            assert allowed(*(row[i] for i in _LIMITED)), row
+        missing = set(_possible_pairs(allowed)) - set().union(*map(_pairs, rows))
+        assert not missing, missing
+    # What is out of reach is only this.
+    every = set(_possible_pairs(lambda *_: True))
+    beyond = {(_NAMES[i], a, _NAMES[j], b) for i, a, j, b in every - set(_possible_pairs(_affordable))}
+    big = {(name, size, "H", H) for name, size in (("T", 5), ("T", 33), ("B", 17), ("B", 64)) for H in (256, 512)}
+    assert beyond == big, beyond ^ big

@@ -1,0 +1,201 @@
+// One case of the kernels' test: its name, the random layer that the name asks for, and where rows lie in memory.
+//   cell:dtype:path:T:B:H:D:form:options, for example lstm:bf16:best:5:8:40:2:lengths:hb
+// path: grid or steps; best: what an H200 would take, a cluster where possible; small, smallgrid: on a GPU with room
+// for few groups. form: padded, lengths, packed. options: b biases, h states given, k gradients cut every two steps, f
+// batch first (and a gap between rows), g only final states' gradients, - none.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/cuda/sequence.h"
+#include "reference.h"
+#include "test_arrays.h"
+
+namespace dlk {
+
+struct Options {
+  CellKind cell;
+  DType dtype;
+  std::string path, form, flags, text;
+  int T, B, H, D;
+  bool has(char flag) const { return flags.find(flag) != std::string::npos; }
+};
+
+inline Options parse(const std::string& text) {
+  std::vector<std::string> part(1);
+  for (char c : text) {
+    if (c == ':') {
+      part.emplace_back();
+    } else {
+      part.back().push_back(c);
+    }
+  }
+  if (part.size() != 9) {
+    std::fprintf(stderr, "not a shape: %s\n", text.c_str());
+    std::exit(2);
+  }
+  const auto index = [](const std::string& name, std::initializer_list<const char*> names) {
+    int i = 0;
+    for (const char* known : names) {
+      if (name == known) return i;
+      ++i;
+    }
+    std::fprintf(stderr, "unknown: %s\n", name.c_str());
+    std::exit(2);
+  };
+  Options o;
+  o.text = text;
+  o.cell = static_cast<CellKind>(index(part[0], {"lstm", "gru", "rnn_tanh", "rnn_relu"}));
+  o.dtype = static_cast<DType>(index(part[1], {"f32", "-", "bf16", "f16"}));
+  o.path = part[2];
+  o.T = std::stoi(part[3]), o.B = std::stoi(part[4]), o.H = std::stoi(part[5]), o.D = std::stoi(part[6]);
+  o.form = part[7];
+  o.flags = part[8];
+  return o;
+}
+
+class Case {
+ protected:
+  explicit Case(const Options& options) : o(options), random_(12345) {
+    G = gate_count(o.cell), S = saved_slots(o.cell), slots = gate_grad_slots(o.cell);
+    make_problem();
+    make_layout();
+  }
+
+  Values uniform(size_t count, double scale, DType dtype) {
+    std::uniform_real_distribution<double> next(-scale, scale);
+    Values values(count);
+    for (double& v : values) v = rounded(dtype, next(random_));
+    return values;
+  }
+
+  void make_problem() {
+    const size_t T = o.T, B = o.B, H = o.H, D = o.D;
+    p.cell = o.cell;
+    p.T = o.T, p.B = o.B, p.H = o.H, p.D = o.D;
+    p.bptt_steps = o.has('k') ? 2 : 0;
+    p.lengths.assign(B, o.T);
+    if (o.form != "padded") {
+      for (int& n : p.lengths) n = static_cast<int>(random_() % (T + 1));
+      if (o.form == "packed") {
+        std::sort(p.lengths.rbegin(), p.lengths.rend());
+        for (int& n : p.lengths) n = std::max(n, 1);
+        p.lengths[0] = o.T;
+        for (int t = 0; t < o.T; ++t) {
+          batch_sizes.push_back(std::count_if(p.lengths.begin(), p.lengths.end(), [&](int n) { return n > t; }));
+        }
+      }
+    }
+    p.gates = uniform(D * T * B * G * H, 1.5, DType::f32);
+    p.w_hh = uniform(D * G * H * H, 1.5 / std::sqrt(o.H), o.dtype);
+    if (o.has('b')) {
+      p.b_ih = uniform(D * G * H, 0.5, o.dtype);
+      p.b_hh = uniform(D * G * H, 0.5, o.dtype);
+    }
+    if (o.has('h')) {
+      p.h0 = uniform(D * B * H, 1, o.dtype);
+      p.dh_n = uniform(D * B * H, 1, o.dtype);
+      if (o.cell == CellKind::lstm) {
+        p.c0 = uniform(D * B * H, 1, o.dtype);
+        p.dc_n = uniform(D * B * H, 1, o.dtype);
+      }
+    }
+    if (!o.has('g')) p.dy = uniform(T * B * D * H, 1, o.dtype);
+  }
+
+  void make_layout() {
+    packed = o.form == "packed";
+    gap = o.has('f') ? 3 : 0;
+    rows = 0;
+    for (int t = 0; t < o.T; ++t) {
+      first_row.push_back(static_cast<int>(rows));
+      rows += packed ? batch_sizes[t] : o.B;
+    }
+    first_row.push_back(static_cast<int>(rows));
+    if (o.form == "lengths") {
+      for (int n : p.lengths) lengths.push_back(n);
+      // The kernel clamps: of these no value may be used as it is.
+      for (int64_t& n : lengths) n = n == o.T ? n + 7 : n == 0 ? -3 : n;
+    }
+    LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows};
+    GpuLimits gpu = kH200;
+    // Room for a few groups only, so that each has several chunks of sequences to walk.
+    const int units = slice_shape(G, o.dtype != DType::f32, false, false).units;
+    if (o.path == "small") gpu.clusters_8 = gpu.clusters_16 = 1;
+    if (o.path == "smallgrid") gpu.multiprocessors = o.D * ceil_div(o.H, units);
+    const bool clusters = o.path == "best" || o.path == "small";
+    if (!clusters) gpu.clusters_8 = gpu.clusters_16 = 0;
+    if (o.path == "steps") gpu.multiprocessors = 0;
+    forward_plan = sequence_plan(shape, gpu, false, 16);
+    backward_plan = sequence_plan(shape, gpu, true, 16);
+    const char* const kinds[] = {"cluster", "grid", "steps"};
+    for (const SequencePlan* plan : {&forward_plan, &backward_plan}) {
+      if (!clusters && o.path != "smallgrid" && o.path != kinds[plan->kind]) {
+        std::fprintf(stderr, "%s: planned as %s\n", o.text.c_str(), kinds[plan->kind]);
+        std::exit(1);
+      }
+    }
+  }
+
+  // A tensor of rows with these features: where row (t, b) begins, and how many elements it has in all.
+  RowTensor<int64_t> strides(int64_t features, int64_t row_gap) const {
+    const int64_t row = features + row_gap;
+    if (packed) return {0, row, 0};
+    return o.has('f') ? RowTensor<int64_t>{0, row, row * o.T} : RowTensor<int64_t>{0, row * o.B, row};
+  }
+  size_t elements(int64_t features, int64_t row_gap) const {
+    return static_cast<size_t>((rows - 1) * (features + row_gap) + features);
+  }
+  size_t place(int64_t features, int64_t row_gap, int t, int b) const {
+    const RowTensor<int64_t> s = strides(features, row_gap);
+    return static_cast<size_t>(packed ? (first_row[t] + b) * s.t : t * s.t + b * s.b);
+  }
+  bool exists(int t, int b) const { return !packed || t < p.lengths[b]; }
+  template <class Pointer>
+  RowTensor<Pointer> view(const Array& array, int64_t features, int64_t row_gap) const {
+    const RowTensor<int64_t> s = strides(features, row_gap);
+    return {static_cast<Pointer>(array.data()), s.t, s.b};
+  }
+
+  // From [T, B, features] to rows and back; rows that must not be read are NaN.
+  Array to_rows(const Values& values, size_t begin, DType dtype, size_t features, int64_t row_gap) const {
+    Array array(dtype, elements(static_cast<int64_t>(features), row_gap));
+    for (int t = 0; t < o.T; ++t) {
+      for (int b = 0; b < o.B; ++b) {
+        for (size_t i = 0; t < p.lengths[b] && i < features; ++i) {
+          array.set(place(static_cast<int64_t>(features), row_gap, t, b) + i,
+                    values[begin + (static_cast<size_t>(t) * o.B + b) * features + i]);
+        }
+      }
+    }
+    return array;
+  }
+  Values packed_or_padded(const Array& array, int64_t features, int64_t row_gap) const {
+    Values values(static_cast<size_t>(o.T) * o.B * features, 0.0);
+    for (int t = 0; t < o.T; ++t) {
+      for (int b = 0; b < o.B; ++b) {
+        for (int64_t i = 0; exists(t, b) && i < features; ++i) {
+          values[(static_cast<size_t>(t) * o.B + b) * features + i] = array[place(features, row_gap, t, b) + i];
+        }
+      }
+    }
+    return values;
+  }
+
+  Options o;
+  std::mt19937_64 random_;
+  int G, S, slots;
+  reference::Problem p;
+  bool packed;
+  int64_t gap, rows;
+  std::vector<int> first_row;
+  std::vector<int64_t> batch_sizes, lengths;
+  SequencePlan forward_plan, backward_plan;
+};
+
+}  // namespace dlk

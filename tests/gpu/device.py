@@ -1,0 +1,104 @@
+"""What only a CUDA device has, and what stands for it in a rehearsal on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timing import DEVICE
+
+from dlkernels import _native
+
+ON_GPU = DEVICE == "cuda"
+# A library whose CUDA layers serve CPU tensors, with emulated kernels: tests/cuda/run.py makes it.
+EMULATED = os.environ.get("DLKERNELS_EMULATED", "")
+CUDA_KERNELS = ON_GPU or bool(EMULATED)
+KINDS = ("cluster", "grid", "steps")
+
+
+def _emulate() -> Any:
+    torch.ops.load_library(EMULATED)
+    # On the CPU torch has no product of 16-bit numbers with float32 results.
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", lambda a, b, dtype, out: torch.mm(a.to(dtype), b.to(dtype), out=out), "CPU")
+    return ctypes.CDLL(EMULATED), library
+
+
+_emulated = _emulate() if EMULATED else None
+
+
+@contextlib.contextmanager
+def best_plan(kind: str) -> Iterator[None]:
+    """Layers run by plans of this kind, if they can, or of a later one."""
+
+    def cap(name: str) -> None:
+        _native.native.cap_cuda_plan(name)
+        if _emulated:
+            _emulated[0].boundary_cap_plan(KINDS.index(name))
+
+    cap(kind)
+    try:
+        yield
+    finally:
+        cap(KINDS[0])
+
+
+def plan_kind(mode: str, dtype: torch.dtype, T: int, B: int, H: int, D: int, backward: bool = False) -> str:
+    device = torch.cuda.current_device() if ON_GPU else None
+    return str(_native.native.cuda_plan(mode, dtype, T, B, H, D, backward, device)["kind"])
+
+
+def replayable(work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work`, captured in a CUDA graph: the call replays it."""
+    if not ON_GPU:
+        return work
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+
+    def replay() -> Any:
+        graph.replay()
+        return results
+
+    return replay
+
+
+@contextlib.contextmanager
+def other_stream() -> Iterator[None]:
+    """A stream that is not the default one, ordered with it on both sides."""
+    if not ON_GPU:
+        yield
+        return
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@contextlib.contextmanager
+def no_host_sync() -> Iterator[None]:
+    """Whatever waits for the device is an error."""
+    if not ON_GPU:
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+NAMES = ("CUDAGraph", "Stream", "current_device", "current_stream", "get_device_capability", "graph",
+         "set_sync_debug_mode", "stream", "synchronize")  # fmt: skip

@@ -1,0 +1,173 @@
+"""How layers would run on CUDA: decided by plain C++, so it can be asked for without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import dlkernels
+from dlkernels import _native
+from dlkernels.autograd import attention_route, route
+
+_compiled: Any = _native.native
+SHARED_BYTES = 232448  # of a block on an H200
+MULTIPROCESSORS = 132
+
+
+def plan(mode: str, dtype: str, B: int, H: int, D: int = 1, backward: bool = False) -> dict[str, Any]:
+    """A plan does not depend on the number of steps."""
+    return dict(_compiled.cuda_plan(mode, dtype, 10, B, H, D, backward))
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype", "B", "H", "D", "kind", "slices"),
+    [
+        ("lstm", "bfloat16", 1, 1, 1, "cluster", 1),
+        ("lstm", "bfloat16", 64, 256, 2, "cluster", 8),
+        ("gru", "float16", 64, 512, 1, "cluster", 16),
+        ("rnn_tanh", "bfloat16", 8, 1024, 1, "cluster", 16),
+        ("lstm", "float32", 16, 256, 1, "cluster", 8),
+        ("lstm", "float32", 16, 512, 1, "grid", 32),
+        ("lstm", "bfloat16", 16, 1024, 2, "grid", 64),
+        ("lstm", "float32", 16, 1024, 1, "steps", 0),
+        ("lstm", "bfloat16", 16, 4096, 1, "steps", 0),
+        ("lstm", "bfloat16", 100000, 128, 1, "steps", 0),
+    ],
+)
+def test_where_the_weights_stay(mode: str, dtype: str, B: int, H: int, D: int, kind: str, slices: int) -> None:
+    chosen = plan(mode, dtype, B, H, D)
+    assert (chosen["kind"], chosen["slices"]) == (kind, slices), chosen["reason"]
+    assert chosen["kernel"] == f"cuda/{kind}/{mode}"
+
+
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_relu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_plans_fit_the_gpu_and_cover_the_call(mode: str, dtype: str, backward: bool) -> None:
+    for D in (1, 2):
+        for B in (1, 7, 8, 9, 64, 200):
+            for H in (1, 33, 100, 300, 700, 1500):
+                chosen = plan(mode, dtype, B, H, D, backward)
+                if chosen["kind"] == "steps":
+                    continue
+                assert chosen["shared_bytes"] <= SHARED_BYTES
+                assert chosen["groups"] == D * -(-B // chosen["tile"])
+                assert chosen["tile"] % (8 * chosen["column_tiles"]) == 0
+                if chosen["kind"] == "grid":  # all at once, or the barrier would never be reached
+                    assert chosen["blocks"] <= MULTIPROCESSORS
+                else:
+                    assert chosen["slices"] <= 16
+
+
+@pytest.mark.parametrize(("cap", "kind"), [("cluster", "cluster"), ("grid", "grid"), ("steps", "steps")])
+def test_a_cap_leaves_the_later_kinds(cap: str, kind: str) -> None:
+    assert _native.native is not None
+    _native.native.cap_cuda_plan(cap)
+    try:
+        assert plan("lstm", "bfloat16", 8, 64)["kind"] == kind
+        assert plan("lstm", "bfloat16", 16, 4096)["kind"] == "steps"
+    finally:
+        _native.native.cap_cuda_plan("cluster")
+    with pytest.raises(ValueError, match="expected cluster, grid or steps"):
+        _native.native.cap_cuda_plan("clusters")
+
+
+class OnAnH200:
+    """The compiled module as it would be with CUDA kernels, on a machine with that GPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_compiled, name)
+
+    def cuda_plan(self, *arguments: Any) -> Any:
+        *sizes, device = arguments
+        assert device == 0
+        return _compiled.cuda_plan(*sizes, None)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors on a GPU that is not there, and kernels for it."""
+    monkeypatch.setattr(_native, "HAVE_CUDA_KERNELS", True)
+    monkeypatch.setattr(_native, "native", OnAnH200())
+    # A torch without CUDA has nothing to fill even a fake tensor with.
+    monkeypatch.setattr(torch.nn.init, "uniform_", lambda tensor, *bounds: tensor)
+    with FakeTensorMode():
+        yield
+
+
+@pytest.fixture
+def autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.autocast("cuda") disables itself where there is no GPU; what it sets is what counts here."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+        torch.clear_autocast_cache()
+
+
+@pytest.mark.parametrize("why", ["it was built without nvcc", "DLKERNELS_CUDA is 0"])
+def test_a_module_without_cuda_kernels_says_so(cuda: None, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    layer, x = dlkernels.nn.GRU(3, 5, device="cuda"), torch.empty(2, 4, 3, device="cuda")
+    monkeypatch.setattr(_native, "HAVE_CUDA_KERNELS", False)
+    monkeypatch.setattr(_native, "why_no_cuda", why)
+    reason = f"the compiled module has no CUDA kernels: {why}"
+    assert route(x) == ("reference", reason)
+    explained = dlkernels.explain(layer, x)
+    assert (explained.kernel, explained.layers[0].reason) == ("reference", reason)
+    # Attention's kernels for CUDA are Triton's: they do not depend on how the module was compiled.
+    assert "compiled module" not in attention_route(x, x, x).reason
+
+
+def test_what_has_no_cuda_kernel(cuda: None) -> None:
+    x = torch.empty(2, 4, 3, device="cuda")
+    assert route(x).path == "op"
+    assert route(x.double()) == ("reference", "no kernel for torch.float64 on cuda")
+    assert route(x, projected=True) == ("reference", "no CUDA kernel for projections")
+    projected = dlkernels.nn.LSTM(3, 5, proj_size=2, device="cuda")
+    assert dlkernels.explain(projected, x).layers[0].reason == "no CUDA kernel for projections"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_explain_names_the_cuda_plans(cuda: None, dtype: torch.dtype) -> None:
+    layer = dlkernels.nn.LSTM(3, 96, num_layers=2, bidirectional=True, device="cuda", dtype=dtype)
+    explained = dlkernels.explain(layer, torch.empty(7, 4, 3, device="cuda", dtype=dtype))
+    assert explained.native and [one.kernel for one in explained.layers] == ["cuda/cluster/lstm"] * 2
+    name = str(dtype).removeprefix("torch.")
+    for one in explained.layers:
+        assert one.forward == plan("lstm", name, 4, 96, 2, False)
+        assert one.backward == plan("lstm", name, 4, 96, 2, True)
+    assert "kind cluster, blocks " in str(explained) and "barriers_per_step 1" in str(explained)
+    cell = dlkernels.nn.GRUCell(3, 5, device="cuda", dtype=dtype)
+    assert dlkernels.explain(cell, torch.empty(4, 3, device="cuda", dtype=dtype)).kernel == "cuda/cell/gru"
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_autocast_on_cuda(cuda: None, autocast: None, name: str) -> None:
+    layer = getattr(dlkernels.nn, name)(3, 5, num_layers=2, device="cuda")
+    cell = getattr(dlkernels.nn, f"{name}Cell")(3, 5, device="cuda")
+    x = torch.empty(7, 4, 3, device="cuda")
+    for module, given in ((layer, x), (cell, torch.empty(4, 3, device="cuda"))):
+        explained = dlkernels.explain(module, given)
+        assert explained.native and explained.kernel.startswith("cuda/")
+        assert "autocast bfloat16" in explained.call
+        with torch.no_grad():  # autograd asks for the device of its tensors
+            outputs = torch.utils._pytree.tree_leaves(module(given))
+        assert {(out.dtype, out.device.type) for out in outputs} == {(torch.bfloat16, "cuda")}
+    # float64 is left alone, and has no kernel.
+    wide = getattr(dlkernels.nn, name)(3, 5, device="cuda", dtype=torch.float64)
+    doubles = torch.empty(7, 4, 3, device="cuda", dtype=torch.float64)
+    assert dlkernels.explain(wide, doubles).layers[0].reason == "no kernel for torch.float64 on cuda"
+
+
+def test_autocast_of_the_cpu_does_not_reach_cuda(cuda: None) -> None:
+    layer, x = dlkernels.nn.GRU(3, 5, device="cuda"), torch.empty(7, 4, 3, device="cuda")
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert layer(x)[0].dtype == torch.float32
