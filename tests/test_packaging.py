@@ -83,6 +83,8 @@ def source_tree(folder: Path, with_csrc: bool = False) -> Path:
     tree = folder / "tree"
     leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.cuh", *(() if with_csrc else ("*.h",)))
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=leave_out)
+    for name in ("plan_cap.cpp", "sequence_plan.cpp"):  # the two that native.py names
+        (tree / "csrc" / "cuda" / name).touch()
     shutil.copytree(ROOT / "dlkernels", tree / "dlkernels", ignore=leave_out)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
