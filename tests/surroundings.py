@@ -1,5 +1,5 @@
-"""What a kernel may find itself in, for the scripts of `settings.run_python`: a busy parallel region, a forked child; and
-what many calls leave behind."""
+"""What a kernel may find itself in, for the scripts of `settings.run_python`: a busy parallel region, a forked child;
+and what many calls leave behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def in_parallel_region(body: Callable[[], None]) -> bool:
-    """Runs `body` on each of two threads of torch's OpenMP team, inside a region. False where torch ships no libgomp."""
+    """Runs `body` on two threads of torch's OpenMP team, inside a region. False where torch ships no libgomp."""
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp.so.1")
     if not os.path.exists(library):
         return False
