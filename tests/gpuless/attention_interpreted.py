@@ -22,6 +22,7 @@ from dlkernels.triton.heuristics import Plan, Tile
 
 faulthandler.enable()
 interpreter.install_bfloat16()
+interpreter.install_shortcuts()
 CASES = pairwise(FACTORS)
 # Small, so that 97 rows are several.
 SMALL = Tile(64, 32, 4, 1)

@@ -54,7 +54,7 @@ def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
             if c not in row:
                 values = range(len(factors[names[c]]))
                 # Among equals another one each time, so that what is no longer missing still varies.
-                row[c] = max(values, key=lambda z: (_gain(missing, row, c, z), (z + len(rows)) % 3))
+                row[c] = max(values, key=lambda z: (_gain(missing, row, c, z), (z + len(rows)) % len(values)))
         pairs = itertools.combinations(sorted(row.items()), 2)
         missing -= {(*first, *second) for first, second in pairs}
         rows.append({names[c]: factors[names[c]][z] for c, z in row.items()})

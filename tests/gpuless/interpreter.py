@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.language import core
 from triton.runtime import interpreter
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "Triton must find TRITON_INTERPRET=1 when it is imported"
@@ -69,6 +70,69 @@ def install_bfloat16() -> None:
 
     builder.cast_impl, builder.create_dot = cast_impl, create_dot
     builder.binary_op, builder.unary_op = binary_op, unary_op
+
+
+def _patch_once() -> None:
+    patch = interpreter._patch_lang
+    patched: set[frozenset[int]] = set()
+
+    def patch_lang(function: Any) -> Any:
+        seen = frozenset(id(x) for x in function.__globals__.values() if x is tl or x is core)
+        if seen in patched:
+            return interpreter._LangPatchScope()
+        scope = patch(function)
+        patched.add(seen)
+        restore = scope.restore
+
+        def restore_all() -> None:
+            patched.clear()
+            restore()
+
+        scope.restore = restore_all
+        return scope
+
+    interpreter._patch_lang = patch_lang
+
+
+def install_shortcuts() -> None:
+    """Half of the interpreter's time is work done again: the language is patched at each call of a function inside a
+    kernel, and each tensor has types with names of their own. Done once, the same comes out."""
+    _patch_once()
+
+    dtypes: dict[str, Any] = {}
+    dtype_of = interpreter._get_np_dtype
+
+    def get_np_dtype(tt_dtype: Any) -> Any:
+        if tt_dtype.name not in dtypes:
+            dtypes[tt_dtype.name] = dtype_of(tt_dtype)
+        return dtypes[tt_dtype.name]
+
+    interpreter._get_np_dtype = get_np_dtype
+
+    numbers: dict[tuple[int, ...], Any] = {}
+    type_of = core._type_for_tuple_values
+
+    def type_for_tuple_values(values: Sequence[Any], fields: Any = None) -> Any:
+        key = tuple(x.value if isinstance(x, core.constexpr) else x for x in values)
+        if fields is not None or any(type(x) is not int for x in key):
+            return type_of(values, fields)
+        if key not in numbers:
+            numbers[key] = type_of(values)
+        return numbers[key]
+
+    core._type_for_tuple_values = type_for_tuple_values
+
+    blocks: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}
+    block = core.block_type.__init__
+
+    def init_block(self: Any, element_ty: Any, shape: Sequence[Any]) -> None:
+        key = element_ty.name, tuple(x.value if isinstance(x, core.constexpr) else x for x in shape)
+        if key not in blocks:
+            block(self, element_ty, shape)
+            blocks[key] = dict(self.__dict__)
+        self.__dict__.update(blocks[key])
+
+    core.block_type.__init__ = init_block
 
 
 def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

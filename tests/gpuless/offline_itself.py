@@ -18,8 +18,8 @@ def test_shared_memory_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_spills_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 x 256 sums of float32 are more than the registers of four warps."""
-    monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 64, 4, 1))
-    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 256, {}, backward=False)
+    """128 x 128 scores and 128 x 64 sums of float32 are more than the registers of four warps."""
+    monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 128, 4, 1))
+    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {}, backward=False)
     with pytest.raises(AssertionError, match="spills in a loop"):
         check(found, "sm_90", True, "plain")
