@@ -15,7 +15,7 @@ OWN = (
     ROOT / "csrc" / "cpu" / "rnn_boundary.cpp", HERE / "boundary.cpp",
 )  # fmt: skip
 KERNELS = tuple(source for source in SOURCES if source != "kernels_test.cpp")
-TESTS = ROOT / "tests" / "gpu" / "recurrent_cuda.py"
+TESTS = tuple(ROOT / "tests" / "gpu" / f"{name}_cuda.py" for name in ("recurrent", "recurrent_torch"))
 LIBRARY = BUILD / "boundary.so"
 SHARDS = 4
 
@@ -48,10 +48,10 @@ def link() -> None:
 
 
 def run_tests(shard: int) -> None:
-    command = [sys.executable, "-m", "pytest", TESTS, "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *TESTS, "-q", "--tb=short", "-p", "no:cacheprovider"]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = call(
-        [*command, f"--confcutdir={TESTS.parent}"], DLKERNELS_DEVICE="cpu", DLKERNELS_EMULATED=str(LIBRARY),
+        [*command, f"--confcutdir={TESTS[0].parent}"], DLKERNELS_DEVICE="cpu", DLKERNELS_EMULATED=str(LIBRARY),
         DLKERNELS_REQUIRE_NATIVE="1", DLKERNELS_SHARD=f"{shard}/{SHARDS}", OMP_NUM_THREADS="1", PYTHONPATH=path,
     )  # fmt: skip
     if done.returncode != 0 or " passed" not in done.output:

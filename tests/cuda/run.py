@@ -4,7 +4,7 @@ emulation  the emulation's own test: planted bugs, each noticed by the builds th
 kernels    the kernels under emulation against the reference, over a covering array of shapes
 asan       the same over smaller shapes with the address and undefined-behaviour sanitizers
 tsan       the same with clang's ThreadSanitizer, in several schedules
-boundary   the torch boundary on CPU tensors with emulated kernels: tests/gpu/recurrent_cuda.py (after `make build`)
+boundary   the torch boundary on CPU tensors with emulated kernels: tests/gpu/recurrent*_cuda.py (after `make build`)
 mutants    bugs planted in the kernels: each must be noticed
 compile    nvcc for sm_80, sm_90a and sm_100a: no spills, no local memory, registers, tensor-core instructions
 resident   the blocks of a plan that meet at a barrier fit an H200 at the same time

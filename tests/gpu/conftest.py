@@ -1,0 +1,22 @@
+"""The tests here use the modules of tests/ and of tests/gpuless; DLKERNELS_DEADLINE ends them in time."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "gpuless"), str(TESTS)]
+
+from timing import DEADLINE  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> None:
+    if time.time() > DEADLINE:
+        pytest.skip("NOT RUN: the time of this part was over")
+    torch.manual_seed(0)
