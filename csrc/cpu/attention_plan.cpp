@@ -35,9 +35,11 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   const double work = pairs * static_cast<double>(s.H) * static_cast<double>(s.D + s.Dv) * (backward ? 2.5 : 1);
 
   AttentionPlan plan{};
-  plan.isa = isa;
   plan.threads = work < kSerialWork ? 1 : std::min(std::max(threads, 1), kMaxMembers);
   plan.kernel = rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
+  // The matrix unit multiplies bf16; few rows wait for the memory.
+  const bool matrix = s.dtype == DType::bf16 && plan.kernel == AttentionPlan::tiles;
+  plan.isa = matrix ? isa : std::min(isa, Isa::avx512);
   plan.block_m = std::min(kBlockRows, (rows + 15) / 16 * 16);
   plan.block_n = kBlockKeys;
   const int64_t wanted = backward ? kBackwardTasks : kTasks;

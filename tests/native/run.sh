@@ -11,13 +11,14 @@ case $mode in
   *) echo "usage: run.sh [asan|tsan] [cases] [seed]" >&2; exit 2 ;;
 esac
 CXX=${CXX:-g++}
-FLAGS="-std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
+# Tiles in plain C++, so that their kernels run on any machine with AVX-512.
+FLAGS="-DDLK_EMULATE_AMX -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
 export CXX FLAGS build
 mkdir -p "$build"
 
 csrc=../../csrc/cpu
 # The slowest to compile first.
-kernels="isa/avx512 isa/avx2 isa/attention_avx512 isa/attention_avx2 isa/scalar isa/attention_scalar isa/dispatch plan
+kernels="isa/avx512 isa/avx2 isa/attention_amx isa/attention_avx512 isa/attention_avx2 isa/scalar isa/attention_scalar isa/dispatch plan
   rnn_kernels team attention_plan attention_kernels"
 objects=
 for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
@@ -26,6 +27,7 @@ for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
   echo kernels_test.cpp
   echo attention_test.cpp
   echo simd_test.cpp
+  echo tiles_test.cpp
 } | xargs -P 2 -I{} sh -c '$CXX $FLAGS -c {} -o "$build/$(basename {} .cpp).o"'
 # shellcheck disable=SC2086
 $CXX $FLAGS $objects "$build/kernels_test.o" -o "$build/kernels_test"
@@ -33,7 +35,10 @@ $CXX $FLAGS $objects "$build/kernels_test.o" -o "$build/kernels_test"
 $CXX $FLAGS $objects "$build/attention_test.o" -o "$build/attention_test"
 # shellcheck disable=SC2086
 $CXX $FLAGS "$build/simd_test.o" -o "$build/simd_test"
+# shellcheck disable=SC2086
+$CXX $FLAGS "$build/tiles_test.o" -o "$build/tiles_test"
 
 [ "$mode" = tsan ] || "$build/simd_test"
+[ "$mode" = tsan ] || "$build/tiles_test"
 "$build/kernels_test" "${2:-$cases}" "${3:-0}"
 "$build/attention_test" "${2:-$cases}" "${3:-0}"
