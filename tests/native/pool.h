@@ -44,4 +44,11 @@ inline std::vector<Isa> isas() {
   return found;
 }
 
+// ... and emulated tiles.
+inline std::vector<Isa> attention_isas() {
+  std::vector<Isa> found = isas();
+  if (found.back() == Isa::avx512) found.push_back(Isa::amx);
+  return found;
+}
+
 }  // namespace dlk
