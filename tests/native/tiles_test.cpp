@@ -39,6 +39,9 @@ bool same(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0 || (std:
 
 }  // namespace
 
+// Both kinds, whatever the command line has chosen.
+#undef DLK_EMULATE_AMX
+#define DLK_EMULATE_AMX
 DLK_TARGET_BEGIN(DLK_TARGET_AVX512)
 namespace dlk::emulated {
 #include "../../csrc/cpu/simd/avx512.h"
@@ -56,7 +59,6 @@ namespace dlk::real {
 #include "tiles_test_body.h"
 }  // namespace dlk::real
 DLK_TARGET_END
-#endif
 
 namespace {
 
@@ -67,6 +69,7 @@ bool has_tiles() {
 }
 
 }  // namespace
+#endif
 
 int main() {
   if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||

@@ -52,7 +52,32 @@ inline void test_pairs(const char* kind, std::mt19937& random) {
           "%s rounding of %.9g and %.9g", kind, double(wide_a[i]), double(wide_b[i]));
 }
 
+// A session puts back what it found: the shapes of an outer one, or none.
+inline void test_sessions(const char* kind) {
+  TileRegisters::Shapes shapes{};
+  const auto same = [&](const TileRegisters::Shapes& other) { return std::memcmp(&shapes, &other, sizeof other) == 0; };
+  const auto now = [] {
+    TileRegisters::Shapes found;
+    TileRegisters::open(&found);
+    TileRegisters::close(found);
+    return found;
+  };
+  CHECK(same(now()), "%s: shapes before any session", kind);
+  {
+    const Tiles::Session outer;
+    CHECK(!same(now()), "%s: no shapes in a session", kind);
+    shapes = now();
+    {
+      const Tiles::Session inner;
+    }
+    CHECK(same(now()), "%s: shapes after an inner session", kind);
+  }
+  shapes = {};
+  CHECK(same(now()), "%s: shapes after all sessions", kind);
+}
+
 inline void test_tiles(const char* kind) {
+  test_sessions(kind);
   std::mt19937 random(1);
   const Tiles::Session session;
   for (int i = 0; i < 100; ++i) {

@@ -8,7 +8,9 @@
 
 class TileRegisters {
  public:
-  static void configure(bool on) { mine().configured = on; }
+  using Shapes = bool;  // whether there are any
+  static void open(Shapes* before) { *before = mine().configured, mine().configured = true; }
+  static void close(const Shapes& before) { mine().configured = before; }
 
   template <int kTile>
   static void zero() {
@@ -63,14 +65,23 @@ class TileRegisters {
 
 // The intrinsics want their tiles as literals.
 struct TileRegisters {
-  static DLK_INLINE void configure(bool on) {
+  struct alignas(64) Shapes {
+    uint8_t bytes[64];  // the first is the palette, 0 where there are no shapes
+  };
+  static DLK_INLINE void open(Shapes* before) {
     // Palette 1, eight tiles of 64 bytes by 16 rows.
-    alignas(64) static constexpr uint8_t kConfiguration[64] = {
-        1,  0, 0,  0, 0,  0, 0,  0, 0,  0,  0,  0,  0,  0,  0,  0,                           //
-        64, 0, 64, 0, 64, 0, 64, 0, 64, 0,  64, 0,  64, 0,  64, 0,  0, 0, 0, 0, 0, 0, 0, 0,  //
-        0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0};
-    if (on) {
-      _tile_loadconfig(kConfiguration);
+    static constexpr Shapes kShapes = {
+        {1,  0, 0,  0, 0,  0, 0,  0, 0,  0,  0,  0,  0,  0,  0,  0,                           //
+         64, 0, 64, 0, 64, 0, 64, 0, 64, 0,  64, 0,  64, 0,  64, 0,  0, 0, 0, 0, 0, 0, 0, 0,  //
+         0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0}};
+    _tile_storeconfig(before->bytes);
+    asm volatile("" ::: "memory");  // GCC's intrinsics speak of 8 bytes only
+    _tile_loadconfig(kShapes.bytes);
+  }
+  static DLK_INLINE void close(const Shapes& before) {
+    asm volatile("" ::: "memory");
+    if (before.bytes[0]) {
+      _tile_loadconfig(before.bytes);
     } else {
       _tile_release();
     }
@@ -117,12 +128,17 @@ struct Tiles {
   static constexpr int kSize = 16;   // rows and columns of a tile
   static constexpr int kDepth = 32;  // values of a row or column of it
 
-  // The tiles' shapes belong to the thread: nothing else may set them while this lives.
-  struct Session {
-    DLK_NOINLINE Session() { TileRegisters::configure(true); }
-    DLK_NOINLINE ~Session() { TileRegisters::configure(false); }
+  // The tiles' shapes belong to the thread: nothing else may set them while this lives. Those of other libraries, some
+  // of which leave theirs from call to call, are put back.
+  class Session {
+   public:
+    DLK_NOINLINE Session() { TileRegisters::open(&before_); }
+    DLK_NOINLINE ~Session() { TileRegisters::close(before_); }
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
+
+   private:
+    TileRegisters::Shapes before_;
   };
 
   // In what follows kI by kJ of the 2 by 2 sums take part.
