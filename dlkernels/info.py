@@ -68,7 +68,7 @@ def _isa() -> dict[str, Any]:
     elif compiled and in_force == compiled[-1]:
         reason = "the best that was compiled"
     else:
-        reason = "the best that this CPU and the build have in common"
+        reason = "the best that this machine and the build have in common"
     return {"in_force": in_force, "available": available, "compiled": compiled, "reason": reason}
 
 

@@ -3,14 +3,16 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "../runtime_flags.h"
-
 #include "../simd/target.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -44,8 +46,17 @@ uint64_t xgetbv0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-// Linux grants the tiles' state to a process that asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
-bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+// Linux grants the tiles' state to a process that asks, for all its threads and those it forks. Who will not use them
+// does not ask: a process that has them may not have signal stacks too small for their state.
+bool ask_for_tiles() {
+#if defined(__linux__) && defined(DLK_AMX) && !defined(DLK_EMULATE_AMX)
+  const char* cap = std::getenv("DLKERNELS_CPU_ISA");
+  if (cap && *cap && std::strcmp(cap, isa_name(Isa::amx)) != 0) return false;
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+#else
+  return false;
+#endif
+}
 
 bool bit(uint64_t word, int index) { return (word >> index) & 1; }
 
@@ -85,10 +96,11 @@ Cpu detect() {
     cpu.best = Isa::avx2;
     if (os_zmm && avx512f && avx512dq && avx512bw && avx512vl) cpu.best = Isa::avx512;
 #if defined(DLK_EMULATE_AMX)
-    if (cpu.best == Isa::avx512) cpu.best = Isa::amx;
-#elif defined(DLK_AMX)
-    if (cpu.best == Isa::avx512 && amx_granted) cpu.best = Isa::amx;
+    const bool tiles = true;
+#else
+    const bool tiles = amx_granted;
 #endif
+    if (cpu.best == Isa::avx512 && tiles) cpu.best = Isa::amx;
   }
   return cpu;
 }

@@ -29,10 +29,10 @@
 #define DLK_X86 1
 #endif
 
-// The matrix unit, where the compiler knows it. DLK_EMULATE_AMX puts plain C++ in its place (amx_tiles.h), for machines
-// without.
+// The matrix unit, where the compiler knows it; DLK_NO_TILES is for an assembler that does not. DLK_EMULATE_AMX puts
+// plain C++ in its place (amx_tiles.h), for machines without.
 #ifdef DLK_X86
-#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#if !defined(DLK_NO_TILES) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define DLK_TARGET_TILES "amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
 #endif
 #if defined(DLK_EMULATE_AMX)
