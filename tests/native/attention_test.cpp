@@ -329,7 +329,7 @@ int main(int argc, char** argv) {
   for (int i = 0; i < cases; ++i) {
     Random random(seed * 1000003 + static_cast<uint64_t>(i));
     AttentionCase c;
-    random_case(random, attention_isas(), &c);
+    random_case(random, available_isas(), &c);
     g_pool = pick(random, {Pool::one_each, Pool::one_each, Pool::two_ranges, Pool::one_range, Pool::in_turn});
     set_poison(chance(random, 0.7));
     const int before = failures();

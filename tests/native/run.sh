@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan] [cases] [seed]
-# CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects.
+# CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with TILES= attention on AMX uses
+# the machine's tiles, if it has any, in place of their emulation.
 set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}
@@ -12,7 +13,8 @@ case $mode in
 esac
 CXX=${CXX:-g++}
 # Tiles in plain C++, so that their kernels run on any machine with AVX-512.
-FLAGS="-DDLK_EMULATE_AMX -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
+TILES=${TILES--DDLK_EMULATE_AMX}
+FLAGS="$TILES -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
 # The scalar build checks these for the same source; with them the others take half as long again to compile.
 FEW=-fno-sanitize=null,alignment,object-size
 export CXX FLAGS FEW build
