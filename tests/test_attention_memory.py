@@ -85,10 +85,10 @@ def test_the_gradient_of_a_full_mask_is_all_there_is() -> None:
 
 
 LEAKS = """
-import gc
 import torch
 import dlkernels
 from dlkernels.functional import attention, attention_map, scaled_dot_product_attention
+from surroundings import leaves_nothing
 
 q, k = torch.randn(2, 4, 20, 16, requires_grad=True), torch.randn(2, 2, 30, 16, requires_grad=True)
 mask = torch.randn(20, 30, requires_grad=True)
@@ -113,26 +113,7 @@ def once():
     except (RuntimeError, ValueError):
         pass
 
-def rss():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-
-def tensors():
-    gc.collect()
-    return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
-
-for _ in range(100):
-    once()
-before = rss(), tensors()
-for _ in range(150):
-    once()
-middle = rss(), tensors()
-for _ in range(150):
-    once()
-after = rss(), tensors()
-print("KiB and tensors:", before, middle, after)
-assert before[1] == middle[1] == after[1], "tensors are left behind"
-assert after[0] - middle[0] < 1024 and after[0] - before[0] < 3072, "the process grows"
+leaves_nothing(once, 100, 150)
 """
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from attention_modules import Spy, spy
+from patching import check_hooks_survive
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -109,33 +110,7 @@ def test_whole_models(spy: Spy) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_and_their_handles_survive(name: str) -> None:
     module, args = build(name)
-    calls: list[str] = []
-    inner = weight_owner(module)
-    handles = [
-        inner.register_forward_pre_hook(lambda *_: calls.append("pre")),
-        inner.register_forward_hook(lambda *_: calls.append("forward")),
-        module.register_full_backward_hook(lambda *_: calls.append("backward")),
-        module.register_state_dict_pre_hook(lambda *_: calls.append("state")),
-        module.register_load_state_dict_post_hook(lambda *_: calls.append("load")),
-    ]
-
-    def run() -> list[str]:
-        calls.clear()
-        first(module(*(arg.requires_grad_() for arg in args))).sum().backward()
-        module.load_state_dict(module.state_dict())
-        return list(calls)
-
-    before = run()
-    assert set(before) == {"pre", "forward", "backward", "state", "load"}
-    dlkernels.patch(module)
-    assert run() == before
-    for handle in handles[:3]:
-        handle.remove()
-    assert run() == ["state", "load"]
-    dlkernels.unpatch(module)
-    for handle in handles[3:]:
-        handle.remove()
-    assert run() == []
+    check_hooks_survive(module, weight_owner(module), lambda: first(module(*(arg.requires_grad_() for arg in args))))
 
 
 @pytest.mark.parametrize("name", NAMES)

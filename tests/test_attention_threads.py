@@ -51,12 +51,13 @@ def test_several_python_threads(threads: Any) -> None:
 
 
 PRELUDE = """
-import ctypes, os, select, sys, threading
+import numpy
 import torch
 import dlkernels
 from dlkernels import _native
 from attention_calls import check, prepare, run
 from attention_oracle import make_data
+from surroundings import in_forked_child, in_parallel_region
 from test_attention_threads import CASES
 _native.native.set_poison(True)
 last_run = _native.native.attention_last_run
@@ -71,30 +72,16 @@ def test_inside_another_parallel_region() -> None:
     """torch's OpenMP team is busy: each of its threads calls attention, with backward, from inside the region."""
     output = run_with_prelude(
         """
-        library = os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp.so.1")
-        if not os.path.exists(library):
-            print("no libgomp in this torch")
-            sys.exit(0)
-        gomp = ctypes.CDLL(library)
         torch.mm(torch.ones(300, 300), torch.ones(300, 300))
         work = [(case, make_data(case)) for case in CASES if not case.dropout]
         expected = [run(*one) for one in work]
-        failures, inside = [], []
 
-        def body(_):
-            inside.append((threading.get_ident(), gomp.omp_in_parallel()))
-            try:
-                for one, results in zip(work, expected):
-                    for name, value in run(*one).items():
-                        assert torch.equal(value, results[name]), (name, one[0])
-            except BaseException as error:
-                failures.append(repr(error))
+        def body():
+            for one, results in zip(work, expected):
+                for name, value in run(*one).items():
+                    assert torch.equal(value, results[name]), (name, one[0])
 
-        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
-        gomp.GOMP_parallel(callback, None, 2, 0)
-        assert not failures, failures
-        assert len(set(inside)) == 2 and all(flag == 1 for _, flag in inside), inside
-        print("both members passed")
+        print("both members passed" if in_parallel_region(body) else "no libgomp in this torch")
         """
     )
     if "no libgomp" in output:
@@ -131,38 +118,19 @@ def test_after_fork() -> None:
     own operators hang there when they are large enough for threads, so all tensors are made before."""
     output = run_with_prelude(
         """
-        import faulthandler
-        import numpy
-
         torch.set_num_threads(2)
         work = [prepare(case, make_data(case)) for case in CASES]
         expected = [call() for call in work]
         torch.mm(torch.randn(400, 400), torch.randn(400, 400))
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            faulthandler.dump_traceback_later(50, exit=True)
-            verdict = b"failed"
-            try:
-                for call, results in zip(work, expected):
-                    for name, value in call().items():
-                        a, b = (t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in (value, results[name]))
-                        numpy.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=name)
-                    assert last_run()["members"] == 1, last_run()
-                verdict = b"passed"
-            except BaseException as error:
-                verdict = repr(error).encode()
-            finally:
-                os.write(writer, verdict)
-                os._exit(0)
-        ready = select.select([reader], [], [], 60)[0]
-        if not ready:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            raise SystemExit("the child hangs")
-        verdict = os.read(reader, 4000).decode()
-        os.waitpid(child, 0)
-        assert verdict == "passed", verdict
+
+        def body():
+            for call, results in zip(work, expected):
+                for name, value in call().items():
+                    a, b = (t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in (value, results[name]))
+                    numpy.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=name)
+                assert last_run()["members"] == 1, last_run()
+
+        in_forked_child(body)
         for call, results in zip(work, expected):
             for name, value in call().items():
                 assert torch.equal(value, results[name]), name

@@ -70,9 +70,9 @@ def test_peak_of_training() -> None:
 
 
 LEAKS = """
-import gc
 import torch
 import dlkernels.nn
+from surroundings import leaves_nothing
 from torch.nn.utils.rnn import pack_padded_sequence
 
 lstm = dlkernels.nn.LSTM(24, 48, num_layers=2, bidirectional=True, proj_size=16)
@@ -98,26 +98,7 @@ def once():
         pass
     gru(x, bptt_steps=4)[0].sum().backward()
 
-def rss():
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
-
-def tensors():
-    gc.collect()
-    return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
-
-for _ in range(200):
-    once()
-before = rss(), tensors()
-for _ in range(500):
-    once()
-middle = rss(), tensors()
-for _ in range(500):
-    once()
-after = rss(), tensors()
-print("KiB and tensors:", before, middle, after)
-assert before[1] == middle[1] == after[1], "tensors are left behind"
-assert after[0] - middle[0] < 1024 and after[0] - before[0] < 3072, "the process grows"
+leaves_nothing(once, 200, 500)
 """
 
 

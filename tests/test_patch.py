@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from patching import check_hooks_survive
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -96,32 +97,7 @@ def test_verbose_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_and_their_handles_survive(name: str) -> None:
     module, x = build(name)
-    calls: list[str] = []
-    handles = [
-        module.register_forward_pre_hook(lambda *_: calls.append("pre")),
-        module.register_forward_hook(lambda *_: calls.append("forward")),
-        module.register_full_backward_hook(lambda *_: calls.append("backward")),
-        module.register_state_dict_pre_hook(lambda *_: calls.append("state")),
-        module.register_load_state_dict_post_hook(lambda *_: calls.append("load")),
-    ]
-
-    def run() -> list[str]:
-        calls.clear()
-        first(module(x.requires_grad_())).sum().backward()
-        module.load_state_dict(module.state_dict())
-        return list(calls)
-
-    before = run()
-    assert set(before) == {"pre", "forward", "backward", "state", "load"}
-    dlkernels.patch(module)
-    assert run() == before
-    for handle in handles[:3]:
-        handle.remove()
-    assert run() == ["state", "load"]
-    dlkernels.unpatch(module)
-    for handle in handles[3:]:
-        handle.remove()
-    assert run() == []
+    check_hooks_survive(module, module, lambda: first(module(x.requires_grad_())))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -95,12 +95,12 @@ def test_one_layer_from_several_threads(isa: str, deterministic: None) -> None:
 
 
 PRELUDE = """
-import ctypes, os, select, sys, threading
+import numpy
 import torch
-import dlkernels
 from dlkernels import _native
 import dlkernels.nn
 from helpers import *
+from surroundings import in_forked_child, in_parallel_region
 from test_threads import cases_of
 if _native.HAVE_NATIVE:
     _native.native.set_poison(True)
@@ -118,28 +118,14 @@ def test_inside_another_parallel_region() -> None:
     """torch's OpenMP team is busy: each of its threads runs layers, with backward, from inside the region."""
     output = run_with_prelude(
         """
-        library = os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp.so.1")
-        if not os.path.exists(library):
-            print("no libgomp in this torch")
-            sys.exit(0)
-        gomp = ctypes.CDLL(library)
         torch.mm(torch.ones(300, 300), torch.ones(300, 300))
-        failures, inside = [], []
 
-        def body(_):
-            inside.append((threading.get_ident(), gomp.omp_in_parallel()))
-            try:
-                for mode in MODES:
-                    for case in cases_of(mode):
-                        check_case(case)
-            except BaseException as error:
-                failures.append(repr(error))
+        def body():
+            for mode in MODES:
+                for case in cases_of(mode):
+                    check_case(case)
 
-        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(body)
-        gomp.GOMP_parallel(callback, None, 2, 0)
-        assert not failures, failures
-        assert len(set(inside)) == 2 and all(flag == 1 for _, flag in inside), inside
-        print("both members passed")
+        print("both members passed" if in_parallel_region(body) else "no libgomp in this torch")
         """
     )
     if "no libgomp" in output:
@@ -181,9 +167,6 @@ def test_after_fork() -> None:
     own operators hang there when they are large enough for threads, so the child builds and compares without them."""
     output = run_with_prelude(
         """
-        import faulthandler
-        import numpy
-
         torch.set_num_threads(2)
         work = []
         for mode in MODES:
@@ -192,34 +175,18 @@ def test_after_fork() -> None:
                 work.append((case, data, new_layer(case, data, case.dtype)))
         expected = [run_layer(case, data, case.dtype, dlkernels.nn, layer=layer) for case, data, layer in work]
         torch.mm(torch.randn(400, 400), torch.randn(400, 400))
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            faulthandler.dump_traceback_later(50, exit=True)
-            verdict = b"failed"
-            try:
-                for (case, data, layer), results in zip(work, expected):
-                    for grad in (True, False):
-                        actual = run_layer(case, data, case.dtype, dlkernels.nn, grad, layer)
-                        for name, value in actual.items():
-                            wanted = results[name].numpy()
-                            numpy.testing.assert_allclose(value.numpy(), wanted, 1e-4, 1e-4, err_msg=name)
-                        run = last_run()
-                        assert run is None or run["members"] == 1, run
-                verdict = b"passed"
-            except BaseException as error:
-                verdict = repr(error).encode()
-            finally:
-                os.write(writer, verdict)
-                os._exit(0)
-        ready = select.select([reader], [], [], 60)[0]
-        if not ready:
-            os.kill(child, 9)
-            os.waitpid(child, 0)
-            raise SystemExit("the child hangs")
-        verdict = os.read(reader, 4000).decode()
-        os.waitpid(child, 0)
-        assert verdict == "passed", verdict
+
+        def body():
+            for (case, data, layer), results in zip(work, expected):
+                for grad in (True, False):
+                    actual = run_layer(case, data, case.dtype, dlkernels.nn, grad, layer)
+                    for name, value in actual.items():
+                        wanted = results[name].numpy()
+                        numpy.testing.assert_allclose(value.numpy(), wanted, 1e-4, 1e-4, err_msg=name)
+                    run = last_run()
+                    assert run is None or run["members"] == 1, run
+
+        in_forked_child(body)
         # The parent's pool is as it was.
         for (case, data, layer), results in zip(work, expected):
             for name, value in run_layer(case, data, case.dtype, dlkernels.nn, layer=layer).items():
