@@ -21,7 +21,8 @@ std::string plan_reason(const AttentionPlan& plan, const AttentionShape& shape) 
   text += plan.kernel == AttentionPlan::dot
               ? "the " + rows + " query rows of a head of keys are few: one stream of dot products over the keys"
               : "the " + rows + " query rows of a head of keys go in blocks of " + std::to_string(plan.block_m) +
-                    " through register tiles, " + std::to_string(plan.block_n) + " keys at a time";
+                    (plan.isa == Isa::amx ? " through the matrix unit, " : " through register tiles, ") +
+                    std::to_string(plan.block_n) + " keys at a time";
   if (plan.splits > 1) text += "; the " + keys + " keys are split in " + std::to_string(plan.splits) + " parts";
   text += plan.threads == 1 ? "; one thread does everything" : "; " + std::to_string(plan.threads) + " threads share";
   return text;

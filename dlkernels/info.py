@@ -68,12 +68,12 @@ def _isa() -> dict[str, Any]:
     elif compiled and in_force == compiled[-1]:
         reason = "the best that was compiled"
     else:
-        reason = "the best that this CPU and the build have in common"
+        reason = "the best that this machine and the build have in common"
     return {"in_force": in_force, "available": available, "compiled": compiled, "reason": reason}
 
 
 def _kernels(with_cuda: bool) -> list[dict[str, str]]:
-    """One row for each operator and device; a row without a kernel says what serves it instead, and why."""
+    """A row for each operator, device and kernel; a row without a kernel says what serves it instead, and why."""
     native = _native.native
     if with_cuda:
         no_cuda = "" if torch.cuda.is_available() else "torch finds no CUDA device"
@@ -82,7 +82,7 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     rows = []
     for mode in MODES:
         for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):
-            kernel = f"cpu/{native.isa()}/{mode}" if native is not None else "reference"
+            kernel = str(native.plan(mode, "float32", 1, 1, 1, 1)["kernel"]) if native is not None else "reference"
             rows.append({
                 "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(_DTYPES), "reason": _native.why_not,
             })  # fmt: skip
@@ -95,16 +95,20 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
 
 def _attention_kernels() -> list[dict[str, str]]:
     native = _native.native
-    kernel = f"cpu/{native.isa()}/attention" if native is not None else "reference"
+    on_cpu: dict[str, list[str]] = {}  # a matrix unit serves only some dtypes
+    for dtype in _DTYPES:
+        plan = native.attention_plan(dtype, 1, 1, 1, 64, 64, 64, 64) if native is not None else {"kernel": "reference"}
+        on_cpu.setdefault(str(plan["kernel"]).removesuffix("/tiles"), []).append(dtype)
     if torch.cuda.is_available():
         no_cuda = triton.why_not(torch.empty(0, device="cuda"))
     else:
         no_cuda = "torch finds no CUDA device"
     rows = []
     for op in triton.OPERATORS:
-        rows.append({
-            "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(_DTYPES), "reason": _native.why_not,
-        })  # fmt: skip
+        for kernel, dtypes in on_cpu.items():
+            rows.append({
+                "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(dtypes), "reason": _native.why_not,
+            })  # fmt: skip
         rows.append({
             "op": op, "device": "cuda", "kernel": "reference" if no_cuda else "cuda/triton/attention",
             "dtypes": "float32, bfloat16, float16", "reason": no_cuda,

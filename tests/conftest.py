@@ -18,7 +18,7 @@ import torch  # noqa: E402
 
 from dlkernels import _native  # noqa: E402
 
-BEST_ISA_LAST = ("scalar", "avx2", "avx512")
+BEST_ISA_LAST = ("scalar", "avx2", "avx512", "amx")
 
 
 def available_isas() -> list[str]:

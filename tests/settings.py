@@ -36,6 +36,11 @@ def use_isa(name: str) -> Iterator[None]:
         _native.native.set_isa(None)
 
 
+def kernels_of(isa: str, *, attention: torch.dtype | None = None, dot: bool = False) -> str:
+    """The instruction set whose kernels serve `isa`: a matrix unit has its own only for attention in bfloat16."""
+    return "avx512" if isa == "amx" and (attention != torch.bfloat16 or dot) else isa
+
+
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()

@@ -15,6 +15,7 @@ import attention_oracle as oracle
 import pytest
 import torch
 from attention_oracle import Case, Results, make_data, op_arguments, run_op, run_oracle
+from settings import kernels_of
 from torch import Tensor
 
 from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, error, floor
@@ -103,18 +104,23 @@ def plan_of(case: Case, **options: Any) -> dict[str, Any]:
 
 def test_plan_is_what_runs(native: Any, isa: str, threads: Callable[[int], None]) -> None:
     for count, case in itertools.product(
-        (1, 2), (Case(M=40, N=300, D=32), Case(M=2, H=4, N=200, D=64), Case(M=1, N=1))
-    ):
+        (1, 2),
+        (
+            Case(M=40, N=300, D=32), Case(M=2, H=4, N=200, D=64), Case(M=1, N=1), Case(M=40, N=300, D=32, dtype=BF16),
+            Case(M=40, N=300, D=32, dtype=F16), Case(M=1, N=300, D=32, dtype=BF16),
+        ),
+    ):  # fmt: skip
         threads(count)
         run_op(case, make_data(case), grads=False)
         ran, plan = native.attention_last_run(), plan_of(case)
         assert {key: ran[key] for key in plan} == plan
-        assert ran["isa"] == isa and not ran["backward"] and 1 <= ran["members"] <= plan["threads"]
+        served = kernels_of(isa, attention=case.dtype, dot=ran["kernel"].endswith("/dot"))
+        assert ran["isa"] == served and not ran["backward"] and 1 <= ran["members"] <= plan["threads"]
         run_op(case, make_data(case))
         ran, plan = native.attention_last_run(), plan_of(case, backward=True)
         assert {key: ran[key] for key in plan} == plan and ran["backward"]
-    assert plan_of(Case(M=1, H=8, Hkv=1, N=2048))["kernel"] == f"cpu/{isa}/attention/dot"
-    assert plan_of(Case(M=2, H=8, Hkv=1, N=2048))["kernel"] == f"cpu/{isa}/attention/tiles"
+    assert plan_of(Case(M=1, H=8, Hkv=1, N=2048))["kernel"] == f"cpu/{kernels_of(isa)}/attention/dot"
+    assert plan_of(Case(M=2, H=8, Hkv=1, N=2048))["kernel"] == f"cpu/{kernels_of(isa)}/attention/tiles"
 
 
 ODD = Case(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import kernels_of
 
 import dlkernels
 from dlkernels import _native
@@ -31,13 +32,24 @@ def test_the_plan_is_what_ran(name: str, count: int, isa: str, threads: Callable
     attention(q, k, k)
     ran = _native.native.attention_last_run()
     assert {key: ran[key] for key in plan.forward} == plan.forward and not ran["backward"]
-    assert plan.kernel == f"cpu/{isa}/attention/{'dot' if name == 'dot' else 'tiles'}"
+    assert plan.kernel == f"cpu/{kernels_of(isa)}/attention/{'dot' if name == 'dot' else 'tiles'}"
     q = q.clone().requires_grad_()
     plan = dlkernels.explain(attention, q, k, k).layers[0]
     assert plan.grad and "gradient" in plan.reason
     attention(q, k, k).sum().backward()
     ran = _native.native.attention_last_run()
     assert {key: ran[key] for key in plan.backward} == plan.backward and ran["backward"]
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_matrix_unit_is_named(rows: int, isa: str) -> None:
+    """bfloat16 in tiles is what it serves; all else says that something lesser runs."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        q, k = torch.randn(1, 1, rows, 16, dtype=dtype), torch.randn(1, 1, 30, 16, dtype=dtype)
+        plan = dlkernels.explain(attention, q.requires_grad_(), k, k).layers[0]
+        for half in (plan.forward, plan.backward):
+            assert half["isa"] == kernels_of(isa, attention=dtype, dot=rows == 1)
+            assert ("matrix unit" in half["reason"]) == (half["isa"] == "amx")
 
 
 def test_nothing_is_run() -> None:

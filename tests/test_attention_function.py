@@ -12,6 +12,7 @@ import pytest
 import torch
 from attention_calls import arguments, check, run, seed_drawn
 from attention_oracle import Case
+from settings import kernels_of
 
 from dlkernels import _native, reference
 from dlkernels.functional import attention, attention_map
@@ -98,7 +99,9 @@ def test_against_float64(case: Case) -> None:
     check(case)
     sizes = {"dtype": str(case.dtype).removeprefix("torch."), "D": case.D}
     ran = _native.native.attention_last_run()
-    assert ran["backward"] and ran["kernel"].startswith(f"cpu/{_native.native.isa()}/attention/"), (ran, sizes)
+    assert ran["backward"] and ran["isa"] == kernels_of(
+        _native.native.isa(), attention=case.dtype, dot=ran["kernel"].endswith("/dot")
+    ), (ran, sizes)
 
 
 def test_the_grid_has_every_pair() -> None:

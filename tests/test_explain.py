@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from settings import kernels_of
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -37,7 +38,7 @@ def test_the_kernel_named_is_the_kernel_that_ran(name: str, isa: str) -> None:
         assert explanation.kernel == "reference"
         return
     assert inference.native
-    assert inference.kernel == f"cpu/{isa}/{MODES[name]}"
+    assert inference.kernel == f"cpu/{kernels_of(isa)}/{MODES[name]}"
     ran = _native.native.last_run()
     assert {key: ran[key] for key in inference.layers[0].forward} == inference.layers[0].forward
     result = module(x)
@@ -124,7 +125,13 @@ def test_info_is_complete_plain_data() -> None:
     if _native.HAVE_NATIVE:
         assert data["isa"]["in_force"] == _native.native.isa()
         on_cpu = {row["op"]: row["kernel"] for row in data["kernels"] if row["device"] == "cpu"}
-        assert on_cpu["gru_cell_backward"] == f"cpu/{_native.native.isa()}/gru"
+        assert on_cpu["gru_cell_backward"] == f"cpu/{kernels_of(_native.native.isa())}/gru"
+        served = {dtype: row["kernel"] for row in data["kernels"] if row["op"] == "attention" and row["device"] == "cpu"
+                  for dtype in row["dtypes"].split(", ")}  # fmt: skip
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            isa = kernels_of(_native.native.isa(), attention=dtype)
+            assert served.pop(str(dtype).removeprefix("torch.")) == f"cpu/{isa}/attention"
+        assert not served
 
 
 def run_cli(*args: str) -> subprocess.CompletedProcess[str]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+
 import pytest
 import torch
 from conftest import BEST_ISA_LAST, available_isas
 from helpers import MODES, OP_MODES, Case, make_data, run_layer
-from settings import num_threads, run_python
+from settings import kernels_of, num_threads, run_python
 
 import dlkernels.nn
 
@@ -18,6 +23,47 @@ def test_available_isas(native) -> None:
     assert names and set(names) <= set(BEST_ISA_LAST)
     assert "scalar" in names
     assert native.isa() == available_isas()[-1], "the best one is in force unless capped"
+
+
+def test_amx_needs_everything(native) -> None:
+    """The tiles fault unless the processor has them, the system saves them and this process may use them."""
+    features = native.cpu_features()
+    wanted = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "amx_tile", "amx_bf16", "os_zmm", "os_amx", "amx_granted")
+    cap = os.environ.get("DLKERNELS_CPU_ISA") or "amx"
+    can = all(features[name] for name in wanted) or emulated(native)
+    assert ("amx" in native.available_isas()) == (can and cap == "amx" and "amx" in native.build_info()["isas"])
+    if "amx" not in native.available_isas():
+        with pytest.raises((ValueError, RuntimeError), match="amx is more than this machine"):
+            native.set_isa("amx")
+
+
+def emulated(native) -> bool:
+    """Whether this build has plain C++ in place of the tiles."""
+    return "DLK_EMULATE_AMX" in native.build_info()["flags"]
+
+
+AMX = re.compile(r"\t(tdp\w+|tile\w+|ldtilecfg|sttilecfg)\b")
+FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
+IN_AMX = re.compile(r"_Z+N+K?3dlk3amx")
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump reads the instructions")
+def test_tile_instructions_are_only_in_their_kernels(native) -> None:
+    """Elsewhere they would be an illegal instruction for every machine without them."""
+    code = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", native.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    found: dict[str, set[str]] = {}
+    function = ""
+    for line in code.splitlines():
+        if head := FUNCTION.match(line):
+            function = head[1]
+        elif instruction := AMX.search(line):
+            found.setdefault(instruction[1], set()).add(function)
+    expected = {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "sttilecfg", "tilerelease"}
+    assert set(found) == (expected if "amx" in native.build_info()["isas"] and not emulated(native) else set())
+    outside = {name for names in found.values() for name in names if not IN_AMX.match(name)}
+    assert not outside, outside
 
 
 def test_set_isa(native) -> None:
@@ -43,12 +89,13 @@ CAPPED = """
 import torch
 from dlkernels import _native
 from helpers import *
+from settings import kernels_of
 native = _native.native
 print("isa", native.isa())
 print("available", *native.available_isas())
 for mode in MODES:
     check_case(Case(mode, T=4, B=3, I=5, H=17, P=3 if mode == "lstm_proj" else 0, lengths=(2, 4, 1)))
-    assert native.last_run()["isa"] == native.isa()
+    assert native.last_run()["isa"] == kernels_of(native.isa())
 """
 
 
@@ -103,8 +150,8 @@ def test_the_planned_kernel_ran(mode: str, dtype: torch.dtype, count: int, isa: 
                     plan = native.plan(op_mode, name, t, b, i, h, proj, case.D, count, backward, False, False)
                     assert run["backward"] == backward
                     assert {key: run[key] for key in PLAN_KEYS} == {key: plan[key] for key in PLAN_KEYS}
-                    assert plan["isa"] == isa and plan["reason"]
-                    assert isa in plan["kernel"] and op_mode in plan["kernel"]
+                    assert plan["isa"] == kernels_of(isa) and plan["reason"]
+                    assert kernels_of(isa) in plan["kernel"] and op_mode in plan["kernel"]
                     assert run["members"] <= run["threads"] <= count
 
 

@@ -49,6 +49,16 @@ def test_finder_sees_the_torch_of_the_environment() -> None:
 
 
 @has_source
+@pytest.mark.parametrize(("assembler", "flags"), [("true", "[]"), ("! grep -q tilerelease", "['-DDLK_NO_TILES']")])
+def test_an_old_assembler_is_not_given_tiles(tmp_path: Path, assembler: str, flags: str) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\n{assembler}\n")
+    compiler.chmod(0o755)
+    run = python("-c", f"import native; print(native.tiles_flags(['{compiler}'], native.ROOT))", cwd=SETUP)
+    assert run.stdout.split("\n")[0] == flags, run.stderr
+
+
+@has_source
 def test_finder_is_not_led_astray_by_the_build_environment(tmp_path: Path) -> None:
     overlay = fake_torch(tmp_path, "9.9.0")
     run = python("-c", FOUND, cwd=SETUP, PYTHONPATH=str(overlay), PYTHONNOUSERSITE="1")

@@ -32,6 +32,9 @@ void attention_map(const AttentionMapParams& params, const Runtime& runtime) {
 const AttentionLastRun& attention_last_run() { return g_last_run; }
 
 const AttentionTable& attention_kernels(Isa isa) {
+#ifdef DLK_AMX
+  if (isa == Isa::amx) return amx::kAttention;
+#endif
 #ifdef DLK_X86
   if (isa == Isa::avx512) return avx512::kAttention;
   if (isa == Isa::avx2) return avx2::kAttention;

@@ -101,8 +101,8 @@ struct AttentionTasks {
   static constexpr int64_t kRowGrain = 48;  // three of the widest vectors, so that panels are full
 };
 
-// Runs fn(worker, task) for every task on whichever threads come; returns how many came.
-template <class F>
+// Runs fn(worker, task) for every task on whichever threads come, each within a Session; returns how many came.
+template <class Session, class F>
 int run_tasks(const Runtime& runtime, int threads, int64_t count, F& fn) {
   struct Context {
     F* fn;
@@ -112,6 +112,7 @@ int run_tasks(const Runtime& runtime, int threads, int64_t count, F& fn) {
   } context{&fn, count};
   const auto body = [](void* self, int64_t, int64_t) {
     Context& c = *static_cast<Context*>(self);
+    const Session session;
     const int worker = c.workers.fetch_add(1, std::memory_order_relaxed);
     for (int64_t task; (task = c.next.fetch_add(1, std::memory_order_relaxed)) < c.count;) (*c.fn)(worker, task);
   };

@@ -32,7 +32,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const double work_per_step = per_row * rows / std::max<int64_t>(1, shape.T);
 
   Plan plan{};
-  plan.isa = isa;
+  plan.isa = std::min(isa, Isa::avx512);  // the best that has kernels
   plan.threads = std::min(std::max(threads, 1), kMaxMembers);
   plan.split = Plan::serial;
   // Packing the weights costs about as much as a few rows' products with them.

@@ -20,7 +20,7 @@ PackedHeader header_of(const LayerShape& shape, Isa isa) {
   PackedHeader header;
   std::memset(&header, 0, sizeof header);  // padding too: headers are compared as bytes
   std::memcpy(header.magic, "dlkpack1", sizeof header.magic);
-  header.isa = isa;
+  header.isa = kernels(isa).isa;
   header.shape.cell = shape.cell;
   header.shape.dtype = shape.dtype;
   header.shape.I = shape.I;
@@ -70,7 +70,7 @@ const LastRun& rnn_last_run() { return g_last_run; }
 
 const KernelTable& kernels(Isa isa) {
 #ifdef DLK_X86
-  if (isa == Isa::avx512) return avx512::kKernels;
+  if (isa >= Isa::avx512) return avx512::kKernels;
   if (isa == Isa::avx2) return avx2::kKernels;
 #endif
   (void)isa;

@@ -192,11 +192,23 @@ def _pybind11_include(build_dir: Path) -> Path:
     return include
 
 
+def tiles_flags(command: list[str], build_dir: Path) -> list[str]:
+    """GCC leaves AMX to the assembler, which may be older than itself and not know it."""
+    run = subprocess.run(
+        [*command, "-x", "c++", "-c", "-o", str(build_dir / "tiles.o"), "-"],
+        input='void release() { asm("tilerelease"); }', capture_output=True, text=True,
+    )  # fmt: skip
+    return [] if run.returncode == 0 else ["-DDLK_NO_TILES"]
+
+
 def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
     torch = find_torch()
     if torch is None:
         raise SystemExit(f"dlkernels: no {REQUIREMENT} to compile against in the environment of {sys.executable}")
+    cxx = compiler()
+    assert cxx is not None
     tuning = [f"-O{opt}", "-std=c++17", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    tuning += tiles_flags([*cxx, *tuning], build_dir)
     system = [_python_include(), _pybind11_include(build_dir), *torch.include]
     compile_flags = [
         *tuning,

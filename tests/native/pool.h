@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/kernel_params.h"
+#include "../../csrc/cpu/isa/dispatch.h"
 
 namespace dlk {
 
@@ -33,14 +33,10 @@ inline void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end
   for (std::thread& thread : threads) thread.join();
 }
 
+// Of the recurrent layers.
 inline std::vector<Isa> isas() {
-  std::vector<Isa> found = {Isa::scalar};
-#ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(Isa::avx2);
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    found.push_back(Isa::avx512);
-  }
-#endif
+  std::vector<Isa> found = available_isas();
+  if (found.back() == Isa::amx) found.pop_back();
   return found;
 }
 

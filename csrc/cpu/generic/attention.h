@@ -6,6 +6,8 @@
 #include "attention_lanes.h"
 #include "attention_scores.h"
 #include "attention_philox.h"
+#include "attention_packed.h"
+#include "attention_packed_backward.h"
 #include "attention_state.h"
 #include "attention_dot.h"
 #include "attention_forward.h"

@@ -32,7 +32,8 @@ class AttentionBackward {
     const int64_t fit = kChunkElements / std::max<int64_t>(1, s_.D + s_.Dv) / plan.block_n * plan.block_n;
     chunk_ = std::min(std::max(fit, plan.block_n), (keys_ + plan.block_n - 1) / plan.block_n * plan.block_n);
     lanes_ = Lanes<C>::lanes_for(plan.block_m);
-    dq_stride_ = blocks_ * lanes_ * s_.D;
+    dq_stride_ = blocks_ * lanes_ * lanes_rounded<C>(s_.D);
+    copies_ = !kPacked || hides_;
   }
 
   int64_t task_count() const { return tasks_.groups() * plan_.splits; }
@@ -42,10 +43,10 @@ class AttentionBackward {
     for (int n = 0; n < plan_.threads; ++n) {
       Worker& w = workers_[n];
       w.lanes.carve(scratch, plan_.block_m);
-      w.q = scratch.take<C>(lanes_ * D);
+      w.q = scratch.take<C>(kPacked ? 0 : lanes_ * D);
       w.grad = scratch.take<C>(lanes_ * s_.Dv);
-      w.q_rows = scratch.take<C>(lanes_ * D);
-      w.grad_rows = scratch.take<C>(lanes_ * Dv);
+      w.q_rows = scratch.take<C>(copies_ ? lanes_ * D : 0);
+      w.grad_rows = scratch.take<C>(copies_ ? lanes_ * Dv : 0);
       w.o = scratch.take<C>(Lanes<C>::kWidth * s_.Dv);
       w.rows.lse = scratch.take<C>(lanes_);
       w.rows.delta = scratch.take<C>(lanes_);
@@ -55,11 +56,12 @@ class AttentionBackward {
       w.ds = scratch.take<C>(plan_.block_n * lanes_);
       w.damping = scratch.take<C>(in_.softcap != 0 ? plan_.block_n * lanes_ : 0);
       w.bias = scratch.take<C>(in_.mask.data ? (plan_.block_n + V::size) * Lanes<C>::kWidth : 0);
-      w.k = scratch.take<C>(chunk_ * D);
-      w.v = scratch.take<C>(chunk_ * Dv);
+      w.k = scratch.take<C>(copies_ ? chunk_ * D : 0);
+      w.v = scratch.take<C>(copies_ ? chunk_ * Dv : 0);
       w.dk = scratch.take<C>(chunk_ * D);
       w.dv = scratch.take<C>(chunk_ * Dv);
       w.dq = scratch.take<C>(p_.dq.data && plan_.splits == 1 ? dq_stride_ : 0);
+      if constexpr (kPacked) w.packed.carve(scratch, s_, lanes_, chunk_, plan_.block_n);
     }
     if (p_.dq.data && plan_.splits > 1) {
       dq_parts_ = scratch.take<C>(s_.B * s_.Hkv * plan_.splits * dq_stride_);
@@ -109,6 +111,7 @@ class AttentionBackward {
 
  private:
   static constexpr int64_t kChunkElements = 64 << 10;  // of dk and dv together, for L2
+  static constexpr bool kPacked = Tiles::kPresent;
 
   struct Worker {
     Lanes<C> lanes;
@@ -119,7 +122,8 @@ class AttentionBackward {
     C *scores, *ds, *damping;  // [key][lanes of the block]
     C* bias;
     C *k, *v, *dk, *dv;  // of a chunk
-    C* dq;               // all rows: blocks of panels [D][lanes]
+    C* dq;               // all rows: blocks of panels [D, whole vectors][lanes]
+    PackedBackward<C, Tiles> packed;
   };
 
   // Keys [first, first + keys) of one head.
@@ -139,7 +143,8 @@ class AttentionBackward {
   ScoreGradients<C> gradients_;
   RowDeltas<C> deltas_;
   MaskGradientSums<C> mask_sums_;
-  bool hides_;  // whether anything may be hidden
+  bool hides_;   // whether anything may be hidden
+  bool copies_;  // whether q, k, v and do are wanted in the compute type, which a matrix unit does not read
   int64_t keys_ = 0, blocks_, chunk_, lanes_, dq_stride_;
   Worker workers_[kMaxMembers];
   C* dq_parts_ = nullptr;
@@ -183,26 +188,30 @@ class AttentionBackward {
       for (int64_t l = 0; l < w.lanes.count; l += V::size) scale.store(w.rows.lse + l);
       for (int64_t p = 0; p < w.lanes.panels; ++p) {
         const LanePanel& panel = w.lanes.panel[p];
-        lanes_to_rows(w.lanes, panel, dq + (block * lanes_ + panel.lane) * s_.D, w.rows.lse, p_.dq, s_.dtype, s_.D);
+        lanes_to_rows(w.lanes, panel, dq + (block * lanes_ + panel.lane) * lanes_rounded<C>(s_.D), w.rows.lse, p_.dq,
+                      s_.dtype, s_.D);
       }
     });
   }
 
   void run_chunk(Worker& w, int64_t b, int64_t kv_head, int64_t split, int64_t first, int64_t keys, C* dq) {
     const AttentionSequence sequence(in_, b);
+    const auto address = [&](const HeadTensor<const void*>& t) {
+      return advance(t.data, s_.dtype, key_offset(in_, sequence, t, b, kv_head, first));
+    };
     const auto read = [&](const HeadTensor<const void*>& t, int64_t width, C* copy) {
-      const int64_t at = key_offset(in_, sequence, t, b, kv_head, first);
-      return read_rows<C>(s_.dtype, advance(t.data, s_.dtype, at), t.row, keys, width,
-                          rows_in_place<C>(s_.dtype, t.row, width), copy);
+      if (!copies_) return KeyRows<C>{nullptr, 0};
+      return read_rows<C>(s_.dtype, address(t), t.row, keys, width, rows_in_place<C>(s_.dtype, t.row, width), copy);
     };
     const int64_t D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
     Chunk chunk{first, keys, read(in_.k, s_.D, w.k), read(in_.v, s_.Dv, w.v), true};
     chunk.finite = !hides_ || all_finite(chunk.k.data, chunk.k.ld, keys, s_.D);
+    if constexpr (kPacked) w.packed.set_keys(address(in_.k), in_.k.row, address(in_.v), in_.v.row, keys);
     std::fill_n(w.dk, keys * D, C(0));
     std::fill_n(w.dv, keys * Dv, C(0));
     each_block(w, b, kv_head, [&](int64_t block) {
       if (sees(w.lanes, first, keys)) {
-        run_block(w, chunk, split, dq + block * lanes_ * s_.D);
+        run_block(w, chunk, split, dq + block * lanes_ * D);
       } else {
         for (int64_t p = 0; p < w.lanes.panels; ++p) mask_sums_.hide(w.lanes, w.lanes.panel[p], first, first + keys);
       }
@@ -241,17 +250,18 @@ class AttentionBackward {
   void run_block(Worker& w, const Chunk& chunk, int64_t split, C* dq) {
     Lanes<C>& lanes = w.lanes;
     const int64_t D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
-    if (prepares()) {
-      read_grad(w);
-    } else {
+    if (!prepares()) {
       make_deltas(w);
+    } else if (!kPacked) {
+      read_grad(w);
     }
-    for (int64_t p = 0; p < lanes.panels && !dot_; ++p)
+    if constexpr (kPacked) w.packed.set_rows(lanes, in_.q, p_.grad_o);
+    for (int64_t p = 0; p < lanes.panels && !dot_ && !kPacked; ++p)
       rows_to_lanes(lanes, lanes.panel[p], in_.q, s_.dtype, s_.D, w.q + lanes.panel[p].lane * s_.D);
     for (int64_t l = 0; dot_ && l < lanes.rows; ++l)
       load_row<C>(s_.dtype, lanes.row_of(in_.q, s_.dtype, l), s_.D, w.q + l * D);
-    rows_to_strips(lanes, in_.q, s_.D, w.q_rows);
-    rows_to_strips(lanes, p_.grad_o, s_.Dv, w.grad_rows);
+    if (copies_) rows_to_strips(lanes, in_.q, s_.D, w.q_rows);
+    if (copies_) rows_to_strips(lanes, p_.grad_o, s_.Dv, w.grad_rows);
     read_statistics(w);
     if (p_.dslopes) std::fill_n(w.rows.slope_sums, lanes.count, C(0));
     const bool finite = !hides_ || (chunk.finite && all_finite(w.q_rows, D, lanes.rows, D) &&
@@ -292,7 +302,7 @@ class AttentionBackward {
 
   void run_tile(Worker& w, const Chunk& chunk, int64_t at, int64_t keys, int64_t split, C* dq, bool finite) {
     const Lanes<C>& lanes = w.lanes;
-    const int64_t ld = lanes.count;
+    const int64_t ld = lanes.count, D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
     int64_t begin = keys, end = 0;  // of the block's keys, what some panel sees
     for (int64_t p = 0; p < lanes.panels; ++p) {
       ScoreTile<C> tile;
@@ -307,19 +317,24 @@ class AttentionBackward {
       tile.ld = ld, tile.bias = w.bias;
       const bool seen = scores_.clip(panel, chunk.first + at, keys, &tile) && scores_.read_mask(lanes, &tile);
       const int64_t skipped = seen ? tile.first - chunk.first - at : begin, count = seen ? tile.keys : 0;
+      masked = masked || !seen || tile.masked() || skipped > begin || skipped + count < end;
+      any = any || seen;
+      tile.scores = w.scores + skipped * ld + panel.lane;
+      if (seen) run_panel(w, chunk, tile, at, KeyRange{skipped, count}, keys, split, dq + panel.lane * D, finite);
       clear_lanes(w, panel, begin, skipped, ld);
       clear_lanes(w, panel, skipped + count, end, ld);
       mask_sums_.hide(lanes, panel, chunk.first + at, chunk.first + at + skipped);
       mask_sums_.hide(lanes, panel, chunk.first + at + skipped + count, chunk.first + at + keys);
-      masked = masked || !seen || tile.masked() || skipped > begin || skipped + count < end;
-      if (!seen) continue;
-      any = true;
-      tile.scores = w.scores + skipped * ld + panel.lane;
-      run_panel(w, chunk, tile, at + skipped, split, dq + panel.lane * s_.D, finite);
     }
     if (!any || !p_.dk.data) return;
-    const int64_t D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
-    const bool selected = masked && !finite;
+    const KeyRange range{begin, end - begin};
+    const bool selected = (masked || (kPacked && !range.fills(Tiles::kSize, keys))) && !finite;
+    if constexpr (kPacked) {
+      if (!selected) {
+        w.packed.add_dv(at, range, w.scores, ld, lanes.rows, w.dv);
+        return w.packed.add_dk(at, range, w.ds, ld, lanes.rows, w.dk);
+      }
+    }
     add_product(selected, end - begin, w.scores + begin * ld, ld, lanes.rows, w.grad_rows, w.dv + (at + begin) * Dv,
                 Dv);
     add_product(selected, end - begin, w.ds + begin * ld, ld, lanes.rows, w.q_rows, w.dk + (at + begin) * D, D);
@@ -351,30 +366,36 @@ class AttentionBackward {
     }
   }
 
-  // Probabilities and gradients of the scores of one panel, and its dq.
-  void run_panel(Worker& w, const Chunk& chunk, const ScoreTile<C>& tile, int64_t key, int64_t split, C* dq,
-                 bool finite) {
+  // Probabilities and gradients of the scores of one panel, and its dq, of a range of the `keys` from key `at` on.
+  void run_panel(Worker& w, const Chunk& chunk, const ScoreTile<C>& tile, int64_t at, const KeyRange& range,
+                 int64_t keys, int64_t split, C* dq, bool finite) {
     const int64_t lane = tile.panel->lane, width = tile.width(), ld = tile.ld;
     const int vectors = tile.panel->vectors;
     const int64_t offset = tile.scores - w.scores;
     C *ds = w.ds + offset, *damping = w.damping ? w.damping + offset : nullptr;
+    const int64_t key = at + range.first;
     const C *k = chunk.k.data + key * chunk.k.ld, *v = chunk.v.data + key * chunk.v.ld;
-    if (dot_) {  // as the forward had them, to the last bit
+    if constexpr (kPacked) {
+      w.packed.score(*tile.panel, at, range, w.scores, w.ds, ld);
+    } else if (dot_) {  // as the forward had them, to the last bit
       const int64_t ldq = lanes_rounded<C>(s_.D);
       tile.clear_spare_lanes();
       dot_rows(tile.panel->rows, w.q + lane * ldq, ldq, s_.D, k, chunk.k.ld, tile.keys, tile.scores, ld, RowsAhead{});
     } else {
       multiply_rows(tile.keys, vectors, k, chunk.k.ld, s_.D, w.q + lane * s_.D, tile.scores, ld, false);
     }
-    multiply_rows(tile.keys, vectors, v, chunk.v.ld, s_.Dv, w.grad + lane * s_.Dv, ds, ld, false);
+    if (!kPacked) multiply_rows(tile.keys, vectors, v, chunk.v.ld, s_.Dv, w.grad + lane * s_.Dv, ds, ld, false);
     scores_.apply(w.lanes, tile, damping);
     gradients_.make(w.lanes, tile, w.rows, ds);
     if (p_.dslopes) gradients_.add_slopes(w.lanes, tile, w.rows, ds);
     if (mask_sums_.wanted()) mask_sums_.add(w.lanes, tile, ds, split);
     if (damping) gradients_.damp(tile, damping, ds);
     if (!p_.dq.data) return;
-    if (tile.masked() && !finite) {
+    const bool selected = (tile.masked() || (kPacked && !range.fills(Tiles::kDepth, keys))) && !finite;
+    if (selected) {
       add_selected<C, Lies::columns, false>(s_.D, width, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
+    } else if constexpr (kPacked) {
+      w.packed.add_dq(*tile.panel, at, range, w.ds, ld, dq);
     } else {
       add_columns(s_.D, vectors, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
     }

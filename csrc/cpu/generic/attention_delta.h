@@ -52,17 +52,20 @@ class RowDeltas {
   HeadTensor<C*> like_lse() const { return {delta_, s_.H * s_.M, s_.M, 1}; }
 
   V sum_products(const C* grad, const C* o, int64_t ld) const {
-    const int64_t slice = slice_of(s_.Dv);
     const V least = V::set1(std::numeric_limits<C>::min());
+    // Where o is 0 the gradient does not matter, and that of a row that sees nothing may be anything.
+    const auto wanted = [&](int64_t x) __attribute__((always_inline)) {
+      return select_lt(abs(V::load(o + x * ld)), least, V::zero(), V::load(grad + x * ld));
+    };
+    if constexpr (Tiles::kPresent) {
+      return diagonal_product<Tiles, C>(s_.Dv, [&](int64_t x) { return V::load(o + x * ld); }, wanted);
+    }
+    const int64_t slice = slice_of(s_.Dv);
     V total = V::zero();
     for (int64_t x = 0; x < s_.Dv;) {
       const int64_t left = s_.Dv - x, end = x + (left < slice + slice / 2 ? left : slice);
       V sum = V::zero();
-      for (; x < end; ++x) {
-        // Where o is 0 the gradient does not matter, and that of a row that sees nothing may be anything.
-        const V value = V::load(o + x * ld);
-        sum = fma(value, select_lt(abs(value), least, V::zero(), V::load(grad + x * ld)), sum);
-      }
+      for (; x < end; ++x) sum = fma(V::load(o + x * ld), wanted(x), sum);
       total = total + sum;
     }
     return total;

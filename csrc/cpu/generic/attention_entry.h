@@ -17,7 +17,7 @@ DLK_NOINLINE int attention_forward_as(const AttentionForwardParams& params, cons
   carve_all(work, scratch);
   work.begin();
   auto body = [&](int worker, int64_t task) { work.run(worker, task); };
-  return run_tasks(runtime, plan.threads, static_cast<int64_t>(tasks.tasks.size()), body);
+  return run_tasks<Tiles::Session>(runtime, plan.threads, static_cast<int64_t>(tasks.tasks.size()), body);
 }
 
 template <class C>
@@ -29,9 +29,10 @@ DLK_NOINLINE int attention_backward_as(const AttentionBackwardParams& params, co
   carve_all(work, scratch);
   work.begin();
   auto prepare = [&](int worker, int64_t head) { work.prepare(worker, head); };
-  if (work.prepares()) run_tasks(runtime, plan.threads, params.in.shape.B * params.in.shape.Hkv, prepare);
+  if (work.prepares())
+    run_tasks<Tiles::Session>(runtime, plan.threads, params.in.shape.B * params.in.shape.Hkv, prepare);
   auto body = [&](int worker, int64_t task) { work.run(worker, task); };
-  const int members = run_tasks(runtime, plan.threads, work.task_count(), body);
+  const int members = run_tasks<Tiles::Session>(runtime, plan.threads, work.task_count(), body);
   work.finish();
   return members;
 }
@@ -42,24 +43,33 @@ DLK_NOINLINE int attention_map_as(const AttentionMapParams& params, const Attent
   AttentionMap<C> work(params, plan);
   carve_all(work, scratch);
   auto body = [&](int worker, int64_t task) { work.run(worker, task); };
-  return run_tasks(runtime, plan.threads, work.task_count(), body);
+  return run_tasks<Tiles::Session>(runtime, plan.threads, work.task_count(), body);
+}
+
+// A matrix unit serves one type of these.
+template <class Call>
+DLK_INLINE int by_compute_type(DType dtype, Call call) {
+  if constexpr (!Tiles::kPresent) {
+    if (dtype == DType::f64) return call(double());
+  }
+  return call(float());
 }
 
 inline int attention_forward_entry(const AttentionForwardParams& params, const AttentionPlan& plan,
                                    const Runtime& runtime) {
-  return params.in.shape.dtype == DType::f64 ? attention_forward_as<double>(params, plan, runtime)
-                                             : attention_forward_as<float>(params, plan, runtime);
+  return by_compute_type(params.in.shape.dtype,
+                         [&](auto zero) { return attention_forward_as<decltype(zero)>(params, plan, runtime); });
 }
 
 inline int attention_backward_entry(const AttentionBackwardParams& params, const AttentionPlan& plan,
                                     const Runtime& runtime) {
-  return params.in.shape.dtype == DType::f64 ? attention_backward_as<double>(params, plan, runtime)
-                                             : attention_backward_as<float>(params, plan, runtime);
+  return by_compute_type(params.in.shape.dtype,
+                         [&](auto zero) { return attention_backward_as<decltype(zero)>(params, plan, runtime); });
 }
 
 inline int attention_map_entry(const AttentionMapParams& params, const AttentionPlan& plan, const Runtime& runtime) {
-  return params.in.shape.dtype == DType::f64 ? attention_map_as<double>(params, plan, runtime)
-                                             : attention_map_as<float>(params, plan, runtime);
+  return by_compute_type(params.in.shape.dtype,
+                         [&](auto zero) { return attention_map_as<decltype(zero)>(params, plan, runtime); });
 }
 
 const AttentionTable kAttention = {kIsa, attention_forward_entry, attention_backward_entry, attention_map_entry};

@@ -21,13 +21,14 @@ class AttentionForward {
     for (int n = 0; n < plan_.threads; ++n) {
       Worker& w = workers_[n];
       w.lanes.carve(scratch, plan_.block_m);
-      w.q = scratch.take<C>(lanes * lanes_rounded<C>(s_.D));
+      w.q = scratch.take<C>(kPacked ? 0 : lanes * lanes_rounded<C>(s_.D));
       w.state = scratch.take<C>(plan_.splits == 1 ? State::elements(lanes, s_.Dv) : 0);
       w.scores = scratch.take<C>(plan_.block_n * Lanes<C>::kWidth);
       w.bias = scratch.take<C>(in_.mask.data ? (plan_.block_n + V::size) * Lanes<C>::kWidth : 0);
-      w.k = scratch.take<C>(dot_ ? 0 : plan_.block_n * lanes_rounded<C>(s_.D));
+      w.k = scratch.take<C>(dot_ || kPacked ? 0 : plan_.block_n * lanes_rounded<C>(s_.D));
       w.v = scratch.take<C>(plan_.block_n * lanes_rounded<C>(s_.Dv));
       w.words = scratch.take<uint32_t>(dropout_.active ? 4 * (Lanes<C>::kWidth + Words::size) : 0);
+      if constexpr (kPacked) w.packed.carve(scratch, s_, lanes, plan_.block_n);
     }
     if (plan_.splits > 1) {
       parts_ = scratch.take<C>(tasks_.blocks * plan_.splits * State::elements(lanes, s_.Dv));
@@ -55,6 +56,7 @@ class AttentionForward {
 
  private:
   using State = RowState<C>;
+  static constexpr bool kPacked = Tiles::kPresent;
 
   struct Worker {
     Lanes<C> lanes;
@@ -62,6 +64,7 @@ class AttentionForward {
     C* state;  // memory of the rows' state
     C *scores, *bias, *k, *v;
     uint32_t* words;
+    PackedForward<C, Tiles> packed;
   };
 
   const AttentionForwardParams& p_;
@@ -90,7 +93,11 @@ class AttentionForward {
     for (int64_t p = 0; p < lanes.panels; ++p) {
       begin = std::min(begin, lanes.panel[p].first_begin);
       end = std::max(end, lanes.panel[p].last_end);
-      if (!dot_) rows_to_lanes(lanes, lanes.panel[p], in_.q, s_.dtype, s_.D, w.q + lanes.panel[p].lane * s_.D);
+      if constexpr (kPacked) {
+        w.packed.set_rows(lanes, lanes.panel[p], in_.q);
+      } else if (!dot_) {
+        rows_to_lanes(lanes, lanes.panel[p], in_.q, s_.dtype, s_.D, w.q + lanes.panel[p].lane * s_.D);
+      }
     }
     for (int64_t l = 0; dot_ && l < lanes.rows; ++l)
       load_row<C>(s_.dtype, lanes.row_of(in_.q, s_.dtype, l), s_.D, w.q + l * lanes_rounded<C>(s_.D));
@@ -111,6 +118,7 @@ class AttentionForward {
     const AttentionTask& task;
     int64_t first, keys;
     KeyRows<C> k_{nullptr, 0}, v_{nullptr, 0};
+    bool packed_k = false, packed_v = false;
     int finite = -1;
 
     const void* address(const HeadTensor<const void*>& t) const {
@@ -132,6 +140,16 @@ class AttentionForward {
       }
       return v_;
     }
+    const PackedForward<C, Tiles>& packed_keys() {
+      if (!packed_k) w.packed.set_keys(address(f.in_.k), f.in_.k.row, keys);
+      packed_k = true;
+      return w.packed;
+    }
+    const PackedForward<C, Tiles>& packed_values() {
+      if (!packed_v) w.packed.set_values(address(f.in_.v), f.in_.v.row, keys);
+      packed_v = true;
+      return w.packed;
+    }
     bool values_finite() {
       if (finite < 0) finite = all_finite(v().data, v().ld, keys, f.s_.Dv);
       return finite;
@@ -143,7 +161,11 @@ class AttentionForward {
     tile.scores = w.scores, tile.bias = w.bias, tile.ld = int64_t{panel.vectors} * V::size;
     if (!scores_.clip(panel, block.first, block.keys, &tile) || !scores_.read_mask(w.lanes, &tile)) return;
     const int64_t ld = tile.ld, skipped = tile.first - block.first;
-    if (dot_) {
+    const KeyRange range{skipped, tile.keys};
+    if constexpr (kPacked) {
+      block.packed_keys().score(panel, range, w.scores);
+      tile.scores += skipped * ld;
+    } else if (dot_) {
       const int64_t ldq = lanes_rounded<C>(s_.D);
       tile.clear_spare_lanes();
       dot_rows<C>(s_.dtype, panel.rows, w.q + panel.lane * ldq, ldq, s_.D,
@@ -159,8 +181,13 @@ class AttentionForward {
     state.softmax(tile);
     if (s_.Dv == 0) return;
     if (dropout_.active) drop(w, tile);
+    const bool whole = !kPacked || range.fills(Tiles::kDepth, block.keys);
+    const bool selected = (tile.masked() || !whole) && !block.values_finite();
+    if constexpr (kPacked) {
+      if (!selected) return block.packed_values().add_values(panel, range, w.scores, state.of(panel));
+    }
     const KeyRows<C>& v = block.v();
-    add_values(tile, v.data + skipped * v.ld, v.ld, tile.masked() && !block.values_finite(), state);
+    add_values(tile, v.data + skipped * v.ld, v.ld, selected, state);
   }
 
   void add_values(const ScoreTile<C>& tile, const C* values, int64_t ldv, bool selected, const State& state) const {

@@ -18,11 +18,12 @@ class AttentionMap {
     for (int n = 0; n < plan_.threads; ++n) {
       Worker& w = workers_[n];
       w.lanes.carve(scratch, plan_.block_m);
-      w.q = scratch.take<C>(lanes * s_.D);
+      w.q = scratch.take<C>(kPacked ? 0 : lanes * s_.D);
       w.lse = scratch.take<C>(lanes);
       w.scores = scratch.take<C>(plan_.block_n * Lanes<C>::kWidth);
       w.bias = scratch.take<C>(in_.mask.data ? (plan_.block_n + V::size) * Lanes<C>::kWidth : 0);
-      w.k = scratch.take<C>(plan_.block_n * lanes_rounded<C>(s_.D));
+      w.k = scratch.take<C>(kPacked ? 0 : plan_.block_n * lanes_rounded<C>(s_.D));
+      if constexpr (kPacked) w.packed.carve(scratch, s_, lanes, plan_.block_n);
     }
   }
 
@@ -45,9 +46,12 @@ class AttentionMap {
   }
 
  private:
+  static constexpr bool kPacked = Tiles::kPresent;
+
   struct Worker {
     Lanes<C> lanes;
     C *q, *lse, *scores, *bias, *k;
+    PackedForward<C, Tiles> packed;
   };
 
   const AttentionMapParams& p_;
@@ -62,7 +66,11 @@ class AttentionMap {
   static int64_t bin_begin(int64_t bin, int64_t n, int64_t bins) { return (bin * n + bins - 1) / bins; }
 
   void run_panel(Worker& w, const LanePanel& panel, int64_t b, int64_t kv_head, C* map) const {
-    rows_to_lanes(w.lanes, panel, in_.q, s_.dtype, s_.D, w.q);
+    if constexpr (kPacked) {
+      w.packed.set_rows(w.lanes, panel, in_.q);
+    } else {
+      rows_to_lanes(w.lanes, panel, in_.q, s_.dtype, s_.D, w.q);
+    }
     for (int64_t l = 0; l < int64_t{panel.vectors} * V::size; ++l) {
       const C lse =
           static_cast<const C*>(p_.lse.data)[w.lanes.offset(p_.lse, panel.lane + std::min(l, panel.rows - 1))];
@@ -75,10 +83,16 @@ class AttentionMap {
       if (!scores_.clip(panel, j, std::min(plan_.block_n, s_.N - j), &tile) || !scores_.read_mask(w.lanes, &tile)) {
         continue;
       }
-      const int64_t at = key_offset(in_, w.lanes.sequence, in_.k, b, kv_head, tile.first);
-      const KeyRows<C> k = read_rows<C>(s_.dtype, advance(in_.k.data, s_.dtype, at), in_.k.row, tile.keys, s_.D,
-                                        rows_in_place<C>(s_.dtype, in_.k.row, s_.D), w.k);
-      multiply_rows(tile.keys, panel.vectors, k.data, k.ld, s_.D, w.q, tile.scores, tile.ld, false);
+      const void* keys =
+          advance(in_.k.data, s_.dtype, key_offset(in_, w.lanes.sequence, in_.k, b, kv_head, tile.first));
+      if constexpr (kPacked) {
+        w.packed.set_keys(keys, in_.k.row, tile.keys);
+        w.packed.score(panel, KeyRange{0, tile.keys}, tile.scores);
+      } else {
+        const KeyRows<C> k =
+            read_rows<C>(s_.dtype, keys, in_.k.row, tile.keys, s_.D, rows_in_place<C>(s_.dtype, in_.k.row, s_.D), w.k);
+        multiply_rows(tile.keys, panel.vectors, k.data, k.ld, s_.D, w.q, tile.scores, tile.ld, false);
+      }
       scores_.apply(w.lanes, tile, nullptr);
       for (int64_t v = 0; v < panel.vectors; ++v) pool(w, tile, v * V::size, map);
     }

@@ -5,7 +5,7 @@
 template <class C>
 struct RowState {
   using V = Vec<C>;
-  C* o;           // panels [width][lanes]; or [lane][ld] where few rows go by dot products
+  C* o;           // panels [ld][lanes]; or [lane][ld] where few rows go by dot products
   C *m, *l;       // [lanes]
   C to_natural;   // a score times this is a logit,
   C to_base2;     // and times this an exponent of 2
@@ -29,7 +29,7 @@ struct RowState {
         by_rows(rows) {}
 
   int64_t ld() const { return lanes_rounded<C>(width); }
-  C* of(const LanePanel& panel) const { return o + panel.lane * (by_rows ? ld() : width); }
+  C* of(const LanePanel& panel) const { return o + panel.lane * ld(); }
 
   // -inf minus itself is NaN: rows that have seen nothing count from 0.
   static V finite(V m) { return select_gt(m, V::set1(-std::numeric_limits<C>::infinity()), m, V::zero()); }
@@ -44,7 +44,7 @@ struct RowState {
       m[i] = static_cast<C>(sink / static_cast<double>(to_natural));
       l[i] = sink == kNone ? C(0) : static_cast<C>(std::exp(sink - logit(i)));
     }
-    std::fill_n(o, lanes.count * (by_rows ? ld() : width), C(0));
+    std::fill_n(o, lanes.count * ld(), C(0));
   }
 
   double lse(int64_t lane) const {

@@ -25,6 +25,11 @@ namespace avx512 {
 extern const AttentionTable kAttention;
 }
 #endif
+#ifdef DLK_AMX
+namespace amx {
+extern const AttentionTable kAttention;  // for plans of bf16 and tiles only
+}
+#endif
 
 const AttentionTable& attention_kernels(Isa isa);
 

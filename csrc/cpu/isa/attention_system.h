@@ -9,3 +9,16 @@
 #include "../scratch.h"
 #include "../simd/system.h"
 #include "attention_kernels.h"
+
+namespace dlk {
+
+// In place of a matrix unit (amx_tiles.h) where there is none.
+struct NoTiles {
+  static constexpr int kSize = 1, kDepth = 1;
+  static constexpr bool kPresent = false;
+  struct Session {
+    Session() {}
+  };
+};
+
+}  // namespace dlk

@@ -3,12 +3,18 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 
 #include "../runtime_flags.h"
+#include "../simd/target.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace dlk {
@@ -40,6 +46,18 @@ uint64_t xgetbv0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// Linux grants the tiles' state to a process that asks, for all its threads and those it forks. Who will not use them
+// does not ask: a process that has them may not have signal stacks too small for their state.
+bool ask_for_tiles() {
+#if defined(__linux__) && defined(DLK_AMX) && !defined(DLK_EMULATE_AMX)
+  const char* cap = std::getenv("DLKERNELS_CPU_ISA");
+  if (cap && *cap && std::strcmp(cap, isa_name(Isa::amx)) != 0) return false;
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
+#else
+  return false;
+#endif
+}
+
 bool bit(uint64_t word, int index) { return (word >> index) & 1; }
 
 Cpu detect() {
@@ -53,6 +71,9 @@ Cpu detect() {
   const bool avx512f = bit(extended.ebx, 16), avx512dq = bit(extended.ebx, 17);
   const bool avx512bw = bit(extended.ebx, 30), avx512vl = bit(extended.ebx, 31);
 
+  const bool amx_tile = bit(extended.edx, 24), amx_bf16 = bit(extended.edx, 22);
+  const bool amx_granted = os_amx && amx_tile && amx_bf16 && ask_for_tiles();
+
   Cpu cpu;
   cpu.features = {{"avx", avx},
                   {"f16c", f16c},
@@ -65,14 +86,21 @@ Cpu detect() {
                   {"avx512_vnni", bit(extended.ecx, 11)},
                   {"avx512_bf16", bit(more.eax, 5)},
                   {"avx512_fp16", bit(extended.edx, 23)},
-                  {"amx_tile", bit(extended.edx, 24)},
-                  {"amx_bf16", bit(extended.edx, 22)},
+                  {"amx_tile", amx_tile},
+                  {"amx_bf16", amx_bf16},
                   {"os_ymm", os_ymm},
                   {"os_zmm", os_zmm},
-                  {"os_amx", os_amx}};
+                  {"os_amx", os_amx},
+                  {"amx_granted", amx_granted}};
   if (os_ymm && avx && avx2 && fma && f16c) {
     cpu.best = Isa::avx2;
     if (os_zmm && avx512f && avx512dq && avx512bw && avx512vl) cpu.best = Isa::avx512;
+#if defined(DLK_EMULATE_AMX)
+    const bool tiles = true;
+#else
+    const bool tiles = amx_granted;
+#endif
+    if (cpu.best == Isa::avx512 && tiles) cpu.best = Isa::amx;
   }
   return cpu;
 }
@@ -121,21 +149,25 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::amx:
+      return "amx";
   }
   return "?";
 }
 
 Isa isa_from_name(const std::string& name) {
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512}) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx}) {
     if (name == isa_name(isa)) return isa;
   }
-  throw std::invalid_argument("unknown instruction set '" + name + "', expected scalar, avx2 or avx512");
+  throw std::invalid_argument("unknown instruction set '" + name + "', expected scalar, avx2, avx512 or amx");
 }
 
 const std::vector<std::pair<const char*, bool>>& cpu_features() { return cpu().features; }
 
 std::vector<Isa> compiled_isas() {
-#if defined(__x86_64__)
+#if defined(DLK_AMX)
+  return {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx};
+#elif defined(__x86_64__)
   return {Isa::scalar, Isa::avx2, Isa::avx512};
 #else
   return {Isa::scalar};

@@ -13,7 +13,8 @@ namespace dlk {
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // throws std::invalid_argument naming the valid ones
 
-// Name and presence, as the CPU reports them; "os_*" tells which registers the OS saves.
+// Name and presence, as the CPU reports them; "os_*" tells which registers the OS saves, "amx_granted" whether this
+// process asked for the tiles and got them.
 const std::vector<std::pair<const char*, bool>>& cpu_features();
 
 std::vector<Isa> compiled_isas();

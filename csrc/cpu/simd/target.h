@@ -28,3 +28,18 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #define DLK_X86 1
 #endif
+
+// The matrix unit, where the compiler knows it; DLK_NO_TILES is for an assembler that does not. DLK_EMULATE_AMX puts
+// plain C++ in its place (amx_tiles.h), for machines without.
+#ifdef DLK_X86
+#if !defined(DLK_NO_TILES) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define DLK_TARGET_TILES "amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
+#endif
+#if defined(DLK_EMULATE_AMX)
+#define DLK_AMX 1
+#define DLK_TARGET_AMX DLK_TARGET_AVX512
+#elif defined(DLK_TARGET_TILES)
+#define DLK_AMX 1
+#define DLK_TARGET_AMX DLK_TARGET_TILES
+#endif
+#endif

@@ -1,0 +1,16 @@
+#include "attention_system.h"
+
+#ifdef DLK_AMX
+
+DLK_TARGET_BEGIN(DLK_TARGET_AMX)
+namespace dlk::amx {
+constexpr Isa kIsa = Isa::amx;
+constexpr int kRegisters = 32;
+#include "../simd/avx512.h"
+#include "../simd/math.h"
+#include "../simd/amx_tiles.h"
+#include "../generic/attention.h"
+}  // namespace dlk::amx
+DLK_TARGET_END
+
+#endif  // DLK_AMX
