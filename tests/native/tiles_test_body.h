@@ -10,6 +10,7 @@ void test_product(const char* kind, std::mt19937& random) {
       for (uint16_t& value : column) value = any_value(random);
   for (auto& row : in.sums)
     for (float& sum : row) sum = to_float(bf16{any_value(random)});
+  set_edge(in, random);
   float out[32][32];
   std::memcpy(out, in.sums, sizeof out);
   Tiles::load_sums<kI, kJ>(out[0], sizeof out[0]);

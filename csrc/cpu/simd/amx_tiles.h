@@ -33,7 +33,7 @@ class TileRegisters {
         for (int c = 0; c < 16; ++c)
           for (int half = 0; half < 2; ++half) {
             const float x = value(tile(kRows)[r][p], half), y = value(tile(kColumns)[p][c], half);
-            parts[half][c] = normal(__builtin_fmaf(x, y, parts[half][c]));
+            parts[half][c] = fused(x, y, parts[half][c]);
           }
       for (int c = 0; c < 16; ++c) {
         uint32_t& sum = tile(kSums)[r][c];
@@ -58,6 +58,13 @@ class TileRegisters {
   }
   // Denormals, in or out, count as 0.
   static float normal(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+  // x y + sum. What is tiny is told before it is rounded to the denormals' grid, which may make a normal number of it.
+  static float fused(float x, float y, float sum) {
+    constexpr float kLeast = std::numeric_limits<float>::min(), kUp = 0x1p64f;
+    const float z = __builtin_fmaf(x, y, sum);
+    const bool tiny = std::fabs(z) == kLeast && std::fabs(__builtin_fmaf(x * kUp, y, sum * kUp)) < kLeast * kUp;
+    return tiny ? std::copysign(0.0f, z) : normal(z);
+  }
   static float value(uint32_t pair, int half) { return normal(bits_float(half ? pair & 0xffff0000u : pair << 16)); }
 };
 
