@@ -1,4 +1,4 @@
-"""What the rungs of run.py are made of: commands, and units of work that run two at a time."""
+"""What the rungs of run.py are made of: commands, and units of work that run MAX_JOBS at a time, by default two."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda-tests"
-JOBS = min(2, len(os.sched_getaffinity(0)))
+JOBS = int(os.environ.get("MAX_JOBS") or min(2, len(os.sched_getaffinity(0))))
 
 _here = threading.local()  # .spent: processor seconds of the commands that this thread's unit ran
 

@@ -3,10 +3,11 @@
 The Triton kernels run under Triton's interpreter with the first of the given releases, and are compiled for each
 architecture with all of them: each shipped tile for 16-bit operands. What crosses features, and float32, whose tiles
 are the same for every architecture, is dealt out to the releases; --all compiles everything with each. As many
-processes at a time as this one may use processors. The CUDA kernels have a ladder of their own, tests/cuda/run.py, the
-last rung here. A rung that cannot run says why and fails, unless DLKERNELS_GPULESS_ALLOW names it
-(`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`). The environments, in build/, lie on top of the one that runs this:
-they hold Triton and the numpy that its interpreter can work with. One more holds nvcc, where the machine has none.
+processes at a time as this one may use processors. The CUDA kernels have a ladder of their own, tests/cuda/run.py, a
+rung here that goes on beside the others and speaks last. A rung that cannot run says why and fails, unless
+DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`). The environments, in build/, lie
+on top of the one that runs this: they hold Triton and the numpy that its interpreter can work with. One more holds
+nvcc, where the machine has none.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ def climb_cuda(everything: bool) -> Result:
         allowed = "cuda" in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(",")
         return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
     ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *(["--all"] if everything else [])]
-    status = subprocess.run(ladder, cwd=ROOT, env={**os.environ, "NVCC": command}).returncode
+    jobs = max(1, len(os.sched_getaffinity(0)) // 2)
+    settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(jobs)}
+    status = subprocess.run(ladder, cwd=ROOT, env=settings).returncode
     verdict = "passed" if status == 0 else f"FAILED ({status})"
     return Result(rung, verdict, status == 0, time.monotonic() - begin)
 
@@ -173,18 +176,18 @@ def main(arguments: list[str]) -> int:
         return 2
     begin = time.monotonic()
     (ROOT / "build").mkdir(exist_ok=True)
-    with ThreadPoolExecutor(len(specs)) as pool:
-        pythons = dict(zip(specs, pool.map(environment, specs), strict=True))
-    print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
     results = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        # It needs no environment and takes longest.
+        cuda = pool.submit(climb_cuda, everything)
+        with ThreadPoolExecutor(len(specs)) as installing:
+            pythons = dict(zip(specs, installing.map(environment, specs), strict=True))
+        print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
         waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything)]
-        for future in waiting:
+        for future in [*waiting, cuda]:
             result = future.result()
             results.append(result)
             print(f"== {result.rung.name}, {result.rung.spec}: {result.verdict}, {result.seconds:.0f} s", flush=True)
-    results.append(climb_cuda(everything))
-    print(f"== cuda: {results[-1].verdict}, {results[-1].seconds:.0f} s", flush=True)
     failed = sum(not result.fine for result in results)
     print(f"{len(results) - failed} rungs passed, {failed} failed, {time.monotonic() - begin:.0f} s")
     return int(failed > 0)
