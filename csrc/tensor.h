@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "cpu/huge_pages.h"
 #include "cpu/runtime_flags.h"
 #include "kernel_params.h"
 
@@ -87,7 +88,10 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
   Tensor tensor(handle);
-  if (poison() && tensor.numel() > 0 && tensor.on_cpu()) std::memset(tensor.data(), 0xff, tensor.byte_count());
+  if (!(device == cpu_device())) return tensor;
+  const size_t size = tensor.byte_count();
+  want_huge_pages(tensor.data(), size);
+  if (poison() && size > 0) std::memset(tensor.data(), 0xff, size);
   return tensor;
 }
 

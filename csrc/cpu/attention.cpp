@@ -1,7 +1,6 @@
 #include <limits>
 
 #include "attention_boundary.h"
-#include "huge_pages.h"
 
 namespace dlk {
 namespace {
@@ -82,7 +81,6 @@ std::vector<Tensor> attention_gradients(const Tensor& grad_o, const OptionalTens
   if (need_mask) {
     grads.push_back(empty_like(mask));
     const Tensor& dmask = grads.back();
-    want_huge_pages(dmask.data(), dmask.byte_count());
     const auto stride = [&](int d) { return dmask.size(d) == 1 ? int64_t{0} : dmask.strides()[d]; };
     params.dmask = {dmask.data(), dmask.numel(), stride(0), stride(1), stride(2), stride(3)};
   } else {

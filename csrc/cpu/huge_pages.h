@@ -11,7 +11,7 @@
 
 namespace dlk {
 
-constexpr size_t kHugePage = size_t{2} << 20, kHugeFrom = size_t{8} << 20;
+constexpr size_t kHugePage = size_t{2} << 20, kHugeFrom = size_t{4} << 20;
 
 // The whole huge pages within [memory, memory + size).
 inline void want_huge_pages(void* memory, size_t size) {
