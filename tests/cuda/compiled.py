@@ -15,8 +15,6 @@ ARCHS = ("80", "90a", "100a")
 # How long the files take for one GPU, about, and the GPUs against sm_90a.
 SECONDS = {"sequence_forward": 15, "sequence_backward": 22, "cell": 5}
 ARCH_FACTORS = {"80": 0.4, "90a": 1.0, "100a": 1.6}
-# float16's instances are bfloat16's but for the conversions and the product's type: one GPU stands for all.
-STANDS_FOR_ALL = {"f16": "90a"}
 
 
 class Kernel(NamedTuple):
@@ -153,12 +151,10 @@ def check_resident() -> None:
         raise Failure(f"only {checked} plans are persistent")
 
 
-def units(everything: bool) -> list[Unit]:
+def units() -> list[Unit]:
     all_units = []
     for arch in ARCHS:
         for file in files():
-            if not everything and STANDS_FOR_ALL.get(file.removesuffix(".cu").rsplit("_", 1)[-1], arch) != arch:
-                continue
             seconds = SECONDS.get(file.removesuffix(".cu").rsplit("_", 1)[0], 1) * ARCH_FACTORS[arch]
             seconds *= 0.4 if "f32" in file else 1
             run = partial(compile_one, file, arch)

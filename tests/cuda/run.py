@@ -1,4 +1,4 @@
-"""Everything that can be said about the CUDA kernels without a GPU: `python tests/cuda/run.py [--all] [RUNG...]`.
+"""Everything that can be said about the CUDA kernels without a GPU: `python tests/cuda/run.py [RUNG...]`.
 
 emulation  the emulation's own test: planted bugs, each noticed by the builds that must notice it
 kernels    the kernels under emulation against the reference, over a covering array of shapes
@@ -9,10 +9,9 @@ mutants    bugs planted in the kernels: each must be noticed
 compile    nvcc for sm_80, sm_90a and sm_100a: no spills, no local memory, registers, tensor-core instructions
 resident   the blocks of a plan that meet at a barrier fit an H200 at the same time
 
-Without --all, float16's sequence kernels, bfloat16's twins, are compiled for sm_90a only.
-
 Needs nvcc with its headers, g++, clang++ with its sanitizers' runtimes (Debian: clang, libclang-rt-14-dev). A rung that
-lacks something fails. NICE=19 runs everything at that niceness. The times that are printed are those of processors.
+lacks something fails. MAX_JOBS says how many commands run at a time (2), NICE=19 at which niceness. The times that are
+printed are those of processors.
 """
 
 from __future__ import annotations
@@ -56,13 +55,12 @@ def report(units: list[Unit], outcomes: dict[str, Outcome]) -> list[str]:
 
 
 def main() -> None:
-    everything = "--all" in sys.argv[1:]
-    wanted = [name for name in sys.argv[1:] if name != "--all"] or list(RUNGS)
+    wanted = sys.argv[1:] or list(RUNGS)
     unknown = set(wanted) - set(RUNGS)
     if unknown:
         raise SystemExit(f"no such rung: {', '.join(unknown)}; there are {', '.join(RUNGS)}")
     BUILD.mkdir(parents=True, exist_ok=True)
-    units = chosen_units([*emulated.units(), *boundary.units(), *compiled.units(everything)], wanted)
+    units = chosen_units([*emulated.units(), *boundary.units(), *compiled.units()], wanted)
     begin = time.monotonic()
     outcomes = run_units(units)
     failures = report(units, outcomes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,45 +94,48 @@ def _patch_once() -> None:
     interpreter._patch_lang = patch_lang
 
 
+def _remember(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
+def _number(x: Any) -> Any:
+    return x.value if isinstance(x, core.constexpr) else x
+
+
 def install_shortcuts() -> None:
     """Half of the interpreter's time is work done again: the language is patched at each call of a function inside a
     kernel, and each tensor has types with names of their own. Done once, the same comes out."""
     _patch_once()
-
-    dtypes: dict[str, Any] = {}
-    dtype_of = interpreter._get_np_dtype
-
-    def get_np_dtype(tt_dtype: Any) -> Any:
-        if tt_dtype.name not in dtypes:
-            dtypes[tt_dtype.name] = dtype_of(tt_dtype)
-        return dtypes[tt_dtype.name]
-
-    interpreter._get_np_dtype = get_np_dtype
-
-    numbers: dict[tuple[int, ...], Any] = {}
-    type_of = core._type_for_tuple_values
+    dtypes, tuples, blocks, tensors = {}, {}, {}, {}  # type: ignore[var-annotated]
+    dtype_of, tuple_type_of = interpreter._get_np_dtype, core._type_for_tuple_values
+    new_block, new_tensor = core.block_type.__init__, core.tensor.__init__
 
     def type_for_tuple_values(values: Sequence[Any], fields: Any = None) -> Any:
-        key = tuple(x.value if isinstance(x, core.constexpr) else x for x in values)
+        key = tuple(map(_number, values))
         if fields is not None or any(type(x) is not int for x in key):
-            return type_of(values, fields)
-        if key not in numbers:
-            numbers[key] = type_of(values)
-        return numbers[key]
-
-    core._type_for_tuple_values = type_for_tuple_values
-
-    blocks: dict[tuple[str, tuple[Any, ...]], dict[str, Any]] = {}
-    block = core.block_type.__init__
+            return tuple_type_of(values, fields)
+        return _remember(tuples, key, lambda: tuple_type_of(values))
 
     def init_block(self: Any, element_ty: Any, shape: Sequence[Any]) -> None:
-        key = element_ty.name, tuple(x.value if isinstance(x, core.constexpr) else x for x in shape)
-        if key not in blocks:
-            block(self, element_ty, shape)
-            blocks[key] = dict(self.__dict__)
-        self.__dict__.update(blocks[key])
+        def attributes() -> dict[str, Any]:
+            new_block(self, element_ty, shape)
+            return dict(self.__dict__)
 
-    core.block_type.__init__ = init_block
+        self.__dict__.update(_remember(blocks, (element_ty.name, tuple(map(_number, shape))), attributes))
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        def attributes() -> dict[str, Any]:
+            new_tensor(self, handle, type)
+            return dict(self.__dict__)
+
+        self.__dict__.update(_remember(tensors, type.name, attributes))
+        self.handle = handle
+
+    interpreter._get_np_dtype = lambda dtype: _remember(dtypes, dtype.name, lambda: dtype_of(dtype))
+    core._type_for_tuple_values = type_for_tuple_values
+    core.block_type.__init__, core.tensor.__init__ = init_block, init_tensor
 
 
 def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

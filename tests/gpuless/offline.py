@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime import cache, driver
 
 CUOBJDUMP = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / "cuobjdump"
+# A cache that begins empty needs no hash of the whole of Triton in its keys: two seconds in each process.
+cache.triton_key = lambda: triton.__version__
 
 
 class OfflineDriver:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 # Triton 3.6's interpreter converts arrays of one element to scalars, which numpy 2.4 refuses.
 NUMPY = "numpy<2.4"
-ARCHITECTURES = ("sm_90", "sm_80", "sm_100")
+ARCHITECTURES = ("sm_90", "sm_100", "sm_80")
 # The compiler of CUDA, its own needs, and the headers of bfloat16 and float16, which the emulation reads too.
 NVCC_SPECS = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm", "cuda-cccl"))
 SHARDS = 2  # of the interpreter's tests
@@ -56,14 +56,14 @@ def rungs(specs: list[str], everything: bool) -> list[Rung]:
     compiled = {"TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1"}
     return [
         *(
+            Rung(f"offline {arch}", spec, "attention_offline.py",
+                 compiled | {"DLKERNELS_ARCH": arch, "DLKERNELS_RELEASE": f"{release % shares}/{shares}"})
+            for release, spec in reversed(list(enumerate(specs))) for arch in ARCHITECTURES
+        ),
+        *(
             Rung(f"interpreter {shard + 1}/{SHARDS}", specs[0], "attention_interpreted.py",
                  interpreted | {"DLKERNELS_SHARD": f"{shard}/{SHARDS}"})
             for shard in range(SHARDS)
-        ),
-        *(
-            Rung(f"offline {arch}", spec, "attention_offline.py",
-                 compiled | {"DLKERNELS_ARCH": arch, "DLKERNELS_RELEASE": f"{release % shares}/{shares}"})
-            for arch in ARCHITECTURES for release, spec in enumerate(specs)
         ),
         *(Rung("registration", spec, "registration.py", {}) for spec in specs),
         Rung("interpreter itself", specs[0], "interpreter_itself.py", interpreted),
@@ -119,7 +119,7 @@ def nvcc() -> tuple[str, str]:
         return "", f"no nvcc, and none to be installed: {said[-1]}"
 
 
-def climb_cuda(everything: bool) -> Result:
+def climb_cuda() -> Result:
     """The ladder of the CUDA kernels, which prints its own rungs."""
     begin = time.monotonic()
     rung = Rung("cuda", "tests/cuda/run.py", "", {})
@@ -127,9 +127,9 @@ def climb_cuda(everything: bool) -> Result:
     if missing:
         allowed = "cuda" in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(",")
         return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
-    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *(["--all"] if everything else [])]
     jobs = max(1, len(os.sched_getaffinity(0)) // 2)
     settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(jobs)}
+    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py")]
     status = subprocess.run(ladder, cwd=ROOT, env=settings).returncode
     verdict = "passed" if status == 0 else f"FAILED ({status})"
     return Result(rung, verdict, status == 0, time.monotonic() - begin)
@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> int:
     results = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         # It needs no environment and takes longest.
-        cuda = pool.submit(climb_cuda, everything)
+        cuda = pool.submit(climb_cuda)
         with ThreadPoolExecutor(len(specs)) as installing:
             pythons = dict(zip(specs, installing.map(environment, specs), strict=True))
         print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
