@@ -155,6 +155,35 @@ def test_cells(name: str, bias: bool) -> None:
         compare(theirs, ours, x, (h, torch.randn_like(h).requires_grad_()) if name == "LSTMCell" else h)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", CELLS)
+def test_common_calls_of_cells_go_past_the_checks(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _native.HAVE_NATIVE:
+        pytest.skip("no compiled kernels: the checks are the only way")
+    checked: list[str] = []
+    function = f"{name.lower().removesuffix('cell')}_cell"
+    honest = getattr(dlkernels.functional, function)
+
+    def spy(*args, **options):
+        checked.append(name)
+        return honest(*args, **options)
+
+    monkeypatch.setattr(dlkernels.functional, function, spy)
+    cell = getattr(dlkernels.nn, name)(4, 6)
+    with torch.set_grad_enabled(training):
+        out = cell(torch.randn(3, 4))
+        h = out[0] if name == "LSTMCell" else out
+        assert not checked and h.requires_grad == training
+        cell(torch.randn(4))
+        with pytest.raises(RuntimeError, match="input has inconsistent input_size"):
+            cell(torch.randn(3, 5))
+        h = torch.randn(3, 6)
+        elsewhere = h.to("meta")
+        with pytest.raises(RuntimeError, match="not at the same device"):
+            cell(torch.randn(3, 4), (h, elsewhere) if name == "LSTMCell" else elsewhere)
+    assert checked == [name] * 3
+
+
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("sizes", [(3, 0), (0, 3)])
 def test_cells_of_size_zero(name: str, sizes: tuple[int, int]) -> None:

@@ -29,6 +29,7 @@ FORWARD_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "h0 of wrong batch": ({"h0": zeros(1, 1, H)}, RuntimeError, r"h0 must have shape \[1, 3, 6\], got \[1, 1, 6\]"),
     "h0 of wrong rank": ({"h0": zeros(B, H)}, RuntimeError, "h0 must have shape"),
     "c0 of wrong size": ({"c0": zeros(1, B, H + 1)}, RuntimeError, "c0 must have shape"),
+    "c0 elsewhere": ({"c0": zeros(1, B, H).to("meta")}, RuntimeError, "c0 must be on cpu, as .* is, got meta"),
     "no weights": ({"weights": []}, RuntimeError, "weights must hold"),
     "one weight": ({"weights": [zeros(24, I)]}, RuntimeError, "weights must hold .* got 1 tensor"),
     "w_hh of wrong size": (
@@ -108,6 +109,7 @@ CELL_MISTAKES = {
     "b_hh of wrong size": ({"b_hh": zeros(3)}, "b_hh must have shape"),
     "w_hh of wrong rank": ({"w_hh": zeros(24)}, "w_hh must have two dimensions"),
     "another dtype": ({"w_hh": zeros(24, H, dtype=torch.float32)}, "w_hh must be float64, got float32"),
+    "another device": ({"h": zeros(B, H).to("meta")}, "h must be on .*, as .* is, got .*"),
 }
 
 

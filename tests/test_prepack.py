@@ -71,8 +71,9 @@ def test_same_results(mode: str, dtype: torch.dtype, isa: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_same_bits_when_deterministic(mode: str, isa: str, deterministic: None) -> None:
-    for batch in (1, 9):
-        case = case_for(mode, B=batch)
+    # Of a single step the panels are made one by one, unless they are there.
+    for batch, steps in ((1, 6), (9, 6), (1, 1), (9, 1), (40, 1)):
+        case = case_for(mode, B=batch, T=steps)
         layer = new_layer(case, make_data(case), case.dtype)
         assert_same_results(infer(layer.prepack(), case), infer(layer.unpack(), case))
 

@@ -41,7 +41,7 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   plan.kernel = rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
   // The matrix unit multiplies bf16; few rows wait for the memory.
   const bool matrix = s.dtype == DType::bf16 && plan.kernel == AttentionPlan::tiles;
-  plan.isa = matrix ? isa : std::min(isa, Isa::avx512);
+  plan.isa = matrix ? isa : vector_isa(isa);
   const bool converted = !backward && (s.dtype == DType::bf16 || s.dtype == DType::f16);
   plan.block_m = std::min(converted ? kConvertedBlockRows : kBlockRows, (rows + 15) / 16 * 16);
   plan.block_n = kBlockKeys;

@@ -32,7 +32,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const double work_per_step = per_row * rows / std::max<int64_t>(1, shape.T);
 
   Plan plan{};
-  plan.isa = std::min(isa, Isa::avx512);  // the best that has kernels
+  plan.isa = vector_isa(isa);
   plan.threads = std::min(std::max(threads, 1), kMaxMembers);
   plan.split = Plan::serial;
   // Packing the weights costs about as much as a few rows' products with them.
@@ -50,7 +50,8 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
-  } else if (shape.B >= per_direction * (weight_bytes <= kPrivateCacheBytes ? kOwnRows : kOwnRowsBeyond)) {
+  } else if (shape.T > 1 &&
+             shape.B >= per_direction * (weight_bytes <= kPrivateCacheBytes ? kOwnRows : kOwnRowsBeyond)) {
     plan.split = Plan::rows;
   } else if (work_per_step * (1 - 1.0 / per_direction) >= kUnitsWorkSaved) {
     plan.split = Plan::units;

@@ -70,7 +70,7 @@ const LastRun& rnn_last_run() { return g_last_run; }
 
 const KernelTable& kernels(Isa isa) {
 #ifdef DLK_X86
-  if (isa >= Isa::avx512) return avx512::kKernels;
+  if (vector_isa(isa) == Isa::avx512) return avx512::kKernels;
   if (isa == Isa::avx2) return avx2::kKernels;
 #endif
   (void)isa;

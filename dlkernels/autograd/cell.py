@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,9 +62,8 @@ class Cell(torch.autograd.Function):
             return (None,) * len(needs)
         x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, *saved = ctx.saved_tensors
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[4:]))
-        args = (
-            ctx.cfg, wanted, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved[0] if saved else x.new_empty(0),
-        )  # fmt: skip
+        # Without anything saved the operator reads nothing of it.
+        args = (ctx.cfg, wanted, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved[0] if saved else new_h)
         if torch.compiler.is_compiling():
             grads = CellBackward.forward(*args)
         elif torch._C._are_functorch_transforms_active():
@@ -175,6 +174,16 @@ def _grouped_gradients(
     for i, grad in zip(present, torch.vmap(one_group, in_dims)(*split, *inputs[3:]), strict=True):
         grads[i] = grad.flatten(0, 1) if i < 3 else grad
     return grads
+
+
+def trained(
+    mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, deterministic: bool,
+) -> Sequence[Tensor]:  # fmt: skip
+    """`cell` where it is known that the path is "eager", without any check but the operator's own."""
+    unwrap = torch._C._functorch.unwrap_if_dead
+    tensors = [t if t is None else unwrap(t) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)]
+    return _apply(CellConfig(mode, deterministic), *tensors)  # type: ignore[no-any-return]
 
 
 _apply: Callable[..., Any] = super(torch.autograd.Function, Cell).apply

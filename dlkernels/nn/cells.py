@@ -1,12 +1,14 @@
 """RNNCell, LSTMCell and GRUCell: torch.nn's classes with another forward.
 
-A cell's work is a few microseconds. So forward first looks whether the call is the common one of inference (batched,
-nothing to record for autograd, no transform) and then hands it to the operator, which refuses whatever does not fit.
-Only then comes the functional form, with all the checks that find the right words for a mistake.
+A cell's work is a few microseconds. So forward first looks whether the call is a common one (batched, on the CPU, no
+transform) and then hands it to the operator, or to the Function around it where a gradient is wanted; the operator
+refuses whatever does not fit. Only then comes the functional form, with all the checks that find the right words for a
+mistake.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.autograd import forward_ad
 
 from dlkernels import functional, ops
 from dlkernels._native import HAVE_NATIVE
+from dlkernels.autograd.cell import trained
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -29,8 +32,8 @@ _ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 Weights = tuple[Any, Any, Any, Any]
 
 
-def _by_operator(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> list[Tensor] | None:
-    """[h'] or [h', c'], or None where the call is another than the common one, or a mistake."""
+def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
+    """h' first, then for the lstm c'; None where the call is not a common one, or a mistake."""
     if not HAVE_NATIVE or _is_compiling() or _are_transforms_active() or _is_any_autocast_enabled():
         return None
     if forward_ad._current_level >= 0:  # the operator would drop the tangents
@@ -38,11 +41,12 @@ def _by_operator(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) 
     weights: dict[str, Any] = cell._parameters
     try:
         w_ih, w_hh, b_ih, b_hh = weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"]
-        if not x.is_cpu or (
-            _is_grad_enabled()
-            and (w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh)))
-        ):
+        if not x.is_cpu:
             return None
+        if _is_grad_enabled() and (
+            w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh))
+        ):
+            return trained(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, _is_deterministic())
         return _operator[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # KeyError: a parametrized weight
         return None
@@ -77,7 +81,7 @@ class RNNCell(torch.nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         mode = _ELMAN_MODES.get(self.nonlinearity)
         if mode is not None:
-            out = _by_operator(mode, self, input, hx, None)
+            out = _unchecked(mode, self, input, hx, None)
             if out is not None:
                 return out[0]
         weights = _weights(self)
@@ -91,7 +95,7 @@ class GRUCell(torch.nn.GRUCell):
     """`torch.nn.GRUCell` on a fused kernel."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        out = _by_operator("gru", self, input, hx, None)
+        out = _unchecked("gru", self, input, hx, None)
         if out is not None:
             return out[0]
         weights = _weights(self)
@@ -108,7 +112,7 @@ class LSTMCell(torch.nn.LSTMCell):
             h, c = hx
         # One state of two is a mistake, and another kind of hx is left to the checks.
         if hx is None or (h is not None and c is not None):
-            out = _by_operator("lstm", self, input, h, c)
+            out = _unchecked("lstm", self, input, h, c)
             if out is not None:
                 return out[0], out[1]
         weights = _weights(self)

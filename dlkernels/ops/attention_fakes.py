@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels.ops.devices import register_fake
+
 
 def register() -> None:
     for name, fake in (("attention", _attention), ("attention_backward", _backward), ("attention_map", _map)):
-        torch.library.register_fake(f"dlkernels::{name}", fake)
+        register_fake(name, fake)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlkernels import _native
+from dlkernels.ops.devices import register_fake
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _SAVED_SLOTS = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
@@ -23,8 +24,8 @@ def register(modes: Iterable[str]) -> None:
             ("_cell", _cell),
             ("_cell_backward", _cell_backward),
         ):
-            torch.library.register_fake(f"dlkernels::{mode}{suffix}", make(mode))
-    torch.library.register_fake("dlkernels::pack", _pack)
+            register_fake(f"{mode}{suffix}", make(mode))
+    register_fake("pack", _pack)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -31,16 +31,17 @@ class Backward {
         ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
         hh_(PanelShape::plain(G_, O_, V::size)),
         ih_(PanelShape::plain(G_, s_.I, V::size)),
-        hr_(PanelShape::plain(s_.P, s_.H, V::size)) {}
+        hr_(PanelShape::plain(s_.P, s_.H, V::size)),
+        fresh_(layout.steps() <= 1) {}
 
   void carve(Scratch& scratch) {
     const bool weights = wants_weights();
     zeros_ = scratch.take<C>(zero_count());
     for (int d = 0; d < s_.D; ++d) {
       Direction& x = direction_[d];
-      x.hh = scratch.take<C>(hh_.elements());
-      x.ih = p_.dx.data ? scratch.take<C>(ih_.elements()) : nullptr;
-      x.hr = scratch.take<C>(hr_.elements());
+      x.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
+      x.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
+      x.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
       x.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
       x.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
       x.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
@@ -63,7 +64,10 @@ class Backward {
       x.dbias = scratch.take<C>(weights ? block_ld<C>(kSlots * s_.H) : 0);
       x.dx = d == 1 && p_.dx.data ? scratch.take<C>(s_.rows * s_.I) : nullptr;
     }
-    for (int m = 0; m < plan_.threads; ++m) block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(chunk_rows_));
+    for (int m = 0; m < plan_.threads; ++m) {
+      block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(chunk_rows_));
+      panel_[m] = scratch.take<C>(fresh_ ? std::max({hh_.largest(), ih_.largest(), hr_.largest()}) : 0);
+    }
   }
 
   // Once, before the team starts.
@@ -72,8 +76,12 @@ class Backward {
   void run(const Member& team, int worker, int d) {
     prepare(team, d);
     const bool by_rows = plan_.split == Plan::rows;
-    Walk walk{*this, direction_[d], by_rows ? Member{0, 1, nullptr} : team,
-              by_rows ? SequenceSubset(layout_, team.rank, team.size) : SequenceSubset(layout_, 0, 1), d};
+    Walk walk{*this,
+              direction_[d],
+              by_rows ? Member{0, 1, nullptr} : team,
+              by_rows ? SequenceSubset(layout_, team.rank, team.size) : SequenceSubset(layout_, 0, 1),
+              panel_[worker],
+              d};
     walk.begin();
     team.sync();
     const int64_t steps = layout_.steps();
@@ -155,11 +163,13 @@ class Backward {
     const auto pack = [&](const PanelShape& shape, const void* weights, C* panels) {
       int64_t begin, end;
       team.share(shape.count(), 1, &begin, &end);
-      for (int64_t p = begin; p < end; ++p) pack_panel_matrix<C>(shape, p, s_.dtype, weights, panels);
+      for (int64_t p = begin; p < end; ++p) pack_panel_matrix<C>(shape, p, s_.dtype, weights, panels + shape.offset(p));
     };
-    pack(hh_, w.w_hh, x.hh);
-    if (x.ih) pack(ih_, w.w_ih, x.ih);
-    if (s_.P) pack(hr_, w.w_hr, x.hr);
+    if (!fresh_) {
+      pack(hh_, w.w_hh, x.hh);
+      if (p_.dx.data) pack(ih_, w.w_ih, x.ih);
+      if (s_.P) pack(hr_, w.w_hr, x.hr);
+    }
     if (!wants_weights() || layout_.steps() > 0) return;  // else the first chunk writes them
     const auto clear = [&](C* sum, int64_t n) {
       int64_t begin, end;
@@ -170,6 +180,11 @@ class Backward {
     clear(x.dw_hh, G_ * O_);
     clear(x.dw_hr, s_.P * s_.H);
     clear(x.dbias, kSlots * s_.H);
+  }
+
+  Panels<C> panels(const PanelShape& shape, const C* packed, const void* weights, C* buffer) const {
+    if (fresh_) return Panels<C>(shape, pack_panel_matrix<C>, s_.dtype, weights, buffer);
+    return Panels<C>(shape, packed);
   }
 
   void number_rows(int d, int64_t q, int64_t count) {
@@ -203,5 +218,6 @@ class Backward {
   const PanelShape hh_, ih_, hr_;
   C* zeros_ = nullptr;
   Direction direction_[2] = {};
-  C* block_[kMaxMembers] = {};
+  const bool fresh_;  // panels of the weights are made when they are wanted
+  C *block_[kMaxMembers] = {}, *panel_[kMaxMembers] = {};
 };

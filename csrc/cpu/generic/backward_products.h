@@ -15,7 +15,8 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
       if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + at.column;
       return advance(p_.dx.data, s_.dtype, layout_.at(p_.dx, to.t, to.b) + at.column);
     };
-    gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, ih_, x.ih, out,
+    const Panels<C> b = panels(ih_, x.ih, p_.weights[d].w_ih, panel_[worker]);
+    gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, b, out,
          [&](int64_t r, GemmColumn at, V value, int n) {
            const Row& to = x.rows[r];
            if (d == 1) {
@@ -32,27 +33,31 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   int64_t task = 0;
   const auto mine = [&] { return task++ % team.size == team.rank; };
   for (int64_t p = 0; p < xs.count(); ++p)
-    if (mine()) pack_panel_rows<C>(xs, p, s_.dtype, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels);
+    if (mine())
+      pack_panel_rows<C>(xs, p, s_.dtype, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels + xs.offset(p));
   for (int64_t p = 0; p < hs.count(); ++p)
-    if (mine()) pack_panel_rows<C>(hs, p, s_.dtype, [&](int64_t r) { return past_h_row(d, x.rows[r]); }, x.h_panels);
+    if (mine())
+      pack_panel_rows<C>(
+          hs, p, s_.dtype, [&](int64_t r) { return past_h_row(d, x.rows[r]); }, x.h_panels + hs.offset(p));
   for (int64_t p = 0; s_.P && p < os.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
           os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32,
-          [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels);
+          [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels + os.offset(p));
   team.sync();
 
-  const auto add = [&](const C* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* panels, C* sum) {
+  const auto add = [&](const C* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed, C* sum) {
     int64_t begin, end;
     team.share(M, 24, &begin, &end);
     const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(rows), block_[worker]};
     gemm(
-        begin, end, 0, shape.count(), a, shape, panels,
+        begin, end, 0, shape.count(), a, Panels<C>(shape, packed),
         [&](int64_t m, GemmColumn at) -> const void* { return sum + m * shape.N + at.column; },
         [&](int64_t m, GemmColumn at, V value, int n) {
           C* to = sum + m * shape.N + at.column;
           store_part(to, first ? value : load_part(to, n) + value, n);
-        });
+        },
+        first ? sum : nullptr, shape.N);
   };
   add(dgates, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
   if constexpr (Cell::kDirectPath) {

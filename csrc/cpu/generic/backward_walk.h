@@ -8,6 +8,7 @@ struct Backward<C, Cell>::Walk {
   const Direction& x;
   Member member;
   SequenceSubset subset;
+  C* panel_buffer;
   int d;
   // The step before this one: where its gate gradients lie, and how many sequences it had.
   const C* next_gates = nullptr;
@@ -100,16 +101,17 @@ struct Backward<C, Cell>::Walk {
   template <class Skip, class Sink>
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = f.hh_;
+    const Panels<C> panels = f.panels(shape, x.hh, f.p_.weights[d].w_hh, panel_buffer);
     const int64_t H = s().H, head = Cell::kDirectPath ? 2 * H : f.G_;
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
     for (int64_t turn = p0; turn < p1; ++turn) {
       const int64_t p = to_and_fro ? p1 - 1 - (turn - p0) : turn;
-      const Panel<C> panel = shape.panel(x.hh, p);
-      const int vectors = panel.vectors, width = vectors * V::size, onward = to_and_fro ? -1 : 1;
+      const int vectors = shape.vectors_in(p), width = vectors * V::size, onward = to_and_fro ? -1 : 1;
+      Panel<C> panel{};
       Ahead<C> ahead;
-      if (turn + 1 < p1) ahead = shape.ahead(x.hh, p + onward, p + onward + 1, end - begin);
+      if (turn + 1 < p1) ahead = panels.ahead(p + onward, p + onward + 1, end - begin);
       int rows;
       for (int64_t i0 = begin; i0 < end; i0 += rows) {
         rows = next_tile(end - i0, vectors);
@@ -123,6 +125,7 @@ struct Backward<C, Cell>::Walk {
         }
         if (turn == p0 && member.size > 1) collect(rows, a, kSlots * H);
         if (any) {
+          if (!panel.data) panel = panels.at(p);
           run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
           });
@@ -156,7 +159,7 @@ struct Backward<C, Cell>::Walk {
     member.share(f.hr_.count(), 1, &p0, &p1);
     const C* dgates = f.gates(d, parity);
     gemm(
-        0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.hr_, x.hr,
+        0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.panels(f.hr_, x.hr, f.p_.weights[d].w_hr, panel_buffer),
         [&](int64_t i, GemmColumn at) -> const void* {
           return dgates + (first + in_step(i)) * f.ld_gates_ + at.column;
         },

@@ -22,7 +22,8 @@ class Forward {
         s_(params.shape),
         plan_(plan),
         layout_(layout),
-        weights_(s_, V::size, plan.recurrence == Plan::tiles),
+        fresh_(plan.recurrence == Plan::tiles && !params.packed && layout.steps() <= 1),
+        weights_(s_, V::size, plan.recurrence == Plan::tiles && !fresh_),
         O_(s_.outputs()),
         chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
         // Members with sequences of their own number them from slots of equal size.
@@ -47,6 +48,8 @@ class Forward {
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
       tables_[m].block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(s_.I) : 0);
+      tables_[m].panel =
+          scratch.take<C>(fresh_ ? std::max({weights_.ih.largest(), weights_.hh.largest(), weights_.hr.largest()}) : 0);
     }
   }
 
@@ -57,7 +60,8 @@ class Forward {
   // All of direction d, by a team of its own; `worker` numbers this thread among all.
   void run(const Member& team, int worker, int d) {
     if (!p_.packed) {
-      pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, plan_.recurrence == Plan::tiles, weight_memory_[d]);
+      pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, plan_.recurrence == Plan::tiles && !fresh_,
+                            weight_memory_[d]);
       team.sync();
     }
     const bool by_rows = plan_.split == Plan::rows;
@@ -88,11 +92,16 @@ class Forward {
     int64_t* y;      // element offsets
     int64_t* first;  // first row of each step of the chunk, and the end
     C* block;
+    C* panel;
   };
 
   // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache.
   bool copies_x() const { return !is_compute_type<C>(s_.dtype) || collides<C>(layout_.packed() ? p_.x.t : p_.x.b); }
   int64_t slots() const { return s_.B + plan_.threads; }
+  Panels<C> panels(const PanelShape& shape, int64_t at, const void* weights, int d, const Tables& table) const {
+    if (fresh_) return Panels<C>(shape, pack_panel_transposed<C>, s_.dtype, weights, table.panel);
+    return Panels<C>(shape, weight_memory_[d] + at);
+  }
 
   struct Walk;  // forward_walk.h
 
@@ -100,6 +109,7 @@ class Forward {
   const LayerShape& s_;
   const Plan& plan_;
   const SequenceLayout& layout_;
+  const bool fresh_;  // panels of the weights are made when they are wanted
   const WeightLayout weights_;
   const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
   const bool in_place_;

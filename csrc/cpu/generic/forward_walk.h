@@ -8,8 +8,9 @@ struct Forward<C, Cell>::Walk {
   SequenceSubset subset;
   Tables& table;
   int d;
-  int64_t slot;         // first row in the state buffers
-  bool ending = false;  // the step at hand is the last of some sequence
+  int64_t slot;                        // first row in the state buffers
+  static constexpr int64_t kTurn = 8;  // panels of a turn, at most
+  bool ending = false;                 // the step at hand is the last of some sequence
 
   const LayerShape& s() const { return f.s_; }
   int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }
@@ -85,8 +86,7 @@ struct Forward<C, Cell>::Walk {
 
   // Products of x with W_ih, and the biases.
   void project(int64_t rows) const {
-    const C* weights = f.weight_memory_[d];
-    const C* bias = weights + f.weights_.bias_at;
+    const C* bias = f.weight_memory_[d] + f.weights_.bias_at;
     if (f.plan_.recurrence == Plan::dot) {
       int64_t begin, end;
       member.share(s().H, V::size, &begin, &end);
@@ -110,12 +110,12 @@ struct Forward<C, Cell>::Walk {
       put_product(row, unit(at), gate(at), value + V::load(bias + at.column), n);
     };
     const auto x_row = [&](int64_t row) { return table.x[row]; };
-    const C* panels = weights + f.weights_.ih_at;
+    const Panels<C> panels = f.panels(shape, f.weights_.ih_at, f.p_.weights[d].w_ih, d, table);
     if (!f.copies_x()) {
-      gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, shape, panels, out, sink);
+      gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, panels, out, sink);
     } else {
       const CopiedRows<C, decltype(x_row)> a{x_row, s().dtype, s().I, block_ld<C>(s().I), table.block};
-      gemm(share.m0, share.m1, share.p0, share.p1, a, shape, panels, out, sink);
+      gemm(share.m0, share.m1, share.p0, share.p1, a, panels, out, sink);
     }
   }
 
@@ -170,21 +170,22 @@ struct Forward<C, Cell>::Walk {
 
   void step_tiles(int64_t t, int64_t parity, int64_t first, int64_t alive) {
     const PanelShape& shape = f.weights_.hh;
-    const C* panels = f.weight_memory_[d] + f.weights_.hh_at;
+    const Panels<C> panels = f.panels(shape, f.weights_.hh_at, f.p_.weights[d].w_hh, d, table);
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
     // Few rows leave room in the buffer for the tiles of several panels: the products then stream through
     // the weights undisturbed, and the long dependency chains of the cells overlap with each other.
-    const int64_t together = 8 / std::min<int64_t>(8, std::max<int64_t>(1, alive));
+    const int64_t together = f.fresh_ ? 1 : kTurn / std::min<int64_t>(kTurn, std::max<int64_t>(1, alive));
     for (int64_t turn = p0; turn < p1; turn += together) {
       const int count = static_cast<int>(std::min(together, p1 - turn));
       // To and fro, so that a step begins with the panels that the last one left in the cache.
       const int64_t p = parity ? p0 + p1 - turn - count : turn;
       Ahead<C> ahead;
       if (turn + together < p1)
-        ahead = parity ? shape.ahead(panels, p - together, p, alive)
-                       : shape.ahead(panels, p + count, p + count + together, alive);
+        ahead = parity ? panels.ahead(p - together, p, alive) : panels.ahead(p + count, p + count + together, alive);
+      Panel<C> panel[kTurn];
+      for (int k = 0; k < count; ++k) panel[k] = panels.at(p + k);
       int rows;
       for (int64_t i0 = 0; i0 < alive; i0 += rows) {
         rows = next_tile(alive - i0, shape.vectors_in(p));
@@ -193,7 +194,7 @@ struct Forward<C, Cell>::Walk {
         if (turn == p0 && member.size > 1) collect(rows, a, f.O_);
         C* tile = out.data;
         for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
-          run_tile(rows, a, f.O_, shape.panel(panels, p + k), tile, false, ahead, [&](int part, int parts) {
+          run_tile(rows, a, f.O_, panel[k], tile, false, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
           });
         }
@@ -337,7 +338,8 @@ struct Forward<C, Cell>::Walk {
     member.share(shape.count(), 1, &p0, &p1);
     const auto out_row = [&](int64_t i) { return cell_out(i); };
     gemm(
-        0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row}, shape, f.weight_memory_[d] + f.weights_.hr_at,
+        0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row},
+        f.panels(shape, f.weights_.hr_at, f.p_.weights[d].w_hr, d, table),
         [&](int64_t i, GemmColumn at) -> const void* { return h(1 - parity, i) + at.column; },
         [&](int64_t i, GemmColumn at, V value, int n) { emit(t, parity, first + i, i, at.column, n, value); });
   }

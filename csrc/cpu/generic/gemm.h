@@ -78,11 +78,13 @@ struct GemmColumn {
 };
 
 // Rows [m0, m1) by panels [p0, p1). sink(m, GemmColumn, value, n): n <= Vec::size results of row m.
-// out(m, GemmColumn) is where they will go: fetched into the cache while the product is made.
+// out(m, GemmColumn) is where they will go: fetched into the cache while the product is made. Where `direct` is given,
+// [m][ld], whole panels are stored there and the sink gets only the others.
 template <class C, class Rows, class Out, class Sink>
-DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const PanelShape& shape,
-                     const C* panels, Out out, Sink sink) {
+DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const Panels<C>& b, Out out,
+                     Sink sink, C* direct = nullptr, int64_t ld = 0) {
   using V = Vec<C>;
+  const PanelShape& shape = b.shape();
   constexpr int kRows = Rows::kRows;
   alignas(64) C sums[kRows * kMaxVectors * V::size];
   const C* row[kRows];
@@ -90,23 +92,26 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
     const int block_rows = static_cast<int>(m1 - m < kRows ? m1 - m : kRows);
     a.rows(m, block_rows, row);
     for (int64_t p = p0; p < p1; ++p) {
-      const Panel<C> panel = shape.panel(panels, p);
+      const Panel<C> panel = b.at(p);
       const int vectors = panel.vectors, width = vectors * V::size;
+      const bool whole = direct && shape.valid(p, vectors - 1) == V::size;
       Ahead<C> ahead;
-      if (p + 1 < p1) ahead = shape.ahead(panels, p + 1, p + 2, block_rows);
+      if (p + 1 < p1) ahead = b.ahead(p + 1, p + 2, block_rows);
       for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: a product of zeros
         const int64_t depth = shape.K - k < kPanelDepth ? shape.K - k : kPanelDepth;
         for (int r = 0, rows; r < block_rows; r += rows) {
           rows = next_tile(block_rows - r, vectors);
-          C* sum = shape.K <= kPanelDepth ? sums : sums + r * width;
+          C* sum = whole                    ? direct + (m + r) * ld + shape.column(p, 0)
+                   : shape.K <= kPanelDepth ? sums
+                                            : sums + r * width;
           const C* part[kMaxRows];
           for (int i = 0; i < rows; ++i) {
             part[i] = row[r + i] + k;
             for (int v = 0; v < vectors; ++v)
               __builtin_prefetch(out(m + r + i, GemmColumn{p, v, shape.column(p, v)}), 1);
           }
-          run_tile(rows, part, depth, panel.from(k), sum, k > 0, ahead, [](int, int) {});
-          if (k + depth < shape.K) continue;
+          run_tile(rows, part, depth, panel.from(k), sum, whole ? ld : width, k > 0, ahead, [](int, int) {});
+          if (whole || k + depth < shape.K) continue;
           for (int i = 0; i < rows; ++i)
             for (int v = 0; v < vectors; ++v)
               sink(m + r + i, GemmColumn{p, v, shape.column(p, v)}, V::load(sum + i * width + v * V::size),

@@ -23,10 +23,15 @@ struct PanelShape {
     return left < vectors ? static_cast<int>(left) : vectors;
   }
   int64_t offset(int64_t p) const { return p * K * lanes * vectors; }
+  int64_t largest() const { return K * lanes * vectors; }
   template <class C>
   Panel<C> panel(const C* base, int64_t p) const {
+    return panel(base, p, offset(p));
+  }
+  template <class C>
+  Panel<C> panel(const C* base, int64_t p, int64_t at) const {
     const int count = vectors_in(p);
-    return {base + offset(p), K * strip_vectors(count) * lanes, count};
+    return {base + at, K * strip_vectors(count) * lanes, count};
   }
   // Panels [p, q) as far as they exist, to be fetched ahead while `rows` rows are multiplied with as many others:
   // nothing if that would drive the rows out of L2.
@@ -52,13 +57,12 @@ struct PanelShape {
   }
 };
 
-// From w [columns][K], k contiguous: a transposition, block by block.
+// Panel p from w [columns][K], k contiguous: a transposition, block by block.
 template <class C>
-DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panels) {
+DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
   constexpr int kLanes = Vec<C>::size;
   const int vectors = shape.vectors_in(p);
   const int64_t K = shape.K, width = int64_t{strip_vectors(vectors)} * kLanes;
-  C* panel = panels + shape.offset(p);
   alignas(64) C block[kLanes * kLanes];
   for (int v = 0; v < vectors; ++v) {
     const int64_t first = shape.column(p, v) * K;
@@ -78,20 +82,64 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
 
 // From rows of N columns each: row(k) gives the address of row k. Plain panels only.
 template <class C, class RowAt>
-DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, RowAt row, C* panels) {
+DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, RowAt row, C* panel) {
   const int vectors = shape.vectors_in(p);
   const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
   C* to[kMaxVectors];
-  for (int v = 0; v < vectors; ++v) to[v] = panels + shape.offset(p) + shape.element(vectors, 0, v);
+  int64_t column[kMaxVectors];
+  int valid[kMaxVectors];
+  for (int v = 0; v < vectors; ++v) {
+    to[v] = panel + shape.element(vectors, 0, v);
+    column[v] = shape.column(p, v);
+    valid[v] = shape.valid(p, v);
+  }
   for (int64_t k = 0; k < shape.K; ++k) {
     const void* from = row(k);
-    for (int v = 0; v < vectors; ++v)
-      load_any<C>(dtype, from, shape.column(p, v), shape.valid(p, v)).store(to[v] + k * width);
+    for (int v = 0; v < vectors; ++v) load_any<C>(dtype, from, column[v], valid[v]).store(to[v] + k * width);
   }
 }
 
 // From w [K][N], n contiguous.
 template <class C>
-DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panels) {
-  pack_panel_rows<C>(shape, p, dtype, [&](int64_t k) { return advance(w, dtype, k * shape.N); }, panels);
+DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
+  constexpr int64_t kAhead = 8;  // rows far apart: no prefetcher follows
+  const int64_t row = shape.N * item_size(dtype), width = shape.vectors_in(p) * shape.lanes * item_size(dtype);
+  const char* columns = static_cast<const char*>(advance(w, dtype, shape.column(p, 0)));
+  const auto at = [&](int64_t k) {
+    for (int64_t x = 0; x < width; x += 64) __builtin_prefetch(columns + (k + kAhead) * row + x);
+    return advance(w, dtype, k * shape.N);
+  };
+  pack_panel_rows<C>(shape, p, dtype, at, panel);
 }
+
+// Where the panels of a right-hand side come from. Weights that serve many products are packed before; for a single
+// one each panel is made when it is wanted, and used while it is in the cache: the whole matrix would go through
+// memory twice more.
+template <class C>
+class Panels {
+ public:
+  using Pack = void (*)(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel);
+
+  Panels(const PanelShape& shape, const C* packed) : shape_(shape), packed_(packed) {}
+  Panels(const PanelShape& shape, Pack pack, DType dtype, const void* w, C* buffer)
+      : shape_(shape), pack_(pack), dtype_(dtype), weights_(w), buffer_(buffer) {}
+
+  const PanelShape& shape() const { return shape_; }
+  // Valid until the next call.
+  Panel<C> at(int64_t p) const {
+    if (packed_) return shape_.panel(packed_, p);
+    pack_(shape_, p, dtype_, weights_, buffer_);
+    return shape_.panel(buffer_, p, 0);
+  }
+  Ahead<C> ahead(int64_t p, int64_t q, int64_t rows) const {
+    return packed_ ? shape_.ahead(packed_, p, q, rows) : Ahead<C>{};
+  }
+
+ private:
+  const PanelShape& shape_;
+  const C* packed_ = nullptr;
+  Pack pack_ = nullptr;
+  DType dtype_ = DType::f32;
+  const void* weights_ = nullptr;
+  C* buffer_ = nullptr;
+};

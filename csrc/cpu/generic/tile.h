@@ -129,12 +129,11 @@ struct Ahead {
   }
 };
 
-// out [rows][vectors * Vec::size] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of
-// the work: a place to fetch a few lines of what the results will meet.
+// out [rows][ldo] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of the work: a place
+// to fetch a few lines of what the results will meet.
 template <class C, class Before>
-DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
-                         Ahead<C>& ahead, Before before) {
-  const int64_t ldo = int64_t{panel.vectors} * Vec<C>::size;
+DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
+                         bool accumulate, Ahead<C>& ahead, Before before) {
   if (panel.vectors == 4 && rows > rows_for(4)) {
     for (int part = 0; part < 2; ++part, out += 2 * Vec<C>::size) {
       before(part, 2);
@@ -161,6 +160,13 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
   }
   before(0, 1);
   fn(a, K, panel.data, panel.next, bring, out, ldo, accumulate);
+}
+
+// ... side by side.
+template <class C, class Before>
+DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
+                         Ahead<C>& ahead, Before before) {
+  run_tile(rows, a, K, panel, out, int64_t{panel.vectors} * Vec<C>::size, accumulate, ahead, before);
 }
 
 // Reads the rows of `a` that other cores have just written. Plain loads have many lines under way at once; the product,

@@ -65,6 +65,7 @@ DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, co
     if (!part.weights) continue;
     int64_t begin, end;
     member.share(part.shape->count(), 1, &begin, &end);
-    for (int64_t p = begin; p < end; ++p) pack_panel_transposed<C>(*part.shape, p, shape.dtype, part.weights, part.to);
+    for (int64_t p = begin; p < end; ++p)
+      pack_panel_transposed<C>(*part.shape, p, shape.dtype, part.weights, part.to + part.shape->offset(p));
   }
 }
