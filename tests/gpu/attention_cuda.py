@@ -3,7 +3,6 @@ can show. Run by check.py; DLKERNELS_SHARD=2/8 takes each eighth case, DLKERNELS
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,21 +10,16 @@ import torch
 from cases import FACTORS, GRADIENTS, Inputs, Judge, build, label, pairwise
 from timing import DEVICE, REHEARSAL
 from torch import Tensor
+from turns import first_shard, mine, on_a_gpu
 
 import dlkernels
 import dlkernels.triton
 from dlkernels.testing import Verdict
 
 dlkernels.triton.register()
-SHARD, _, SHARDS = os.environ.get("DLKERNELS_SHARD", "0/1").partition("/")
 # Longer than under the interpreter: several of the shipped tiles, whole and cut.
 LENGTHS = ((1, 1), (1, 513), (7, 97), (97, 7), (300, 300), (257, 1030), (1025, 130))
 CASES = pairwise(FACTORS | {"lengths": LENGTHS[:4] if REHEARSAL else LENGTHS})
-ON_A_GPU = pytest.mark.skipif(REHEARSAL, reason="a rehearsal: only a GPU shows this")
-
-
-def mine(index: int) -> bool:
-    return index % int(SHARDS) == int(SHARD)
 
 
 def on_device(inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -80,7 +74,7 @@ PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | 
 NO_FEATURES = (None, None, None, None, None, None, 0, 0)
 
 
-@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@first_shard
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saturated_rows(dtype: torch.dtype) -> None:
     """Logits of some 1e4: were a score fused with what is subtracted from it, p would miss 1 by its rounding."""
@@ -88,7 +82,7 @@ def test_saturated_rows(dtype: torch.dtype) -> None:
     judged(inputs._replace(q=inputs.q * 64, k=inputs.k * 64), dtype)
 
 
-@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@first_shard
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_nan_does_not_leak(dtype: torch.dtype) -> None:
     case = PLAIN | {"causal": 1, "dtype": dtype, "widths": (64, 64)}
@@ -102,7 +96,7 @@ def test_hidden_nan_does_not_leak(dtype: torch.dtype) -> None:
     assert not o[:, :, 200:].isfinite().any()
 
 
-@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@first_shard
 def test_200_repeats_are_bit_equal() -> None:
     inputs = build(PLAIN | {"causal": 1, "dtype": torch.bfloat16, "widths": (64, 64), "alibi": "H", "group": 2}, 2)
     first = on_device(inputs)
@@ -112,8 +106,8 @@ def test_200_repeats_are_bit_equal() -> None:
         assert all(map(torch.equal, gradients, first[2]))
 
 
-@ON_A_GPU
-@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@on_a_gpu
+@first_shard
 def test_memory_is_linear() -> None:
     """16k x 16k, forward and backward: nothing of M x N elements."""
     length, heads, width = 16384, 2, 64
@@ -126,7 +120,7 @@ def test_memory_is_linear() -> None:
     assert torch.cuda.max_memory_allocated() - before < length * length // 2
 
 
-@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@first_shard
 def test_decode_splits_the_keys() -> None:
     """(1, 32, 1, 2048, 128) with four query heads to a key head, against the same without splitting and SDPA."""
     q = torch.randn(1, 32, 1, 128, device=DEVICE, dtype=torch.bfloat16)
@@ -137,7 +131,7 @@ def test_decode_splits_the_keys() -> None:
     torch.testing.assert_close(o.double(), expected, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@first_shard
 def test_the_function_runs_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """`dlkernels.functional.attention` with gradients, compiled and not; on a GPU it is the Triton code that ran."""
     ran: list[str] = []
@@ -163,8 +157,8 @@ def test_the_function_runs_these_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@ON_A_GPU
-@pytest.mark.skipif(not mine(0), reason="in the first shard")
+@on_a_gpu
+@first_shard
 def test_cuda_graph() -> None:
     """Nothing synchronises and nothing is allocated behind torch's back: a captured call replays with other inputs."""
     rest = (*NO_FEATURES, 64**-0.5, 1, -1, -1, 0.0, 0.0)

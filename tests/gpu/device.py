@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timing import DEVICE
+from turns import ON_GPU
 
 from dlkernels import _native
 
-ON_GPU = DEVICE == "cuda"
 # A library whose CUDA layers serve CPU tensors, with emulated kernels: tests/cuda/run.py makes it.
 EMULATED = os.environ.get("DLKERNELS_EMULATED", "")
 CUDA_KERNELS = ON_GPU or bool(EMULATED)

@@ -1,25 +1,18 @@
-"""What the files of tests on a CUDA device share: whose turn it is, what only a GPU shows, small layers."""
+"""What the files of tests of the recurrent layers on a CUDA device share: small layers and their lengths."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
-from device import CUDA_KERNELS, ON_GPU
+from device import CUDA_KERNELS
 from helpers import Case
+from turns import ON_GPU
 
-SHARD, _, SHARDS = os.environ.get("DLKERNELS_SHARD", "0/1").partition("/")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def mine(index: int) -> bool:
-    return index % int(SHARDS) == int(SHARD)
-
-
-first_shard = pytest.mark.skipif(not mine(0), reason="in the first shard")
-on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="a rehearsal: only a GPU shows this")
 with_cuda_kernels = pytest.mark.skipif(not CUDA_KERNELS, reason="a rehearsal: the CPU's kernels do not do this")
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from cases import pairwise
-from device import KINDS, ON_GPU, best_plan, plan_kind
+from device import KINDS, best_plan, plan_kind
 from helpers import Case, assert_same_results, check_case, error, make_data, new_layer, run_layer
-from recurrent_cases import DTYPES, a_case, first_shard, mine, uneven, with_cuda_kernels
+from recurrent_cases import DTYPES, a_case, uneven, with_cuda_kernels
 from timing import DEVICE
 from torch import Tensor
+from turns import ON_GPU, first_shard, mine
 
 import dlkernels
 from dlkernels.testing import within_rule

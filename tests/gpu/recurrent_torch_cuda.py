@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from device import CUDA_KERNELS, EMULATED, KINDS, NAMES, ON_GPU, best_plan, no_host_sync, other_stream
+from device import CUDA_KERNELS, EMULATED, KINDS, NAMES, best_plan, no_host_sync, other_stream
 from device import replayable as replayable_on_device
 from helpers import error, make_data, new_layer
-from recurrent_cases import a_case, first_shard, on_a_gpu
+from recurrent_cases import a_case
 from timing import DEVICE
 from torch import Tensor
+from turns import ON_GPU, first_shard, on_a_gpu
 
 import dlkernels
 from dlkernels import _native

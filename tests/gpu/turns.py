@@ -1,0 +1,19 @@
+"""Which of the tests on a CUDA device run here: DLKERNELS_SHARD=2/8 takes each eighth case."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from timing import DEVICE
+
+_INDEX, _, _COUNT = os.environ.get("DLKERNELS_SHARD", "0/1").partition("/")
+ON_GPU = DEVICE == "cuda"
+
+
+def mine(index: int) -> bool:
+    return index % int(_COUNT) == int(_INDEX)
+
+
+first_shard = pytest.mark.skipif(not mine(0), reason="in the first shard")
+on_a_gpu = pytest.mark.skipif(not ON_GPU, reason="a rehearsal: only a GPU shows this")
