@@ -185,6 +185,24 @@ def test_common_calls_of_cells_go_past_the_checks(name: str, training: bool, mon
 
 
 @pytest.mark.parametrize("name", CELLS)
+def test_only_what_the_operator_refuses_is_tried_again(name: str) -> None:
+    """Not what user code or the tracer of torch.jit raises on the way."""
+    cell = getattr(dlkernels.nn, name)(4, 6)
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.append(tensor)
+        raise RuntimeError("no room")
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, pytest.raises(RuntimeError, match="no room"):
+        cell(torch.randn(3, 4))
+    assert len(packed) == 1
+    with pytest.raises(RuntimeError, match="Cannot insert a Tensor that requires grad as a constant"):
+        torch.jit.trace(lambda x: cell(x), (torch.randn(3, 4),), check_trace=False)
+
+
+@pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("sizes", [(3, 0), (0, 3)])
 def test_cells_of_size_zero(name: str, sizes: tuple[int, int]) -> None:
     with warnings.catch_warnings():

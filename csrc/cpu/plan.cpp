@@ -15,6 +15,9 @@ constexpr double kUnitsWorkSaved = 20e3;
 // many bytes, else from the shared one, which needs more rows to work on meanwhile.
 constexpr int64_t kPrivateCacheBytes = 1 << 20;
 constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
+// In a call of one step each core would also pack all weights for itself: with so many hidden units for each of them
+// they share the units instead.
+constexpr int64_t kOwnUnits = 128;
 // Rows per GEMM of a chunk: enough to use each panel of weights many times.
 constexpr int64_t kChunkRows = 384;
 // So many rows are multiplied with the weights as they lie.
@@ -50,7 +53,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
-  } else if (shape.T > 1 &&
+  } else if ((shape.T > 1 || shape.H < per_direction * kOwnUnits) &&
              shape.B >= per_direction * (weight_bytes <= kPrivateCacheBytes ? kOwnRows : kOwnRowsBeyond)) {
     plan.split = Plan::rows;
   } else if (work_per_step * (1 - 1.0 / per_direction) >= kUnitsWorkSaved) {

@@ -25,8 +25,8 @@ std::string split_reason(const Plan& plan, const LayerShape& shape) {
     case Plan::rows:
       return members + " take their own sequences of the batch through the recurrence";
     case Plan::units:
-      return members + " share the " + std::to_string(shape.H) +
-             " hidden units, each with its slice of the weights in its own cache, and meet once a step";
+      return members + " share the " + std::to_string(shape.H) + " hidden units" +
+             (shape.T > 1 ? ", each with its slice of the weights in its own cache, and meet once a step" : "");
     case Plan::serial:
       break;
   }

@@ -62,8 +62,9 @@ class Cell(torch.autograd.Function):
             return (None,) * len(needs)
         x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, *saved = ctx.saved_tensors
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[4:]))
-        # Without anything saved the operator reads nothing of it.
-        args = (ctx.cfg, wanted, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved[0] if saved else new_h)
+        args = (
+            ctx.cfg, wanted, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved[0] if saved else x.new_empty(0),
+        )  # fmt: skip
         if torch.compiler.is_compiling():
             grads = CellBackward.forward(*args)
         elif torch._C._are_functorch_transforms_active():
@@ -176,15 +177,34 @@ def _grouped_gradients(
     return grads
 
 
-def trained(
-    mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None, deterministic: bool,
-) -> Sequence[Tensor]:  # fmt: skip
-    """`cell` where it is known that the path is "eager", without any check but the operator's own."""
+class Refused(Exception):
+    """The operator did not take what `unchecked_cell` was given."""
+
+
+class UncheckedCell(Cell):
+    @staticmethod
+    def forward(
+        cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None, b_hh: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        try:
+            return Cell.forward(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise Refused from error
+
+
+def unchecked_cell(
+    mode: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, deterministic: bool
+) -> Sequence[Tensor]:
+    """`cell` where the path is known to be "eager", without any check but the operator's: raises `Refused`."""
     unwrap = torch._C._functorch.unwrap_if_dead
-    tensors = [t if t is None else unwrap(t) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)]
-    return _apply(CellConfig(mode, deterministic), *tensors)  # type: ignore[no-any-return]
+    try:
+        tensors = [t if t is None else unwrap(t) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)]
+    except TypeError as error:
+        raise Refused from error
+    return _apply_unchecked(CellConfig(mode, deterministic), *tensors)  # type: ignore[no-any-return]
 
 
 _apply: Callable[..., Any] = super(torch.autograd.Function, Cell).apply
+_apply_unchecked: Callable[..., Any] = super(torch.autograd.Function, UncheckedCell).apply
 _apply_backward: Callable[..., Any] = super(torch.autograd.Function, CellBackward).apply

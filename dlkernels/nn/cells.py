@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from dlkernels import functional, ops
 from dlkernels._native import HAVE_NATIVE
-from dlkernels.autograd.cell import trained
+from dlkernels.autograd.cell import Refused, unchecked_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -25,6 +25,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _are_transforms_active = torch._C._are_functorch_transforms_active
+_is_tracing = torch._C._is_tracing
 _is_deterministic = torch.are_deterministic_algorithms_enabled
 _operator = ops.eager_cell
 _ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
@@ -34,7 +35,7 @@ Weights = tuple[Any, Any, Any, Any]
 
 def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
     """h' first, then for the lstm c'; None where the call is not a common one, or a mistake."""
-    if not HAVE_NATIVE or _is_compiling() or _are_transforms_active() or _is_any_autocast_enabled():
+    if not HAVE_NATIVE or _is_compiling() or _are_transforms_active() or _is_any_autocast_enabled() or _is_tracing():
         return None
     if forward_ad._current_level >= 0:  # the operator would drop the tangents
         return None
@@ -43,12 +44,19 @@ def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) ->
         w_ih, w_hh, b_ih, b_hh = weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"]
         if not x.is_cpu:
             return None
-        if _is_grad_enabled() and (
+        wants_gradient = _is_grad_enabled() and (
             w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh))
-        ):
-            return trained(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, _is_deterministic())
+        )
+    except (AttributeError, KeyError):  # KeyError: a parametrized weight
+        return None
+    try:
+        if wants_gradient:
+            return unchecked_cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, _is_deterministic())
+    except Refused:
+        return None
+    try:
         return _operator[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):  # KeyError: a parametrized weight
+    except (RuntimeError, TypeError, ValueError):
         return None
 
 

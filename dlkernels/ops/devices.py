@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Small integers, which the kernels may want on the CPU.
+# What the kernels may want on the CPU.
 _ANYWHERE = frozenset(("batch_sizes", "lengths", "cu_seqlens_q", "cu_seqlens_k", "rng"))
 
 

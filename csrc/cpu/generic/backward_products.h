@@ -9,7 +9,7 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   copy_gate_grads(team, d, parity, rows);
   if (p_.dx.data) {
     const auto row = [&](int64_t r) { return dgates + r * ld_gates_; };
-    const GemmShare share(team, rows, ih_);
+    const GemmShare share(team, rows, ih_, fresh_);
     const auto out = [&](int64_t r, GemmColumn at) -> const void* {
       const Row& to = x.rows[r];
       if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + at.column;

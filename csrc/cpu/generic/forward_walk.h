@@ -104,7 +104,7 @@ struct Forward<C, Cell>::Walk {
       return;
     }
     const PanelShape& shape = f.weights_.ih;
-    const GemmShare share(member, rows, shape);
+    const GemmShare share(member, rows, shape, f.fresh_);
     const auto out = [&](int64_t row, GemmColumn at) -> const void* { return product(row, unit(at), gate(at)); };
     const auto sink = [&](int64_t row, GemmColumn at, V value, int n) {
       put_product(row, unit(at), gate(at), value + V::load(bias + at.column), n);
@@ -176,6 +176,7 @@ struct Forward<C, Cell>::Walk {
     member.share(shape.count(), 1, &p0, &p1);
     // Few rows leave room in the buffer for the tiles of several panels: the products then stream through
     // the weights undisturbed, and the long dependency chains of the cells overlap with each other.
+    // Fresh panels share a buffer.
     const int64_t together = f.fresh_ ? 1 : kTurn / std::min<int64_t>(kTurn, std::max<int64_t>(1, alive));
     for (int64_t turn = p0; turn < p1; turn += together) {
       const int count = static_cast<int>(std::min(together, p1 - turn));

@@ -122,12 +122,13 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
   }
 }
 
-// A member's part of M rows by all panels: by panels when there are enough of them, so
-// that each core streams its own part of B; else by rows.
+// A member's part of M rows by all panels: by panels when there are enough of them, so that each core streams its own
+// part of B, or makes it; else by rows.
 struct GemmShare {
   int64_t m0, m1, p0, p1;
-  GemmShare(const Member& member, int64_t M, const PanelShape& shape) : m0(0), m1(M), p0(0), p1(shape.count()) {
-    if (p1 >= 4 * member.size) {
+  GemmShare(const Member& member, int64_t M, const PanelShape& shape, bool fresh)
+      : m0(0), m1(M), p0(0), p1(shape.count()) {
+    if (p1 >= (fresh ? 1 : 4) * member.size) {
       member.share(p1, 1, &p0, &p1);
     } else {
       member.share(M, kMaxRows, &m0, &m1);

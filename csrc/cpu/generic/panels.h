@@ -125,7 +125,7 @@ class Panels {
       : shape_(shape), pack_(pack), dtype_(dtype), weights_(w), buffer_(buffer) {}
 
   const PanelShape& shape() const { return shape_; }
-  // Valid until the next call.
+  // Valid until the next panel is made in the same buffer.
   Panel<C> at(int64_t p) const {
     if (packed_) return shape_.panel(packed_, p);
     pack_(shape_, p, dtype_, weights_, buffer_);

@@ -162,7 +162,7 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
   fn(a, K, panel.data, panel.next, bring, out, ldo, accumulate);
 }
 
-// ... side by side.
+// The same with the rows of out side by side.
 template <class C, class Before>
 DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
                          Ahead<C>& ahead, Before before) {
