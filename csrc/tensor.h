@@ -88,7 +88,7 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
   Tensor tensor(handle);
-  if (!(device == cpu_device())) return tensor;
+  if (!tensor.on_cpu()) return tensor;
   const size_t size = tensor.byte_count();
   want_huge_pages(tensor.data(), size);
   if (poison() && size > 0) std::memset(tensor.data(), 0xff, size);

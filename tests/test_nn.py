@@ -155,11 +155,10 @@ def test_cells(name: str, bias: bool) -> None:
         compare(theirs, ours, x, (h, torch.randn_like(h).requires_grad_()) if name == "LSTMCell" else h)
 
 
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", CELLS)
 def test_common_calls_of_cells_go_past_the_checks(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not _native.HAVE_NATIVE:
-        pytest.skip("no compiled kernels: the checks are the only way")
     checked: list[str] = []
     function = f"{name.lower().removesuffix('cell')}_cell"
     honest = getattr(dlkernels.functional, function)

@@ -109,7 +109,7 @@ CELL_MISTAKES = {
     "b_hh of wrong size": ({"b_hh": zeros(3)}, "b_hh must have shape"),
     "w_hh of wrong rank": ({"w_hh": zeros(24)}, "w_hh must have two dimensions"),
     "another dtype": ({"w_hh": zeros(24, H, dtype=torch.float32)}, "w_hh must be float64, got float32"),
-    "another device": ({"h": zeros(B, H).to("meta")}, "h must be on .*, as .* is, got .*"),
+    "another device": ({"h": zeros(B, H).to("meta")}, r"cell\w*: h must be on cpu, as (x|dh) is, got meta"),
 }
 
 

@@ -182,6 +182,8 @@ class Refused(Exception):
 
 
 class UncheckedCell(Cell):
+    """Tells what the operator refuses from what others raise: hooks on saved tensors, the tracer of torch.jit."""
+
     @staticmethod
     def forward(
         cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,

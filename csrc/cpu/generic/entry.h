@@ -87,8 +87,7 @@ template <class C, class Cell>
 DLK_NOINLINE int pack_as(const LayerShape& shape, const DirectionWeights* weights, void* panels) {
   const WeightLayout layout(shape, Vec<C>::size, true);
   for (int d = 0; d < shape.D; ++d)
-    pack_weights<C, Cell>(Member{0, 1, nullptr}, shape, weights[d], layout, true,
-                          static_cast<C*>(panels) + d * layout.total);
+    pack_weights<C, Cell>(Member{0, 1, nullptr}, shape, weights[d], layout, static_cast<C*>(panels) + d * layout.total);
   return 0;
 }
 

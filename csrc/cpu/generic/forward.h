@@ -60,8 +60,7 @@ class Forward {
   // All of direction d, by a team of its own; `worker` numbers this thread among all.
   void run(const Member& team, int worker, int d) {
     if (!p_.packed) {
-      pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, plan_.recurrence == Plan::tiles && !fresh_,
-                            weight_memory_[d]);
+      pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, weight_memory_[d]);
       team.sync();
     }
     const bool by_rows = plan_.split == Plan::rows;

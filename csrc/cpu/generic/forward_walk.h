@@ -3,14 +3,15 @@
 
 template <class C, class Cell>
 struct Forward<C, Cell>::Walk {
+  static constexpr int64_t kTurn = 8;  // panels of a turn, at most
+
   const Forward& f;
   Member member;
   SequenceSubset subset;
   Tables& table;
   int d;
-  int64_t slot;                        // first row in the state buffers
-  static constexpr int64_t kTurn = 8;  // panels of a turn, at most
-  bool ending = false;                 // the step at hand is the last of some sequence
+  int64_t slot;         // first row in the state buffers
+  bool ending = false;  // the step at hand is the last of some sequence
 
   const LayerShape& s() const { return f.s_; }
   int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }

@@ -24,14 +24,11 @@ struct PanelShape {
   }
   int64_t offset(int64_t p) const { return p * K * lanes * vectors; }
   int64_t largest() const { return K * lanes * vectors; }
+  // Panel p, which lies at `data`.
   template <class C>
-  Panel<C> panel(const C* base, int64_t p) const {
-    return panel(base, p, offset(p));
-  }
-  template <class C>
-  Panel<C> panel(const C* base, int64_t p, int64_t at) const {
+  Panel<C> panel(const C* data, int64_t p) const {
     const int count = vectors_in(p);
-    return {base + at, K * strip_vectors(count) * lanes, count};
+    return {data, K * strip_vectors(count) * lanes, count};
   }
   // Panels [p, q) as far as they exist, to be fetched ahead while `rows` rows are multiplied with as many others:
   // nothing if that would drive the rows out of L2.
@@ -127,9 +124,9 @@ class Panels {
   const PanelShape& shape() const { return shape_; }
   // Valid until the next panel is made in the same buffer.
   Panel<C> at(int64_t p) const {
-    if (packed_) return shape_.panel(packed_, p);
+    if (packed_) return shape_.panel(packed_ + shape_.offset(p), p);
     pack_(shape_, p, dtype_, weights_, buffer_);
-    return shape_.panel(buffer_, p, 0);
+    return shape_.panel<C>(buffer_, p);
   }
   Ahead<C> ahead(int64_t p, int64_t q, int64_t rows) const {
     return packed_ ? shape_.ahead(packed_, p, q, rows) : Ahead<C>{};

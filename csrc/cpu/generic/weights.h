@@ -4,9 +4,10 @@
 
 struct WeightLayout {
   PanelShape ih, hh, hr;
+  bool panels;                                                  // or the biases alone
   int64_t bias_at, hidden_bias_at, ih_at, hh_at, hr_at, total;  // in elements
 
-  WeightLayout(const LayerShape& shape, int lanes, bool with_panels) {
+  WeightLayout(const LayerShape& shape, int lanes, bool with_panels) : panels(with_panels) {
     const int gates = gate_count(shape.cell);
     const auto whole = [&](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
     ih = PanelShape::gated(shape.I, shape.H, gates, lanes);
@@ -51,9 +52,9 @@ DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& 
 // One member's share of the packing: where the hidden units are split, the panels that it will read itself.
 template <class C, class Cell>
 DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, const DirectionWeights& w,
-                               const WeightLayout& layout, bool with_panels, C* out) {
+                               const WeightLayout& layout, C* out) {
   if (member.rank == 0) combine_biases<C, Cell>(shape, w, layout, out);
-  if (!with_panels) return;
+  if (!layout.panels) return;
   const struct {
     const PanelShape* shape;
     const void* weights;
