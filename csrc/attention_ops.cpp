@@ -15,14 +15,18 @@ namespace {
 
 const char* kernel_name(AttentionPlan::Kernel kernel) { return kernel == AttentionPlan::dot ? "dot" : "tiles"; }
 
+const char* through(Isa isa) {
+  if (isa == Isa::amx) return " through the matrix unit, ";
+  return isa == Isa::avx512_bf16 ? " through register tiles, multiplied as bf16, " : " through register tiles, ";
+}
+
 std::string plan_reason(const AttentionPlan& plan, const AttentionShape& shape) {
   const std::string rows = std::to_string(shape.M * shape.group()), keys = std::to_string(shape.N);
   std::string text = std::string(isa_name(plan.isa)) + ": ";
   text += plan.kernel == AttentionPlan::dot
               ? "the " + rows + " query rows of a head of keys are few: one stream of dot products over the keys"
               : "the " + rows + " query rows of a head of keys go in blocks of " + std::to_string(plan.block_m) +
-                    (plan.isa == Isa::amx ? " through the matrix unit, " : " through register tiles, ") +
-                    std::to_string(plan.block_n) + " keys at a time";
+                    through(plan.isa) + std::to_string(plan.block_n) + " keys at a time";
   if (plan.splits > 1) text += "; the " + keys + " keys are split in " + std::to_string(plan.splits) + " parts";
   text += plan.threads == 1 ? "; one thread does everything" : "; " + std::to_string(plan.threads) + " threads share";
   return text;

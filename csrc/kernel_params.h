@@ -7,11 +7,12 @@
 namespace dlk {
 
 enum class DType : int { f32, f64, bf16, f16 };
-// amx is avx512 and a matrix unit for bf16: only attention has kernels of its own for it.
-enum class Isa : int { scalar, avx2, avx512, amx };
+// avx512_bf16 is avx512 and dot products of bf16, amx that and a matrix unit for bf16: only attention has kernels of
+// its own for them.
+enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
 
-// The best without the matrix unit.
-constexpr Isa vector_isa(Isa isa) { return isa == Isa::amx ? Isa::avx512 : isa; }
+// The best for all that is not bf16.
+constexpr Isa vector_isa(Isa isa) { return isa > Isa::avx512 ? Isa::avx512 : isa; }
 
 // How the kernels reach threads. `parallel` calls fn(ctx, begin, end) for ranges
 // that together cover [0, n), from whichever threads it likes, and returns after all.

@@ -15,10 +15,11 @@ if not ALLOW_REFERENCE:
     os.environ["DLKERNELS_REQUIRE_NATIVE"] = "1"
 
 import torch  # noqa: E402
+from settings import kernels_of  # noqa: E402
 
 from dlkernels import _native  # noqa: E402
 
-BEST_ISA_LAST = ("scalar", "avx2", "avx512", "amx")
+BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def available_isas() -> list[str]:
@@ -74,9 +75,16 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
-@pytest.fixture(params=available_isas())
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`isa`: once for each instruction set of this machine that has kernels of its own for what the module tests."""
+    if "isa" in metafunc.fixturenames:
+        every = metafunc.module.__name__.startswith(("test_attention", "test_isa", "test_explain"))
+        isas = [isa for isa in available_isas() if every or kernels_of(isa) == isa]
+        metafunc.parametrize("isa", isas, indirect=True)
+
+
+@pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once for each instruction set of this machine."""
     if request.param == "reference":
         yield request.param
         return

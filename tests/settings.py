@@ -37,8 +37,8 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def kernels_of(isa: str, *, attention: torch.dtype | None = None, dot: bool = False) -> str:
-    """The instruction set whose kernels serve `isa`: a matrix unit has its own only for attention in bfloat16."""
-    return "avx512" if isa == "amx" and (attention != torch.bfloat16 or dot) else isa
+    """The instruction set whose kernels serve `isa`: those that multiply bfloat16 do so for attention alone."""
+    return "avx512" if isa in ("avx512_bf16", "amx") and (attention != torch.bfloat16 or dot) else isa
 
 
 @contextmanager

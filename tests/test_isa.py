@@ -25,44 +25,55 @@ def test_available_isas(native) -> None:
     assert native.isa() == available_isas()[-1], "the best one is in force unless capped"
 
 
-def test_amx_needs_everything(native) -> None:
-    """The tiles fault unless the processor has them, the system saves them and this process may use them."""
+NEEDED = {"avx512_bf16": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "os_zmm", "avx512_bf16")}
+NEEDED["amx"] = (*NEEDED["avx512_bf16"], "amx_tile", "amx_bf16", "os_amx", "amx_granted")
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_units_for_bf16_need_everything(name: str, native) -> None:
+    """They fault unless the processor has them, the system saves the registers and this process may use them."""
     features = native.cpu_features()
-    wanted = ("avx512f", "avx512dq", "avx512bw", "avx512vl", "amx_tile", "amx_bf16", "os_zmm", "os_amx", "amx_granted")
     cap = os.environ.get("DLKERNELS_CPU_ISA") or "amx"
-    can = all(features[name] for name in wanted) or emulated(native)
-    assert ("amx" in native.available_isas()) == (can and cap == "amx" and "amx" in native.build_info()["isas"])
-    if "amx" not in native.available_isas():
-        with pytest.raises((ValueError, RuntimeError), match="amx is more than this machine"):
-            native.set_isa("amx")
+    can = (all(features[need] for need in NEEDED[name]) or emulated(native)) and name in native.build_info()["isas"]
+    assert (name in native.available_isas()) == (can and BEST_ISA_LAST.index(cap) >= BEST_ISA_LAST.index(name))
+    if name not in native.available_isas():
+        with pytest.raises((ValueError, RuntimeError), match=f"{name} is more than this machine"):
+            native.set_isa(name)
 
 
 def emulated(native) -> bool:
-    """Whether this build has plain C++ in place of the tiles."""
-    return "DLK_EMULATE_AMX" in native.build_info()["flags"]
+    """Whether this build has plain C++ in place of what multiplies bfloat16."""
+    return "DLK_EMULATE_BF16" in native.build_info()["flags"]
 
 
-AMX = re.compile(r"\t(tdp\w+|tile\w+|ldtilecfg|sttilecfg)\b")
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
-IN_AMX = re.compile(r"_Z+N+K?3dlk3amx")
+BF16 = {
+    "amx": (
+        re.compile(r"\t(tdp\w+|tile\w+|ldtilecfg|sttilecfg)\b"),
+        {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "sttilecfg", "tilerelease"},
+    ),
+    "avx512_bf16": (re.compile(r"\t(v\w*bf16\w*)\b"), {"vdpbf16ps", "vcvtne2ps2bf16", "vcvtneps2bf16"}),
+}
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump reads the instructions")
-def test_tile_instructions_are_only_in_their_kernels(native) -> None:
+@pytest.mark.parametrize("name", BF16)
+def test_instructions_for_bf16_are_only_in_their_kernels(name: str, native) -> None:
     """Elsewhere they would be an illegal instruction for every machine without them."""
     code = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", native.__file__], capture_output=True, text=True, check=True
     ).stdout
+    pattern, expected = BF16[name]
     found: dict[str, set[str]] = {}
     function = ""
     for line in code.splitlines():
         if head := FUNCTION.match(line):
             function = head[1]
-        elif instruction := AMX.search(line):
+        elif instruction := pattern.search(line):
             found.setdefault(instruction[1], set()).add(function)
-    expected = {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "sttilecfg", "tilerelease"}
-    assert set(found) == (expected if "amx" in native.build_info()["isas"] and not emulated(native) else set())
-    outside = {name for names in found.values() for name in names if not IN_AMX.match(name)}
+    assert set(found) == (expected if name in native.build_info()["isas"] and not emulated(native) else set())
+    inside = re.compile(rf"_Z+N+K?3dlk{len(name)}{name}")
+    outside = {symbol for symbols in found.values() for symbol in symbols if not inside.match(symbol)}
     assert not outside, outside
 
 

@@ -49,12 +49,12 @@ def test_finder_sees_the_torch_of_the_environment() -> None:
 
 
 @has_source
-@pytest.mark.parametrize(("assembler", "flags"), [("true", "[]"), ("! grep -q tilerelease", "['-DDLK_NO_TILES']")])
-def test_an_old_assembler_is_not_given_tiles(tmp_path: Path, assembler: str, flags: str) -> None:
+@pytest.mark.parametrize(("assembler", "flags"), [("true", "[]"), ("! grep -q tilerelease", "['-DDLK_OLD_ASSEMBLER']")])
+def test_an_old_assembler_is_spared(tmp_path: Path, assembler: str, flags: str) -> None:
     compiler = tmp_path / "g++"
     compiler.write_text(f"#!/bin/sh\n{assembler}\n")
     compiler.chmod(0o755)
-    run = python("-c", f"import native; print(native.tiles_flags(['{compiler}'], native.ROOT))", cwd=SETUP)
+    run = python("-c", f"import native; print(native.assembler_flags(['{compiler}'], native.ROOT))", cwd=SETUP)
     assert run.stdout.split("\n")[0] == flags, run.stderr
 
 

@@ -35,6 +35,9 @@ const AttentionTable& attention_kernels(Isa isa) {
 #ifdef DLK_AMX
   if (isa == Isa::amx) return amx::kAttention;
 #endif
+#ifdef DLK_AVX512_BF16
+  if (isa == Isa::avx512_bf16) return avx512_bf16::kAttention;
+#endif
 #ifdef DLK_X86
   if (isa == Isa::avx512) return avx512::kAttention;
   if (isa == Isa::avx2) return avx2::kAttention;

@@ -10,7 +10,7 @@ namespace {
 constexpr double kSerialWork = 200e3;
 // Rows of a task: enough to use keys and values many times once they are in the cache.
 constexpr int64_t kBlockRows = 192;
-// More of them in the forward where keys and values are made floats, or packed for a matrix unit, for each task.
+// More of them in the forward where keys and values are made floats, or packed, for each task.
 constexpr int64_t kConvertedBlockRows = 336;
 // Keys multiplied at once: a panel's scores stay in L1, and no sum of products is longer.
 constexpr int64_t kBlockKeys = 128;
@@ -39,9 +39,9 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   AttentionPlan plan{};
   plan.threads = work < kSerialWork ? 1 : std::min(std::max(threads, 1), kMaxMembers);
   plan.kernel = rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
-  // The matrix unit multiplies bf16; few rows wait for the memory.
-  const bool matrix = s.dtype == DType::bf16 && plan.kernel == AttentionPlan::tiles;
-  plan.isa = matrix ? isa : vector_isa(isa);
+  // Some units multiply bf16; few rows wait for the memory.
+  const bool units = s.dtype == DType::bf16 && plan.kernel == AttentionPlan::tiles;
+  plan.isa = units ? isa : vector_isa(isa);
   const bool converted = !backward && (s.dtype == DType::bf16 || s.dtype == DType::f16);
   plan.block_m = std::min(converted ? kConvertedBlockRows : kBlockRows, (rows + 15) / 16 * 16);
   plan.block_n = kBlockKeys;

@@ -192,13 +192,13 @@ def _pybind11_include(build_dir: Path) -> Path:
     return include
 
 
-def tiles_flags(command: list[str], build_dir: Path) -> list[str]:
-    """GCC leaves AMX to the assembler, which may be older than itself and not know it."""
+def assembler_flags(command: list[str], build_dir: Path) -> list[str]:
+    """GCC leaves AMX and AVX512_BF16 to the assembler, which may be older than itself and not know them."""
     run = subprocess.run(
-        [*command, "-x", "c++", "-c", "-o", str(build_dir / "tiles.o"), "-"],
+        [*command, "-x", "c++", "-c", "-o", str(build_dir / "assembler.o"), "-"],
         input='void release() { asm("tilerelease"); }', capture_output=True, text=True,
     )  # fmt: skip
-    return [] if run.returncode == 0 else ["-DDLK_NO_TILES"]
+    return [] if run.returncode == 0 else ["-DDLK_OLD_ASSEMBLER"]
 
 
 def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
@@ -208,7 +208,7 @@ def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
     cxx = compiler()
     assert cxx is not None
     tuning = [f"-O{opt}", "-std=c++17", *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    tuning += tiles_flags([*cxx, *tuning], build_dir)
+    tuning += assembler_flags([*cxx, *tuning], build_dir)
     system = [_python_include(), _pybind11_include(build_dir), *torch.include]
     compile_flags = [
         *tuning,

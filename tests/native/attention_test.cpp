@@ -60,7 +60,7 @@ struct AttentionCase {
 
   std::string text() const {
     static const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};
-    static const char* const isas[] = {"scalar", "avx2", "avx512", "amx"};
+    static const char* const isas[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
     const AttentionShape& s = in.shape;
     char line[400];
     std::snprintf(line, sizeof line,
@@ -174,7 +174,7 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
     in.sinks = c->sinks.data();
   }
   c->isa = isas[random() % isas.size()];
-  if (c->isa == Isa::amx && chance(random, 0.8)) s.dtype = DType::bf16;  // what it has kernels for
+  if (c->isa > Isa::avx512 && chance(random, 0.8)) s.dtype = DType::bf16;  // what it has kernels for
   c->threads = 1 + int(random() % 4);
   c->grad_lse = chance(random, 0.5), c->need_q = chance(random, 0.8), c->need_kv = chance(random, 0.8);
   c->map_rows = 1 + int64_t(random() % 9), c->map_cols = 1 + int64_t(random() % 9);
@@ -191,7 +191,7 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
 }
 
 // Within rounding of the storage type, and of sums in the compute type of terms up to about `term`; with `weighted` of
-// terms whose weights a matrix unit has rounded to bf16.
+// terms whose weights have been rounded to bf16.
 void compare(const AttentionCase& c, const char* name, const Buffer& got, const Buffer& want, double term = 4,
              bool weighted = false) {
   const DType dtype = want.dtype();
@@ -199,7 +199,7 @@ void compare(const AttentionCase& c, const char* name, const Buffer& got, const 
   for (int64_t i = 0; i < want.count(); ++i)
     if (std::isfinite(want.at(i))) largest = std::fmax(largest, std::fabs(want.at(i)));
   const double epsilon = c.in.shape.dtype == DType::f64 ? 0x1p-52 : 0x1p-23;
-  const double weights = weighted && attention_last_run().plan.isa == Isa::amx ? 0x1p-9 : 0;
+  const double weights = weighted && attention_last_run().plan.isa > Isa::avx512 ? 0x1p-9 : 0;
   const double relative = dtype == DType::bf16 ? 0x1p-7 : dtype == DType::f16 ? 0x1p-10 : 0x1p-22;
   const double absolute = (epsilon * (200 + 4 * double(c.in.shape.N + c.in.shape.M)) + weights) * (term + largest);
   for (int64_t i = 0; i < want.count(); ++i) {
@@ -224,7 +224,7 @@ std::map<std::string, int> g_covered;
 
 void remember() {
   const AttentionLastRun& run = attention_last_run();
-  std::string key = run.plan.isa == Isa::amx ? "amx " : "";
+  std::string key = run.plan.isa > Isa::avx512 ? isa_name(run.plan.isa) + std::string(" ") : "";
   key += run.backward ? "backward" : "forward";
   key += run.plan.kernel == AttentionPlan::dot ? " dot" : " tiles";
   if (run.plan.splits > 1) key += " split";

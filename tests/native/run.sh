@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan] [cases] [seed]
-# CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with TILES= attention on AMX uses
-# the machine's tiles, if it has any, in place of their emulation.
+# CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with UNITS= attention in bf16
+# uses what the machine has for it in place of the emulation.
 set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}
@@ -12,9 +12,9 @@ case $mode in
   *) echo "usage: run.sh [asan|tsan] [cases] [seed]" >&2; exit 2 ;;
 esac
 CXX=${CXX:-g++}
-# Tiles in plain C++, so that their kernels run on any machine with AVX-512.
-TILES=${TILES--DDLK_EMULATE_AMX}
-FLAGS="$TILES -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
+# Products of bf16 in plain C++, so that their kernels run on any machine with AVX-512.
+UNITS=${UNITS--DDLK_EMULATE_BF16}
+FLAGS="$UNITS -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
 # The scalar build checks these for the same source; with them the others take half as long again to compile.
 FEW=-fno-sanitize=null,alignment,object-size
 export CXX FLAGS FEW build
@@ -22,7 +22,8 @@ mkdir -p "$build"
 
 csrc=../../csrc/cpu
 # The slowest to compile first.
-kernels="isa/avx512 isa/avx2 isa/attention_amx isa/attention_avx512 isa/attention_avx2 isa/scalar isa/attention_scalar
+kernels="isa/avx512 isa/avx2 isa/attention_avx512_bf16 isa/attention_amx
+  isa/attention_avx512 isa/attention_avx2 isa/scalar isa/attention_scalar
   isa/dispatch plan rnn_kernels team attention_plan attention_kernels"
 objects=
 for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
@@ -31,7 +32,7 @@ for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
   echo kernels_test.cpp
   echo attention_test.cpp
   echo simd_test.cpp
-  echo tiles_test.cpp
+  echo bf16_test.cpp
 } | xargs -P 2 -I{} sh -c 'case {} in *avx* | *amx*) few=$FEW ;; *) few= ;; esac
   $CXX $FLAGS $few -c {} -o "$build/$(basename {} .cpp).o"'
 # shellcheck disable=SC2086
@@ -41,9 +42,9 @@ $CXX $FLAGS $objects "$build/attention_test.o" -o "$build/attention_test"
 # shellcheck disable=SC2086
 $CXX $FLAGS "$build/simd_test.o" -o "$build/simd_test"
 # shellcheck disable=SC2086
-$CXX $FLAGS "$build/tiles_test.o" -o "$build/tiles_test"
+$CXX $FLAGS "$build/bf16_test.o" -o "$build/bf16_test"
 
 [ "$mode" = tsan ] || "$build/simd_test"
-[ "$mode" = tsan ] || "$build/tiles_test"
+[ "$mode" = tsan ] || "$build/bf16_test"
 "$build/kernels_test" "${2:-$cases}" "${3:-0}"
 "$build/attention_test" "${2:-$cases}" "${3:-0}"

@@ -111,7 +111,7 @@ class AttentionBackward {
 
  private:
   static constexpr int64_t kChunkElements = 64 << 10;  // of dk and dv together, for L2
-  static constexpr bool kPacked = Tiles::kPresent;
+  static constexpr bool kPacked = Bf16Unit::kPresent;
 
   struct Worker {
     Lanes<C> lanes;
@@ -123,7 +123,7 @@ class AttentionBackward {
     C* bias;
     C *k, *v, *dk, *dv;  // of a chunk
     C* dq;               // all rows: blocks of panels [D, whole vectors][lanes]
-    PackedBackward<C, Tiles> packed;
+    PackedBackward<C, Bf16Unit> packed;
   };
 
   // Keys [first, first + keys) of one head.
@@ -328,7 +328,7 @@ class AttentionBackward {
     }
     if (!any || !p_.dk.data) return;
     const KeyRange range{begin, end - begin};
-    const bool selected = (masked || (kPacked && !range.fills(Tiles::kSize, keys))) && !finite;
+    const bool selected = (masked || (kPacked && !range.fills(Bf16Unit::kRows, keys))) && !finite;
     if constexpr (kPacked) {
       if (!selected) {
         w.packed.add_dv(at, range, w.scores, ld, lanes.rows, w.dv);
@@ -391,7 +391,7 @@ class AttentionBackward {
     if (mask_sums_.wanted()) mask_sums_.add(w.lanes, tile, ds, split);
     if (damping) gradients_.damp(tile, damping, ds);
     if (!p_.dq.data) return;
-    const bool selected = (tile.masked() || (kPacked && !range.fills(Tiles::kDepth, keys))) && !finite;
+    const bool selected = (tile.masked() || (kPacked && !range.fills(Bf16Unit::kDepth, keys))) && !finite;
     if (selected) {
       add_selected<C, Lies::columns, false>(s_.D, width, k, chunk.k.ld, tile.keys, ds, ld, dq, width);
     } else if constexpr (kPacked) {

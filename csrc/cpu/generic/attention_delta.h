@@ -57,8 +57,8 @@ class RowDeltas {
     const auto wanted = [&](int64_t x) __attribute__((always_inline)) {
       return select_lt(abs(V::load(o + x * ld)), least, V::zero(), V::load(grad + x * ld));
     };
-    if constexpr (Tiles::kPresent) {
-      return diagonal_product<Tiles, C>(s_.Dv, [&](int64_t x) { return V::load(o + x * ld); }, wanted);
+    if constexpr (Bf16Unit::kPresent) {
+      return diagonal_product<Bf16Unit, C>(s_.Dv, [&](int64_t x) { return V::load(o + x * ld); }, wanted);
     }
     const int64_t slice = slice_of(s_.Dv);
     V total = V::zero();

@@ -17,7 +17,7 @@ DLK_NOINLINE int attention_forward_as(const AttentionForwardParams& params, cons
   carve_all(work, scratch);
   work.begin();
   auto body = [&](int worker, int64_t task) { work.run(worker, task); };
-  return run_tasks<Tiles::Session>(runtime, plan.threads, static_cast<int64_t>(tasks.tasks.size()), body);
+  return run_tasks<Bf16Unit::Session>(runtime, plan.threads, static_cast<int64_t>(tasks.tasks.size()), body);
 }
 
 template <class C>
@@ -30,9 +30,9 @@ DLK_NOINLINE int attention_backward_as(const AttentionBackwardParams& params, co
   work.begin();
   auto prepare = [&](int worker, int64_t head) { work.prepare(worker, head); };
   if (work.prepares())
-    run_tasks<Tiles::Session>(runtime, plan.threads, params.in.shape.B * params.in.shape.Hkv, prepare);
+    run_tasks<Bf16Unit::Session>(runtime, plan.threads, params.in.shape.B * params.in.shape.Hkv, prepare);
   auto body = [&](int worker, int64_t task) { work.run(worker, task); };
-  const int members = run_tasks<Tiles::Session>(runtime, plan.threads, work.task_count(), body);
+  const int members = run_tasks<Bf16Unit::Session>(runtime, plan.threads, work.task_count(), body);
   work.finish();
   return members;
 }
@@ -43,13 +43,13 @@ DLK_NOINLINE int attention_map_as(const AttentionMapParams& params, const Attent
   AttentionMap<C> work(params, plan);
   carve_all(work, scratch);
   auto body = [&](int worker, int64_t task) { work.run(worker, task); };
-  return run_tasks<Tiles::Session>(runtime, plan.threads, work.task_count(), body);
+  return run_tasks<Bf16Unit::Session>(runtime, plan.threads, work.task_count(), body);
 }
 
 // A matrix unit serves one type of these.
 template <class Call>
 DLK_INLINE int by_compute_type(DType dtype, Call call) {
-  if constexpr (!Tiles::kPresent) {
+  if constexpr (!Bf16Unit::kPresent) {
     if (dtype == DType::f64) return call(double());
   }
   return call(float());

@@ -56,7 +56,7 @@ class AttentionForward {
 
  private:
   using State = RowState<C>;
-  static constexpr bool kPacked = Tiles::kPresent;
+  static constexpr bool kPacked = Bf16Unit::kPresent;
 
   struct Worker {
     Lanes<C> lanes;
@@ -64,7 +64,7 @@ class AttentionForward {
     C* state;  // memory of the rows' state
     C *scores, *bias, *k, *v;
     uint32_t* words;
-    PackedForward<C, Tiles> packed;
+    PackedForward<C, Bf16Unit> packed;
   };
 
   const AttentionForwardParams& p_;
@@ -140,12 +140,12 @@ class AttentionForward {
       }
       return v_;
     }
-    const PackedForward<C, Tiles>& packed_keys() {
+    const PackedForward<C, Bf16Unit>& packed_keys() {
       if (!packed_k) w.packed.set_keys(address(f.in_.k), f.in_.k.row, keys);
       packed_k = true;
       return w.packed;
     }
-    const PackedForward<C, Tiles>& packed_values() {
+    const PackedForward<C, Bf16Unit>& packed_values() {
       if (!packed_v) w.packed.set_values(address(f.in_.v), f.in_.v.row, keys);
       packed_v = true;
       return w.packed;
@@ -181,7 +181,7 @@ class AttentionForward {
     state.softmax(tile);
     if (s_.Dv == 0) return;
     if (dropout_.active) drop(w, tile);
-    const bool whole = !kPacked || range.fills(Tiles::kDepth, block.keys);
+    const bool whole = !kPacked || range.fills(Bf16Unit::kDepth, block.keys);
     const bool selected = (tile.masked() || !whole) && !block.values_finite();
     if constexpr (kPacked) {
       if (!selected) return block.packed_values().add_values(panel, range, w.scores, state.of(panel));

@@ -46,12 +46,12 @@ class AttentionMap {
   }
 
  private:
-  static constexpr bool kPacked = Tiles::kPresent;
+  static constexpr bool kPacked = Bf16Unit::kPresent;
 
   struct Worker {
     Lanes<C> lanes;
     C *q, *lse, *scores, *bias, *k;
-    PackedForward<C, Tiles> packed;
+    PackedForward<C, Bf16Unit> packed;
   };
 
   const AttentionMapParams& p_;

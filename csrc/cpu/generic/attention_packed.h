@@ -1,55 +1,24 @@
-// Products of bf16 on a matrix unit T (simd/amx_tiles.h). Both operands are copies, filled up with zeros to whole
-// tiles: rows, [row][depth], and columns, [pair of the depth][column]. Scores lie [key][lane] as everywhere: rows are
-// keys where the products are scores, lanes are the columns. Of NaN and infinity beside what may not be seen: where a
-// block is not covered to its ends, zeros meet what lies beyond them, so the caller goes another way if that is not
-// finite.
+// Operands of products of bf16 by a unit T (simd/bf16_dots.h, simd/amx_tiles.h). Both are copies, filled up with zeros
+// to whole tiles or vectors: rows, [row][depth], and columns, [pair of the depth][column]. Scores lie [key][lane] as
+// everywhere: rows are keys where the products are scores, lanes are the columns. Of NaN and infinity beside what may
+// not be seen: where a block is not covered to its ends, zeros meet what lies beyond them, so the caller goes another
+// way if that is not finite.
 
+DLK_INLINE int64_t rounded_up(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
+// Values of a row in memory,
 template <class T>
-DLK_INLINE int64_t size_rounded(int64_t n) {
-  return (n + T::kSize - 1) / T::kSize * T::kSize;
+DLK_INLINE int64_t values_rounded(int64_t n) {
+  return rounded_up(n, T::kWidth);
 }
+// ... of them those that take part,
 template <class T>
 DLK_INLINE int64_t depth_rounded(int64_t n) {
-  return (n + T::kDepth - 1) / T::kDepth * T::kDepth;
+  return rounded_up(n, T::kDepth);
 }
-
-template <class T, int kI, int kJ, class C>
-DLK_INLINE void multiply_packed(int64_t depth, const bf16* a, int64_t lda, const C* b, int64_t ldb, C* out, int64_t ldo,
-                                bool accumulate) {
-  constexpr int64_t kItem = sizeof(C), kHalf = sizeof(bf16);
-  if (accumulate) {
-    T::template load_sums<kI, kJ>(out, ldo * kItem);
-  } else {
-    T::template zero_sums<kI, kJ>();
-  }
-  for (; depth > 0; depth -= T::kDepth, a += T::kDepth, b += T::kDepth / 2 * ldb) {
-    T::template load_rows<kI>(a, lda * kHalf);
-    T::template load_columns<kJ>(b, ldb * kItem);
-    T::template multiply_add<kI, kJ>();
-  }
-  T::template store_sums<kI, kJ>(out, ldo * kItem);
-}
-
-// out [rows][columns] (+)= a b; rows, columns and depth are whole tiles.
-template <class T, class C>
-DLK_NOINLINE void multiply_packed(int64_t rows, int64_t columns, int64_t depth, const bf16* a, int64_t lda, const C* b,
-                                  int64_t ldb, C* out, int64_t ldo, bool accumulate) {
-  for (int64_t r = 0; r < rows; r += 2 * T::kSize)
-    for (int64_t c = 0; c < columns; c += 2 * T::kSize) {
-      const bf16* at = a + r * lda;
-      C* to = out + r * ldo + c;
-      if (rows - r > T::kSize) {
-        if (columns - c > T::kSize) {
-          multiply_packed<T, 2, 2>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
-        } else {
-          multiply_packed<T, 2, 1>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
-        }
-      } else if (columns - c > T::kSize) {
-        multiply_packed<T, 1, 2>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
-      } else {
-        multiply_packed<T, 1, 1>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
-      }
-    }
+// ... and rows of transposes, of which there are whole vectors.
+template <class T>
+DLK_INLINE int64_t size_rounded(int64_t n) {
+  return rounded_up(n, T::kSize);
 }
 
 DLK_INLINE int at_most(int64_t n, int64_t most) { return static_cast<int>(std::clamp<int64_t>(n, 0, most)); }
@@ -57,16 +26,16 @@ DLK_INLINE int at_most(int64_t n, int64_t most) { return static_cast<int>(std::c
 // Rows of a tensor as rows: [rows, whole tiles][ld].
 template <class T>
 DLK_NOINLINE void pack_rows(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t ld) {
-  for (int64_t r = 0; r < size_rounded<T>(rows); ++r, from += stride, to += ld)
-    for (int64_t x = 0; x < ld; x += T::kDepth)
-      T::store(T::pairs(from + x, r < rows ? at_most(width - x, T::kDepth) : 0), to + x);
+  for (int64_t r = 0; r < rounded_up(rows, T::kRows); ++r, from += stride, to += ld)
+    for (int64_t x = 0; x < ld; x += T::kWidth)
+      T::store(T::pairs(from + x, r < rows ? at_most(width - x, T::kWidth) : 0), to + x);
 }
 
 // Rows of a tensor as the depth of rows: [width, whole tiles][ld].
 template <class T, class C>
 DLK_NOINLINE void pack_transposed(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t ld) {
   const auto count = [&](int64_t r, int64_t x) { return r < rows ? at_most(width - x, T::kSize) : 0; };
-  for (int64_t r = 0; r < rows; r += T::kDepth)
+  for (int64_t r = 0; r < rows; r += T::kWidth)
     for (int64_t x = 0; x < width; x += T::kSize) {
       Vec<C> block[T::kSize];
       for (int p = 0; p < T::kSize; ++p) {
@@ -87,9 +56,9 @@ DLK_NOINLINE void pack_lanes(const Lanes<C>& lanes, const LanePanel& panel, cons
     const bf16* row[T::kSize];
     for (int r = 0; r < T::kSize; ++r)
       row[r] = static_cast<const bf16*>(lanes.row_of(t, DType::bf16, panel.lane + std::min(l + r, panel.rows - 1)));
-    for (int64_t x = 0; x < width; x += T::kDepth) {
+    for (int64_t x = 0; x < width; x += T::kWidth) {
       Vec<C> block[T::kSize];
-      for (int r = 0; r < T::kSize; ++r) block[r] = T::pairs(row[r] + x, at_most(width - x, T::kDepth));
+      for (int r = 0; r < T::kSize; ++r) block[r] = T::pairs(row[r] + x, at_most(width - x, T::kWidth));
       transpose(block);
       for (int p = 0; p < T::kSize; ++p) block[p].store(to + (x / 2 + p) * ld + l);
     }
@@ -134,34 +103,19 @@ DLK_NOINLINE void pack_weights(const C* weights, int64_t ld, int64_t width, cons
     for (int64_t l = 0; l < width; l += T::kSize) T::pairs(load(j, l), load(j + 1, l)).store(to + l);
 }
 
-// ... and as rows, of `lanes` lanes: [key][lanes, whole tiles].
+// ... and as rows, of `lanes` lanes: [key][values of a row].
 template <class T, class C>
 DLK_NOINLINE void pack_weight_rows(const C* weights, int64_t ld, int64_t lanes, const KeyRange& range, bf16* to) {
-  const int64_t begin = range.begin_of(T::kSize), width = depth_rounded<T>(lanes);
-  for (int64_t j = begin; j < begin + range.count_of(T::kSize); ++j, to += width)
+  const int64_t begin = range.begin_of(T::kRows), width = values_rounded<T>(lanes);
+  for (int64_t j = begin; j < begin + range.count_of(T::kRows); ++j, to += width)
     for (int64_t l = 0; l < width; l += T::kSize)
-      narrow(to + l, range.has(j) ? Vec<C>::load(weights + j * ld + l, at_most(lanes - l, T::kSize)) : Vec<C>::zero());
+      T::round(range.has(j) ? Vec<C>::load(weights + j * ld + l, at_most(lanes - l, T::kSize)) : Vec<C>::zero(),
+               to + l);
 }
 
-// For each lane the sum of a(x) b(x), vectors of bf16 values, in the order of multiply_packed: the diagonal of a
-// product.
 template <class T, class C, class A, class B>
 DLK_INLINE Vec<C> diagonal_product(int64_t width, A a, B b) {
-  alignas(64) bf16 rows[T::kSize * T::kDepth];
-  alignas(64) C columns[T::kSize * T::kSize], sums[T::kSize * T::kSize] = {}, diagonal[T::kSize];
-  const auto value = [&](const auto& of, int64_t x) { return x < width ? of(x) : Vec<C>::zero(); };
-  for (int64_t x = 0; x < width; x += T::kDepth) {
-    Vec<C> block[T::kSize];
-    for (int p = 0; p < T::kSize; ++p) {
-      block[p] = T::pairs(value(a, x + 2 * p), value(a, x + 2 * p + 1));
-      T::pairs(value(b, x + 2 * p), value(b, x + 2 * p + 1)).store(columns + p * T::kSize);
-    }
-    transpose(block);
-    for (int r = 0; r < T::kSize; ++r) T::store(block[r], rows + r * T::kDepth);
-    multiply_packed<T, 1, 1>(T::kDepth, rows, T::kDepth, columns, T::kSize, sums, T::kSize, true);
-  }
-  for (int i = 0; i < T::kSize; ++i) diagonal[i] = sums[i * (T::kSize + 1)];
-  return Vec<C>::load(diagonal);
+  return T::diagonal(width, a, b);
 }
 
 // A worker's operands of the forward: a block of rows, a block of keys.
@@ -170,8 +124,8 @@ class PackedForward {
  public:
   void carve(Scratch& scratch, const AttentionShape& s, int64_t lanes, int64_t keys) {
     D_ = s.D, Dv_ = s.Dv, keys_ = keys;
-    q_ = scratch.take<C>(lanes * depth_rounded<T>(D_) / 2);
-    k_ = scratch.take<bf16>(keys * depth_rounded<T>(D_));
+    q_ = scratch.take<C>(lanes * values_rounded<T>(D_) / 2);
+    k_ = scratch.take<bf16>(keys * values_rounded<T>(D_));
     v_ = scratch.take<bf16>(keys * size_rounded<T>(Dv_));
     weights_ = scratch.take<C>(keys / 2 * Lanes<C>::kWidth);
   }
@@ -179,7 +133,7 @@ class PackedForward {
     pack_lanes<T>(lanes, panel, q, D_, rows_of(panel));
   }
   void set_keys(const void* k, int64_t stride, int64_t keys) {
-    pack_rows<T>(static_cast<const bf16*>(k), stride, keys, D_, k_, depth_rounded<T>(D_));
+    pack_rows<T>(static_cast<const bf16*>(k), stride, keys, D_, k_, values_rounded<T>(D_));
   }
   void set_values(const void* v, int64_t stride, int64_t keys) {
     pack_transposed<T, C>(static_cast<const bf16*>(v), stride, keys, Dv_, v_, keys_);
@@ -187,17 +141,16 @@ class PackedForward {
 
   // scores [key of the block][lanes of the panel], the range's and whole tiles around it.
   void score(const LanePanel& panel, const KeyRange& range, C* scores) const {
-    const int64_t depth = depth_rounded<T>(D_), ld = int64_t{panel.vectors} * T::kSize,
-                  begin = range.begin_of(T::kSize);
-    multiply_packed<T>(range.count_of(T::kSize), ld, depth, k_ + begin * depth, depth, rows_of(panel), ld,
-                       scores + begin * ld, ld, false);
+    const int64_t ldk = values_rounded<T>(D_), ld = int64_t{panel.vectors} * T::kSize, begin = range.begin_of(T::kRows);
+    T::multiply(range.count_of(T::kRows), ld, depth_rounded<T>(D_), k_ + begin * ldk, ldk, rows_of(panel), ld,
+                scores + begin * ld, ld, false);
   }
   // out [Dv][lanes of the panel] += values, weighted.
   void add_values(const LanePanel& panel, const KeyRange& range, const C* weights, C* out) const {
     const int64_t ld = int64_t{panel.vectors} * T::kSize;
     pack_weights<T>(weights, ld, ld, range, weights_);
-    multiply_packed<T>(size_rounded<T>(Dv_), ld, range.count_of(T::kDepth), v_ + range.begin_of(T::kDepth), keys_,
-                       weights_, ld, out, ld, true);
+    T::multiply(rounded_up(Dv_, T::kRows), ld, range.count_of(T::kDepth), v_ + range.begin_of(T::kDepth), keys_,
+                weights_, ld, out, ld, true);
   }
 
  private:
@@ -205,5 +158,5 @@ class PackedForward {
   C *q_, *weights_;
   bf16 *k_, *v_;
 
-  C* rows_of(const LanePanel& panel) const { return q_ + panel.lane * depth_rounded<T>(D_) / 2; }
+  C* rows_of(const LanePanel& panel) const { return q_ + panel.lane * values_rounded<T>(D_) / 2; }
 };

@@ -8,6 +8,7 @@ constexpr Isa kIsa = Isa::amx;
 constexpr int kRegisters = 32;
 #include "../simd/avx512.h"
 #include "../simd/math.h"
+#include "../simd/bf16_pairs.h"
 #include "../simd/amx_tiles.h"
 #include "../generic/attention.h"
 }  // namespace dlk::amx

@@ -25,9 +25,15 @@ namespace avx512 {
 extern const AttentionTable kAttention;
 }
 #endif
+// These are for plans of bf16 and tiles only.
+#ifdef DLK_AVX512_BF16
+namespace avx512_bf16 {
+extern const AttentionTable kAttention;
+}
+#endif
 #ifdef DLK_AMX
 namespace amx {
-extern const AttentionTable kAttention;  // for plans of bf16 and tiles only
+extern const AttentionTable kAttention;
 }
 #endif
 

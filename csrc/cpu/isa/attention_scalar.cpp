@@ -3,7 +3,7 @@
 namespace dlk::scalar {
 constexpr Isa kIsa = Isa::scalar;
 constexpr int kRegisters = 16;
-using Tiles = NoTiles;
+using Bf16Unit = NoBf16Unit;
 #include "../simd/scalar.h"
 #include "../simd/math.h"
 #include "../generic/attention.h"

@@ -12,9 +12,9 @@
 
 namespace dlk {
 
-// In place of a matrix unit (amx_tiles.h) where there is none.
-struct NoTiles {
-  static constexpr int kSize = 1, kDepth = 1;
+// Where nothing multiplies bf16 as such (bf16_dots.h, amx_tiles.h).
+struct NoBf16Unit {
+  static constexpr int kRows = 1, kDepth = 1;
   static constexpr bool kPresent = false;
   struct Session {
     Session() {}

@@ -49,7 +49,7 @@ uint64_t xgetbv0() {
 // Linux grants the tiles' state to a process that asks, for all its threads and those it forks. Who will not use them
 // does not ask: a process that has them may not have signal stacks too small for their state.
 bool ask_for_tiles() {
-#if defined(__linux__) && defined(DLK_AMX) && !defined(DLK_EMULATE_AMX)
+#if defined(__linux__) && defined(DLK_AMX) && !defined(DLK_EMULATE_BF16)
   const char* cap = std::getenv("DLKERNELS_CPU_ISA");
   if (cap && *cap && std::strcmp(cap, isa_name(Isa::amx)) != 0) return false;
   return syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, XTILEDATA
@@ -71,6 +71,7 @@ Cpu detect() {
   const bool avx512f = bit(extended.ebx, 16), avx512dq = bit(extended.ebx, 17);
   const bool avx512bw = bit(extended.ebx, 30), avx512vl = bit(extended.ebx, 31);
 
+  const bool avx512_bf16 = bit(more.eax, 5);
   const bool amx_tile = bit(extended.edx, 24), amx_bf16 = bit(extended.edx, 22);
   const bool amx_granted = os_amx && amx_tile && amx_bf16 && ask_for_tiles();
 
@@ -84,7 +85,7 @@ Cpu detect() {
                   {"avx512bw", avx512bw},
                   {"avx512vl", avx512vl},
                   {"avx512_vnni", bit(extended.ecx, 11)},
-                  {"avx512_bf16", bit(more.eax, 5)},
+                  {"avx512_bf16", avx512_bf16},
                   {"avx512_fp16", bit(extended.edx, 23)},
                   {"amx_tile", amx_tile},
                   {"amx_bf16", amx_bf16},
@@ -95,12 +96,13 @@ Cpu detect() {
   if (os_ymm && avx && avx2 && fma && f16c) {
     cpu.best = Isa::avx2;
     if (os_zmm && avx512f && avx512dq && avx512bw && avx512vl) cpu.best = Isa::avx512;
-#if defined(DLK_EMULATE_AMX)
-    const bool tiles = true;
+#if defined(DLK_EMULATE_BF16)
+    const bool dots = true, tiles = true;
 #else
-    const bool tiles = amx_granted;
+    const bool dots = avx512_bf16, tiles = amx_granted;
 #endif
-    if (cpu.best == Isa::avx512 && tiles) cpu.best = Isa::amx;
+    if (cpu.best == Isa::avx512 && dots) cpu.best = Isa::avx512_bf16;
+    if (cpu.best == Isa::avx512_bf16 && tiles) cpu.best = Isa::amx;
   }
   return cpu;
 }
@@ -149,6 +151,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::avx512:
       return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::amx:
       return "amx";
   }
@@ -156,17 +160,20 @@ const char* isa_name(Isa isa) {
 }
 
 Isa isa_from_name(const std::string& name) {
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx}) {
+  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
     if (name == isa_name(isa)) return isa;
   }
-  throw std::invalid_argument("unknown instruction set '" + name + "', expected scalar, avx2, avx512 or amx");
+  throw std::invalid_argument("unknown instruction set '" + name +
+                              "', expected scalar, avx2, avx512, avx512_bf16 or amx");
 }
 
 const std::vector<std::pair<const char*, bool>>& cpu_features() { return cpu().features; }
 
 std::vector<Isa> compiled_isas() {
 #if defined(DLK_AMX)
-  return {Isa::scalar, Isa::avx2, Isa::avx512, Isa::amx};
+  return {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
+#elif defined(DLK_AVX512_BF16)
+  return {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
 #elif defined(__x86_64__)
   return {Isa::scalar, Isa::avx2, Isa::avx512};
 #else

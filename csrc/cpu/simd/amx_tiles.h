@@ -2,9 +2,9 @@
 // two of 16 columns of them, above: of each column 16 pairs of values, [pair][column]. multiply_add adds to each sum
 // the product of its row and its column. Strides are in bytes. No include guard: see target.h.
 //
-// With DLK_EMULATE_AMX in plain C++, to the last bit, and it stops the program where no Session is open.
+// With DLK_EMULATE_BF16 in plain C++, to the last bit, and it stops the program where no Session is open.
 
-#ifdef DLK_EMULATE_AMX
+#ifdef DLK_EMULATE_BF16
 
 class TileRegisters {
  public:
@@ -27,17 +27,18 @@ class TileRegisters {
   // The even values of a row and the odd ones are summed apart, in order, each from 0.
   template <int kSums, int kRows, int kColumns>
   static void multiply_add() {
+    using E = Bf16Emulation;
     for (int r = 0; r < 16; ++r) {
       float parts[2][16] = {};
       for (int p = 0; p < 16; ++p)
         for (int c = 0; c < 16; ++c)
           for (int half = 0; half < 2; ++half) {
-            const float x = value(tile(kRows)[r][p], half), y = value(tile(kColumns)[p][c], half);
-            parts[half][c] = fused(x, y, parts[half][c]);
+            const float x = E::value(tile(kRows)[r][p], half), y = E::value(tile(kColumns)[p][c], half);
+            parts[half][c] = E::fused(x, y, parts[half][c]);
           }
       for (int c = 0; c < 16; ++c) {
         uint32_t& sum = tile(kSums)[r][c];
-        sum = float_bits(normal(normal(bits_float(sum)) + normal(parts[0][c] + parts[1][c])));
+        sum = float_bits(E::normal(E::normal(bits_float(sum)) + E::normal(parts[0][c] + parts[1][c])));
       }
     }
   }
@@ -56,16 +57,6 @@ class TileRegisters {
     if (!mine().configured) __builtin_trap();
     return mine().tiles[index];
   }
-  // Denormals, in or out, count as 0.
-  static float normal(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
-  // x y + sum. What is tiny is told before it is rounded to the denormals' grid, which may make a normal number of it.
-  static float fused(float x, float y, float sum) {
-    constexpr float kLeast = std::numeric_limits<float>::min(), kUp = 0x1p64f;
-    const float z = __builtin_fmaf(x, y, sum);
-    const bool tiny = std::fabs(z) == kLeast && std::fabs(__builtin_fmaf(x * kUp, y, sum * kUp)) < kLeast * kUp;
-    return tiny ? std::copysign(0.0f, z) : normal(z);
-  }
-  static float value(uint32_t pair, int half) { return normal(bits_float(half ? pair & 0xffff0000u : pair << 16)); }
 };
 
 #else
@@ -130,10 +121,9 @@ struct TileRegisters {
 
 #endif
 
-struct Tiles {
+struct Bf16Unit : Bf16Pairs {
   static constexpr bool kPresent = true;
-  static constexpr int kSize = 16;   // rows and columns of a tile
-  static constexpr int kDepth = 32;  // values of a row or column of it
+  static constexpr int kRows = 16, kDepth = 32;  // of a tile; it has as many columns as rows
 
   // The tiles' shapes belong to the thread: nothing else may set them while this lives. Those of other libraries, some
   // of which leave theirs from call to call, are put back.
@@ -188,33 +178,68 @@ struct Tiles {
     if constexpr (kI == 2 && kJ == 2) TileRegisters::multiply_add<3, 5, 7>();
   }
 
-  // Pairs of bf16 values travel as the bits of floats. n values, 0..32, as they lie; zeros beyond:
-  static DLK_INLINE Vec<float> pairs(const bf16* from, int n) {
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << n) - 1), from))};
+  // out [rows][columns] (+)= a b; rows, columns and depth are whole tiles.
+  static DLK_NOINLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const bf16* a, int64_t lda,
+                                    const float* b, int64_t ldb, float* out, int64_t ldo, bool accumulate) {
+    for (int64_t r = 0; r < rows; r += 2 * kSize)
+      for (int64_t c = 0; c < columns; c += 2 * kSize) {
+        const bf16* at = a + r * lda;
+        float* to = out + r * ldo + c;
+        if (rows - r > kSize) {
+          if (columns - c > kSize) {
+            multiply_block<2, 2>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+          } else {
+            multiply_block<2, 1>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+          }
+        } else if (columns - c > kSize) {
+          multiply_block<1, 2>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+        } else {
+          multiply_block<1, 1>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+        }
+      }
   }
-  // ... n and m values, 0..16, of two rows, side by side;
-  static DLK_INLINE Vec<float> pairs(const bf16* a, int n, const bf16* b, int m) {
-    const __m512i low = _mm512_cvtepu16_epi32(load16(a, n)), high = _mm512_cvtepu16_epi32(load16(b, m));
-    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+
+  // For each lane the sum of a(x) b(x), vectors of bf16 values, in the order of multiply: the diagonal of a product.
+  template <class A, class B>
+  static DLK_INLINE Vec<float> diagonal(int64_t width, A a, B b) {
+    using V = Vec<float>;
+    alignas(64) bf16 rows[kSize * kDepth];
+    alignas(64) float columns[kSize * kSize], sums[kSize * kSize] = {}, diagonal[kSize];
+    const auto value = [&](const auto& of, int64_t x) { return x < width ? of(x) : V::zero(); };
+    for (int64_t x = 0; x < width; x += kDepth) {
+      V block[kSize];
+      for (int p = 0; p < kSize; ++p) {
+        block[p] = pairs(value(a, x + 2 * p), value(a, x + 2 * p + 1));
+        pairs(value(b, x + 2 * p), value(b, x + 2 * p + 1)).store(columns + p * kSize);
+      }
+      transpose(block);
+      for (int r = 0; r < kSize; ++r) store(block[r], rows + r * kDepth);
+      multiply_block<1, 1>(kDepth, rows, kDepth, columns, kSize, sums, kSize, true);
+    }
+    for (int i = 0; i < kSize; ++i) diagonal[i] = sums[i * (kSize + 1)];
+    return V::load(diagonal);
   }
-  // ... two vectors, rounded, side by side.
-  static DLK_INLINE Vec<float> pairs(Vec<float> a, Vec<float> b) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    return {_mm512_castsi512_ps(
-        _mm512_or_si512(_mm512_srli_epi32(rounded_bits(a), 16), _mm512_and_si512(rounded_bits(b), upper)))};
-  }
-  static DLK_INLINE void store(Vec<float> pairs, bf16* to) { _mm512_storeu_ps(to, pairs.v); }
 
  private:
+  template <int kI, int kJ>
+  static DLK_INLINE void multiply_block(int64_t depth, const bf16* a, int64_t lda, const float* b, int64_t ldb,
+                                        float* out, int64_t ldo, bool accumulate) {
+    constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
+    if (accumulate) {
+      load_sums<kI, kJ>(out, ldo * kItem);
+    } else {
+      zero_sums<kI, kJ>();
+    }
+    for (; depth > 0; depth -= kDepth, a += kDepth, b += kDepth / 2 * ldb) {
+      load_rows<kI>(a, lda * kHalf);
+      load_columns<kJ>(b, ldb * kItem);
+      multiply_add<kI, kJ>();
+    }
+    store_sums<kI, kJ>(out, ldo * kItem);
+  }
+
   template <class S>
   static DLK_INLINE S* below(S* p, int64_t stride) {
     return p + kSize * stride / static_cast<int64_t>(sizeof(S));
-  }
-  // The upper half is the nearest bf16 value, ties to even; NaN stays NaN.
-  static DLK_INLINE __m512i rounded_bits(Vec<float> a) {
-    const __m512i bits = _mm512_castps_si512(a.v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    return _mm512_mask_or_epi32(sum, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
   }
 };

@@ -29,17 +29,30 @@
 #define DLK_X86 1
 #endif
 
-// The matrix unit, where the compiler knows it; DLK_NO_TILES is for an assembler that does not. DLK_EMULATE_AMX puts
-// plain C++ in its place (amx_tiles.h), for machines without.
+// What multiplies bf16, where the compiler knows it; DLK_OLD_ASSEMBLER is for an assembler that does not.
+// DLK_EMULATE_BF16 puts plain C++ in its place (bf16_pairs.h), for machines without.
 #ifdef DLK_X86
-#if !defined(DLK_NO_TILES) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define DLK_TARGET_TILES "amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
+#ifndef DLK_OLD_ASSEMBLER
+#if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
+#define DLK_TARGET_DOTS "avx512bf16," DLK_TARGET_AVX512
 #endif
-#if defined(DLK_EMULATE_AMX)
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
+#define DLK_TARGET_TILES "amx-tile,amx-bf16," DLK_TARGET_AVX512
+#endif
+#endif
+#if defined(DLK_EMULATE_BF16)
+#define DLK_AVX512_BF16 1
+#define DLK_TARGET_AVX512_BF16 DLK_TARGET_AVX512
 #define DLK_AMX 1
 #define DLK_TARGET_AMX DLK_TARGET_AVX512
-#elif defined(DLK_TARGET_TILES)
+#else
+#ifdef DLK_TARGET_DOTS
+#define DLK_AVX512_BF16 1
+#define DLK_TARGET_AVX512_BF16 DLK_TARGET_DOTS
+#endif
+#ifdef DLK_TARGET_TILES
 #define DLK_AMX 1
 #define DLK_TARGET_AMX DLK_TARGET_TILES
+#endif
 #endif
 #endif

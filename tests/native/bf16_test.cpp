@@ -1,5 +1,5 @@
-// The emulated matrix unit against plain loops over what the manual says of the instruction; where the machine has one,
-// that too.
+// What multiplies bf16, emulated, against plain loops over what the manuals say of the instructions; where the machine
+// has them, these too.
 #include <random>
 
 #include "../../csrc/cpu/simd/system.h"
@@ -33,10 +33,11 @@ float fused(float x, float y, float sum) {
   return std::fabs(scaled) < std::ldexp(std::fabs(z), 64) ? std::copysign(0.0f, z) : z;
 }
 
+float value(uint16_t bits) { return flushed(dlk::to_float(dlk::bf16{bits})); }
+
 float product(const Operands& in, int r, int c) {
   float even = 0, odd = 0;
   for (int p = 0; p < 16; ++p) {
-    const auto value = [](uint16_t bits) { return flushed(dlk::to_float(dlk::bf16{bits})); };
     even = fused(value(in.rows[r][2 * p]), value(in.columns[p][c][0]), even);
     odd = fused(value(in.rows[r][2 * p + 1]), value(in.columns[p][c][1]), odd);
   }
@@ -44,6 +45,7 @@ float product(const Operands& in, int r, int c) {
 }
 
 // The first sum becomes the least normal number, and then a little less: where denormals and normal numbers meet.
+template <class Operands>
 void set_edge(Operands& in, std::mt19937& random) {
   const auto bits = [](float x) { return dlk::to_bf16(x).bits; };
   for (uint16_t& value : in.rows[0]) value = 0;
@@ -59,58 +61,82 @@ bool same(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0 || (std:
 }  // namespace
 
 // Both kinds, whatever the command line has chosen.
-#undef DLK_EMULATE_AMX
-#define DLK_EMULATE_AMX
+#undef DLK_EMULATE_BF16
+#define DLK_EMULATE_BF16
 DLK_TARGET_BEGIN(DLK_TARGET_AVX512)
-namespace dlk::emulated {
+namespace dlk::emulated_tiles {
 #include "../../csrc/cpu/simd/avx512.h"
+#include "../../csrc/cpu/simd/bf16_pairs.h"
 #include "../../csrc/cpu/simd/amx_tiles.h"
 #include "tiles_test_body.h"
-}  // namespace dlk::emulated
+}  // namespace dlk::emulated_tiles
+namespace dlk::emulated_dots {
+#include "../../csrc/cpu/simd/avx512.h"
+#include "../../csrc/cpu/simd/bf16_pairs.h"
+#include "../../csrc/cpu/simd/bf16_dots.h"
+#include "dots_test_body.h"
+}  // namespace dlk::emulated_dots
 DLK_TARGET_END
+#undef DLK_EMULATE_BF16
 
 #ifdef DLK_TARGET_TILES
-#undef DLK_EMULATE_AMX
 DLK_TARGET_BEGIN(DLK_TARGET_TILES)
-namespace dlk::real {
+namespace dlk::tiles {
 #include "../../csrc/cpu/simd/avx512.h"
+#include "../../csrc/cpu/simd/bf16_pairs.h"
 #include "../../csrc/cpu/simd/amx_tiles.h"
 #include "tiles_test_body.h"
-}  // namespace dlk::real
+}  // namespace dlk::tiles
 DLK_TARGET_END
+#endif
+
+#ifdef DLK_TARGET_DOTS
+DLK_TARGET_BEGIN(DLK_TARGET_DOTS)
+namespace dlk::dots {
+#include "../../csrc/cpu/simd/avx512.h"
+#include "../../csrc/cpu/simd/bf16_pairs.h"
+#include "../../csrc/cpu/simd/bf16_dots.h"
+#include "dots_test_body.h"
+}  // namespace dlk::dots
+DLK_TARGET_END
+#endif
 
 namespace {
 
-bool has_tiles() {
-  unsigned a = 7, b, c = 0, d;
-  __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  return (d >> 22 & 1) && (d >> 24 & 1) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+bool has_bit(unsigned leaf, unsigned subleaf, int word, int index) {  // words: eax, ebx, ecx, edx
+  unsigned r[4] = {leaf, 0, subleaf, 0};
+  __asm__("cpuid" : "+a"(r[0]), "=b"(r[1]), "+c"(r[2]), "=d"(r[3]));
+  return r[word] >> index & 1;
 }
+bool has_tiles() { return has_bit(7, 0, 3, 22) && has_bit(7, 0, 3, 24) && syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+bool has_dots() { return has_bit(7, 1, 0, 5); }
 
 }  // namespace
-#endif
 
 int main() {
   if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl")) {
-    std::printf("tiles_test: nothing tested, the emulation is written for AVX-512\n");
+    std::printf("bf16_test: nothing tested, the emulation is written for AVX-512\n");
     return 0;
   }
-  dlk::emulated::test_tiles("emulated");
+  dlk::emulated_tiles::test_tiles("emulated tiles");
+  dlk::emulated_dots::test_dots("emulated dots");
+  bool tiles = false, dots = false;
 #ifdef DLK_TARGET_TILES
-  if (has_tiles()) {
-    dlk::real::test_tiles("real");
-    return report("tiles_test");
-  }
+  if ((tiles = has_tiles())) dlk::tiles::test_tiles("tiles");
 #endif
-  std::printf("tiles_test: no AMX here, only its emulation is tested\n");
-  return report("tiles_test");
+#ifdef DLK_TARGET_DOTS
+  if ((dots = has_dots())) dlk::dots::test_dots("dots");
+#endif
+  if (!tiles) std::printf("bf16_test: no AMX here, only its emulation is tested\n");
+  if (!dots) std::printf("bf16_test: no AVX512_BF16 here, only its emulation is tested\n");
+  return report("bf16_test");
 }
 
 #else
 
 int main() {
-  std::printf("tiles_test: nothing tested, this is no x86\n");
+  std::printf("bf16_test: nothing tested, this is no x86\n");
   return 0;
 }
 
