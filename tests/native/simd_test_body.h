@@ -192,14 +192,14 @@ MathErrors test_math(const char* isa) {
   return worst;
 }
 
-template <class C>
+template <class C, bool kRough>
 void test_exp2_down(const char* isa) {
   using V = Vec<C>;
   constexpr C eps = std::numeric_limits<C>::epsilon();
   C residual[V::size];
   fma(V::set1(1 + eps), V::set1(1 - eps), V::set1(-1)).store(residual);
   for (const C factor : {C(1.4426950408889634), C(0.18), C(1e-19), C(37)}) {
-    const Exp2Down<C> exp2(factor);
+    const Exp2Down<C, kRough> exp2(factor);
     for (int i = -1000; i <= 40; ++i) {
       const C x = static_cast<C>(i) * (ExpConstants<C>::n_max + 5) / (1000 * factor);
       C got[V::size];
@@ -209,7 +209,8 @@ void test_exp2_down(const char* isa) {
       if (want < 2 * std::numeric_limits<C>::min()) {
         CHECK(got[0] >= 0 && got[0] <= 2 * std::numeric_limits<C>::min(), "%s 2^%g", isa, double(x * factor));
       } else {
-        CHECK(error_in_ulps(got[0], want) < 1.2 + rounding, "%s 2^%g", isa, double(x * factor));
+        const double most = kRough ? 3e-6 / std::numeric_limits<C>::epsilon() * 2 : 0;
+        CHECK(error_in_ulps(got[0], want) < 1.2 + most + rounding, "%s 2^%g", isa, double(x * factor));
       }
       CHECK(i != 0 || got[0] == 1, "%s 2^0 = %.9g", isa, double(got[0]));
     }
@@ -223,7 +224,7 @@ void test_exp2_down(const char* isa) {
 
 template <class C>
 void test_type(const char* isa, const char* type) {
-  test_exp2_down<C>(isa);
+  test_exp2_down<C, false>(isa);
   test_memory<C>(isa);
   test_shuffles<C>(isa);
   test_arithmetic<C>(isa);
@@ -237,6 +238,7 @@ void test_type(const char* isa, const char* type) {
 
 inline void test_isa(const char* isa) {
   test_type<float>(isa, "float");
+  test_exp2_down<float, true>(isa);
   test_type<double>(isa, "double");
   test_partial_storage<bf16>(isa);
   test_partial_storage<f16>(isa);

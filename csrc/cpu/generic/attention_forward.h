@@ -83,7 +83,7 @@ class AttentionForward {
     const int64_t lanes = Lanes<C>::lanes_for(plan_.block_m);
     C* memory =
         plan_.splits == 1 ? w.state : parts_ + (task.block * plan_.splits + split) * State::elements(lanes, s_.Dv);
-    return State(memory, lanes, s_.Dv, dot_, scores_);
+    return State(memory, lanes, s_, dot_, scores_);
   }
 
   void walk(Worker& w, const AttentionTask& task, const State& state) {

@@ -5,12 +5,12 @@
 template <class C>
 struct RowState {
   using V = Vec<C>;
-  C* o;           // panels [ld][lanes]; or [lane][ld] where few rows go by dot products
-  C *m, *l;       // [lanes]
-  C to_natural;   // a score times this is a logit,
-  C to_base2;     // and times this an exponent of 2
-  int64_t width;  // Dv
-  bool by_rows;
+  C* o;                 // panels [ld][lanes]; or [lane][ld] where few rows go by dot products
+  C *m, *l;             // [lanes]
+  C to_natural;         // a score times this is a logit,
+  C to_base2;           // and times this an exponent of 2
+  int64_t width;        // Dv
+  bool by_rows, rough;  // rough: what comes of the exponentials is rounded to 16 bits
 
   // m follows the maximum only when that has grown by so many powers of 2: bringing o to another m
   // costs, and exponentials somewhat above 1 are as exact.
@@ -19,14 +19,15 @@ struct RowState {
   static int64_t elements(int64_t lanes, int64_t width) { return lanes * (lanes_rounded<C>(width) + 2); }
 
   RowState() = default;
-  RowState(C* memory, int64_t lanes, int64_t values, bool rows, const Scores<C>& scores)
+  RowState(C* memory, int64_t lanes, const AttentionShape& shape, bool rows, const Scores<C>& scores)
       : o(memory + 2 * lanes),
         m(memory),
         l(memory + lanes),
         to_natural(scores.to_natural()),
         to_base2(scores.to_base2()),
-        width(values),
-        by_rows(rows) {}
+        width(shape.Dv),
+        by_rows(rows),
+        rough(shape.dtype == DType::bf16 || shape.dtype == DType::f16) {}
 
   int64_t ld() const { return lanes_rounded<C>(width); }
   C* of(const LanePanel& panel) const { return o + panel.lane * ld(); }
@@ -54,9 +55,10 @@ struct RowState {
 
   // From scores to exponentials; what there is of the rows so far is brought to the new maximum.
   void softmax(const ScoreTile<C>& tile) const {
-    if (tile.panel->vectors == 3) return softmax<3>(tile);
-    if (tile.panel->vectors == 2) return softmax<2>(tile);
-    softmax<1>(tile);
+    if constexpr (std::is_same_v<C, float>) {
+      if (rough) return softmax<true>(tile);
+    }
+    if constexpr (!Bf16Unit::kPresent) softmax<false>(tile);
   }
 
   // Takes in the state of other keys.
@@ -75,13 +77,20 @@ struct RowState {
   }
 
  private:
+  template <bool kRough>
+  DLK_INLINE void softmax(const ScoreTile<C>& tile) const {
+    if (tile.panel->vectors == 3) return softmax<kRough, 3>(tile);
+    if (tile.panel->vectors == 2) return softmax<kRough, 2>(tile);
+    softmax<kRough, 1>(tile);
+  }
+
   double logit(int64_t lane) const { return static_cast<double>(m[lane]) * static_cast<double>(to_natural); }
 
   // Key by key, as the tile lies in memory: it may not fit L1 beside what it was made from.
-  template <int kVectors>
+  template <bool kRough, int kVectors>
   DLK_NOINLINE void softmax(const ScoreTile<C>& tile) const {
     constexpr int kKeys = kVectors == 1 ? 4 : 2;  // at once
-    const Exp2Down<C> exp2(to_base2);
+    const Exp2Down<C, kRough> exp2(to_base2);
     const int64_t ld = tile.ld, whole = tile.keys / kKeys * kKeys;
     V parts[kKeys][kVectors], zero[kVectors], rest[kVectors];
     fill(parts, -std::numeric_limits<C>::infinity());
