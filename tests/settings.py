@@ -36,9 +36,16 @@ def use_isa(name: str) -> Iterator[None]:
         _native.native.set_isa(None)
 
 
-def kernels_of(isa: str, *, attention: torch.dtype | None = None, dot: bool = False) -> str:
-    """The instruction set whose kernels serve `isa`: those that multiply bfloat16 do so for attention alone."""
-    return "avx512" if isa in ("avx512_bf16", "amx") and (attention != torch.bfloat16 or dot) else isa
+def kernels_of(
+    isa: str, *, attention: torch.dtype | None = None, layer: torch.dtype | None = None, dot: bool = False
+) -> str:
+    """The instruction set whose kernels serve `isa` for attention or for a layer of even sizes without a projection, in
+    that dtype: those that multiply bfloat16 have kernels for nothing else."""
+    if isa not in ("avx512_bf16", "amx"):
+        return isa
+    if attention == torch.bfloat16 and not dot:
+        return isa
+    return "avx512_bf16" if layer == torch.bfloat16 and not dot else "avx512"
 
 
 @contextmanager

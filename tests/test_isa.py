@@ -72,7 +72,7 @@ def test_instructions_for_bf16_are_only_in_their_kernels(name: str, native) -> N
         elif instruction := pattern.search(line):
             found.setdefault(instruction[1], set()).add(function)
     assert set(found) == (expected if name in native.build_info()["isas"] and not emulated(native) else set())
-    inside = re.compile(rf"_Z+N+K?3dlk{len(name)}{name}")
+    inside = re.compile(rf"_Z+N+K?3dlk\d+{name}")
     outside = {symbol for symbols in found.values() for symbol in symbols if not inside.match(symbol)}
     assert not outside, outside
 

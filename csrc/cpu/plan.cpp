@@ -26,6 +26,11 @@ constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roug
 
 }  // namespace
 
+Isa layer_isa(const LayerShape& shape, Isa isa) {
+  const bool pairs = isa > Isa::avx512 && shape.dtype == DType::bf16 && shape.I % 2 == 0 && shape.H % 2 == 0;
+  return pairs && shape.P == 0 ? Isa::avx512_bf16 : vector_isa(isa);
+}
+
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
   const int64_t gates = gate_count(shape.cell), outputs = shape.outputs();
   const double rows = static_cast<double>(std::max<int64_t>(1, shape.rows));
@@ -35,11 +40,11 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const double work_per_step = per_row * rows / std::max<int64_t>(1, shape.T);
 
   Plan plan{};
-  plan.isa = vector_isa(isa);
   plan.threads = std::min(std::max(threads, 1), kMaxMembers);
   plan.split = Plan::serial;
   // Packing the weights costs about as much as a few rows' products with them.
   plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
+  plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
   plan.chunk_steps = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
   plan.patience_us =
       std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
@@ -50,7 +55,9 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
 
   plan.directions_side_by_side = shape.D == 2;
   const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
-  const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64 ? 8 : 4);
+  const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64          ? 8
+                                                            : plan.isa == Isa::avx512_bf16 ? 2
+                                                                                           : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
   } else if ((shape.T > 1 || shape.H < per_direction * kOwnUnits) &&

@@ -16,11 +16,13 @@ struct PackedHeader {
 constexpr size_t kHeaderBytes = 128;
 static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the header must leave the panels aligned");
 
+const KernelTable& layer_kernels(const LayerShape& shape, Isa isa) { return kernels(layer_isa(shape, isa)); }
+
 PackedHeader header_of(const LayerShape& shape, Isa isa) {
   PackedHeader header;
   std::memset(&header, 0, sizeof header);  // padding too: headers are compared as bytes
   std::memcpy(header.magic, "dlkpack1", sizeof header.magic);
-  header.isa = kernels(isa).isa;
+  header.isa = layer_kernels(shape, isa).isa;
   header.shape.cell = shape.cell;
   header.shape.dtype = shape.dtype;
   header.shape.I = shape.I;
@@ -52,13 +54,15 @@ void rnn_backward(const BackwardParams& params, const Runtime& runtime) {
   g_last_run = {plan, members, true};
 }
 
-size_t rnn_packed_bytes(const LayerShape& shape, Isa isa) { return kHeaderBytes + kernels(isa).panel_bytes(shape); }
+size_t rnn_packed_bytes(const LayerShape& shape, Isa isa) { 
+  return kHeaderBytes + layer_kernels(shape, isa).panel_bytes(shape);
+}
 
 void rnn_pack(const LayerShape& shape, const DirectionWeights* weights, Isa isa, void* out) {
   std::memset(out, 0, kHeaderBytes);
   const PackedHeader header = header_of(shape, isa);
   std::memcpy(out, &header, sizeof header);
-  kernels(isa).pack(shape, weights, static_cast<char*>(out) + kHeaderBytes);
+  layer_kernels(shape, isa).pack(shape, weights, static_cast<char*>(out) + kHeaderBytes);
 }
 
 bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shape, Isa isa) {
@@ -69,8 +73,11 @@ bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shap
 const LastRun& rnn_last_run() { return g_last_run; }
 
 const KernelTable& kernels(Isa isa) {
+#ifdef DLK_AVX512_BF16
+  if (isa == Isa::avx512_bf16) return avx512_bf16_layers::kKernels;
+#endif
 #ifdef DLK_X86
-  if (vector_isa(isa) == Isa::avx512) return avx512::kKernels;
+  if (isa == Isa::avx512) return avx512::kKernels;
   if (isa == Isa::avx2) return avx2::kKernels;
 #endif
   (void)isa;

@@ -97,7 +97,7 @@ struct Case {
   std::string text() const {
     static const char* const cells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
     static const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};
-    static const char* const isas[] = {"scalar", "avx2", "avx512"};
+    static const char* const isas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
     const LayerShape& s = shape;
     char line[400];
     std::snprintf(line, sizeof line,
@@ -134,6 +134,10 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
     if (s.P) s.P = 17;
   }
   c.isa = isas[random() % isas.size()];
+  if (c.isa == Isa::avx512_bf16 && chance(random, 0.8)) {  // what it has kernels for
+    s.dtype = DType::bf16, s.P = 0;
+    s.I += s.I % 2, s.H += s.H % 2;
+  }
   c.threads = 1 + int(random() % 4);
   for (bool* flag :
        {&c.bias, &c.h0, &c.c0, &c.save, &c.dy, &c.dh_n, &c.dc_n, &c.need_x, &c.need_state, &c.need_weights}) {

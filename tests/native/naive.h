@@ -1,6 +1,6 @@
 // The recurrent layers once more, as slowly and plainly as possible: one sequence after
 // the other, one step after the other, every number a double. Takes the same structs as
-// the kernels and judges them; shares no code with them.
+// the kernels and judges them; shares no code with them. With `pairs`, what products multiply is rounded to bf16.
 #pragma once
 
 #include <cmath>
@@ -126,6 +126,12 @@ struct Matrix {
   }
 };
 
+inline Vector operand(Vector values, bool pairs) {
+  for (double& value : values)
+    if (pairs) value = bits_to_float(static_cast<uint32_t>(double_to_bfloat(value)) << 16);
+  return values;
+}
+
 inline double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 
 inline void add(const Vector& from, Vector* to) {
@@ -177,7 +183,7 @@ struct Walk {
   }
 };
 
-inline void forward(const ForwardParams& p) {
+inline void forward(const ForwardParams& p, bool pairs = false) {
   const LayerShape& s = p.shape;
   const int64_t H = s.H, O = s.outputs(), S = saved_slots(s.cell), GH = gate_count(s.cell) * H;
   const Walk walk{s, p.batch_sizes, p.lengths};
@@ -194,7 +200,7 @@ inline void forward(const ForwardParams& p) {
         const Vector x = load_vector(p.x.data, walk.offset(p.x, t, b), s.I, s.dtype);
         Vector from_x = w.b_ih, from_h = w.b_hh;
         w.w_ih.add_product(x, &from_x);
-        w.w_hh.add_product(h, &from_h);
+        w.w_hh.add_product(operand(h, pairs), &from_h);
         Vector a(static_cast<size_t>(GH)), saved(static_cast<size_t>(S * H)), raw(static_cast<size_t>(H));
         for (int64_t i = 0; i < GH; ++i) a[i] = from_x[i] + from_h[i];
         for (int64_t j = 0; j < H; ++j) {
@@ -296,7 +302,7 @@ inline StepGrads cell_step_backward(const LayerShape& s, const Vector& saved, co
   return g;
 }
 
-inline void backward(const BackwardParams& p) {
+inline void backward(const BackwardParams& p, bool pairs = false) {
   const LayerShape& s = p.shape;
   const int64_t H = s.H, O = s.outputs(), S = saved_slots(s.cell), GH = gate_count(s.cell) * H;
   const int64_t slots = gate_grad_slots(s.cell);
@@ -341,11 +347,12 @@ inline void backward(const BackwardParams& p) {
         const StepGrads g = cell_step_backward(s, saved, y, c_prev, h_prev, d_raw, &dc);
         store_vector(p.gate_grads, (d * s.rows + row) * slots * H, g.slots, compute);
 
+        const Vector input = operand(g.input, pairs), hidden = operand(g.hidden, pairs);
         Vector dx_row(static_cast<size_t>(s.I), 0.0);
-        w.w_ih.add_transposed_product(g.input, &dx_row);
+        w.w_ih.add_transposed_product(input, &dx_row);
         for (int64_t i = 0; i < s.I; ++i) dx.values[row * s.I + i] += dx_row[i];
-        dw_ih.add_outer(g.input, x);
-        dw_hh.add_outer(g.hidden, h_prev);
+        dw_ih.add_outer(input, x);
+        dw_hh.add_outer(hidden, h_prev);
         db_ih.add_outer(g.input, one);
         db_hh.add_outer(g.hidden, one);
 
@@ -354,7 +361,7 @@ inline void backward(const BackwardParams& p) {
         if (cut) {
           dc.assign(static_cast<size_t>(H), 0.0);
         } else {
-          w.w_hh.add_transposed_product(g.hidden, &dh);
+          w.w_hh.add_transposed_product(hidden, &dh);
           if (!s.P) add(g.h_prev, &dh);
         }
       }

@@ -22,7 +22,7 @@ mkdir -p "$build"
 
 csrc=../../csrc/cpu
 # The slowest to compile first.
-kernels="isa/avx512 isa/avx2 isa/attention_avx512_bf16 isa/attention_amx
+kernels="isa/avx512 isa/avx512_bf16 isa/avx2 isa/attention_avx512_bf16 isa/attention_amx
   isa/attention_avx512 isa/attention_avx2 isa/scalar isa/attention_scalar
   isa/dispatch plan rnn_kernels team attention_plan attention_kernels"
 objects=

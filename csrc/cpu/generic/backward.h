@@ -29,9 +29,9 @@ class Backward {
         ld_gates_(block_ld<C>(kSlots * s_.H)),
         ld_unit_(block_ld<C>(s_.H)),
         ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
-        hh_(PanelShape::plain(G_, O_, V::size)),
-        ih_(PanelShape::plain(G_, s_.I, V::size)),
-        hr_(PanelShape::plain(s_.P, s_.H, V::size)),
+        hh_(PanelShape::plain(item_count(G_), O_, V::size)),
+        ih_(PanelShape::plain(item_count(G_), s_.I, V::size)),
+        hr_(PanelShape::plain(item_count(s_.P), s_.H, V::size)),
         fresh_(layout.steps() <= 1) {}
 
   void carve(Scratch& scratch) {
@@ -43,6 +43,7 @@ class Backward {
       x.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
       x.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
       x.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
+      x.rounded = scratch.take<Operand<C>>(kPairs ? 2 * chunk_rows_ * ld_gates_ : 0);
       x.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
       x.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
       x.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
@@ -50,7 +51,7 @@ class Backward {
       x.first = scratch.take<int64_t>(chunk_);
       // Right-hand sides of the weight gradients: x, h and the cell's output, as panels.
       const auto columns = [&](int64_t n) {
-        return weights ? chunk_rows_ * ((n + V::size - 1) / V::size * V::size) : 0;
+        return weights ? item_count(chunk_rows_) * ((n + V::size - 1) / V::size * V::size) : 0;
       };
       x.x_panels = scratch.take<C>(columns(s_.I));
       x.h_panels = scratch.take<C>(columns(O_));
@@ -65,7 +66,7 @@ class Backward {
       x.dx = d == 1 && p_.dx.data ? scratch.take<C>(s_.rows * s_.I) : nullptr;
     }
     for (int m = 0; m < plan_.threads; ++m) {
-      block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(chunk_rows_));
+      block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(item_count(chunk_rows_)));
       panel_[m] = scratch.take<C>(fresh_ ? std::max({hh_.largest(), ih_.largest(), hr_.largest()}) : 0);
     }
   }
@@ -140,6 +141,7 @@ class Backward {
   struct Direction {
     C *hh, *ih, *hr;                      // panels of the weights
     C *gates, *proj;                      // gradients of a chunk's gates and projected h, twice
+    Operand<C>* rounded;                  // those of gates, where products do not take them as they are
     C* cell_out;                          // o * tanh(c') of a chunk, for dw_hr
     C* carry;                             // lstm: dc; gru: the part of dh that passes the gates by
     Row* rows;                            // of the chunk
@@ -155,6 +157,18 @@ class Backward {
   int64_t time(int d, int64_t q) const { return d == 0 ? layout_.steps() - 1 - q : q; }
   int64_t past(int d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
   C* gates(int d, int64_t parity) const { return direction_[d].gates + parity * chunk_rows_ * ld_gates_; }
+  Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + parity * chunk_rows_ * ld_gates_; }
+  // Gradients of gates as products along the depth take them, rows of ld_gates_ values; and the same as they lie.
+  const C* operand(int d, int64_t parity) const {
+    return items_of<C>(operand_values(d, parity));
+  }
+  const Operand<C>* operand_values(int d, int64_t parity) const {
+    if constexpr (kPairs) {
+      return rounded(d, parity);
+    } else {
+      return gates(d, parity);
+    }
+  }
   C* proj(int d, int64_t parity) const { return direction_[d].proj + parity * chunk_rows_ * ld_proj_; }
 
   void prepare(const Member& team, int d) const {

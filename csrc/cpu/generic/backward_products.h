@@ -8,7 +8,8 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   C* dgates = gates(d, parity);
   copy_gate_grads(team, d, parity, rows);
   if (p_.dx.data) {
-    const auto row = [&](int64_t r) { return dgates + r * ld_gates_; };
+    const C* operands = operand(d, parity);
+    const auto row = [&](int64_t r) { return operands + r * item_count(ld_gates_); };
     const GemmShare share(team, rows, ih_, fresh_);
     const auto out = [&](int64_t r, GemmColumn at) -> const void* {
       const Row& to = x.rows[r];
@@ -28,28 +29,29 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   }
   if (!wants_weights()) return;
 
-  const PanelShape xs = PanelShape::plain(rows, s_.I, V::size), hs = PanelShape::plain(rows, O_, V::size),
-                   os = PanelShape::plain(s_.P ? rows : 0, H, V::size);
+  const int64_t K = item_count(rows);
+  const PanelShape xs = PanelShape::plain(K, s_.I, V::size), hs = PanelShape::plain(K, O_, V::size),
+                   os = PanelShape::plain(s_.P ? K : 0, H, V::size);
   int64_t task = 0;
   const auto mine = [&] { return task++ % team.size == team.rank; };
   for (int64_t p = 0; p < xs.count(); ++p)
     if (mine())
-      pack_panel_rows<C>(xs, p, s_.dtype, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels + xs.offset(p));
+      pack_panel_rows<C>(xs, p, s_.dtype, rows, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels + xs.offset(p));
   for (int64_t p = 0; p < hs.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
-          hs, p, s_.dtype, [&](int64_t r) { return past_h_row(d, x.rows[r]); }, x.h_panels + hs.offset(p));
+          hs, p, s_.dtype, rows, [&](int64_t r) { return past_h_row(d, x.rows[r]); }, x.h_panels + hs.offset(p));
   for (int64_t p = 0; s_.P && p < os.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
-          os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32,
+          os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32, rows,
           [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels + os.offset(p));
   team.sync();
 
-  const auto add = [&](const C* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed, C* sum) {
+  const auto add = [&](const Operand<C>* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed, C* sum) {
     int64_t begin, end;
     team.share(M, 24, &begin, &end);
-    const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(rows), block_[worker]};
+    const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(K), block_[worker]};
     gemm(
         begin, end, 0, shape.count(), a, Panels<C>(shape, packed),
         [&](int64_t m, GemmColumn at) -> const void* { return sum + m * shape.N + at.column; },
@@ -59,14 +61,16 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
         },
         first ? sum : nullptr, shape.N);
   };
-  add(dgates, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
+  const Operand<C>* values = operand_values(d, parity);
+  add(values, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
   if constexpr (Cell::kDirectPath) {
-    add(dgates, ld_gates_, 2 * H, hs, x.h_panels, x.dw_hh);
-    add(dgates + 3 * H, ld_gates_, H, hs, x.h_panels, x.dw_hh + 2 * H * O_);
+    add(values, ld_gates_, 2 * H, hs, x.h_panels, x.dw_hh);
+    add(values + 3 * H, ld_gates_, H, hs, x.h_panels, x.dw_hh + 2 * H * O_);
   } else {
-    add(dgates, ld_gates_, G_, hs, x.h_panels, x.dw_hh);
+    add(values, ld_gates_, G_, hs, x.h_panels, x.dw_hh);
   }
-  if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, x.out_panels, x.dw_hr);
+  if constexpr (!kPairs)
+    if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, x.out_panels, x.dw_hr);
 
   int64_t begin, end;
   team.share(kSlots * H, V::size, &begin, &end);

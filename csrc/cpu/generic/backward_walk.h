@@ -11,7 +11,7 @@ struct Backward<C, Cell>::Walk {
   C* panel_buffer;
   int d;
   // The step before this one: where its gate gradients lie, and how many sequences it had.
-  const C* next_gates = nullptr;
+  const C* next_gates = nullptr;  // as items
   int64_t next_alive = 0;
   bool to_and_fro = false;         // see Forward
   const Row* step_rows = nullptr;  // this step's, null outside of it
@@ -66,7 +66,7 @@ struct Backward<C, Cell>::Walk {
         cell(i, row, parity, j, n, dh + incoming(i, t, j, n));
       });
     }
-    next_gates = f.gates(d, parity) + first * f.ld_gates_;
+    next_gates = f.operand(d, parity) + first * item_count(f.ld_gates_);
     next_alive = alive;
     to_and_fro = !to_and_fro;
     step_rows = nullptr;
@@ -102,7 +102,7 @@ struct Backward<C, Cell>::Walk {
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = f.hh_;
     const Panels<C> panels = f.panels(shape, x.hh, f.p_.weights[d].w_hh, panel_buffer);
-    const int64_t H = s().H, head = Cell::kDirectPath ? 2 * H : f.G_;
+    const int64_t H = s().H, head = item_count(Cell::kDirectPath ? 2 * H : f.G_), ld = item_count(f.ld_gates_);
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
@@ -120,10 +120,10 @@ struct Backward<C, Cell>::Walk {
         for (int r = 0; r < rows; ++r) {
           const bool zero = skip(i0 + r);
           any |= !zero;
-          a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * f.ld_gates_;
-          tail[r] = zero ? f.zeros_ : a[r] + 3 * H;
+          a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * ld;
+          tail[r] = zero ? f.zeros_ : a[r] + item_count(3 * H);
         }
-        if (turn == p0 && member.size > 1) collect(rows, a, kSlots * H);
+        if (turn == p0 && member.size > 1) collect(rows, a, item_count(kSlots * H));
         if (any) {
           if (!panel.data) panel = panels.at(p);
           run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
@@ -131,7 +131,7 @@ struct Backward<C, Cell>::Walk {
           });
           // gru: r and z, then n's hidden half, which lies behind its input half.
           if constexpr (Cell::kDirectPath)
-            run_tile(rows, tail, H, panel.from(head), out.data, true, ahead, [](int, int) {});
+            run_tile(rows, tail, item_count(H), panel.from(head), out.data, true, ahead, [](int, int) {});
         } else {
           std::fill_n(out.data, rows * width, C(0));
         }
@@ -197,6 +197,10 @@ struct Backward<C, Cell>::Walk {
     }
     C* to = f.gates(d, parity) + row * f.ld_gates_ + j;
     for (int k = 0; k < kSlots; ++k) store_part(to + k * H, dgates[k], n);
+    if constexpr (kPairs) {
+      Operand<C>* rounded = f.rounded(d, parity) + row * f.ld_gates_ + j;
+      for (int k = 0; k < kSlots; ++k) store_as(rounded + k * H, dgates[k], n);
+    }
   }
 
   DLK_INLINE V past_h(const Row& at, int64_t i, int64_t j, int n) const {

@@ -14,6 +14,15 @@ DLK_INLINE auto with_cell(CellKind cell, F f) {
   }
 }
 
+// Pairs serve one type of these.
+template <class F>
+DLK_INLINE auto with_compute_type(DType dtype, F f) {
+  if constexpr (!kPairs) {
+    if (dtype == DType::f64) return f(double());
+  }
+  return f(float());
+}
+
 // Runs `work` over all directions: side by side when the team is large enough, else in turn.
 template <class Work>
 DLK_INLINE int run_directions(const LayerShape& shape, const Plan& plan, const Runtime& runtime, Work& work) {
@@ -60,8 +69,9 @@ inline int forward_entry(const ForwardParams& params, const void* panels, const 
                          const SequenceLayout& layout) {
   return with_cell(params.shape.cell, [&](auto cell) {
     using Cell = decltype(cell);
-    return params.shape.dtype == DType::f64 ? forward_as<double, Cell>(params, panels, plan, runtime, layout)
-                                            : forward_as<float, Cell>(params, panels, plan, runtime, layout);
+    return with_compute_type(params.shape.dtype, [&](auto zero) {
+      return forward_as<decltype(zero), Cell>(params, panels, plan, runtime, layout);
+    });
   });
 }
 
@@ -69,8 +79,9 @@ inline int backward_entry(const BackwardParams& params, const Plan& plan, const 
                           const SequenceLayout& layout) {
   return with_cell(params.shape.cell, [&](auto cell) {
     using Cell = decltype(cell);
-    return params.shape.dtype == DType::f64 ? backward_as<double, Cell>(params, plan, runtime, layout)
-                                            : backward_as<float, Cell>(params, plan, runtime, layout);
+    return with_compute_type(params.shape.dtype, [&](auto zero) {
+      return backward_as<decltype(zero), Cell>(params, plan, runtime, layout);
+    });
   });
 }
 
@@ -80,7 +91,7 @@ DLK_INLINE size_t panel_bytes_as(const LayerShape& shape) {
 }
 
 inline size_t panel_bytes_entry(const LayerShape& shape) {
-  return shape.dtype == DType::f64 ? panel_bytes_as<double>(shape) : panel_bytes_as<float>(shape);
+  return with_compute_type(shape.dtype, [&](auto zero) { return panel_bytes_as<decltype(zero)>(shape); });
 }
 
 template <class C, class Cell>
@@ -94,8 +105,8 @@ DLK_NOINLINE int pack_as(const LayerShape& shape, const DirectionWeights* weight
 inline void pack_entry(const LayerShape& shape, const DirectionWeights* weights, void* panels) {
   with_cell(shape.cell, [&](auto cell) {
     using Cell = decltype(cell);
-    return shape.dtype == DType::f64 ? pack_as<double, Cell>(shape, weights, panels)
-                                     : pack_as<float, Cell>(shape, weights, panels);
+    return with_compute_type(shape.dtype,
+                             [&](auto zero) { return pack_as<decltype(zero), Cell>(shape, weights, panels); });
   });
 }
 

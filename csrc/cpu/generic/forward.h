@@ -15,6 +15,7 @@ template <class C, class Cell>
 class Forward {
   using V = Vec<C>;
   static constexpr int kTogether = kRegisters == 32 ? 2 : 1;  // cells side by side
+  static constexpr bool kKeepsH = !kPairs || Cell::kDirectPath;  // or rounded, for products, alone
 
  public:
   Forward(const ForwardParams& params, const Plan& plan, const SequenceLayout& layout)
@@ -38,7 +39,8 @@ class Forward {
     for (int d = 0; d < s_.D; ++d) {
       weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
       products_[d] = in_place_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
-      h_[d] = scratch.take<C>(2 * rows * ld_h_);
+      h_[d] = scratch.take<C>(kKeepsH ? 2 * rows * ld_h_ : 0);
+      rounded_[d] = scratch.take<Operand<C>>(kPairs ? 2 * rows * ld_h_ : 0);
       c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
       cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_unit_) : nullptr;
     }
@@ -47,7 +49,7 @@ class Forward {
       tables_[m].saved = scratch.take<C*>(in_place_ ? chunk_rows_ : 0);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
-      tables_[m].block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(s_.I) : 0);
+      tables_[m].block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(weights_.ih.K) : 0);
       tables_[m].panel =
           scratch.take<C>(fresh_ ? std::max({weights_.ih.largest(), weights_.hh.largest(), weights_.hr.largest()}) : 0);
     }
@@ -94,8 +96,13 @@ class Forward {
     C* panel;
   };
 
-  // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache.
-  bool copies_x() const { return !is_compute_type<C>(s_.dtype) || collides<C>(layout_.packed() ? p_.x.t : p_.x.b); }
+  // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache. Pairs may
+  // lie where no float may.
+  bool copies_x() const {
+    const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
+    if (kPairs && (stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C))) return true;
+    return !(kPairs || is_compute_type<C>(s_.dtype)) || collides<C>(stride / kItemValues);
+  }
   int64_t slots() const { return s_.B + plan_.threads; }
   Panels<C> panels(const PanelShape& shape, int64_t at, const void* weights, int d, const Tables& table) const {
     if (fresh_) return Panels<C>(shape, pack_panel_transposed<C>, s_.dtype, weights, table.panel);
@@ -113,5 +120,6 @@ class Forward {
   const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
   const bool in_place_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
+  Operand<C>* rounded_[2] = {};  // h, where products do not take it as it is
   Tables tables_[kMaxMembers];
 };

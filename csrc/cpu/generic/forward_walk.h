@@ -16,6 +16,18 @@ struct Forward<C, Cell>::Walk {
   const LayerShape& s() const { return f.s_; }
   int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }
   C* h(int64_t parity, int64_t i) const { return f.h_[d] + (parity * f.slots() + slot + i) * f.ld_h_; }
+  Operand<C>* rounded(int64_t parity, int64_t i) const {
+    return f.rounded_[d] + (parity * f.slots() + slot + i) * f.ld_h_;
+  }
+  // h as the products take it.
+  const C* operand(int64_t parity, int64_t i) const {
+    if constexpr (kPairs) return items_of<C>(rounded(parity, i));
+    return h(parity, i);
+  }
+  DLK_INLINE void put_h(int64_t parity, int64_t i, int64_t j, V value) const {
+    if constexpr (kKeepsH) value.store(h(parity, i) + j);
+    if constexpr (kPairs) Unit<C>::round(value, rounded(parity, i) + j);
+  }
   // Of the units from j on, a multiple of the vector's size.
   C* c(int64_t i, int64_t j) const { return f.c_[d] + j * f.slots() + (slot + i) * V::size; }
   C* product(int64_t row, int64_t j, int g) const {
@@ -50,7 +62,7 @@ struct Forward<C, Cell>::Walk {
       const bool empty = subset.length(i) == 0;
       each_vector(f.O_, [&](int64_t j, int n) {
         const V value = f.p_.h0 ? load_any<C>(s().dtype, f.p_.h0, state(i, f.O_) + j, n) : V::zero();
-        for (int parity = 0; parity < 2; ++parity) value.store(h(parity, i) + j);
+        for (int parity = 0; parity < 2; ++parity) put_h(parity, i, j, value);
         if (empty && f.p_.h_n) store_any<C>(s().dtype, f.p_.h_n, state(i, f.O_) + j, value, n);
       });
       if constexpr (Cell::kCellState)
@@ -115,7 +127,8 @@ struct Forward<C, Cell>::Walk {
     if (!f.copies_x()) {
       gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, panels, out, sink);
     } else {
-      const CopiedRows<C, decltype(x_row)> a{x_row, s().dtype, s().I, block_ld<C>(s().I), table.block};
+      const CopiedRows<C, decltype(x_row)> a{x_row, kPairs ? DType::f32 : s().dtype, shape.K, block_ld<C>(shape.K),
+                                             table.block};
       gemm(share.m0, share.m1, share.p0, share.p1, a, panels, out, sink);
     }
   }
@@ -139,7 +152,7 @@ struct Forward<C, Cell>::Walk {
     } else {
       step_tiles(t, parity, first, alive);
     }
-    if constexpr (Cell::kCellState) {  // only the lstm has projections
+    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
       if (!s().P) return;
       member.sync();
       project_outputs(t, parity, first, alive);
@@ -192,11 +205,11 @@ struct Forward<C, Cell>::Walk {
       for (int64_t i0 = 0; i0 < alive; i0 += rows) {
         rows = next_tile(alive - i0, shape.vectors_in(p));
         const C* a[kMaxRows];
-        for (int r = 0; r < rows; ++r) a[r] = h(parity, i0 + r);
-        if (turn == p0 && member.size > 1) collect(rows, a, f.O_);
+        for (int r = 0; r < rows; ++r) a[r] = operand(parity, i0 + r);
+        if (turn == p0 && member.size > 1) collect(rows, a, shape.K);
         C* tile = out.data;
         for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
-          run_tile(rows, a, f.O_, panel[k], tile, false, ahead, [&](int part, int parts) {
+          run_tile(rows, a, shape.K, panel[k], tile, false, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
           });
         }
@@ -227,7 +240,8 @@ struct Forward<C, Cell>::Walk {
       for (int g = 0; g < Cell::kGates; ++g) __builtin_prefetch(product(row, j, g));
       if constexpr (Cell::kCellState) __builtin_prefetch(c(i, j), 1);
       if (s().P) continue;
-      __builtin_prefetch(h(1 - parity, i) + j, 1);
+      if constexpr (kKeepsH) __builtin_prefetch(h(1 - parity, i) + j, 1);
+      if constexpr (kPairs) __builtin_prefetch(rounded(1 - parity, i) + j, 1);
       if (f.p_.y.data) __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[row] + j), 1);
     }
   }
@@ -318,7 +332,7 @@ struct Forward<C, Cell>::Walk {
 
   // n outputs from j on: the next step's h, y, and h_n at a sequence's last step.
   DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
-    out.store(h(1 - parity, i) + j);
+    put_h(1 - parity, i, j, out);
     if (f.p_.y.data) store_any<C>(s().dtype, f.p_.y.data, table.y[row] + j, out, n);
     if (f.p_.h_n && is_last(i, t)) store_any<C>(s().dtype, f.p_.h_n, state(i, f.O_) + j, out, n);
   }

@@ -41,22 +41,32 @@ struct CopiedRows {
   }
 };
 
-// A is the transpose of src [K][>= m + count], row stride src_ld.
+// A is the transpose of src [K][>= m + count], row stride src_ld; where K ends within a pair, 0 fills it up.
 template <class C>
 struct TransposedRows {
   static constexpr int kRows = kTransposedRows;
-  const C* src;
+  const Operand<C>* src;
   int64_t src_ld, K, ld;
   C* block;  // [kTransposedRows][ld]
   void rows(int64_t m, int count, const C** out) const {
     constexpr int kLanes = Vec<C>::size;
     for (int r0 = 0; r0 < count; r0 += kLanes) {
       const int columns = count - r0 < kLanes ? count - r0 : kLanes;
-      for (int64_t k = 0; k < K; k += kLanes) {
-        const int rows = static_cast<int>(K - k < kLanes ? K - k : kLanes);
-        const C* from = src + k * src_ld + m + r0;
+      for (int64_t k = 0; k < item_count(K); k += kLanes) {
+        const Operand<C>* from = src + k * kItemValues * src_ld + m + r0;
         C* to = block + r0 * ld + k;  // ld leaves room for whole vectors
-        transpose_block(from, src_ld, rows, columns, to, ld);
+        if constexpr (kPairs) {
+          Vec<C> pairs[kLanes];
+          for (int p = 0; p < kLanes; ++p, from += 2 * src_ld) {
+            const int64_t left = K - 2 * (k + p);
+            pairs[p] = Unit<C>::pairs(from, left > 0 ? columns : 0, from + src_ld, left > 1 ? columns : 0);
+          }
+          transpose(pairs);
+          for (int r = 0; r < columns; ++r) pairs[r].store(to + r * ld);
+        } else {
+          const int rows = static_cast<int>(K - k < kLanes ? K - k : kLanes);
+          transpose_block(from, src_ld, rows, columns, to, ld);
+        }
       }
     }
     for (int r = 0; r < count; ++r) out[r] = block + r * ld;

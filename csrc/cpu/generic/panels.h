@@ -4,7 +4,7 @@
 // that the tile of a panel holds all that the cell equation of those units needs.
 
 struct PanelShape {
-  int64_t K;    // length of the products
+  int64_t K;    // length of the products, in items (tile.h)
   int64_t N;    // columns; of one gate for gate panels
   int gates;    // 0: plain columns, else vector v of a panel belongs to gate v
   int lanes;    // Vec::size
@@ -54,9 +54,10 @@ struct PanelShape {
   }
 };
 
-// Panel p from w [columns][K], k contiguous: a transposition, block by block.
+// Panel p from w [columns][K], k contiguous: a transposition, block by block. Pairs are moved as the floats they look like.
 template <class C>
-DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
+DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType storage, const void* w, C* panel) {
+  const DType dtype = kPairs ? DType::f32 : storage;
   constexpr int kLanes = Vec<C>::size;
   const int vectors = shape.vectors_in(p);
   const int64_t K = shape.K, width = int64_t{strip_vectors(vectors)} * kLanes;
@@ -77,9 +78,9 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
   }
 }
 
-// From rows of N columns each: row(k) gives the address of row k. Plain panels only.
+// From `rows` rows of N columns each, as many as K has values: row(k) gives the address of row k. Plain panels only.
 template <class C, class RowAt>
-DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, RowAt row, C* panel) {
+DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, int64_t rows, RowAt row, C* panel) {
   const int vectors = shape.vectors_in(p);
   const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
   C* to[kMaxVectors];
@@ -91,8 +92,15 @@ DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype,
     valid[v] = shape.valid(p, v);
   }
   for (int64_t k = 0; k < shape.K; ++k) {
-    const void* from = row(k);
-    for (int v = 0; v < vectors; ++v) load_any<C>(dtype, from, column[v], valid[v]).store(to[v] + k * width);
+    const void* from = row(k * kItemValues);
+    if constexpr (kPairs) {
+      const bool both = 2 * k + 1 < rows;
+      const bf16 *even = static_cast<const bf16*>(from), *odd = both ? static_cast<const bf16*>(row(2 * k + 1)) : even;
+      for (int v = 0; v < vectors; ++v)
+        Unit<C>::pairs(even + column[v], valid[v], odd + column[v], both ? valid[v] : 0).store(to[v] + k * width);
+    } else {
+      for (int v = 0; v < vectors; ++v) load_any<C>(dtype, from, column[v], valid[v]).store(to[v] + k * width);
+    }
   }
 }
 
@@ -106,7 +114,7 @@ DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dt
     for (int64_t x = 0; x < width; x += 64) __builtin_prefetch(columns + (k + kAhead) * row + x);
     return advance(w, dtype, k * shape.N);
   };
-  pack_panel_rows<C>(shape, p, dtype, at, panel);
+  pack_panel_rows<C>(shape, p, dtype, shape.K * kItemValues, at, panel);
 }
 
 // Where the panels of a right-hand side come from. Weights that serve many products are packed before; for a single

@@ -5,6 +5,38 @@
 // up in order: the rounding error of one long chain grows with its length. The order is the
 // same for every shape of the tile, so a row's result does not depend on the rows beside it.
 // No include guard: included once per ISA, see docs/architecture.md.
+//
+// Where kPairs, an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
+// values, and each adds two products.
+
+constexpr int kItemValues = kPairs ? 2 : 1;
+// What operands are stored as before they are multiplied.
+template <class C>
+using Operand = std::conditional_t<kPairs, bf16, C>;
+// The items of a row of them,
+template <class C>
+DLK_INLINE const C* items_of(const Operand<C>* row) {
+  return reinterpret_cast<const C*>(row);
+}
+// ... of which n values are so many.
+DLK_INLINE int64_t item_count(int64_t n) { return (n + kItemValues - 1) / kItemValues; }
+
+// Bf16Unit, looked into where kPairs only: where there is none it is empty.
+template <class C>
+struct UnitOf {
+  using type = Bf16Unit;
+};
+template <class C>
+using Unit = typename UnitOf<C>::type;
+
+template <class C>
+DLK_INLINE Vec<C> multiply_add(Vec<C> a, Vec<C> b, Vec<C> sum) {
+  if constexpr (kPairs) {
+    return Unit<C>::dot(a, b, sum);
+  } else {
+    return fma(a, b, sum);
+  }
+}
 
 // Chosen by measuring the error against torch's own products: up to 128 one chain is as
 // good as theirs, for the next sizes it takes slices of 64, and longer ones of 128 again.
@@ -77,7 +109,7 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, c
       for (int r = 0; r < kRows; ++r) {
         const V x = V::set1(row[r][k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = fma(x, column[v], acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(x, column[v], acc[r][v]);
       }
     }
 #pragma GCC unroll 12

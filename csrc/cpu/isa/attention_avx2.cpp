@@ -6,6 +6,7 @@ DLK_TARGET_BEGIN(DLK_TARGET_AVX2)
 namespace dlk::avx2 {
 constexpr Isa kIsa = Isa::avx2;
 constexpr int kRegisters = 16;
+constexpr bool kPairs = false;
 using Bf16Unit = NoBf16Unit;
 #include "../simd/avx2.h"
 #include "../simd/math.h"

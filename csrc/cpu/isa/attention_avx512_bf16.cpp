@@ -6,6 +6,7 @@ DLK_TARGET_BEGIN(DLK_TARGET_AVX512_BF16)
 namespace dlk::avx512_bf16 {
 constexpr Isa kIsa = Isa::avx512_bf16;
 constexpr int kRegisters = 32;
+constexpr bool kPairs = false;
 #include "../simd/avx512.h"
 #include "../simd/math.h"
 #include "../simd/bf16_pairs.h"

@@ -26,6 +26,11 @@ namespace avx512 {
 extern const KernelTable kKernels;
 }
 #endif
+#ifdef DLK_AVX512_BF16
+namespace avx512_bf16_layers {
+extern const KernelTable kKernels;  // for bf16 of layers that layer_isa() gives to it only
+}
+#endif
 
 const KernelTable& kernels(Isa isa);
 

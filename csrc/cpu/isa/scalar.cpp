@@ -3,6 +3,8 @@
 namespace dlk::scalar {
 constexpr Isa kIsa = Isa::scalar;
 constexpr int kRegisters = 16;
+constexpr bool kPairs = false;
+using Bf16Unit = NoBf16Unit;
 #include "../simd/scalar.h"
 #include "../simd/math.h"
 #include "../generic/all.h"

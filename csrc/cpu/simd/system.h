@@ -21,3 +21,16 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
+
+namespace dlk {
+
+// Where nothing multiplies bf16 as such (bf16_dots.h, amx_tiles.h).
+struct NoBf16Unit {
+  static constexpr int kRows = 1, kDepth = 1;
+  static constexpr bool kPresent = false;
+  struct Session {
+    Session() {}
+  };
+};
+
+}  // namespace dlk
