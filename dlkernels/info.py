@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +84,7 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     rows = []
     for mode in MODES:
         for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):
-            kernel = str(native.plan(mode, "float32", 1, 1, 1, 1)["kernel"]) if native is not None else "reference"
-            rows.append({
-                "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(_DTYPES), "reason": _native.why_not,
-            })  # fmt: skip
+            rows += _on_cpu(op, partial(_layer_plan, mode))
             rows.append({
                 "op": op, "device": "cuda", "kernel": f"cuda/{mode}" if not no_cuda else "reference", "dtypes": "",
                 "reason": no_cuda,
@@ -93,22 +92,34 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     return rows + _attention_kernels()
 
 
-def _attention_kernels() -> list[dict[str, str]]:
-    native = _native.native
-    on_cpu: dict[str, list[str]] = {}  # a matrix unit serves only some dtypes
+def _layer_plan(mode: str, native: Any, dtype: str) -> dict[str, Any]:
+    return dict(native.plan(mode, dtype, 50, 64, 64, 64))
+
+
+def _attention_plan(native: Any, dtype: str) -> dict[str, Any]:
+    return dict(native.attention_plan(dtype, 1, 1, 1, 64, 64, 64, 64))
+
+
+def _on_cpu(op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[str, str]]:
+    """What serves many rows of even sizes: a row for each kernel, as what multiplies bfloat16 serves nothing else."""
+    dtypes: dict[str, list[str]] = {}
     for dtype in _DTYPES:
-        plan = native.attention_plan(dtype, 1, 1, 1, 64, 64, 64, 64) if native is not None else {"kernel": "reference"}
-        on_cpu.setdefault(str(plan["kernel"]).removesuffix("/tiles"), []).append(dtype)
+        kernel = str(plan(_native.native, dtype)["kernel"]) if _native.native is not None else "reference"
+        dtypes.setdefault(kernel.removesuffix("/tiles"), []).append(dtype)
+    return [
+        {"op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(served), "reason": _native.why_not}
+        for kernel, served in dtypes.items()
+    ]
+
+
+def _attention_kernels() -> list[dict[str, str]]:
     if torch.cuda.is_available():
         no_cuda = triton.why_not(torch.empty(0, device="cuda"))
     else:
         no_cuda = "torch finds no CUDA device"
     rows = []
     for op in triton.OPERATORS:
-        for kernel, dtypes in on_cpu.items():
-            rows.append({
-                "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(dtypes), "reason": _native.why_not,
-            })  # fmt: skip
+        rows += _on_cpu(op, _attention_plan)
         rows.append({
             "op": op, "device": "cuda", "kernel": "reference" if no_cuda else "cuda/triton/attention",
             "dtypes": "float32, bfloat16, float16", "reason": no_cuda,

@@ -124,14 +124,13 @@ def test_info_is_complete_plain_data() -> None:
     assert all(row["reason"] for row in data["kernels"] if row["kernel"] == "reference")
     if _native.HAVE_NATIVE:
         assert data["isa"]["in_force"] == _native.native.isa()
-        on_cpu = {row["op"]: row["kernel"] for row in data["kernels"] if row["device"] == "cpu"}
-        assert on_cpu["gru_cell_backward"] == f"cpu/{kernels_of(_native.native.isa())}/gru"
-        served = {dtype: row["kernel"] for row in data["kernels"] if row["op"] == "attention" and row["device"] == "cpu"
-                  for dtype in row["dtypes"].split(", ")}  # fmt: skip
-        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-            isa = kernels_of(_native.native.isa(), attention=dtype)
-            assert served.pop(str(dtype).removeprefix("torch.")) == f"cpu/{isa}/attention"
-        assert not served
+        for op, cell, of in (("attention", "attention", "attention"), ("gru_cell_backward", "gru", "layer")):
+            served = {dtype: row["kernel"] for row in data["kernels"] if row["op"] == op and row["device"] == "cpu"
+                      for dtype in row["dtypes"].split(", ")}  # fmt: skip
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+                isa = kernels_of(_native.native.isa(), **{of: dtype})
+                assert served.pop(str(dtype).removeprefix("torch.")) == f"cpu/{isa}/{cell}"
+            assert not served
 
 
 def run_cli(*args: str) -> subprocess.CompletedProcess[str]:

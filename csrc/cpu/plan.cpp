@@ -55,9 +55,10 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
 
   plan.directions_side_by_side = shape.D == 2;
   const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
-  const int64_t weight_bytes = gates * shape.H * outputs * (shape.dtype == DType::f64          ? 8
-                                                            : plan.isa == Isa::avx512_bf16 ? 2
-                                                                                           : 4);
+  const int64_t weight_bytes = gates * shape.H * outputs *
+                               (shape.dtype == DType::f64      ? 8
+                                : plan.isa == Isa::avx512_bf16 ? 2
+                                                               : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
   } else if ((shape.T > 1 || shape.H < per_direction * kOwnUnits) &&

@@ -54,7 +54,7 @@ void rnn_backward(const BackwardParams& params, const Runtime& runtime) {
   g_last_run = {plan, members, true};
 }
 
-size_t rnn_packed_bytes(const LayerShape& shape, Isa isa) { 
+size_t rnn_packed_bytes(const LayerShape& shape, Isa isa) {
   return kHeaderBytes + layer_kernels(shape, isa).panel_bytes(shape);
 }
 

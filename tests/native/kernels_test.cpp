@@ -14,8 +14,8 @@ namespace dlk {
 namespace {
 
 // Within rounding of the storage type, and of sums in the compute type that grow with T. The
-// dx of two directions is a sum of rounded parts, which may cancel. With `pairs` some of what is multiplied may have been
-// rounded to the other neighbour.
+// dx of two directions is a sum of rounded parts, which may cancel. With `pairs` some of what is multiplied may have
+// been rounded to the other neighbour.
 void compare(const Case& c, const char* name, const Buffer& got, const Buffer& want, bool pairs) {
   const DType dtype = want.dtype();
   double largest = 0;
@@ -207,9 +207,8 @@ void run_case(const Case& c, Random& random) {
   Gradients want(c);
   naive::backward(backward_params(c, in, oracle, want), backward_pairs);
   const Gradients grads = backward(c, in, oracle);
-  each_gradient(grads, want, [&](const char* name, const Buffer& a, const Buffer& b) {
-    compare(c, name, a, b, backward_pairs);
-  });
+  each_gradient(grads, want,
+                [&](const char* name, const Buffer& a, const Buffer& b) { compare(c, name, a, b, backward_pairs); });
 
   if (!c.deterministic) return;
   Case serial = c;

@@ -159,9 +159,7 @@ class Backward {
   C* gates(int d, int64_t parity) const { return direction_[d].gates + parity * chunk_rows_ * ld_gates_; }
   Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + parity * chunk_rows_ * ld_gates_; }
   // Gradients of gates as products along the depth take them, rows of ld_gates_ values; and the same as they lie.
-  const C* operand(int d, int64_t parity) const {
-    return items_of<C>(operand_values(d, parity));
-  }
+  const C* operand(int d, int64_t parity) const { return items_of<C>(operand_values(d, parity)); }
   const Operand<C>* operand_values(int d, int64_t parity) const {
     if constexpr (kPairs) {
       return rounded(d, parity);

@@ -48,7 +48,8 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
           [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels + os.offset(p));
   team.sync();
 
-  const auto add = [&](const Operand<C>* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed, C* sum) {
+  const auto add = [&](const Operand<C>* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed,
+                       C* sum) {
     int64_t begin, end;
     team.share(M, 24, &begin, &end);
     const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(K), block_[worker]};

@@ -14,7 +14,7 @@
 template <class C, class Cell>
 class Forward {
   using V = Vec<C>;
-  static constexpr int kTogether = kRegisters == 32 ? 2 : 1;  // cells side by side
+  static constexpr int kTogether = kRegisters == 32 ? 2 : 1;     // cells side by side
   static constexpr bool kKeepsH = !kPairs || Cell::kDirectPath;  // or rounded, for products, alone
 
  public:
@@ -96,8 +96,8 @@ class Forward {
     C* panel;
   };
 
-  // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache. Pairs may
-  // lie where no float may.
+  // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache. Pairs
+  // may lie where no float may.
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
     if (kPairs && (stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C))) return true;

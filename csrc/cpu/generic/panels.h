@@ -54,7 +54,8 @@ struct PanelShape {
   }
 };
 
-// Panel p from w [columns][K], k contiguous: a transposition, block by block. Pairs are moved as the floats they look like.
+// Panel p from w [columns][K], k contiguous: a transposition, block by block. Pairs are moved as the floats they look
+// like.
 template <class C>
 DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType storage, const void* w, C* panel) {
   const DType dtype = kPairs ? DType::f32 : storage;
