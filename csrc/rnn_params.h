@@ -93,7 +93,8 @@ struct Plan {
   int threads;  // members asked for, at most kMaxMembers
   enum Split : int { serial, rows, units } split;
   enum Recurrence : int { dot, tiles } recurrence;
-  int64_t chunk_steps;  // time steps whose products outside the recurrence are made at once
+  // Time steps whose products outside the recurrence are made at once; 0: those of x are made with those of h.
+  int64_t chunk_steps;
   bool directions_side_by_side;
   int64_t patience_us;  // how long the first member waits for the others
 };

@@ -172,15 +172,23 @@ def test_the_plan_is_no_constant(native) -> None:
     """A row or two use the weights as they lie, many rows use tiles; one thread never splits."""
 
     def plan(
-        b: int, h: int, threads: int, steps: int = 50, backward: bool = False, deterministic: bool = False
-    ) -> dict:
-        return native.plan("gru", "float32", steps, b, h, h, 0, 1, threads, backward, deterministic, False)
+        b: int, h: int, threads: int, steps: int = 50, backward: bool = False, deterministic: bool = False,
+        mode: str = "gru",
+    ) -> dict:  # fmt: skip
+        return native.plan(mode, "float32", steps, b, h, h, 0, 1, threads, backward, deterministic, False)
 
     assert plan(1, 128, 1, steps=1)["recurrence"] == "dot"
     assert plan(1, 128, 1, steps=1, deterministic=True)["recurrence"] == "tiles", "one order of summation for all"
     assert plan(64, 256, 1)["recurrence"] == "tiles"
     assert plan(64, 256, 1)["split"] == plan(1, 8, 2)["split"] == "serial"
     assert plan(128, 256, 2)["split"] in ("rows", "units")
+    fused = plan(16, 256, 1, mode="lstm")
+    assert fused["chunk_steps"] == 0 and "in one go" in fused["reason"]
+    others = (
+        plan(16, 256, 1), plan(16, 256, 1, mode="lstm", backward=True), plan(7, 256, 1, mode="lstm"),
+        plan(16, 2048, 1, mode="lstm"), plan(16, 256, 1, mode="lstm", deterministic=True),
+    )  # fmt: skip
+    assert all(other["chunk_steps"] > 0 and "in one go" not in other["reason"] for other in others)
 
 
 def test_last_run_belongs_to_its_thread(native) -> None:

@@ -20,6 +20,9 @@ constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
 constexpr int64_t kOwnUnits = 128;
 // Rows per GEMM of a chunk: enough to use each panel of weights many times.
 constexpr int64_t kChunkRows = 384;
+// With so many rows a step, W_ih may stream by once a step like W_hh, if both stay in the caches: then the products of
+// x need not go to memory and back.
+constexpr int64_t kFusedRows = 8, kFusedBytes = 16 << 20;
 // So many rows are multiplied with the weights as they lie.
 constexpr int64_t kDotRows = 8;
 constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roughly
@@ -45,7 +48,13 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   // Packing the weights costs about as much as a few rows' products with them.
   plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
   plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
-  plan.chunk_steps = std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
+  const int64_t item = shape.dtype == DType::f64 ? 8 : plan.isa == Isa::avx512_bf16 ? 2 : 4;
+  const int64_t weight_bytes = gates * shape.H * outputs * item;
+  // Not for gru, whose n wants the two products apart, nor where a sequence must not notice how many are beside it.
+  const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles && shape.cell != CellKind::gru &&
+                     shape.T > 1 && shape.rows >= kFusedRows * shape.T &&
+                     weight_bytes + gates * shape.H * shape.I * item <= kFusedBytes;
+  plan.chunk_steps = fused ? 0 : std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
   plan.patience_us =
       std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
   if (plan.threads == 1 || work < kSerialWork) {
@@ -55,10 +64,6 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
 
   plan.directions_side_by_side = shape.D == 2;
   const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
-  const int64_t weight_bytes = gates * shape.H * outputs *
-                               (shape.dtype == DType::f64      ? 8
-                                : plan.isa == Isa::avx512_bf16 ? 2
-                                                               : 4);
   if (per_direction == 1) {
     plan.split = Plan::rows;  // of one member: a direction each
   } else if ((shape.T > 1 || shape.H < per_direction * kOwnUnits) &&

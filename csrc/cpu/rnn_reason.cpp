@@ -47,6 +47,7 @@ std::string plan_reason(const Plan& plan, const LayerShape& shape) {
                                         : "; the input projection is one product per " +
                                               count(plan.chunk_steps, "step") + " of " + std::to_string(shape.T);
   }
+  if (plan.chunk_steps == 0) text += "; each step multiplies x and h in one go";
   if (shape.D == 2) {
     text += plan.directions_side_by_side ? "; both directions run at the same time" : "; one direction after the other";
   }

@@ -3,7 +3,8 @@
 // Time is walked in chunks. For each chunk one GEMM makes the input products of all its
 // rows; then every step multiplies the last h with W_hh tile by tile, and each tile goes
 // straight through the cell equation. The rows of one chunk are numbered in order of
-// processing; tables give each one's place in x, y and the products.
+// processing; tables give each one's place in x, y and the products. Or (plan.chunk_steps 0)
+// there are no chunks: the tile of a step adds up the products of x and of h.
 //
 // A team splits either the batch (each member walks alone with its sequences) or the
 // hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
@@ -32,13 +33,14 @@ class Forward {
         ld_h_(block_ld<C>(O_)),
         ld_unit_(block_ld<C>(s_.H)),
         blocks_((s_.H + V::size - 1) / V::size),
-        in_place_(params.saved && Cell::kSaved > 0) {}
+        in_place_(params.saved && Cell::kSaved > 0),
+        fused_(!Cell::kHiddenBias && plan.chunk_steps == 0) {}
 
   void carve(Scratch& scratch) {
     const int64_t rows = slots();
     for (int d = 0; d < s_.D; ++d) {
       weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
-      products_[d] = in_place_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
+      products_[d] = in_place_ || fused_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
       h_[d] = scratch.take<C>(kKeepsH ? 2 * rows * ld_h_ : 0);
       rounded_[d] = scratch.take<Operand<C>>(kPairs ? 2 * rows * ld_h_ : 0);
       c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
@@ -49,7 +51,7 @@ class Forward {
       tables_[m].saved = scratch.take<C*>(in_place_ ? chunk_rows_ : 0);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
-      tables_[m].block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(weights_.ih.K) : 0);
+      tables_[m].block = scratch.take<C>(copies_x() ? (fused_ ? s_.B : kBlockRows) * block_ld<C>(weights_.ih.K) : 0);
       tables_[m].panel =
           scratch.take<C>(fresh_ ? std::max({weights_.ih.largest(), weights_.hh.largest(), weights_.hr.largest()}) : 0);
     }
@@ -118,7 +120,7 @@ class Forward {
   const bool fresh_;  // panels of the weights are made when they are wanted
   const WeightLayout weights_;
   const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
-  const bool in_place_;
+  const bool in_place_, fused_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
   Operand<C>* rounded_[2] = {};  // h, where products do not take it as it is
   Tables tables_[kMaxMembers];

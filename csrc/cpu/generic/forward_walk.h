@@ -46,8 +46,10 @@ struct Forward<C, Cell>::Walk {
     for (int64_t q = 0; q < steps; q += f.chunk_) {
       const int64_t count = std::min(f.chunk_, steps - q);
       number_rows(q, count);
-      project(table.first[count]);
-      member.sync();
+      if (!f.fused_) {
+        project(table.first[count]);
+        member.sync();
+      }
       for (int64_t k = 0; k < count; ++k) {
         step(q + k, table.first[k], table.first[k + 1] - table.first[k]);
         member.sync();
@@ -182,9 +184,23 @@ struct Forward<C, Cell>::Walk {
     }
   }
 
+  // Row i of a step's x, which began with row `first` of the chunk.
+  const C* x_operand(int64_t first, int64_t i) const {
+    if (f.copies_x()) return table.block + i * block_ld<C>(f.weights_.ih.K);
+    return static_cast<const C*>(table.x[first + i]);
+  }
+  void copy_x(int64_t first, int64_t alive) const {
+    if (!f.copies_x()) return;
+    const int64_t K = f.weights_.ih.K;
+    for (int64_t i = 0; i < alive; ++i)
+      load_row<C>(kPairs ? DType::f32 : s().dtype, table.x[first + i], K, table.block + i * block_ld<C>(K));
+  }
+
   void step_tiles(int64_t t, int64_t parity, int64_t first, int64_t alive) {
-    const PanelShape& shape = f.weights_.hh;
+    const PanelShape &shape = f.weights_.hh, &x_shape = f.weights_.ih;
     const Panels<C> panels = f.panels(shape, f.weights_.hh_at, f.p_.weights[d].w_hh, d, table);
+    const Panels<C> x_panels = f.panels(x_shape, f.weights_.ih_at, f.p_.weights[d].w_ih, d, table);
+    if (f.fused_) copy_x(first, alive);
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
@@ -196,20 +212,28 @@ struct Forward<C, Cell>::Walk {
       const int count = static_cast<int>(std::min(together, p1 - turn));
       // To and fro, so that a step begins with the panels that the last one left in the cache.
       const int64_t p = parity ? p0 + p1 - turn - count : turn;
-      Ahead<C> ahead;
-      if (turn + together < p1)
-        ahead = parity ? panels.ahead(p - together, p, alive) : panels.ahead(p + count, p + count + together, alive);
-      Panel<C> panel[kTurn];
-      for (int k = 0; k < count; ++k) panel[k] = panels.at(p + k);
+      Ahead<C> ahead, x_ahead;
+      if (turn + together < p1) {
+        const int64_t next = parity ? p - together : p + count;
+        ahead = panels.ahead(next, next + together, alive);
+        if (f.fused_) x_ahead = x_panels.ahead(next, next + together, alive);
+      }
+      Panel<C> panel[kTurn], x_panel[kTurn];
+      for (int k = 0; k < count; ++k) {
+        panel[k] = panels.at(p + k);
+        if (f.fused_) x_panel[k] = x_panels.at(p + k);
+      }
       int rows;
       for (int64_t i0 = 0; i0 < alive; i0 += rows) {
         rows = next_tile(alive - i0, shape.vectors_in(p));
-        const C* a[kMaxRows];
+        const C *a[kMaxRows], *x[kMaxRows];
         for (int r = 0; r < rows; ++r) a[r] = operand(parity, i0 + r);
+        for (int r = 0; r < rows && f.fused_; ++r) x[r] = x_operand(first, i0 + r);
         if (turn == p0 && member.size > 1) collect(rows, a, shape.K);
         C* tile = out.data;
         for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
-          run_tile(rows, a, shape.K, panel[k], tile, false, ahead, [&](int part, int parts) {
+          if (f.fused_) run_tile(rows, x, x_shape.K, x_panel[k], tile, false, x_ahead, [](int, int) {});
+          run_tile(rows, a, shape.K, panel[k], tile, f.fused_, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
           });
         }
@@ -237,7 +261,7 @@ struct Forward<C, Cell>::Walk {
     const int vectors = shape.vectors_in(p);
     for (int v = 0; v < vectors; v += Cell::kGates) {
       const int64_t j = p * shape.units_per_panel() + v / Cell::kGates * V::size;
-      for (int g = 0; g < Cell::kGates; ++g) __builtin_prefetch(product(row, j, g));
+      for (int g = 0; g < Cell::kGates && (f.in_place_ || !f.fused_); ++g) __builtin_prefetch(product(row, j, g));
       if constexpr (Cell::kCellState) __builtin_prefetch(c(i, j), 1);
       if (s().P) continue;
       if constexpr (kKeepsH) __builtin_prefetch(h(1 - parity, i) + j, 1);
@@ -299,6 +323,7 @@ struct Forward<C, Cell>::Walk {
   }
 
   DLK_INLINE V input(const Units& u, int g) const {
+    if (f.fused_) return V::load(f.weight_memory_[d] + f.weights_.bias_at + g * s().H + u.j);
     const C* from = product(u.row, u.j, g);
     return f.in_place_ ? load_part(from, u.n) : V::load(from);
   }
