@@ -7,8 +7,8 @@
 namespace dlk {
 
 enum class DType : int { f32, f64, bf16, f16 };
-// avx512_bf16 is avx512 and dot products of bf16, amx that and a matrix unit for bf16: only attention has kernels of
-// its own for them.
+// avx512_bf16 is avx512 and dot products of bf16, amx that and a matrix unit for bf16: layers have kernels of
+// their own for the former, attention for both.
 enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
 
 // The best for all that is not bf16.

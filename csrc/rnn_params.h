@@ -99,7 +99,8 @@ struct Plan {
   int64_t patience_us;  // how long the first member waits for the others
 };
 
-// The instruction set whose panels of weights serve a layer: those that multiply bf16 take it in pairs, of even sizes.
+// The instruction set whose panels of weights serve a layer: those that multiply bf16 take it in pairs, of even sizes,
+// without projection.
 Isa layer_isa(const LayerShape& shape, Isa isa);
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights);
 

@@ -48,6 +48,11 @@ def kernels_of(
     return "avx512_bf16" if layer == torch.bfloat16 and not dot else "avx512"
 
 
+def whole_pairs(n: int) -> int:
+    """n, or the next even number under the instruction set that takes bfloat16 in pairs, of even sizes alone."""
+    return n + n % 2 if _native.native is not None and _native.native.isa() == "avx512_bf16" else n
+
+
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import torch
 from helpers import DTYPES, MODES, Case, check_case, disagreements, expected, run_layer
+from settings import whole_pairs
 
 import dlkernels.nn
 
@@ -20,7 +21,7 @@ def combination(mode: str, dtype: torch.dtype, index: int, packed: bool = False)
     bias, bidirectional, batch_first, contiguous, lengths, layers = COMBINATIONS[index]
     # Sizes that are no multiple of a vector, nor of each other.
     return Case(
-        mode, T=T, B=B, I=5, H=11, P=3 if mode == "lstm_proj" else 0, layers=layers, bias=bias,
+        mode, T=T, B=B, I=whole_pairs(5), H=whole_pairs(11), P=3 if mode == "lstm_proj" else 0, layers=layers, bias=bias,
         bidirectional=bidirectional, batch_first=batch_first, contiguous=contiguous, lengths=lengths, packed=packed,
         hx=index % 3 != 0, dtype=dtype, seed=index,
     )  # fmt: skip

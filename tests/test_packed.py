@@ -17,6 +17,7 @@ from helpers import (
     run_layer,
     torch_results,
 )
+from settings import whole_pairs
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import dlkernels.nn
@@ -28,6 +29,7 @@ LENGTHS = {
     "ascending": (1, 2, 3, 5, 7),
     "unsorted": (2, 7, 1, 4, 4),
     "equal": (7, 7, 7, 7, 7),
+    "one step of many": (1, 1, 1, 1, 1, 1, 1, 1, 1),
     "equal and short": (3, 3, 3, 3, 3),
     "all one": (1, 1, 1, 1, 1),
     "one sequence": (6,),
@@ -36,7 +38,8 @@ LENGTHS = {
 
 
 def case_for(mode: str, lengths: tuple[int, ...], **more) -> Case:
-    return Case(mode, T=7, B=len(lengths), I=5, H=13, P=4 if mode == "lstm_proj" else 0, lengths=lengths, **more)
+    I, H = whole_pairs(5), whole_pairs(13)
+    return Case(mode, T=7, B=len(lengths), I=I, H=H, P=4 if mode == "lstm_proj" else 0, lengths=lengths, **more)
 
 
 @pytest.mark.parametrize("name", LENGTHS)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan] [cases] [seed]
-# CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with UNITS= attention in bf16
-# uses what the machine has for it in place of the emulation.
+# CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with UNITS= bf16 uses what
+# the machine has for it in place of the emulation.
 set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}

@@ -144,7 +144,7 @@ class AttentionBackward {
   RowDeltas<C> deltas_;
   MaskGradientSums<C> mask_sums_;
   bool hides_;   // whether anything may be hidden
-  bool copies_;  // whether q, k, v and do are wanted in the compute type, which a matrix unit does not read
+  bool copies_;  // whether q, k, v and do are wanted in the compute type, which a bf16 unit does not read
   int64_t keys_ = 0, blocks_, chunk_, lanes_, dq_stride_;
   Worker workers_[kMaxMembers];
   C* dq_parts_ = nullptr;

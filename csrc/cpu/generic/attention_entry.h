@@ -46,7 +46,7 @@ DLK_NOINLINE int attention_map_as(const AttentionMapParams& params, const Attent
   return run_tasks<Bf16Unit::Session>(runtime, plan.threads, work.task_count(), body);
 }
 
-// A matrix unit serves one type of these.
+// What multiplies bf16 serves one type of these.
 template <class Call>
 DLK_INLINE int by_compute_type(DType dtype, Call call) {
   if constexpr (!Bf16Unit::kPresent) {

@@ -10,7 +10,7 @@ struct RowState {
   C to_natural;         // a score times this is a logit,
   C to_base2;           // and times this an exponent of 2
   int64_t width;        // Dv
-  bool by_rows, rough;  // rough: what comes of the exponentials is rounded to 16 bits
+  bool by_rows, rough;  // rough: o is rounded to 16 bits, and lse need not be better than 3e-6
 
   // m follows the maximum only when that has grown by so many powers of 2: bringing o to another m
   // costs, and exponentials somewhat above 1 are as exact.

@@ -54,14 +54,17 @@ struct Backward<C, Cell>::Walk {
     const int64_t t = f.time(d, q), alive = subset.alive(t, next_alive), first = x.first[k];
     leave(alive);
     step_rows = x.rows + first;
-    if (s().P) {
-      recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
-        V total = dh + incoming(i, t, j, n);
-        total.store(f.proj(d, parity) + row * f.ld_proj_ + j);
-      });
-      member.sync();
-      through_projection(alive, first, parity);
-    } else {
+    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
+      if (s().P) {
+        recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
+          V total = dh + incoming(i, t, j, n);
+          total.store(f.proj(d, parity) + row * f.ld_proj_ + j);
+        });
+        member.sync();
+        through_projection(alive, first, parity);
+      }
+    }
+    if (!s().P) {
       recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
         cell(i, row, parity, j, n, dh + incoming(i, t, j, n));
       });

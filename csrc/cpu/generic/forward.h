@@ -8,7 +8,7 @@
 //
 // A team splits either the batch (each member walks alone with its sequences) or the
 // hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
-// With saving, the products are written where the activations will be saved, and the cell
+// With saving, a chunk's products are written where the activations will be saved, and the cell
 // equation overwrites them. Without, they and c lie in the order in which the cells want
 // them: a vector's width of units, then row by row, all gates together.
 
@@ -34,7 +34,7 @@ class Forward {
         ld_unit_(block_ld<C>(s_.H)),
         blocks_((s_.H + V::size - 1) / V::size),
         in_place_(params.saved && Cell::kSaved > 0),
-        fused_(!Cell::kHiddenBias && plan.chunk_steps == 0) {}
+        fused_(!Cell::kHiddenBias && !fresh_ && plan.chunk_steps == 0) {}
 
   void carve(Scratch& scratch) {
     const int64_t rows = slots();
@@ -45,13 +45,14 @@ class Forward {
       rounded_[d] = scratch.take<Operand<C>>(kPairs ? 2 * rows * ld_h_ : 0);
       c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
       cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_unit_) : nullptr;
+      x_rows_[d] = scratch.take<C>(copies_x() && fused_ ? rows * block_ld<C>(weights_.ih.K) : 0);
     }
     for (int m = 0; m < plan_.threads; ++m) {
       tables_[m].x = scratch.take<const void*>(chunk_rows_);
       tables_[m].saved = scratch.take<C*>(in_place_ ? chunk_rows_ : 0);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
-      tables_[m].block = scratch.take<C>(copies_x() ? (fused_ ? s_.B : kBlockRows) * block_ld<C>(weights_.ih.K) : 0);
+      tables_[m].block = scratch.take<C>(copies_x() && !fused_ ? kBlockRows * block_ld<C>(weights_.ih.K) : 0);
       tables_[m].panel =
           scratch.take<C>(fresh_ ? std::max({weights_.ih.largest(), weights_.hh.largest(), weights_.hr.largest()}) : 0);
     }
@@ -122,6 +123,7 @@ class Forward {
   const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
   const bool in_place_, fused_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
+  C* x_rows_[2] = {};            // of a step, where it takes copies of them
   Operand<C>* rounded_[2] = {};  // h, where products do not take it as it is
   Tables tables_[kMaxMembers];
 };

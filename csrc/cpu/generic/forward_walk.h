@@ -99,24 +99,29 @@ struct Forward<C, Cell>::Walk {
     table.first[count] = row;
   }
 
+  // Products of x with W_ih as it lies, and the biases.
+  void project_dot(int64_t rows) const {
+    const C* bias = f.weight_memory_[d] + f.weights_.bias_at;
+    int64_t begin, end;
+    member.share(s().H, V::size, &begin, &end);
+    for (int64_t r = 0; r < rows; ++r) {
+      const C* x = static_cast<const C*>(table.x[r]);
+      if (!is_compute_type<C>(s().dtype)) load_row<C>(s().dtype, table.x[r], s().I, table.block), x = table.block;
+      for (int g = 0; g < Cell::kGates; ++g)
+        for (int64_t j = begin; j < end; j += V::size) {
+          const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+          const int64_t column = g * s().H + j;
+          put_product(r, j, g, dot(x, s().I, s().dtype, f.p_.weights[d].w_ih, column, n) + V::load(bias + column, n),
+                      n);
+        }
+    }
+  }
+
   // Products of x with W_ih, and the biases.
   void project(int64_t rows) const {
     const C* bias = f.weight_memory_[d] + f.weights_.bias_at;
-    if (f.plan_.recurrence == Plan::dot) {
-      int64_t begin, end;
-      member.share(s().H, V::size, &begin, &end);
-      for (int64_t r = 0; r < rows; ++r) {
-        const C* x = static_cast<const C*>(table.x[r]);
-        if (!is_compute_type<C>(s().dtype)) load_row<C>(s().dtype, table.x[r], s().I, table.block), x = table.block;
-        for (int g = 0; g < Cell::kGates; ++g)
-          for (int64_t j = begin; j < end; j += V::size) {
-            const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-            const int64_t column = g * s().H + j;
-            put_product(r, j, g, dot(x, s().I, s().dtype, f.p_.weights[d].w_ih, column, n) + V::load(bias + column, n),
-                        n);
-          }
-      }
-      return;
+    if constexpr (!kPairs) {
+      if (f.plan_.recurrence == Plan::dot) return project_dot(rows);
     }
     const PanelShape& shape = f.weights_.ih;
     const GemmShare share(member, rows, shape, f.fresh_);
@@ -149,11 +154,10 @@ struct Forward<C, Cell>::Walk {
   void step(int64_t q, int64_t first, int64_t alive) {
     const int64_t t = time(q), parity = q & 1;
     ending = d == 1 ? t == 0 : t + 1 == f.layout_.steps() || subset.alive(t + 1, alive) < alive;
-    if (f.plan_.recurrence == Plan::dot) {
-      step_dot(t, parity, first, alive);
-    } else {
-      step_tiles(t, parity, first, alive);
+    if constexpr (!kPairs) {
+      if (f.plan_.recurrence == Plan::dot) step_dot(t, parity, first, alive);
     }
+    if (f.plan_.recurrence == Plan::tiles) step_tiles(t, parity, first, alive);
     if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
       if (!s().P) return;
       member.sync();
@@ -186,14 +190,16 @@ struct Forward<C, Cell>::Walk {
 
   // Row i of a step's x, which began with row `first` of the chunk.
   const C* x_operand(int64_t first, int64_t i) const {
-    if (f.copies_x()) return table.block + i * block_ld<C>(f.weights_.ih.K);
-    return static_cast<const C*>(table.x[first + i]);
+    return f.copies_x() ? x_copy(i) : static_cast<const C*>(table.x[first + i]);
   }
+  C* x_copy(int64_t i) const { return f.x_rows_[d] + (slot + i) * block_ld<C>(f.weights_.ih.K); }
   void copy_x(int64_t first, int64_t alive) const {
     if (!f.copies_x()) return;
-    const int64_t K = f.weights_.ih.K;
-    for (int64_t i = 0; i < alive; ++i)
-      load_row<C>(kPairs ? DType::f32 : s().dtype, table.x[first + i], K, table.block + i * block_ld<C>(K));
+    int64_t begin, end;
+    member.share(alive, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i)
+      load_row<C>(kPairs ? DType::f32 : s().dtype, table.x[first + i], f.weights_.ih.K, x_copy(i));
+    member.sync();
   }
 
   void step_tiles(int64_t t, int64_t parity, int64_t first, int64_t alive) {

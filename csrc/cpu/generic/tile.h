@@ -1,7 +1,7 @@
 // The one inner product kernel: out[r][v] (+)= sum_k a[r][k] * b[k][v] for a tile of a
 // few rows and 1..4 vectors of columns that stays in registers; b is a packed panel.
 //
-// Every output is a chain of FMAs in the order of k, cut into slices whose sums are added
+// Every output is a chain of multiply-adds in the order of k, cut into slices whose sums are added
 // up in order: the rounding error of one long chain grows with its length. The order is the
 // same for every shape of the tile, so a row's result does not depend on the rows beside it.
 // No include guard: included once per ISA, see docs/architecture.md.

@@ -101,8 +101,9 @@ Cpu detect() {
 #else
     const bool dots = avx512_bf16, tiles = amx_granted;
 #endif
-    if (cpu.best == Isa::avx512 && dots) cpu.best = Isa::avx512_bf16;
-    if (cpu.best == Isa::avx512_bf16 && tiles) cpu.best = Isa::amx;
+    const auto compiled = [&](Isa isa) { return isa <= compiled_isas().back(); };
+    if (cpu.best == Isa::avx512 && dots && compiled(Isa::avx512_bf16)) cpu.best = Isa::avx512_bf16;
+    if (cpu.best == Isa::avx512_bf16 && tiles && compiled(Isa::amx)) cpu.best = Isa::amx;
   }
   return cpu;
 }
