@@ -22,8 +22,8 @@ def combination(mode: str, dtype: torch.dtype, index: int, packed: bool = False)
     # Sizes that are no multiple of a vector, nor of each other.
     return Case(
         mode, T=T, B=B, I=whole_pairs(5), H=whole_pairs(11), P=3 if mode == "lstm_proj" else 0, layers=layers,
-        bias=bias, bidirectional=bidirectional, batch_first=batch_first, contiguous=contiguous, lengths=lengths, packed=packed,
-        hx=index % 3 != 0, dtype=dtype, seed=index,
+        bias=bias, bidirectional=bidirectional, batch_first=batch_first, contiguous=contiguous, lengths=lengths,
+        packed=packed, hx=index % 3 != 0, dtype=dtype, seed=index,
     )  # fmt: skip
 
 
