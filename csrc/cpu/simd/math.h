@@ -93,8 +93,8 @@ DLK_INLINE V exp(V x) {
 }
 
 // 2^(factor x) for a factor > 0 and products up to about 0 (to n_max at most); exactly 1 at 0; 0 where it would not be
-// normal, NaN for NaN. For what is rounded to 16 bits in the end kRough is enough: within 3e-6, by a shorter polynomial, our own
-// minimax fit (its coefficients as one of linear programming) of the error relative to 2^-r.
+// normal, NaN for NaN. For what is rounded to 16 bits in the end kRough is enough: within 3e-6, by a shorter
+// polynomial, our own minimax fit (its coefficients as one of linear programming) of the error relative to 2^-r.
 template <class C, bool kRough = false>
 struct Exp2Down {
   using V = Vec<C>;
