@@ -58,7 +58,7 @@ class RowDeltas {
       return select_lt(abs(V::load(o + x * ld)), least, V::zero(), V::load(grad + x * ld));
     };
     if constexpr (Bf16Unit::kPresent) {
-      return diagonal_product<Bf16Unit, C>(s_.Dv, [&](int64_t x) { return V::load(o + x * ld); }, wanted);
+      return Unit<C>::diagonal(s_.Dv, [&](int64_t x) { return V::load(o + x * ld); }, wanted);
     }
     const int64_t slice = slice_of(s_.Dv);
     V total = V::zero();

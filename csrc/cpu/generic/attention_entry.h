@@ -46,30 +46,21 @@ DLK_NOINLINE int attention_map_as(const AttentionMapParams& params, const Attent
   return run_tasks<Bf16Unit::Session>(runtime, plan.threads, work.task_count(), body);
 }
 
-// What multiplies bf16 serves one type of these.
-template <class Call>
-DLK_INLINE int by_compute_type(DType dtype, Call call) {
-  if constexpr (!Bf16Unit::kPresent) {
-    if (dtype == DType::f64) return call(double());
-  }
-  return call(float());
-}
-
 inline int attention_forward_entry(const AttentionForwardParams& params, const AttentionPlan& plan,
                                    const Runtime& runtime) {
-  return by_compute_type(params.in.shape.dtype,
-                         [&](auto zero) { return attention_forward_as<decltype(zero)>(params, plan, runtime); });
+  return with_compute_type(params.in.shape.dtype,
+                           [&](auto zero) { return attention_forward_as<decltype(zero)>(params, plan, runtime); });
 }
 
 inline int attention_backward_entry(const AttentionBackwardParams& params, const AttentionPlan& plan,
                                     const Runtime& runtime) {
-  return by_compute_type(params.in.shape.dtype,
-                         [&](auto zero) { return attention_backward_as<decltype(zero)>(params, plan, runtime); });
+  return with_compute_type(params.in.shape.dtype,
+                           [&](auto zero) { return attention_backward_as<decltype(zero)>(params, plan, runtime); });
 }
 
 inline int attention_map_entry(const AttentionMapParams& params, const AttentionPlan& plan, const Runtime& runtime) {
-  return by_compute_type(params.in.shape.dtype,
-                         [&](auto zero) { return attention_map_as<decltype(zero)>(params, plan, runtime); });
+  return with_compute_type(params.in.shape.dtype,
+                           [&](auto zero) { return attention_map_as<decltype(zero)>(params, plan, runtime); });
 }
 
 const AttentionTable kAttention = {kIsa, attention_forward_entry, attention_backward_entry, attention_map_entry};

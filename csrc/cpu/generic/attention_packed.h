@@ -113,11 +113,6 @@ DLK_NOINLINE void pack_weight_rows(const C* weights, int64_t ld, int64_t lanes, 
                to + l);
 }
 
-template <class T, class C, class A, class B>
-DLK_INLINE Vec<C> diagonal_product(int64_t width, A a, B b) {
-  return T::diagonal(width, a, b);
-}
-
 // A worker's operands of the forward: a block of rows, a block of keys.
 template <class C, class T>
 class PackedForward {

@@ -14,15 +14,6 @@ DLK_INLINE auto with_cell(CellKind cell, F f) {
   }
 }
 
-// Pairs serve one type of these.
-template <class F>
-DLK_INLINE auto with_compute_type(DType dtype, F f) {
-  if constexpr (!kPairs) {
-    if (dtype == DType::f64) return f(double());
-  }
-  return f(float());
-}
-
 // Runs `work` over all directions: side by side when the team is large enough, else in turn.
 template <class Work>
 DLK_INLINE int run_directions(const LayerShape& shape, const Plan& plan, const Runtime& runtime, Work& work) {

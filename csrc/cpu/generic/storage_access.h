@@ -80,6 +80,15 @@ DLK_INLINE void store_row(DType dtype, void* p, int64_t n, const C* in) {
   }
 }
 
+// f(zero) for a 0 of the dtype's compute type. What multiplies bf16 serves one of them.
+template <class F>
+DLK_INLINE auto with_compute_type(DType dtype, F f) {
+  if constexpr (!Bf16Unit::kPresent) {
+    if (dtype == DType::f64) return f(double());
+  }
+  return f(float());
+}
+
 template <class C>
 DLK_INLINE bool is_compute_type(DType dtype) {
   return dtype == (std::is_same_v<C, double> ? DType::f64 : DType::f32);

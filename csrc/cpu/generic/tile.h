@@ -21,7 +21,7 @@ DLK_INLINE const C* items_of(const Operand<C>* row) {
 // ... of which n values are so many.
 DLK_INLINE int64_t item_count(int64_t n) { return (n + kItemValues - 1) / kItemValues; }
 
-// Bf16Unit, looked into where kPairs only: where there is none it is empty.
+// Bf16Unit as a name that depends on C: what is looked for in it need be there only where that is compiled.
 template <class C>
 struct UnitOf {
   using type = Bf16Unit;
