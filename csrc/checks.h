@@ -65,6 +65,42 @@ inline void check_tensor(const Tensor& tensor, const char* what, int32_t dtype, 
             shape_text(shape.begin(), dim), ", got ", shape_text(tensor));
 }
 
+// The dtypes of a call's tensors. Without a product dtype (rnn_ops.h) all are of the first one's.
+class Dtypes {
+ public:
+  Dtypes() = default;
+  Dtypes(DType of_x, int64_t product) : of_x_(of_x), mixed_(product >= 0) {
+    DLK_CHECK(product >= -1 && product <= static_cast<int64_t>(DType::f16), "product_dtype: unknown number ", product);
+    product_ = mixed_ ? static_cast<DType>(product) : of_x;
+    DLK_CHECK(!mixed_ || (of_x != DType::f64 && product_ != DType::f64),
+              "product_dtype: expected -1 with float64, got ", product);
+  }
+
+  DType product() const { return product_; }
+  // That of an output: a number of DType, or -1 for x's.
+  DType output(int64_t number, const char* what) const {
+    if (number == -1) return of_x_;
+    DLK_CHECK(mixed_ && number >= 0 && number <= static_cast<int64_t>(DType::f16) && number != int64_t(DType::f64),
+              what, ": expected -1, or with product_dtype 0, 2 or 3, got ", number);
+    return static_cast<DType>(number);
+  }
+  // That of an argument of this shape, which is checked.
+  DType check(const Tensor& tensor, const char* what, std::initializer_list<int64_t> shape,
+              const Device* device = nullptr) const {
+    DType found = of_x_;
+    if (mixed_) {
+      for (DType dtype : {DType::f32, DType::bf16, DType::f16})
+        if (tensor.dtype() == torch_dtype(dtype)) found = dtype;
+    }
+    check_tensor(tensor, what, torch_dtype(found), shape, device);
+    return found;
+  }
+
+ private:
+  DType of_x_ = DType::f32, product_ = DType::f32;
+  bool mixed_ = false;
+};
+
 inline DType check_float(const Tensor& tensor, const char* what) {
   DLK_CHECK(tensor.on_cpu(), what, " must be on the CPU");
   const int32_t found = tensor.dtype();

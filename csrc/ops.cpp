@@ -25,28 +25,31 @@ template <CellKind cell>
 struct Ops {
   static SequenceOutputs forward(const Tensor& x, const Opt& h0, const Opt& c0, const TensorList& weights,
                                  const Opt& packed, const Opt& batch_sizes, const Opt& lengths, bool bidirectional,
-                                 bool batch_first, bool save, bool deterministic) {
+                                 bool batch_first, bool save, bool deterministic, int64_t product_dtype,
+                                 int64_t h_dtype, int64_t c_dtype) {
     return sequence_forward(cell, x, h0, c0, weights, packed, batch_sizes, lengths, bidirectional, batch_first, save,
-                            deterministic);
+                            deterministic, {product_dtype, h_dtype, c_dtype});
   }
   static TensorList backward(const Opt& dy, const Opt& dh_n, const Opt& dc_n, const Tensor& x, const Opt& h0,
-                             const Opt& c0, const TensorList& weights, const Tensor& y, const Tensor& saved,
-                             const Opt& batch_sizes, const Opt& lengths, bool bidirectional, bool batch_first,
-                             int64_t bptt_steps, bool deterministic, bool need_x, bool need_state, bool need_weights,
-                             bool gate_grads) {
-    return sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, y, saved, batch_sizes, lengths, bidirectional,
-                             batch_first, bptt_steps, deterministic, need_x, need_state, need_weights, gate_grads);
+                             const Opt& c0, const TensorList& weights, const Tensor& saved, const Opt& batch_sizes,
+                             const Opt& lengths, bool bidirectional, bool batch_first, int64_t bptt_steps,
+                             bool deterministic, bool need_x, bool need_state, bool need_weights, bool gate_grads,
+                             int64_t product_dtype) {
+    return sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, bidirectional,
+                             batch_first, bptt_steps, deterministic, need_x, need_state, need_weights, gate_grads,
+                             {product_dtype});
   }
   static TensorList step(const Tensor& x, const Opt& h, const Opt& c, const Tensor& w_ih, const Tensor& w_hh,
-                         const Opt& b_ih, const Opt& b_hh, bool save, bool deterministic) {
-    return cell_forward(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save, deterministic);
+                         const Opt& b_ih, const Opt& b_hh, bool save, bool deterministic, int64_t product_dtype,
+                         int64_t h_dtype, int64_t c_dtype) {
+    return cell_forward(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save, deterministic, {product_dtype, h_dtype, c_dtype});
   }
   static TensorList step_backward(const Opt& dh, const Opt& dc, const Tensor& x, const Opt& h, const Opt& c,
                                   const Tensor& w_ih, const Tensor& w_hh, const Opt& b_ih, const Opt& b_hh,
-                                  const Tensor& h_new, const Tensor& saved, bool deterministic, bool need_x,
-                                  bool need_state, bool need_weights, bool gate_grads) {
-    return cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, h_new, saved, deterministic, need_x, need_state,
-                         need_weights, gate_grads);
+                                  const Tensor& saved, bool deterministic, bool need_x, bool need_state,
+                                  bool need_weights, bool gate_grads, int64_t product_dtype) {
+    return cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, deterministic, need_x, need_state,
+                         need_weights, gate_grads, {product_dtype});
   }
 };
 
@@ -55,22 +58,23 @@ using Library = torch::stable::detail::StableLibrary;
 void define(Library& library, CellKind cell) {
   const std::string mode = mode_name(cell);
   library.def((mode + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
-                      "Tensor? lengths, bool bidirectional, bool batch_first, bool save, bool deterministic) -> "
+                      "Tensor? lengths, bool bidirectional, bool batch_first, bool save, bool deterministic, "
+                      "int product_dtype=-1, int h_dtype=-1, int c_dtype=-1) -> "
                       "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)")
                   .c_str());
-  library.def((mode +
-               "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
-               "Tensor[] weights, Tensor y, Tensor saved, Tensor? batch_sizes, Tensor? lengths, bool bidirectional, "
-               "bool batch_first, int bptt_steps, bool deterministic, bool need_x, bool need_state, "
-               "bool need_weights, bool gate_grads) -> Tensor[]")
+  library.def((mode + "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+                      "Tensor[] weights, Tensor saved, Tensor? batch_sizes, Tensor? lengths, bool bidirectional, "
+                      "bool batch_first, int bptt_steps, bool deterministic, bool need_x, bool need_state, "
+                      "bool need_weights, bool gate_grads, int product_dtype=-1) -> Tensor[]")
                   .c_str());
-  library.def((mode + "_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-                      "bool save, bool deterministic) -> Tensor[]")
+  library.def((mode +
+               "_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+               "bool save, bool deterministic, int product_dtype=-1, int h_dtype=-1, int c_dtype=-1) -> Tensor[]")
                   .c_str());
   library.def((mode +
                "_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, "
-               "Tensor? b_ih, Tensor? b_hh, Tensor h_new, Tensor saved, bool deterministic, bool need_x, "
-               "bool need_state, bool need_weights, bool gate_grads) -> Tensor[]")
+               "Tensor? b_ih, Tensor? b_hh, Tensor saved, bool deterministic, bool need_x, bool need_state, "
+               "bool need_weights, bool gate_grads, int product_dtype=-1) -> Tensor[]")
                   .c_str());
 }
 

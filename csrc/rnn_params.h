@@ -2,11 +2,14 @@
 //
 // Layouts. T steps, B sequences, I input features, H hidden units, P projected
 // units (0 = no projection), O = P ? P : H outputs per direction, D directions
-// (1 or 2), G gates of W (lstm 4, gru 3, rnn 1), S saved slots (lstm 5, gru 4,
-// rnn 0). "Row" is one (t, b) pair: t * B + b for padded input, its position in
-// PackedSequence.data for packed input. All strides count elements.
+// (1 or 2), G gates of W (lstm 4, gru 3, rnn 1), S saved slots (lstm 5, gru 5,
+// rnn 1), R = S * H + P values in a saved record. "Row" is one (t, b) pair:
+// t * B + b for padded input, its position in PackedSequence.data for packed
+// input. All strides count elements.
 //
-// The compute type is double for f64 and float for every other dtype.
+// The compute type is double for f64 and float for every other dtype. Each tensor has a
+// dtype of its own: under autocast input, weights and states differ. All of them are f64
+// or none is. LayerShape::dtype is what products may be rounded to.
 #pragma once
 
 #include "kernel_params.h"
@@ -16,7 +19,7 @@ namespace dlk {
 enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };
 
 constexpr int gate_count(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
-constexpr int saved_slots(CellKind cell) { return cell == CellKind::lstm ? 5 : cell == CellKind::gru ? 4 : 0; }
+constexpr int saved_slots(CellKind cell) { return cell == CellKind::lstm || cell == CellKind::gru ? 5 : 1; }
 // Gate gradients per unit: gru keeps the input and the hidden half of n apart.
 constexpr int gate_grad_slots(CellKind cell) { return cell == CellKind::gru ? 4 : gate_count(cell); }
 
@@ -27,10 +30,12 @@ struct LayerShape {
   int D;
   int64_t rows;  // T * B when padded, the sum of the lengths when packed
   int64_t outputs() const { return P ? P : H; }
+  int64_t record() const { return saved_slots(cell) * H + P; }
 };
 
 // Contiguous; the biases are both there or both null, w_hr is null without projection.
 struct DirectionWeights {
+  DType dtype;
   const void* w_ih;  // [G*H, I]
   const void* w_hh;  // [G*H, O]
   const void* b_ih;  // [G*H]
@@ -44,42 +49,51 @@ template <class Pointer>
 struct RowTensor {
   Pointer data;
   int64_t t, b;
+  DType dtype;
+};
+
+// A contiguous [D, B, F] tensor.
+template <class Pointer>
+struct StateTensor {
+  Pointer data;
+  DType dtype;
+  explicit operator bool() const { return data != nullptr; }
 };
 
 struct ForwardParams {
   LayerShape shape;
-  RowTensor<const void*> x;  // features: I
-  const void* h0;            // [D, B, O], null = zeros
-  const void* c0;            // [D, B, H], null = zeros; lstm only
+  RowTensor<const void*> x;     // features: I
+  StateTensor<const void*> h0;  // [D, B, O], null = zeros
+  StateTensor<const void*> c0;  // [D, B, H], null = zeros; lstm only
   DirectionWeights weights[2];
   const void* packed;          // what pack() wrote for these weights, or null
   const int64_t* batch_sizes;  // [T], descending: x, y are packed; else null
   const int64_t* lengths;      // [B], in 0..T, already checked; else null
   RowTensor<void*> y;          // features: D*O; padding rows are written as 0
-  void* h_n;                   // [D, B, O]
-  void* c_n;                   // [D, B, H], lstm only
-  void* saved;                 // [D, rows, S, H] of the compute type, or null (inference):
-                               // lstm i,f,g,o,c; gru r,z,n,W_hn h + b_hn. Padding rows are not written.
+  StateTensor<void*> h_n;      // [D, B, O]
+  StateTensor<void*> c_n;      // [D, B, H], lstm only
+  void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, and h' behind
+                               // them where it is projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'.
+                               // Padding rows are not written.
   bool deterministic;          // a sequence's result must not depend on its batch
 };
 
-struct DirectionGrads {  // shapes and dtype of the weights; all null when not wanted
+struct DirectionGrads {  // shapes and dtypes of the weights; all null when not wanted
   void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
 };
 
 struct BackwardParams {
   LayerShape shape;
   RowTensor<const void*> x;
-  const void *h0, *c0;
+  StateTensor<const void*> h0, c0;
   DirectionWeights weights[2];
   const int64_t *batch_sizes, *lengths;
-  RowTensor<const void*> y;
-  const void* saved;          // null only where S = 0
-  RowTensor<const void*> dy;  // features: D*O; data null = zeros
-  const void *dh_n, *dc_n;    // [D, B, O], [D, B, H]; null = zeros
-  int64_t bptt_steps;         // 0 = never cut; else gradients stop at every multiple of it
-  RowTensor<void*> dx;        // data null = not wanted; padding rows are written as 0
-  void *dh0, *dc0;            // null = not wanted
+  const void* saved;                    // what the forward saved: all that is needed of its results
+  RowTensor<const void*> dy;            // features: D*O; data null = zeros
+  StateTensor<const void*> dh_n, dc_n;  // [D, B, O], [D, B, H]; null = zeros
+  int64_t bptt_steps;                   // 0 = never cut; else gradients stop at every multiple of it
+  RowTensor<void*> dx;                  // data null = not wanted; padding rows are written as 0
+  StateTensor<void*> dh0, dc0;          // null = not wanted
   DirectionGrads grads[2];
   void* gate_grads;  // [D, rows, gate_grad_slots, H] of the compute type, or null; padding
                      // rows are written as 0. gru: dr, dz, dn (input half), dn (hidden half)

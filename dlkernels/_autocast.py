@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from dlkernels.ops import DTYPES, SAME, Types
+
+# On the CPU torch runs an LSTM by oneDNN, wholly in autocast's dtype, or step by step, where states stay what they are.
+_ONEDNN_TAKES_BF16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+_ONEDNN_TAKES_F16 = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -23,3 +30,34 @@ def cast(tensor: Any, dtype: torch.dtype) -> Any:
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+def recurrent_types(
+    mode: str, layer: bool, projected: bool, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
+) -> Types:
+    """The dtypes of a recurrent call under autocast, SAME outside of it or where nothing differs.
+
+    On CUDA torch casts all arguments. On the CPU it casts those of the matrix products; what the gates make of the state
+    before has the dtype to which the two promote, and the first state is in the dtype of the input.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is None or dtype not in DTYPES or not x.is_floating_point() or x.dtype == torch.float64:
+        return SAME
+    of_h = of_c = dtype
+    if x.device.type == "cpu":
+        if mode == "gru":
+            of_h = torch.promote_types(dtype, x.dtype if h is None else h.dtype)
+        elif mode == "lstm" and (not layer or projected or not _runs_by_onednn(x)):
+            of_c = torch.promote_types(dtype, x.dtype if c is None else c.dtype)
+            of_h = dtype if projected else of_c
+    if of_h == of_c == dtype and all(t is None or t.dtype == dtype for t in (x, h, c, *weights)):
+        return SAME
+    return Types(*map(DTYPES.index, (dtype, of_h, of_c)))
+
+
+def _runs_by_onednn(x: Tensor) -> bool:
+    if x.numel() == 0 or not (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled()):
+        return False
+    if x.dtype == torch.float32:
+        return bool(torch._C._has_mkldnn)
+    return _ONEDNN_TAKES_BF16 if x.dtype == torch.bfloat16 else _ONEDNN_TAKES_F16 and not torch.is_grad_enabled()

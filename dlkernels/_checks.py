@@ -55,12 +55,14 @@ def states(function: str, hx: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def same_kind(
-    x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None], mismatch: type[Exception] = ValueError
+    x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None],
+    mismatch: type[Exception] = ValueError, mixed: bool = False,
 ) -> None:  # fmt: skip
-    """One dtype, floating, and one device. `mismatch`: what torch.nn raises for an input of another dtype."""
+    """One floating dtype, or with `mixed` any but float64, and one device. `mismatch`: what torch.nn raises for an input
+    of another dtype."""
     dtype, device = x.dtype, x.device
     first = weights[0]
-    if first is not None and first.dtype != dtype:
+    if first is not None and not _fits(first.dtype, dtype, mixed):
         raise mismatch(
             f"RNN input dtype ({dtype}) does not match weight dtype ({first.dtype}). "
             f"Convert input: input.to({first.dtype}), or convert model: model.to({dtype})"
@@ -76,11 +78,15 @@ def same_kind(
                     f"Input and {kind} tensors are not at the same device, found input tensor at {device} and "
                     f"{kind} tensor at {other.device}"
                 )
-            if other.dtype != dtype:
+            if not _fits(other.dtype, dtype, mixed):
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with {dtype} and "
                     f"{kind} tensor with {other.dtype}"
                 )
+
+
+def _fits(dtype: torch.dtype, of_x: torch.dtype, mixed: bool) -> bool:
+    return dtype == of_x or (mixed and dtype in (torch.float32, torch.bfloat16, torch.float16))
 
 
 def weight_count(function: str, mode: str, weights: Any, num_layers: int, directions: int) -> int:

@@ -1,9 +1,10 @@
 """Stateless recurrent layers, whose weights come as arguments, and attention (`dlkernels/attention.py`).
 
 The layers take floating-point tensors of one dtype and one device (float32, float64, bfloat16 and float16 have kernels
-on the CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast the input, the
-states and the weights are cast to the autocast dtype, float64 excepted, as torch casts the arguments of `linear`;
-outputs and states are returned in that dtype and gradients arrive in the dtypes that came in.
+on the CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast input, states and
+weights may be of any dtypes but float64. Products may be rounded to autocast's dtype, sums and states are float32
+inside, and results have the dtypes that torch.nn returns: on CUDA autocast's, on the CPU also that to which it and the
+state promote (docs/differences.md). Gradients arrive in the dtypes that came in.
 
 Sizes in this module: T steps, B sequences, I input features, H hidden units, D directions, L layers, P projected units,
 O = P with a projection and H without. Errors have the types that torch.nn raises for the same mistake: RuntimeError for
@@ -21,11 +22,12 @@ from torch.nn.functional import dropout as apply_dropout
 
 from dlkernels import _checks
 from dlkernels._autocast import autocast_dtype as autocast_dtype
-from dlkernels._autocast import cast
+from dlkernels._autocast import cast, recurrent_types
 from dlkernels.attention import attention, attention_map
 from dlkernels.autograd import CellConfig, SequenceConfig, route
 from dlkernels.autograd import cell as cell_step
 from dlkernels.autograd import sequence as layer_forward
+from dlkernels.ops import DTYPES, SAME, Types
 from dlkernels.sdpa import scaled_dot_product_attention
 
 __all__ = [
@@ -169,13 +171,11 @@ def _layers(
             )  # fmt: skip
             return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if mode == "lstm" else c_n
 
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        if packed is not None and dtype != weights[0].dtype:
-            packed = None
-        x, h0, c0 = cast(x, dtype), cast(h0, dtype), cast(c0, dtype)
-        weights = [cast(weight, dtype) for weight in weights]
-    _checks.same_kind(x, (h0, c0), weights)
+    projected = count // directions % 2 == 1
+    types, weights = _under_autocast(recurrent_types(mode, True, projected, x, h0, c0, weights), weights)
+    if types != SAME and packed is not None and DTYPES[types.product] != weights[0].dtype:
+        packed = None
+    _checks.same_kind(x, (h0, c0), weights, mixed=types != SAME)
     _checks.input_size(x, weights[0])
     if dropout:
         _checks.dropout(dropout)
@@ -207,11 +207,19 @@ def _layers(
         _checks.values_for_reference(x, batch_sizes, lengths, steps)
 
     cfg = SequenceConfig(
-        mode, bool(bidirectional), bool(batch_first), steps_between_cuts, torch.are_deterministic_algorithms_enabled()
-    )
+        mode, bool(bidirectional), bool(batch_first), steps_between_cuts, torch.are_deterministic_algorithms_enabled(),
+        types,
+    )  # fmt: skip
     if num_layers == 1:
         return layer_forward(cfg, x, h0, c0, weights, None if packed is None else packed[0], batch_sizes, lengths)
     return _stack(cfg, x, h0, c0, weights, num_layers, dropout if training else 0.0, lengths, batch_sizes, packed)
+
+
+def _under_autocast(types: Types, weights: Sequence[Tensor]) -> tuple[Types, Sequence[Tensor]]:
+    """The operators take weights of another dtype than the rest, but of one."""
+    if types != SAME and any(weight.dtype != weights[0].dtype for weight in weights):
+        weights = [cast(weight, DTYPES[types.product]) for weight in weights]
+    return types, weights
 
 
 def _readable() -> bool:
@@ -263,15 +271,17 @@ def _cell(
         h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
         out = _cell(mode, name, gates, x.unsqueeze(0), h, c, w_ih, w_hh, b_ih, b_hh)
         return [state.squeeze(0) for state in out[: 2 if mode == "lstm" else 1]]
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x, h, c, w_ih, w_hh, b_ih, b_hh = (cast(tensor, dtype) for tensor in (x, h, c, w_ih, w_hh, b_ih, b_hh))
     if b_ih is None and b_hh is not None:
         b_ih = torch.zeros_like(b_hh)
     elif b_hh is None and b_ih is not None:
         b_hh = torch.zeros_like(b_ih)
-    _checks.same_kind(x, (h, c), (w_ih, w_hh, b_ih, b_hh), RuntimeError)
+    weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+    types, weights = _under_autocast(recurrent_types(mode, False, False, x, h, c, weights), weights)
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    _checks.same_kind(x, (h, c), weights, RuntimeError, mixed=types != SAME)
     _checks.cell(name, x, h, c, w_ih, w_hh, gates)
     if b_ih is not None:
         _checks.cell_biases(b_ih, b_hh, w_ih.shape[0])
-    return cell_step(CellConfig(mode, torch.are_deterministic_algorithms_enabled()), x, h, c, w_ih, w_hh, b_ih, b_hh)
+    cfg = CellConfig(mode, torch.are_deterministic_algorithms_enabled(), types)
+    return cell_step(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)

@@ -3,10 +3,10 @@
 //   r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z);  n = tanh(x_n + r * h_n)
 //   h' = n + z * (h - n)
 // x_* carries b_ih, and b_hh too for r and z; h_n carries its own b_hh.
-// Saved for the backward: r, z, n, h_n. No include guard: see docs/architecture.md.
+// Saved for the backward: r, z, n, h_n, h'. No include guard: see docs/architecture.md.
 
 struct GruCell {
-  static constexpr int kGates = 3, kSaved = 4, kGateGrads = 4;
+  static constexpr int kGates = 3, kSaved = 5, kGateGrads = 4;
   static constexpr bool kHiddenBias = true;
   static constexpr bool kCellState = false, kDirectPath = true;  // h reaches h' past the gates
 
@@ -19,7 +19,14 @@ struct GruCell {
     saved[1] = z;
     saved[2] = n;
     saved[3] = hidden[2];
-    return fma(z, h - n, n);
+    saved[4] = fma(z, h - n, n);
+    return saved[4];
+  }
+
+  // h' of a saved record; at(slot) reads one of its slots.
+  template <class At>
+  static DLK_INLINE auto hidden(At at) {
+    return at(4);
   }
 
   // dgates: r, z, n on the input side, n on the hidden side. Returns the part of dh

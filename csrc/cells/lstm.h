@@ -25,6 +25,12 @@ struct LstmCell {
     return o * tanh(c_new);
   }
 
+  // h' of a saved record; at(slot) reads one of its slots. o and c' give it again.
+  template <class At>
+  static DLK_INLINE auto hidden(At at) {
+    return at(3) * tanh(at(4));
+  }
+
   // dc comes in as the gradient of c' and leaves as that of c. Returns dgates i, f, g, o
   // and, for a projection's weight gradient, the cell's own output o * tanh(c').
   template <class V>

@@ -28,10 +28,10 @@ class Inputs {
 
   // Any strides but that of the last dimension, which must be 1. `t_dim` and `b_dim` are the
   // dimensions of time and batch; b_dim is -1 for packed data.
-  RowTensor<const void*> rows(const Tensor& tensor, int t_dim, int b_dim) {
+  RowTensor<const void*> rows(const Tensor& tensor, int t_dim, int b_dim, DType dtype) {
     const Tensor& source = with_dense_rows(tensor);
     const int64_t* strides = source.strides();
-    return {source.data(), strides[t_dim], b_dim < 0 ? 0 : strides[b_dim]};
+    return {source.data(), strides[t_dim], b_dim < 0 ? 0 : strides[b_dim], dtype};
   }
 
   // The same with [B, heads, rows, width], or [rows, heads, width] of all sequences.

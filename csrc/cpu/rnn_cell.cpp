@@ -7,25 +7,33 @@ namespace {
 struct CellCall {
   LayerShape shape{};
   DirectionWeights weights{};
-  const void* h = nullptr;
-  const void* c = nullptr;
-  int32_t dtype = 0;
+  RowTensor<const void*> x{};
+  StateTensor<const void*> h{}, c{};
+  Dtypes dtypes;
   Inputs inputs;
 
   bool has_work() const { return shape.B > 0 && shape.H > 0; }
-  const void* state(const OptionalTensor& tensor, const char* what) {
-    if (!tensor) return nullptr;
-    check_tensor(tensor, what, dtype, {shape.B, shape.H});
-    return inputs.contiguous(tensor);
+  StateTensor<const void*> state(const OptionalTensor& tensor, const char* what) {
+    if (!tensor) return {};
+    const DType dtype = dtypes.check(tensor, what, {shape.B, shape.H});
+    return {inputs.contiguous(tensor), dtype};
+  }
+  // [B, F] as a [1, B, F].
+  RowTensor<const void*> one_step(const Tensor& tensor, const char* what, int64_t features) {
+    const DType dtype = dtypes.check(tensor, what, {shape.B, features});
+    RowTensor<const void*> rows = inputs.rows(tensor, /*t_dim=*/0, /*b_dim=*/0, dtype);
+    rows.t = 0;
+    return rows;
   }
 };
 
 void read_cell(CellKind cell, const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, const Tensor& w_ih,
-               const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, CellCall* call) {
+               const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, const CallTypes& types,
+               CellCall* call) {
   LayerShape& shape = call->shape;
   shape.cell = cell;
-  shape.dtype = check_float(x, "x");
-  call->dtype = x.dtype();
+  call->dtypes = Dtypes(check_float(x, "x"), types.product);
+  shape.dtype = call->dtypes.product();
   DLK_CHECK(x.dim() == 2, "x must have shape [B, input_size], got ", shape_text(x));
   DLK_CHECK(w_hh.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(w_hh));
   DLK_CHECK(!b_ih == !b_hh, "b_ih and b_hh must both be given or both be None");
@@ -35,54 +43,50 @@ void read_cell(CellKind cell, const Tensor& x, const OptionalTensor& h, const Op
   shape.I = x.size(1);
   shape.H = w_hh.size(1);
   const int64_t gates = gate_count(cell);
-  check_tensor(w_ih, "w_ih", call->dtype, {gates * shape.H, shape.I});
-  check_tensor(w_hh, "w_hh", call->dtype, {gates * shape.H, shape.H});
+  call->weights.dtype = call->dtypes.check(w_ih, "w_ih", {gates * shape.H, shape.I});
+  const int32_t dtype = w_ih.dtype();
+  check_tensor(w_hh, "w_hh", dtype, {gates * shape.H, shape.H});
   call->weights.w_ih = call->inputs.contiguous(w_ih);
   call->weights.w_hh = call->inputs.contiguous(w_hh);
   if (b_ih) {
-    check_tensor(b_ih, "b_ih", call->dtype, {gates * shape.H});
-    check_tensor(b_hh, "b_hh", call->dtype, {gates * shape.H});
+    check_tensor(b_ih, "b_ih", dtype, {gates * shape.H});
+    check_tensor(b_hh, "b_hh", dtype, {gates * shape.H});
     call->weights.b_ih = call->inputs.contiguous(b_ih);
     call->weights.b_hh = call->inputs.contiguous(b_hh);
   }
+  call->x = call->one_step(x, "x", shape.I);
   call->h = call->state(h, "h");
   call->c = call->state(c, "c");
-}
-
-// [B, F] as a [1, B, F].
-RowTensor<const void*> one_step(const Tensor& tensor, Inputs* inputs) {
-  RowTensor<const void*> rows = inputs->rows(tensor, /*t_dim=*/0, /*b_dim=*/0);
-  rows.t = 0;
-  return rows;
 }
 
 }  // namespace
 
 TensorList cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
                         const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                        bool save, bool deterministic) {
+                        bool save, bool deterministic, const CallTypes& types) {
   CellCall call;
-  read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, &call);
+  read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types, &call);
   const LayerShape& shape = call.shape;
 
   ForwardParams params{};
   params.shape = shape;
-  params.x = one_step(x, &call.inputs);
+  params.x = call.x;
   params.h0 = call.h;
   params.c0 = call.c;
   params.weights[0] = call.weights;
   params.deterministic = deterministic;
+  const DType h_dtype = call.dtypes.output(types.h, "h_dtype"), c_dtype = call.dtypes.output(types.c, "c_dtype");
 
   TensorList results;
   results.reserve(3);
-  results.push_back(empty({shape.B, shape.H}, call.dtype));
-  params.y = {results.back().data(), 0, shape.H};
+  results.push_back(empty({shape.B, shape.H}, torch_dtype(h_dtype)));
+  params.y = {results.back().data(), 0, shape.H, h_dtype};
   if (cell == CellKind::lstm) {
-    results.push_back(empty({shape.B, shape.H}, call.dtype));
-    params.c_n = results.back().data();
+    results.push_back(empty({shape.B, shape.H}, torch_dtype(c_dtype)));
+    params.c_n = {results.back().data(), c_dtype};
   }
-  if (save && saved_slots(cell) > 0) {
-    results.push_back(empty({shape.B, saved_slots(cell), shape.H}, torch_dtype(compute_type(shape.dtype))));
+  if (save) {
+    results.push_back(empty({shape.B, shape.record()}, torch_dtype(compute_type(shape.dtype))));
     params.saved = results.back().data();
   }
   if (call.has_work()) {
@@ -94,46 +98,41 @@ TensorList cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h,
 
 TensorList cell_backward(CellKind cell, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& x,
                          const OptionalTensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
-                         const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& h_new,
-                         const Tensor& saved, bool deterministic, bool need_x, bool need_state, bool need_weights,
-                         bool gate_grads) {
+                         const OptionalTensor& b_ih, const OptionalTensor& b_hh, const Tensor& saved,
+                         bool deterministic, bool need_x, bool need_state, bool need_weights, bool gate_grads,
+                         const CallTypes& types) {
   CellCall call;
-  read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, &call);
+  read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types, &call);
   DLK_CHECK(cell == CellKind::lstm || !dc, "dc must be None: ", mode_name(cell), " has no cell state");
   const LayerShape& shape = call.shape;
   const int32_t compute = torch_dtype(compute_type(shape.dtype));
 
   BackwardParams params{};
   params.shape = shape;
-  params.x = one_step(x, &call.inputs);
+  params.x = call.x;
   params.h0 = call.h;
   params.c0 = call.c;
   params.weights[0] = call.weights;
-  check_tensor(h_new, "h_new", call.dtype, {shape.B, shape.H});
-  params.y = one_step(h_new, &call.inputs);
-  if (saved_slots(cell) > 0) {
-    check_tensor(saved, "saved", compute, {shape.B, saved_slots(cell), shape.H});
-    params.saved = call.inputs.contiguous(saved);
-  }
-  if (dh) {
-    check_tensor(dh, "dh", call.dtype, {shape.B, shape.H});
-    params.dy = one_step(dh, &call.inputs);
-  }
+  check_tensor(saved, "saved", compute, {shape.B, shape.record()});
+  params.saved = call.inputs.contiguous(saved);
+  if (dh) params.dy = call.one_step(dh, "dh", shape.H);
   params.dc_n = call.state(dc, "dc");
   params.deterministic = deterministic;
 
   const int64_t gate_rows = gate_count(cell) * shape.H;
   const bool bias = need_weights && b_ih;
-  Output dx = output(need_x, {shape.B, shape.I}, call.dtype);
-  Output dh0 = output(need_state, {shape.B, shape.H}, call.dtype);
-  Output dc0 = output(need_state && cell == CellKind::lstm, {shape.B, shape.H}, call.dtype);
-  Output dw_ih = output(need_weights, {gate_rows, shape.I}, call.dtype);
-  Output dw_hh = output(need_weights, {gate_rows, shape.H}, call.dtype);
-  Output db_ih = output(bias, {gate_rows}, call.dtype);
-  Output db_hh = output(bias, {gate_rows}, call.dtype);
-  params.dx = {dx.data, 0, shape.I};
-  params.dh0 = dh0.data;
-  params.dc0 = dc0.data;
+  const DType h_dtype = h ? call.h.dtype : call.x.dtype, c_dtype = c ? call.c.dtype : call.x.dtype;
+  const int32_t of_weights = w_ih.dtype();
+  Output dx = output(need_x, {shape.B, shape.I}, x.dtype());
+  Output dh0 = output(need_state, {shape.B, shape.H}, torch_dtype(h_dtype));
+  Output dc0 = output(need_state && cell == CellKind::lstm, {shape.B, shape.H}, torch_dtype(c_dtype));
+  Output dw_ih = output(need_weights, {gate_rows, shape.I}, of_weights);
+  Output dw_hh = output(need_weights, {gate_rows, shape.H}, of_weights);
+  Output db_ih = output(bias, {gate_rows}, of_weights);
+  Output db_hh = output(bias, {gate_rows}, of_weights);
+  params.dx = {dx.data, 0, shape.I, call.x.dtype};
+  params.dh0 = {dh0.data, h_dtype};
+  params.dc0 = {dc0.data, c_dtype};
   params.grads[0] = {dw_ih.data, dw_hh.data, db_ih.data, db_hh.data, nullptr};
 
   TensorList grads;

@@ -10,26 +10,26 @@ struct Sequence {
   DirectionWeights weights[2]{};
   const int64_t* batch_sizes = nullptr;
   const int64_t* lengths = nullptr;
-  int32_t dtype = 0;  // torch's number for shape.dtype
+  Dtypes dtypes;
   int t_dim = 0, b_dim = 1;
   Inputs inputs;
 
   bool is_packed() const { return batch_sizes != nullptr; }
 
-  // [T, B, features] or [B, T, features] or [rows, features], as x.
-  Tensor empty_rows(int64_t features) const {
-    if (is_packed()) return empty({shape.rows, features}, dtype);
-    return b_dim == 1 ? empty({shape.T, shape.B, features}, dtype) : empty({shape.B, shape.T, features}, dtype);
+  // [T, B, features] or [B, T, features] or [rows, features], as x; time comes first in memory, as in torch.
+  Tensor empty_rows(int64_t features, DType dtype) const {
+    if (is_packed()) return empty({shape.rows, features}, torch_dtype(dtype));
+    if (b_dim == 1) return empty({shape.T, shape.B, features}, torch_dtype(dtype));
+    const int64_t sizes[] = {shape.B, shape.T, features}, strides[] = {features, shape.B * features, 1};
+    return empty_strided(sizes, strides, 3, torch_dtype(dtype));
   }
 
-  void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
-    if (is_packed()) {
-      check_tensor(tensor, what, dtype, {shape.rows, features});
-    } else if (b_dim == 1) {
-      check_tensor(tensor, what, dtype, {shape.T, shape.B, features});
-    } else {
-      check_tensor(tensor, what, dtype, {shape.B, shape.T, features});
-    }
+  // Checks and reads such a tensor.
+  RowTensor<const void*> rows(const Tensor& tensor, const char* what, int64_t features) {
+    const DType dtype = is_packed()  ? dtypes.check(tensor, what, {shape.rows, features})
+                        : b_dim == 1 ? dtypes.check(tensor, what, {shape.T, shape.B, features})
+                                     : dtypes.check(tensor, what, {shape.B, shape.T, features});
+    return inputs.rows(tensor, t_dim, is_packed() ? -1 : b_dim, dtype);
   }
 
   // A per-direction array of [rows, ...], time-major even where x is not.
@@ -48,11 +48,9 @@ struct Sequence {
     return empty(sizes, dim, type);
   }
 
-  RowTensor<const void*> rows(const Tensor& tensor) { return inputs.rows(tensor, t_dim, is_packed() ? -1 : b_dim); }
-
-  RowTensor<void*> output_rows(const Tensor& tensor) const {
+  RowTensor<void*> output_rows(const Tensor& tensor, DType dtype) const {
     const int64_t* strides = tensor.strides();
-    return {tensor.data(), strides[t_dim], is_packed() ? 0 : strides[b_dim]};
+    return {tensor.data(), strides[t_dim], is_packed() ? 0 : strides[b_dim], dtype};
   }
 };
 
@@ -81,19 +79,21 @@ void read_weights(const TensorList& weights, int64_t features, Sequence* call) {
   }
   for (int d = 0; d < shape.D; ++d) {
     const Tensor* w = &weights[static_cast<size_t>(d) * count];
-    check_tensor(w[0], "w_ih", call->dtype, {gates * shape.H, shape.I});
-    check_tensor(w[1], "w_hh", call->dtype, {gates * shape.H, shape.outputs()});
     DirectionWeights& into = call->weights[d];
+    into.dtype = call->dtypes.check(w[0], "w_ih", {gates * shape.H, shape.I});
+    const int32_t dtype = weights[0].dtype();
+    check_tensor(w[0], "w_ih", dtype, {gates * shape.H, shape.I});
+    check_tensor(w[1], "w_hh", dtype, {gates * shape.H, shape.outputs()});
     into.w_ih = call->inputs.contiguous(w[0]);
     into.w_hh = call->inputs.contiguous(w[1]);
     if (bias) {
-      check_tensor(w[2], "b_ih", call->dtype, {gates * shape.H});
-      check_tensor(w[3], "b_hh", call->dtype, {gates * shape.H});
+      check_tensor(w[2], "b_ih", dtype, {gates * shape.H});
+      check_tensor(w[3], "b_hh", dtype, {gates * shape.H});
       into.b_ih = call->inputs.contiguous(w[2]);
       into.b_hh = call->inputs.contiguous(w[3]);
     }
     if (projected) {
-      check_tensor(w[count - 1], "w_hr", call->dtype, {shape.P, shape.H});
+      check_tensor(w[count - 1], "w_hr", dtype, {shape.P, shape.H});
       into.w_hr = call->inputs.contiguous(w[count - 1]);
     }
   }
@@ -145,11 +145,12 @@ void read_padded(const OptionalTensor& lengths, const Tensor& x, bool batch_firs
 }
 
 void read_sequence(CellKind cell, const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
-                   const OptionalTensor& lengths, bool bidirectional, bool batch_first, Sequence* call) {
+                   const OptionalTensor& lengths, bool bidirectional, bool batch_first, const CallTypes& types,
+                   Sequence* call) {
   call->shape.cell = cell;
-  call->shape.dtype = check_float(x, "x");
+  call->dtypes = Dtypes(check_float(x, "x"), types.product);
+  call->shape.dtype = call->dtypes.product();
   call->shape.D = bidirectional ? 2 : 1;
-  call->dtype = x.dtype();
   DLK_CHECK(!(batch_sizes && lengths), "lengths are for padded x, batch_sizes for packed x: give one of them");
   if (batch_sizes) {
     read_batch_sizes(batch_sizes, x, call);
@@ -159,10 +160,10 @@ void read_sequence(CellKind cell, const Tensor& x, const TensorList& weights, co
   read_weights(weights, x.size(x.dim() - 1), call);
 }
 
-const void* read_state(const OptionalTensor& state, const char* what, int64_t size, Sequence* call) {
-  if (!state) return nullptr;
-  check_tensor(state, what, call->dtype, {call->shape.D, call->shape.B, size});
-  return call->inputs.contiguous(state);
+StateTensor<const void*> read_state(const OptionalTensor& state, const char* what, int64_t size, Sequence* call) {
+  if (!state) return {};
+  const DType dtype = call->dtypes.check(state, what, {call->shape.D, call->shape.B, size});
+  return {call->inputs.contiguous(state), dtype};
 }
 
 const void* read_packed(const Tensor& packed, Isa isa, Sequence* call) {
@@ -186,16 +187,16 @@ void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data()
 SequenceOutputs sequence_forward(CellKind cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                  const TensorList& weights, const OptionalTensor& packed,
                                  const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
-                                 bool batch_first, bool save, bool deterministic) {
+                                 bool batch_first, bool save, bool deterministic, const CallTypes& types) {
   Sequence call;
-  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, types, &call);
   check_cell_state(cell, c0, "c0");
   const LayerShape& shape = call.shape;
   const Runtime runtime = current_runtime();
 
   ForwardParams params{};
   params.shape = shape;
-  params.x = call.rows(x);
+  params.x = call.rows(x, "x", shape.I);
   params.h0 = read_state(h0, "h0", shape.outputs(), &call);
   params.c0 = read_state(c0, "c0", shape.H, &call);
   params.weights[0] = call.weights[0];
@@ -206,15 +207,15 @@ SequenceOutputs sequence_forward(CellKind cell, const Tensor& x, const OptionalT
   params.deterministic = deterministic;
 
   const bool lstm = cell == CellKind::lstm;
-  save = save && saved_slots(cell) > 0;
-  Tensor y = call.empty_rows(shape.D * shape.outputs());
-  Tensor h_n = empty({shape.D, shape.B, shape.outputs()}, call.dtype);
-  Tensor c_n = lstm ? empty({shape.D, shape.B, shape.H}, call.dtype) : absent(call.dtype);
-  Tensor saved = call.empty_records(save, {saved_slots(cell), shape.H});
+  const DType h_dtype = call.dtypes.output(types.h, "h_dtype"), c_dtype = call.dtypes.output(types.c, "c_dtype");
+  Tensor y = call.empty_rows(shape.D * shape.outputs(), h_dtype);
+  Tensor h_n = empty({shape.D, shape.B, shape.outputs()}, torch_dtype(h_dtype));
+  Tensor c_n = lstm ? empty({shape.D, shape.B, shape.H}, torch_dtype(c_dtype)) : absent(torch_dtype(h_dtype));
+  Tensor saved = call.empty_records(save, {shape.record()});
   if (shape.B > 0) {
-    params.y = call.output_rows(y);
-    params.h_n = h_n.data();
-    params.c_n = data_if(lstm, c_n);
+    params.y = call.output_rows(y, h_dtype);
+    params.h_n = {h_n.data(), h_dtype};
+    params.c_n = {data_if(lstm, c_n), c_dtype};
     params.saved = data_if(save, saved);
     rnn_forward(params, runtime);
     remember_shape(shape);
@@ -224,12 +225,12 @@ SequenceOutputs sequence_forward(CellKind cell, const Tensor& x, const OptionalT
 
 TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
                              const OptionalTensor& dc_n, const Tensor& x, const OptionalTensor& h0,
-                             const OptionalTensor& c0, const TensorList& weights, const Tensor& y, const Tensor& saved,
+                             const OptionalTensor& c0, const TensorList& weights, const Tensor& saved,
                              const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
                              bool batch_first, int64_t bptt_steps, bool deterministic, bool need_x, bool need_state,
-                             bool need_weights, bool gate_grads) {
+                             bool need_weights, bool gate_grads, const CallTypes& types) {
   Sequence call;
-  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, types, &call);
   check_cell_state(cell, c0, "c0");
   check_cell_state(cell, dc_n, "dc_n");
   DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
@@ -238,28 +239,21 @@ TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const Opti
 
   BackwardParams params{};
   params.shape = shape;
-  params.x = call.rows(x);
+  params.x = call.rows(x, "x", shape.I);
   params.h0 = read_state(h0, "h0", shape.outputs(), &call);
   params.c0 = read_state(c0, "c0", shape.H, &call);
   params.weights[0] = call.weights[0];
   params.weights[1] = call.weights[1];
   params.batch_sizes = call.batch_sizes;
   params.lengths = call.lengths;
-  call.check_rows(y, "y", shape.D * shape.outputs());
-  params.y = call.rows(y);
-  if (saved_slots(cell) > 0) {
-    const int32_t type = torch_dtype(compute_type(shape.dtype));
-    if (call.is_packed()) {
-      check_tensor(saved, "saved", type, {shape.D, shape.rows, saved_slots(cell), shape.H});
-    } else {
-      check_tensor(saved, "saved", type, {shape.D, shape.T, shape.B, saved_slots(cell), shape.H});
-    }
-    params.saved = call.inputs.contiguous(saved);
+  const int32_t compute = torch_dtype(compute_type(shape.dtype));
+  if (call.is_packed()) {
+    check_tensor(saved, "saved", compute, {shape.D, shape.rows, shape.record()});
+  } else {
+    check_tensor(saved, "saved", compute, {shape.D, shape.T, shape.B, shape.record()});
   }
-  if (dy) {
-    call.check_rows(dy, "dy", shape.D * shape.outputs());
-    params.dy = call.rows(dy);
-  }
+  params.saved = call.inputs.contiguous(saved);
+  if (dy) params.dy = call.rows(dy, "dy", shape.D * shape.outputs());
   params.dh_n = read_state(dh_n, "dh_n", shape.outputs(), &call);
   params.dc_n = read_state(dc_n, "dc_n", shape.H, &call);
   params.bptt_steps = bptt_steps;
@@ -267,15 +261,16 @@ TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const Opti
 
   TensorList grads;
   grads.reserve(weights.size() + 5);
-  grads.push_back(need_x ? call.empty_rows(shape.I) : absent(call.dtype));
-  if (need_x) params.dx = call.output_rows(grads.back());
-  Output dh0 = output(need_state, {shape.D, shape.B, shape.outputs()}, call.dtype);
-  Output dc0 = output(need_state && lstm, {shape.D, shape.B, shape.H}, call.dtype);
-  params.dh0 = dh0.data;
-  params.dc0 = dc0.data;
+  grads.push_back(need_x ? empty_like(x) : absent(x.dtype()));
+  if (need_x) params.dx = call.output_rows(grads.back(), params.x.dtype);
+  const DType h0_dtype = h0 ? params.h0.dtype : params.x.dtype, c0_dtype = c0 ? params.c0.dtype : params.x.dtype;
+  Output dh0 = output(need_state, {shape.D, shape.B, shape.outputs()}, torch_dtype(h0_dtype));
+  Output dc0 = output(need_state && lstm, {shape.D, shape.B, shape.H}, torch_dtype(c0_dtype));
+  params.dh0 = {dh0.data, h0_dtype};
+  params.dc0 = {dc0.data, c0_dtype};
   grads.push_back(std::move(dh0.tensor));
   grads.push_back(std::move(dc0.tensor));
-  for (const Tensor& weight : weights) grads.push_back(need_weights ? empty_like(weight) : absent(call.dtype));
+  for (const Tensor& weight : weights) grads.push_back(need_weights ? empty_like(weight) : absent(weight.dtype()));
   if (need_weights) {
     const size_t count = weights.size() / static_cast<size_t>(shape.D);
     for (int d = 0; d < shape.D; ++d) {
@@ -306,8 +301,8 @@ Tensor pack_weights(const std::string& mode, const TensorList& weights, bool bid
   Sequence call;
   call.shape.cell = cell_from_mode(mode);
   call.shape.dtype = check_float(weights[0], "w_ih");
+  call.dtypes = Dtypes(call.shape.dtype, -1);
   call.shape.D = bidirectional ? 2 : 1;
-  call.dtype = weights[0].dtype();
   read_weights(weights, weights[0].size(1), &call);
   const Isa isa = current_isa();
   const int64_t bytes = static_cast<int64_t>(rnn_packed_bytes(call.shape, isa));

@@ -21,7 +21,7 @@ DLK_DEVICE Real operator-(Real a, Real b) { return {a.v - b.v}; }
 DLK_DEVICE Real operator*(Real a, Real b) { return {a.v * b.v}; }
 DLK_DEVICE Real fma(Real a, Real b, Real c) { return {fmaf(a.v, b.v, c.v)}; }
 DLK_DEVICE Real fnma(Real a, Real b, Real c) { return {fmaf(-a.v, b.v, c.v)}; }
-DLK_DEVICE Real select_gt(Real a, Real b, Real x, Real y) { return {a.v > b.v ? x.v : y.v}; }
+DLK_DEVICE Real select_le(Real a, Real b, Real x, Real y) { return {a.v <= b.v ? x.v : y.v}; }
 DLK_DEVICE Real sigmoid(Real a) { return {1.0f / (1.0f + expf(-a.v))}; }
 DLK_DEVICE Real tanh(Real a) { return {tanhf(a.v)}; }
 // NaN stays NaN.

@@ -101,19 +101,30 @@ def _group_grads(
     return grads
 
 
+def _hidden(mode: str, record: Sequence[Tensor]) -> Tensor:
+    """h' of a saved record, given as its slots; with a projection the h before it."""
+    if mode == "lstm":
+        return record[3] * torch.tanh(record[4])
+    return record[4] if mode == "gru" else record[0]
+
+
 def sequence_weight_grads(
-    mode: str, batch_first: bool, groups: int, x: Tensor, h0: Tensor | None, y: Tensor, saved: Tensor,
-    lengths: Tensor | None, weights: Sequence[Tensor], dgates: Tensor, dproj: Tensor,
+    mode: str, batch_first: bool, groups: int, x: Tensor, h0: Tensor | None, saved: Tensor, lengths: Tensor | None,
+    weights: Sequence[Tensor], dgates: Tensor, dproj: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Weight gradients [groups, *shape] of padded input whose batch is groups x B, from the gate gradients."""
     if batch_first:
-        x, y = x.transpose(0, 1), y.transpose(0, 1)
+        x = x.transpose(0, 1)
     steps = torch.arange(x.shape[0], device=x.device)[:, None]
     if lengths is not None:
-        x = torch.where((steps < lengths)[:, :, None], x, 0)
+        # What the padding holds must reach no sum.
+        alive = (steps < lengths)[:, :, None]
+        x, saved = torch.where(alive, x, 0), torch.where(alive, saved, 0)
     directions = split_directions(weights, dgates.shape[0])
     grads: list[Tensor] = []
-    for d, (w, h) in enumerate(zip(directions, y.chunk(len(directions), -1), strict=True)):
+    for d, w in enumerate(directions):
+        record = saved[d].split(dgates.shape[-1], -1)
+        h = record[-1] if w.w_hr is not None else _hidden(mode, record)
         first = torch.zeros_like(h[:1]) if h0 is None else h0[d : d + 1].to(h.dtype)
         if d == 0:
             h_before = torch.cat((first, h[:-1]))
@@ -123,10 +134,7 @@ def sequence_weight_grads(
                 h_before = torch.where((steps == lengths - 1)[:, :, None], first, h_before)
         grads += _group_grads(w, *_gate_halves(mode, dgates[d]), x, h_before, groups)
         if w.w_hr is not None:
-            hidden = saved[d, :, :, 3] * torch.tanh(saved[d, :, :, 4])  # o tanh(c), the h before its projection
-            if lengths is not None:
-                hidden = torch.where((steps < lengths)[:, :, None], hidden, 0)
-            grads.append(_per_group(dproj[d], hidden, groups, w.w_hr.dtype))
+            grads.append(_per_group(dproj[d], _hidden(mode, record), groups, w.w_hr.dtype))
     return grads
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from dlkernels import _native, ops, reference
-from dlkernels.autograd import batching
+from dlkernels.autograd import batching, legacy
 from dlkernels.autograd.config import CellConfig, Wanted
-from dlkernels.autograd.gradients import cell_gradients, differentiate
+from dlkernels.autograd.gradients import cell_gradients, differentiate, private, run_cell
 from dlkernels.autograd.routing import route
 
 
@@ -23,10 +23,10 @@ def cell(
     """One step: x [B, I], h and c [B, H] or None -> h' first, then for the lstm c'; the rest is for the backward."""
     path = route(x, h, c, w_ih, w_hh, b_ih, b_hh).path
     if path == "op":
-        return ops.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, False, cfg.deterministic)
+        return ops.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, False, cfg.deterministic, cfg.types)
     if path == "reference":
         _native.announce_reference()
-        new_h, new_c = reference.cell(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        new_h, new_c = run_cell(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
         return (new_h,) if new_c is None else (new_h, new_c)
     args = (cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
     if path == "eager":
@@ -35,23 +35,23 @@ def cell(
 
 
 class Cell(torch.autograd.Function):
-    """(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h', [c' if lstm], [saved if there is any])."""
+    """(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h', [c' if lstm], saved)."""
 
     @staticmethod
     def forward(
         cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
         b_ih: Tensor | None, b_hh: Tensor | None,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(ops.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, True, cfg.deterministic))
+        return tuple(ops.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, True, cfg.deterministic, cfg.types))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # Not h' and c', which the caller may edit: `saved` has what the backward wants of them.
         cfg, *tensors = inputs
-        states = 2 if cfg.mode == "lstm" else 1
-        saved = output[states:]
+        saved = output[-1]
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*saved)
-        ctx.save_for_backward(*tensors, output[0], *saved)
+        ctx.mark_non_differentiable(saved)
+        ctx.save_for_backward(*private(*tensors), saved)
         ctx.cfg = cfg
 
     @staticmethod
@@ -60,13 +60,12 @@ class Cell(torch.autograd.Function):
         dc = others[0] if ctx.cfg.mode == "lstm" else None
         if dh is None and dc is None:
             return (None,) * len(needs)
-        x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, *saved = ctx.saved_tensors
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[4:]))
-        args = (
-            ctx.cfg, wanted, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved[0] if saved else x.new_empty(0),
-        )  # fmt: skip
+        args = (ctx.cfg, wanted, dh, dc, *ctx.saved_tensors)
         if torch.compiler.is_compiling():
             grads = CellBackward.forward(*args)
+        elif legacy.is_batched(dh, dc):
+            grads = legacy.map_samples(CellBackward.apply, args)
         elif torch._C._are_functorch_transforms_active():
             grads = CellBackward.apply(*args)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
@@ -88,7 +87,7 @@ class Cell(torch.autograd.Function):
 
 
 class CellBackward(torch.autograd.Function):
-    """(cfg, wanted, dh', dc', x, h, c, w_ih, w_hh, b_ih, b_hh, h', saved) -> the gradients of x to b_hh.
+    """(cfg, wanted, dh', dc', x, h, c, w_ih, w_hh, b_ih, b_hh, saved) -> the gradients of x to b_hh.
 
     What is not wanted comes back empty.
     """
@@ -96,13 +95,12 @@ class CellBackward(torch.autograd.Function):
     @staticmethod
     def forward(
         cfg: CellConfig, wanted: Wanted, dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor | None,
-        c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, new_h: Tensor,
-        saved: Tensor,
+        c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, saved: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         per_sample = wanted.groups > 0
         grads = ops.cell_backward(
-            cfg.mode, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, new_h, saved, cfg.deterministic, wanted.x, wanted.state,
-            wanted.weights and not per_sample, per_sample,
+            cfg.mode, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, cfg.deterministic, wanted.x, wanted.state,
+            wanted.weights and not per_sample, per_sample, cfg.types,
         )  # fmt: skip
         if not per_sample:
             return tuple(grads)
@@ -136,14 +134,15 @@ class CellBackward(torch.autograd.Function):
                 return _grouped_gradients(cfg, groups, tensors[:2], tensors[2:])
             return cell_gradients(cfg, tensors[:2], tensors[2:])
 
-        grads = differentiate(gradients, ctx.saved_tensors, needs[2:11], cotangents)
-        return (None, None, *grads, None, None)
+        tensors = ctx.saved_tensors
+        grads = legacy.differentiate(lambda *given: differentiate(gradients, tensors, needs[2:11], given), cotangents)
+        return (None, None, *grads, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
         n, (cfg, wanted, *tensors) = info.batch_size, args
         _, _, *dims = in_dims
-        if batching.is_mapped(dims[5:9]):
+        if batching.is_mapped(dims[5:9]):  # the weights
             return batching.each_sample(CellBackward.apply, n, (None, None, *dims), args)
         folded = [
             tensor if 5 <= i < 9 else batching.fold(tensor, dim, 0, n)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dlkernels.ops import SAME, Types
+
 
 class SequenceConfig(NamedTuple):
     mode: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
@@ -11,6 +13,7 @@ class SequenceConfig(NamedTuple):
     batch_first: bool = False
     bptt_steps: int = 0
     deterministic: bool = False
+    types: Types = SAME
 
     @property
     def batch_dim(self) -> int:
@@ -21,6 +24,7 @@ class SequenceConfig(NamedTuple):
 class CellConfig(NamedTuple):
     mode: str
     deterministic: bool = False
+    types: Types = SAME
 
 
 class Wanted(NamedTuple):

@@ -10,8 +10,18 @@ from torch import Tensor
 
 from dlkernels import reference
 from dlkernels.autograd.config import CellConfig, SequenceConfig
+from dlkernels.ops import dtype_of
 
 Tensors = tuple[Tensor, ...]
+
+
+def private(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a Function saves of its inputs. Compiled code checks no versions: an input that it edits after the call would
+    be read edited in the backward. There the Function saves copies, which the compiler leaves out where nothing is
+    edited."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(None if tensor is None else tensor.clone() for tensor in tensors)
 
 
 def pullback(
@@ -40,6 +50,26 @@ def pullback(
     return grads
 
 
+def run_sequence(
+    cfg: SequenceConfig, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, **cut: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The call by PyTorch operations."""
+    return reference.sequence(
+        cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
+        h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x), **cut,
+    )  # fmt: skip
+
+
+def run_cell(
+    cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same of one step."""
+    return reference.cell(
+        cfg.mode, x, h, c, *weights, h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x)  # type: ignore[arg-type]
+    )
+
+
 def sequence_gradients(
     cfg: SequenceConfig, batch_sizes: Tensor | None, lengths: Tensor | None, cotangents: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
@@ -53,10 +83,7 @@ def sequence_gradients(
     """
 
     def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor, **cut: Any) -> Tensors:
-        return reference.sequence(
-            cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
-            **cut,
-        )  # fmt: skip
+        return run_sequence(cfg, x, h0, c0, weights, batch_sizes, lengths, **cut)
 
     if not cfg.bptt_steps:
         return pullback(run, inputs, cotangents)
@@ -80,7 +107,7 @@ def cell_gradients(
     cfg: CellConfig, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients for inputs = (x, h, c, w_ih, w_hh, b_ih, b_hh) given cotangents = (dh', dc')."""
-    return pullback(lambda *tensors: reference.cell(cfg.mode, *tensors), inputs, cotangents)
+    return pullback(lambda *tensors: run_cell(cfg, *tensors), inputs, cotangents)
 
 
 def differentiate(

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from dlkernels import _native, ops, reference
-from dlkernels.autograd import batching
+from dlkernels.autograd import batching, legacy
 from dlkernels.autograd.config import SequenceConfig, Wanted
-from dlkernels.autograd.gradients import differentiate, sequence_gradients
+from dlkernels.autograd.gradients import differentiate, private, run_sequence, sequence_gradients
 from dlkernels.autograd.routing import route
 
 # Positions of the first weight among the inputs of the two Functions.
 _WEIGHTS = 7
-_BACKWARD_WEIGHTS = 12
+_BACKWARD_WEIGHTS = 11
 
 
 def sequence(
@@ -31,7 +31,7 @@ def sequence(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One layer of one or two directions -> (y, h_n, c_n); the shapes are those of `dlkernels.reference.sequence`.
 
-    The arguments are taken as checked: one device, one dtype, fitting sizes. `packed` is what `ops.pack` made of the
+    The arguments are taken as checked: one device, fitting dtypes and sizes. `packed` is what `ops.pack` made of the
     weights, or None.
     """
     projected = len(weights) // (2 if cfg.bidirectional else 1) % 2 == 1
@@ -39,13 +39,11 @@ def sequence(
     if path == "op":
         return ops.sequence_forward(
             cfg.mode, x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, False,
-            cfg.deterministic,
+            cfg.deterministic, cfg.types,
         )[:3]  # fmt: skip
     if path == "reference":
         _native.announce_reference()
-        return reference.sequence(
-            cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps
-        )
+        return run_sequence(cfg, x, h0, c0, weights, batch_sizes, lengths)
     args = (cfg, x, h0, c0, packed, batch_sizes, lengths, *weights)
     if path == "eager":
         y, h_n, c_n, _ = _apply(*unwrap_dead_wrappers(args))
@@ -64,19 +62,20 @@ class Sequence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         return ops.sequence_forward(
             cfg.mode, x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, True,
-            cfg.deterministic,
+            cfg.deterministic, cfg.types,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # Not y, h_n or c_n, which the caller may edit: `saved` has what the backward wants of them.
         cfg, x, h0, c0, _, batch_sizes, lengths, *weights = inputs
-        y, _, c_n, saved = output
+        _, _, c_n, saved = output
         ctx.set_materialize_grads(False)
         if cfg.mode == "lstm":
             ctx.mark_non_differentiable(saved)
         else:
             ctx.mark_non_differentiable(c_n, saved)
-        ctx.save_for_backward(x, h0, c0, y, saved, batch_sizes, lengths, *weights)
+        ctx.save_for_backward(*private(x, h0, c0), saved, *private(batch_sizes, lengths, *weights))
         ctx.cfg = cfg
 
     @staticmethod
@@ -86,11 +85,13 @@ class Sequence(torch.autograd.Function):
             dc_n = None  # Dynamo makes zeros of it
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(needs)
-        x, h0, c0, y, saved, batch_sizes, lengths, *weights = ctx.saved_tensors
+        x, h0, c0, saved, batch_sizes, lengths, *weights = ctx.saved_tensors
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[_WEIGHTS:]))
-        args = (ctx.cfg, wanted, dy, dh_n, dc_n, x, h0, c0, y, saved, batch_sizes, lengths, *weights)
+        args = (ctx.cfg, wanted, dy, dh_n, dc_n, x, h0, c0, saved, batch_sizes, lengths, *weights)
         if torch.compiler.is_compiling():
             grads = SequenceBackward.forward(*args)
+        elif legacy.is_batched(dy, dh_n, dc_n):
+            grads = legacy.map_samples(SequenceBackward.apply, args)
         elif torch._C._are_functorch_transforms_active():
             grads = SequenceBackward.apply(*args)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
@@ -122,23 +123,23 @@ class Sequence(torch.autograd.Function):
 
 
 class SequenceBackward(torch.autograd.Function):
-    """(cfg, wanted, dy, dh_n, dc_n, x, h0, c0, y, saved, batch_sizes, lengths, *weights) -> (dx, dh0, dc0, *dweights).
+    """(cfg, wanted, dy, dh_n, dc_n, x, h0, c0, saved, batch_sizes, lengths, *weights) -> (dx, dh0, dc0, *dweights).
 
-    What is not wanted comes back empty. Its own backward differentiates the reference: y and `saved` are functions of
-    the other inputs and get no gradient of their own.
+    What is not wanted comes back empty. Its own backward differentiates the reference: `saved` is a function of the
+    other inputs and gets no gradient of its own.
     """
 
     @staticmethod
     def forward(
         cfg: SequenceConfig, wanted: Wanted, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor,
-        h0: Tensor | None, c0: Tensor | None, y: Tensor, saved: Tensor, batch_sizes: Tensor | None,
-        lengths: Tensor | None, *weights: Tensor,
+        h0: Tensor | None, c0: Tensor | None, saved: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         per_sample = wanted.groups > 0
         grads = ops.sequence_backward(
-            cfg.mode, dy, dh_n, dc_n, x, h0, c0, weights, y, saved, batch_sizes, lengths, cfg.bidirectional,
+            cfg.mode, dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, cfg.bidirectional,
             cfg.batch_first, cfg.bptt_steps, cfg.deterministic, wanted.x, wanted.state,
-            wanted.weights and not per_sample, per_sample,
+            wanted.weights and not per_sample, per_sample, cfg.types,
         )  # fmt: skip
         if not per_sample:
             return tuple(grads)
@@ -146,13 +147,13 @@ class SequenceBackward(torch.autograd.Function):
         return (
             *grads[:3],
             *batching.sequence_weight_grads(
-                cfg.mode, cfg.batch_first, wanted.groups, x, h0, y, saved, lengths, weights, dgates, dproj
+                cfg.mode, cfg.batch_first, wanted.groups, x, h0, saved, lengths, weights, dgates, dproj
             ),
         )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        cfg, wanted, dy, dh_n, dc_n, x, h0, c0, _, _, batch_sizes, lengths, *weights = inputs
+        cfg, wanted, dy, dh_n, dc_n, x, h0, c0, _, batch_sizes, lengths, *weights = inputs
         ctx.set_materialize_grads(False)
         given = (wanted.x, wanted.state and h0 is not None, wanted.state and c0 is not None)
         unwanted = [grad for grad, want in zip(output[:3], given, strict=True) if not want]
@@ -174,24 +175,25 @@ class SequenceBackward(torch.autograd.Function):
             return sequence_gradients(cfg, batch_sizes, lengths, tensors[:3], tensors[3:])
 
         wanted = (*needs[2:8], *needs[_BACKWARD_WEIGHTS:])
-        grads = differentiate(gradients, (dy, dh_n, dc_n, x, h0, c0, *weights), wanted, cotangents)
-        return (None, None, *grads[:6], None, None, None, None, *grads[6:])
+        tensors = (dy, dh_n, dc_n, x, h0, c0, *weights)
+        grads = legacy.differentiate(lambda *given: differentiate(gradients, tensors, wanted, given), cotangents)
+        return (None, None, *grads[:6], None, None, None, *grads[6:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
-        n, (cfg, wanted, dy, dh_n, dc_n, x, h0, c0, y, saved, batch_sizes, lengths, *weights) = info.batch_size, args
+        n, (cfg, wanted, dy, dh_n, dc_n, x, h0, c0, saved, batch_sizes, lengths, *weights) = info.batch_size, args
         _, _, *dims = in_dims
-        if batching.is_mapped(dims[10:]) or batch_sizes is not None:
+        if batching.is_mapped(dims[9:]) or batch_sizes is not None:
             return batching.each_sample(SequenceBackward.apply, n, (None, None, *dims), args)
-        batch_dims = (cfg.batch_dim, 1, 1, cfg.batch_dim, 1, 1, cfg.batch_dim, 2)
+        batch_dims = (cfg.batch_dim, 1, 1, cfg.batch_dim, 1, 1, 2)
         folded = [
             batching.fold(tensor, dim, batch_dim, n)
-            for tensor, dim, batch_dim in zip((dy, dh_n, dc_n, x, h0, c0, y, saved), dims, batch_dims, strict=False)
+            for tensor, dim, batch_dim in zip((dy, dh_n, dc_n, x, h0, c0, saved), dims, batch_dims, strict=False)
         ]
         # Samples that an inner vmap folded before are groups already, and this one's go around them.
         groups = n * max(wanted.groups, 1) if wanted.weights else 0
         grads = SequenceBackward.apply(  # type: ignore[no-untyped-call]
-            cfg, wanted._replace(groups=groups), *folded, None, batching.fold(lengths, dims[9], 0, n), *weights
+            cfg, wanted._replace(groups=groups), *folded, None, batching.fold(lengths, dims[8], 0, n), *weights
         )
         inputs, inputs_dims = batching.unfold_all(grads[:3], (cfg.batch_dim, 1, 1), n)
         dweights, dweights_dims = batching.unfold_groups(grads[3:], wanted.groups, n)

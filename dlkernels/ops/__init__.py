@@ -2,21 +2,56 @@
 
 They check and compute, no more: no autograd, no broadcasting, no promotion, no mutation. What is not there or not
 wanted comes back as a tensor of shape [0].
+
+All tensors of a call are of one dtype, unless it has a `Types`, which autocast asks for: then each may be float32,
+bfloat16 or float16 (the weights of one dtype), products may be rounded to `Types.product` and sums are float32.
+Gradients come in the dtypes of what they are of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlkernels import _native
 
-__all__ = ["MODES", "cell_backward", "cell_forward", "eager_cell", "pack", "sequence_backward", "sequence_forward"]
+__all__ = [
+    "MODES",
+    "SAME",
+    "Types",
+    "cell_backward",
+    "cell_forward",
+    "dtype_of",
+    "eager_cell",
+    "pack",
+    "sequence_backward",
+    "sequence_forward",
+]
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+# The operators take a dtype as its place in this list, and -1 for that of x.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Types(NamedTuple):
+    """What autocast asks of a call, as places in DTYPES: `product` for operands of products, `h` for y and h_n, `c` for
+    c_n."""
+
+    product: int = -1
+    h: int = -1
+    c: int = -1
+
+
+SAME = Types()
+
+
+def dtype_of(number: int, x: Tensor) -> torch.dtype:
+    """The dtype that a number of a `Types` means in a call with this x."""
+    return x.dtype if number < 0 else DTYPES[number]
 
 if _native.HAVE_NATIVE:
     from dlkernels.ops import fakes
@@ -43,25 +78,27 @@ eager_cell: dict[str, Callable[..., list[Tensor]]] = {mode: overload._op for mod
 def sequence_forward(
     mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], packed: Tensor | None,
     batch_sizes: Tensor | None, lengths: Tensor | None, bidirectional: bool, batch_first: bool, save: bool,
-    deterministic: bool,
+    deterministic: bool, types: Types = SAME,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """One layer -> (y, h_n, c_n, saved).
 
     x: [T, B, I], or [B, T, I] if `batch_first`, or packed [rows, I] with `batch_sizes`, int64 [T]. h0: [D, B, O],
     c0: [D, B, H]; None is zeros. `weights`, per direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]. `packed`: `pack(...)` of
-    them. `lengths`: int64 [B] within 0..T. `save` keeps what the backward needs: [D, rows, S, H] in float32 (float64
-    for float64), rows being [T, B] for padded input whatever `batch_first` says; padding rows of it are not defined.
+    them. `lengths`: int64 [B] within 0..T. y lies in memory with time first, as torch's does. `save` keeps what the
+    backward needs: [D, rows, S*H + P] in float32 (float64 for float64), rows being [T, B] for padded input whatever
+    `batch_first` says; padding rows of it are not defined. A record holds S slots (lstm i, f, g, o, c'; gru r, z, n,
+    the hidden half of n, h'; rnn h'), and with a projection h' behind them.
     """
     return _forward[mode](  # type: ignore[no-any-return]
-        x, h0, c0, weights, packed, batch_sizes, lengths, bidirectional, batch_first, save, deterministic
+        x, h0, c0, weights, packed, batch_sizes, lengths, bidirectional, batch_first, save, deterministic, *types
     )
 
 
 def sequence_backward(
     mode: str, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor, h0: Tensor | None,
-    c0: Tensor | None, weights: Sequence[Tensor], y: Tensor, saved: Tensor, batch_sizes: Tensor | None,
-    lengths: Tensor | None, bidirectional: bool, batch_first: bool, bptt_steps: int, deterministic: bool, need_x: bool,
-    need_state: bool, need_weights: bool, gate_grads: bool,
+    c0: Tensor | None, weights: Sequence[Tensor], saved: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None,
+    bidirectional: bool, batch_first: bool, bptt_steps: int, deterministic: bool, need_x: bool, need_state: bool,
+    need_weights: bool, gate_grads: bool, types: Types = SAME,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dh0, dc0, *dweights], and [dgates, dproj] after them if `gate_grads`.
 
@@ -70,28 +107,28 @@ def sequence_backward(
     dproj: [D, rows, P].
     """
     return _backward[mode](  # type: ignore[no-any-return]
-        dy, dh_n, dc_n, x, h0, c0, weights, y, saved, batch_sizes, lengths, bidirectional, batch_first, bptt_steps,
-        deterministic, need_x, need_state, need_weights, gate_grads,
+        dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, bidirectional, batch_first, bptt_steps,
+        deterministic, need_x, need_state, need_weights, gate_grads, types.product,
     )  # fmt: skip
 
 
 def cell_forward(
     mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None, save: bool, deterministic: bool,
+    b_hh: Tensor | None, save: bool, deterministic: bool, types: Types = SAME,
 ) -> list[Tensor]:  # fmt: skip
-    """One step, x [B, I], h and c [B, H] -> [h'], with c' after it for the lstm and `saved` [B, S, H] if `save`."""
-    return _cell[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, save, deterministic)  # type: ignore[no-any-return]
+    """One step, x [B, I], h and c [B, H] -> [h'], with c' after it for the lstm and `saved` [B, S*H] if `save`."""
+    return _cell[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, save, deterministic, *types)  # type: ignore[no-any-return]
 
 
 def cell_backward(
     mode: str, dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor,
-    w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, h_new: Tensor, saved: Tensor, deterministic: bool,
-    need_x: bool, need_state: bool, need_weights: bool, gate_grads: bool,
+    w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, saved: Tensor, deterministic: bool, need_x: bool,
+    need_state: bool, need_weights: bool, gate_grads: bool, types: Types = SAME,
 ) -> list[Tensor]:  # fmt: skip
     """[dx, dh, dc, dw_ih, dw_hh, db_ih, db_hh], and dgates [B, S', H] after them if `gate_grads`."""
     return _cell_backward[mode](  # type: ignore[no-any-return]
-        dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, h_new, saved, deterministic, need_x, need_state, need_weights,
-        gate_grads,
+        dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, deterministic, need_x, need_state, need_weights, gate_grads,
+        types.product,
     )  # fmt: skip
 
 

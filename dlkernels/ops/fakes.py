@@ -11,8 +11,10 @@ from torch import Tensor
 from dlkernels import _native
 from dlkernels.ops.devices import register_fake
 
+# As in dlkernels.ops, which imports this module.
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-_SAVED_SLOTS = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
+_SAVED_SLOTS = {"lstm": 5, "gru": 5, "rnn_tanh": 1, "rnn_relu": 1}
 _GATE_GRAD_SLOTS = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 
 
@@ -30,6 +32,10 @@ def register(modes: Iterable[str]) -> None:
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _dtype(number: int, x: Tensor) -> torch.dtype:
+    return x.dtype if number < 0 else _DTYPES[number]
 
 
 def _sizes(mode: str, weights: Sequence[Tensor], directions: int) -> tuple[int, int, int]:
@@ -61,17 +67,20 @@ def _sequence(mode: str) -> Callable[..., Any]:
     def fake(
         x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], packed: Tensor | None,
         batch_sizes: Tensor | None, lengths: Tensor | None, bidirectional: bool, batch_first: bool, save: bool,
-        deterministic: bool,
+        deterministic: bool, product_dtype: int = -1, h_dtype: int = -1, c_dtype: int = -1,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         directions = 2 if bidirectional else 1
-        hidden, _, out = _sizes(mode, weights, directions)
+        hidden, proj, out = _sizes(mode, weights, directions)
         batch = _batch(x, (h0, c0), batch_sizes, batch_first)
-        slots = _SAVED_SLOTS[mode]
-        saved = (directions, *_rows(x, batch_sizes, batch_first), slots, hidden) if save and slots else (0,)
+        record = _SAVED_SLOTS[mode] * hidden + proj
+        rows = _rows(x, batch_sizes, batch_first)
+        saved = (directions, *rows, record) if save else (0,)
+        of_h, of_c = _dtype(h_dtype, x), _dtype(c_dtype, x)
+        y = x.new_empty((*rows, directions * out), dtype=of_h)
         return (
-            x.new_empty((*x.shape[:-1], directions * out)),
-            x.new_empty((directions, batch, out)),
-            x.new_empty((directions, batch, hidden) if mode == "lstm" else (0,)),
+            y.transpose(0, 1) if batch_first and batch_sizes is None else y,
+            x.new_empty((directions, batch, out), dtype=of_h),
+            x.new_empty((directions, batch, hidden), dtype=of_c) if mode == "lstm" else x.new_empty(0, dtype=of_h),
             x.new_empty(saved, dtype=_compute_dtype(x)),
         )
 
@@ -81,9 +90,9 @@ def _sequence(mode: str) -> Callable[..., Any]:
 def _sequence_backward(mode: str) -> Callable[..., Any]:
     def fake(
         dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor, h0: Tensor | None, c0: Tensor | None,
-        weights: Sequence[Tensor], y: Tensor, saved: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None,
+        weights: Sequence[Tensor], saved: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None,
         bidirectional: bool, batch_first: bool, bptt_steps: int, deterministic: bool, need_x: bool, need_state: bool,
-        need_weights: bool, gate_grads: bool,
+        need_weights: bool, gate_grads: bool, product_dtype: int = -1,
     ) -> list[Tensor]:  # fmt: skip
         directions = 2 if bidirectional else 1
         hidden, proj, out = _sizes(mode, weights, directions)
@@ -94,10 +103,15 @@ def _sequence_backward(mode: str) -> Callable[..., Any]:
             dh0 = (directions, batch, out)
             if mode == "lstm":
                 dc0 = (directions, batch, hidden)
-        grads = [x.new_empty(x.shape if need_x else (0,)), x.new_empty(dh0), x.new_empty(dc0)]
-        grads += [x.new_empty(weight.shape if need_weights else (0,)) for weight in weights]
+        rows = _rows(x, batch_sizes, batch_first)
+        grads = [
+            x.new_empty(x.shape if need_x else (0,)),
+            (x if h0 is None else h0).new_empty(dh0),
+            (x if c0 is None else c0).new_empty(dc0),
+        ]
+        grads += [weight.new_empty(weight.shape if need_weights else (0,)) for weight in weights]
         if gate_grads:
-            dtype, rows = _compute_dtype(x), _rows(x, batch_sizes, batch_first)
+            dtype = _compute_dtype(x)
             grads.append(x.new_empty((directions, *rows, _GATE_GRAD_SLOTS[mode], hidden), dtype=dtype))
             grads.append(x.new_empty((directions, *rows, proj) if proj else (0,), dtype=dtype))
         return grads
@@ -108,12 +122,15 @@ def _sequence_backward(mode: str) -> Callable[..., Any]:
 def _cell(mode: str) -> Callable[..., Any]:
     def fake(
         x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-        b_hh: Tensor | None, save: bool, deterministic: bool,
+        b_hh: Tensor | None, save: bool, deterministic: bool, product_dtype: int = -1, h_dtype: int = -1,
+        c_dtype: int = -1,
     ) -> list[Tensor]:  # fmt: skip
-        state = (x.shape[0], w_hh.shape[1])
-        results = [x.new_empty(state) for _ in range(2 if mode == "lstm" else 1)]
-        if save and _SAVED_SLOTS[mode]:
-            results.append(x.new_empty((x.shape[0], _SAVED_SLOTS[mode], w_hh.shape[1]), dtype=_compute_dtype(x)))
+        B, H = x.shape[0], w_hh.shape[1]
+        results = [x.new_empty((B, H), dtype=_dtype(h_dtype, x))]
+        if mode == "lstm":
+            results.append(x.new_empty((B, H), dtype=_dtype(c_dtype, x)))
+        if save:
+            results.append(x.new_empty((B, _SAVED_SLOTS[mode] * H), dtype=_compute_dtype(x)))
         return results
 
     return fake
@@ -122,19 +139,16 @@ def _cell(mode: str) -> Callable[..., Any]:
 def _cell_backward(mode: str) -> Callable[..., Any]:
     def fake(
         dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-        b_ih: Tensor | None, b_hh: Tensor | None, h_new: Tensor, saved: Tensor, deterministic: bool, need_x: bool,
-        need_state: bool, need_weights: bool, gate_grads: bool,
+        b_ih: Tensor | None, b_hh: Tensor | None, saved: Tensor, deterministic: bool, need_x: bool, need_state: bool,
+        need_weights: bool, gate_grads: bool, product_dtype: int = -1,
     ) -> list[Tensor]:  # fmt: skip
         state = (x.shape[0], w_hh.shape[1])
-        shapes: list[Sequence[int]] = [
-            x.shape if need_x else (0,),
-            state if need_state else (0,),
-            state if need_state and mode == "lstm" else (0,),
-            w_ih.shape if need_weights else (0,),
-            w_hh.shape if need_weights else (0,),
-            *(b.shape if need_weights and b is not None else (0,) for b in (b_ih, b_hh)),
+        grads = [
+            x.new_empty(x.shape if need_x else (0,)),
+            (x if h is None else h).new_empty(state if need_state else (0,)),
+            (x if c is None else c).new_empty(state if need_state and mode == "lstm" else (0,)),
+            *(w_ih.new_empty(w.shape if need_weights and w is not None else (0,)) for w in (w_ih, w_hh, b_ih, b_hh)),
         ]
-        grads = [x.new_empty(shape) for shape in shapes]
         if gate_grads:
             slots = (x.shape[0], _GATE_GRAD_SLOTS[mode], w_hh.shape[1])
             grads.append(x.new_empty(slots, dtype=_compute_dtype(x)))

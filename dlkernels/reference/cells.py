@@ -50,9 +50,12 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 def cell(
     mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None,
+    b_hh: Tensor | None, *, h_dtype: torch.dtype | None = None, c_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """One step: x [B, I], h and c [B, H] or None for zeros -> (h', c'), c' None for gru and rnn."""
+    """One step: x [B, I], h and c [B, H] or None for zeros -> (h', c'), c' None for gru and rnn.
+
+    Computed in float32 at least; h_dtype and c_dtype: of the results, None for that of x.
+    """
     dtype = compute_dtype(x.dtype)
     zeros = x.new_zeros((x.shape[0], w_hh.shape[1]), dtype=dtype)
     h = zeros if h is None else h.to(dtype)
@@ -62,4 +65,4 @@ def cell(
         gi = linear(x.to(dtype), w_ih.to(dtype), None if b_ih is None else b_ih.to(dtype))
         gh = linear(h, w_hh.to(dtype), None if b_hh is None else b_hh.to(dtype))
         h, c = step(mode, gi, gh, h, c)
-    return h.to(x.dtype), None if c is None else c.to(x.dtype)
+    return h.to(h_dtype or x.dtype), None if c is None else c.to(c_dtype or x.dtype)

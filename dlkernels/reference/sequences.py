@@ -22,21 +22,23 @@ def detach(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def sequence(
     mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None, lengths: Tensor | None = None, bidirectional: bool = False,
-    batch_first: bool = False, bptt_steps: int = 0, cut: Cut = detach,
+    batch_first: bool = False, bptt_steps: int = 0, cut: Cut = detach, h_dtype: torch.dtype | None = None,
+    c_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One layer over x [T, B, I] ([B, T, I] if `batch_first`, packed data [rows, I] with `batch_sizes` [T]).
 
     h0 [D, B, O] and c0 [D, B, H], None for zeros. `lengths` [B] of 0..T: y is 0 after a sequence's end, the states are
     its last ones and the reverse direction starts at its end. Every `bptt_steps` steps (0: never) the state goes
     through `cut`. Returns y (the layout of x, D*O features), h_n [D, B, O] and c_n [D, B, H], which is empty for gru
-    and rnn. A projection is h' = W_hr h (Sak et al. 2014).
+    and rnn. A projection is h' = W_hr h (Sak et al. 2014). Computed in float32 at least; h_dtype: of y and h_n, c_dtype:
+    of c_n, None for that of x.
     """
     if batch_sizes is not None:
         present = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # [T, B]
         row = (present.flatten().cumsum(0) - 1).view_as(present).to(x.device)
         present = present.to(x.device)
         padded, last_h, last_c = sequence(
-            mode, x[row], h0, c0, weights, None, present.sum(0), bidirectional, False, bptt_steps, cut
+            mode, x[row], h0, c0, weights, None, present.sum(0), bidirectional, False, bptt_steps, cut, h_dtype, c_dtype
         )
         return padded[present], last_h, last_c
 
@@ -58,10 +60,10 @@ def sequence(
             ys.append(_in_order(out, lengths, d))
             h_n.append(h)
             c_n.append(xs.new_zeros(0) if c is None else c)
-        y = torch.cat(ys, -1).to(x.dtype)
-    y = y.transpose(0, 1).contiguous() if batch_first else y
-    last_c = torch.stack(c_n) if mode == "lstm" else c_n[0]
-    return y, torch.stack(h_n).to(x.dtype), last_c.to(x.dtype)
+        y = torch.cat(ys, -1).to(h_dtype or x.dtype)
+    y = y.transpose(0, 1) if batch_first else y
+    last_c = torch.stack(c_n).to(c_dtype or x.dtype) if mode == "lstm" else c_n[0].to(h_dtype or x.dtype)
+    return y, torch.stack(h_n).to(h_dtype or x.dtype), last_c
 
 
 def _scan(

@@ -138,6 +138,7 @@ void test_arithmetic(const char* isa) {
                    {"copysign", copysign(x, y), std::copysign(a, b)},
                    {"select_gt", select_gt(x, y, x, y), a > b ? a : b},
                    {"select_lt", select_lt(x, y, x, y), a < b ? a : b},
+                   {"select_le", select_le(x, y, x, y), a <= b ? a : b},
                    {"relu", relu(x), a == a ? std::max(a, C(0)) : nan}};
       for (const auto& c : cases) {
         C lanes[size];

@@ -2,6 +2,7 @@
 // region and namespace, after Vec and the math of that ISA.
 #include "storage_access.h"
 #include "tile.h"
+#include "operands.h"
 #include "dot.h"
 #include "panels.h"
 #include "gemm.h"

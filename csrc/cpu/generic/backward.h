@@ -57,7 +57,7 @@ class Backward {
       x.h_panels = scratch.take<C>(columns(O_));
       x.out_panels = scratch.take<C>(s_.P ? columns(s_.H) : 0);
       const auto sum = [&](void* out, int64_t n) {
-        return is_compute_type<C>(s_.dtype) ? static_cast<C*>(out) : scratch.take<C>(weights ? n : 0);
+        return is_compute_type<C>(p_.weights[d].dtype) ? static_cast<C*>(out) : scratch.take<C>(weights ? n : 0);
       };
       x.dw_ih = sum(p_.grads[d].w_ih, G_ * s_.I);
       x.dw_hh = sum(p_.grads[d].w_hh, G_ * O_);
@@ -115,14 +115,14 @@ class Backward {
         const C* other = direction_[1].dx + layout_.row(t, b) * s_.I;
         for (int64_t j = 0; j < s_.I; j += V::size) {
           const int n = static_cast<int>(std::min<int64_t>(V::size, s_.I - j));
-          store_any<C>(s_.dtype, p_.dx.data, at + j,
-                       load_any<C>(s_.dtype, p_.dx.data, at + j, n) + V::load(other + j, n), n);
+          store_any<C>(p_.dx.dtype, p_.dx.data, at + j,
+                       load_any<C>(p_.dx.dtype, p_.dx.data, at + j, n) + V::load(other + j, n), n);
         }
       }
       if (layout_.packed()) continue;
       for (int64_t t = length; t < s_.T; ++t) {
         if (p_.dx.data)
-          std::memset(advance(p_.dx.data, s_.dtype, layout_.at(p_.dx, t, b)), 0, s_.I * item_size(s_.dtype));
+          std::memset(advance(p_.dx.data, p_.dx.dtype, layout_.at(p_.dx, t, b)), 0, s_.I * item_size(p_.dx.dtype));
         for (int d = 0; d < s_.D; ++d) {
           const int64_t row = d * s_.rows + layout_.row(t, b);
           if (p_.gate_grads) std::fill_n(static_cast<C*>(p_.gate_grads) + row * kSlots * s_.H, kSlots * s_.H, C(0));
@@ -152,7 +152,7 @@ class Backward {
     C* dx;                                // the second direction's part
   };
 
-  int64_t zero_count() const { return block_ld<C>(std::max(kSlots * s_.H, std::max(s_.I, O_))); }
+  int64_t zero_count() const { return block_ld<C>(kSlots * s_.H); }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
   int64_t time(int d, int64_t q) const { return d == 0 ? layout_.steps() - 1 - q : q; }
   int64_t past(int d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
@@ -175,7 +175,7 @@ class Backward {
     const auto pack = [&](const PanelShape& shape, const void* weights, C* panels) {
       int64_t begin, end;
       team.share(shape.count(), 1, &begin, &end);
-      for (int64_t p = begin; p < end; ++p) pack_panel_matrix<C>(shape, p, s_.dtype, weights, panels + shape.offset(p));
+      for (int64_t p = begin; p < end; ++p) pack_panel_matrix<C>(shape, p, w.dtype, weights, panels + shape.offset(p));
     };
     if (!fresh_) {
       pack(hh_, w.w_hh, x.hh);
@@ -194,8 +194,8 @@ class Backward {
     clear(x.dbias, kSlots * s_.H);
   }
 
-  Panels<C> panels(const PanelShape& shape, const C* packed, const void* weights, C* buffer) const {
-    if (fresh_) return Panels<C>(shape, pack_panel_matrix<C>, s_.dtype, weights, buffer);
+  Panels<C> panels(const PanelShape& shape, const C* packed, int d, const void* weights, C* buffer) const {
+    if (fresh_) return Panels<C>(shape, pack_panel_matrix<C>, p_.weights[d].dtype, weights, buffer);
     return Panels<C>(shape, packed);
   }
 
@@ -218,7 +218,10 @@ class Backward {
   // backward_products.h
   void chunk_products(const Member& team, int worker, int d, int64_t parity, bool first);
   const void* x_row(const Row& row) const;
-  const void* past_h_row(int d, const Row& row) const;
+  const C* saved_record(int d, int64_t t, int64_t b) const {
+    return static_cast<const C*>(p_.saved) + (d * s_.rows + layout_.row(t, b)) * s_.record();
+  }
+  V past_h(int d, const Row& row, int64_t j, int n) const;
   void copy_gate_grads(const Member& team, int d, int64_t parity, int64_t rows) const;
   void store_weight_grads(const Member& team, int d) const;
 

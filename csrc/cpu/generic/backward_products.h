@@ -14,16 +14,16 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
     const auto out = [&](int64_t r, GemmColumn at) -> const void* {
       const Row& to = x.rows[r];
       if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + at.column;
-      return advance(p_.dx.data, s_.dtype, layout_.at(p_.dx, to.t, to.b) + at.column);
+      return advance(p_.dx.data, p_.dx.dtype, layout_.at(p_.dx, to.t, to.b) + at.column);
     };
-    const Panels<C> b = panels(ih_, x.ih, p_.weights[d].w_ih, panel_[worker]);
+    const Panels<C> b = panels(ih_, x.ih, d, p_.weights[d].w_ih, panel_[worker]);
     gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, b, out,
          [&](int64_t r, GemmColumn at, V value, int n) {
            const Row& to = x.rows[r];
            if (d == 1) {
              value.store(x.dx + layout_.row(to.t, to.b) * s_.I + at.column, n);
            } else {
-             store_any<C>(s_.dtype, p_.dx.data, layout_.at(p_.dx, to.t, to.b) + at.column, value, n);
+             store_any<C>(p_.dx.dtype, p_.dx.data, layout_.at(p_.dx, to.t, to.b) + at.column, value, n);
            }
          });
   }
@@ -36,11 +36,13 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   const auto mine = [&] { return task++ % team.size == team.rank; };
   for (int64_t p = 0; p < xs.count(); ++p)
     if (mine())
-      pack_panel_rows<C>(xs, p, s_.dtype, rows, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels + xs.offset(p));
+      pack_panel_rows<C>(
+          xs, p, p_.x.dtype, rows, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels + xs.offset(p));
   for (int64_t p = 0; p < hs.count(); ++p)
     if (mine())
-      pack_panel_rows<C>(
-          hs, p, s_.dtype, rows, [&](int64_t r) { return past_h_row(d, x.rows[r]); }, x.h_panels + hs.offset(p));
+      pack_panel_values<C>(
+          hs, p, rows, [&](int64_t r, int64_t j, int n) { return past_h(d, x.rows[r], j, n); },
+          x.h_panels + hs.offset(p));
   for (int64_t p = 0; s_.P && p < os.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
@@ -90,14 +92,16 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
 
 template <class C, class Cell>
 const void* Backward<C, Cell>::x_row(const Row& row) const {
-  return advance(p_.x.data, s_.dtype, layout_.at(p_.x, row.t, row.b));
+  return advance(p_.x.data, p_.x.dtype, layout_.at(p_.x, row.t, row.b));
 }
 
-// h before the row's step.
+// h before the row's step, n outputs from j on.
 template <class C, class Cell>
-const void* Backward<C, Cell>::past_h_row(int d, const Row& row) const {
-  if (!row.first) return advance(p_.y.data, s_.dtype, layout_.at(p_.y, past(d, row.t), row.b) + d * O_);
-  return p_.h0 ? advance(p_.h0, s_.dtype, (d * s_.B + row.b) * O_) : zeros_;
+DLK_INLINE Vec<C> Backward<C, Cell>::past_h(int d, const Row& row, int64_t j, int n) const {
+  if (row.first) return load_state<C>(p_.h0, (d * s_.B + row.b) * O_ + j, n);
+  const C* saved = saved_record(d, past(d, row.t), row.b);
+  if (s_.P) return load_part(saved + Cell::kSaved * s_.H + j, n);
+  return Cell::hidden([&](int slot) __attribute__((always_inline)) { return load_part(saved + slot * s_.H + j, n); });
 }
 
 template <class C, class Cell>
@@ -119,10 +123,11 @@ void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
   if (!wants_weights()) return;
   const Direction& x = direction_[d];
   const DirectionGrads& to = p_.grads[d];
+  const DirectionWeights& w = p_.weights[d];
   const auto store = [&](void* out, const C* sum, int64_t n) {
     int64_t begin, end;
     team.share(n, 1024, &begin, &end);
-    if (out && out != sum && begin < end) store_row(s_.dtype, advance(out, s_.dtype, begin), end - begin, sum + begin);
+    if (out && out != sum && begin < end) store_row(w.dtype, advance(out, w.dtype, begin), end - begin, sum + begin);
   };
   store(to.w_ih, x.dw_ih, G_ * s_.I);
   store(to.w_hh, x.dw_hh, G_ * O_);
@@ -130,7 +135,7 @@ void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
   store(to.b_ih, x.dbias, G_);
   if constexpr (Cell::kDirectPath) {
     store(to.b_hh, x.dbias, 2 * s_.H);
-    if (to.b_hh) store(advance(to.b_hh, s_.dtype, 2 * s_.H), x.dbias + 3 * s_.H, s_.H);
+    if (to.b_hh) store(advance(to.b_hh, w.dtype, 2 * s_.H), x.dbias + 3 * s_.H, s_.H);
   } else {
     store(to.b_hh, x.dbias, G_);
   }

@@ -28,18 +28,16 @@ struct Backward<C, Cell>::Walk {
     member.share(subset.count, 1, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
       if (subset.length(i) > 0) continue;
-      copy_state(f.p_.dh0, f.p_.dh_n, state(i, f.O_), f.O_);
-      copy_state(f.p_.dc0, f.p_.dc_n, state(i, s().H), s().H);
+      pass_state(f.p_.dh0, f.p_.dh_n, state(i, f.O_), f.O_);
+      pass_state(f.p_.dc0, f.p_.dc_n, state(i, s().H), s().H);
     }
   }
 
-  void copy_state(void* to, const void* from, int64_t at, int64_t n) const {
-    if (!to) return;
-    void* here = advance(to, s().dtype, at);
-    if (from) {
-      std::memcpy(here, advance(from, s().dtype, at), n * item_size(s().dtype));
-    } else {
-      std::memset(here, 0, n * item_size(s().dtype));
+  static void pass_state(const StateTensor<void*>& to, const StateTensor<const void*>& from, int64_t at,
+                         int64_t count) {
+    for (int64_t j = 0; j < count; j += V::size) {
+      const int n = static_cast<int>(std::min<int64_t>(V::size, count - j));
+      store_state<C>(to, at + j, load_state<C>(from, at + j, n), n);
     }
   }
 
@@ -83,9 +81,9 @@ struct Backward<C, Cell>::Walk {
   DLK_INLINE V incoming(int64_t i, int64_t t, int64_t j, int n) const {
     V sum = V::zero();
     if (f.p_.dy.data)
-      sum = load_any<C>(s().dtype, f.p_.dy.data, f.layout_.at(f.p_.dy, t, subset.sequence(i)) + d * f.O_ + j, n);
+      sum = load_any<C>(f.p_.dy.dtype, f.p_.dy.data, f.layout_.at(f.p_.dy, t, subset.sequence(i)) + d * f.O_ + j, n);
     if (is_joining(i)) {
-      if (f.p_.dh_n) sum = sum + load_any<C>(s().dtype, f.p_.dh_n, state(i, f.O_) + j, n);
+      if (f.p_.dh_n) sum = sum + load_state<C>(f.p_.dh_n, state(i, f.O_) + j, n);
     } else if constexpr (Cell::kDirectPath) {
       if (!cut(i, t)) sum = sum + V::load(carry(i) + j);
     }
@@ -104,7 +102,7 @@ struct Backward<C, Cell>::Walk {
   template <class Skip, class Sink>
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = f.hh_;
-    const Panels<C> panels = f.panels(shape, x.hh, f.p_.weights[d].w_hh, panel_buffer);
+    const Panels<C> panels = f.panels(shape, x.hh, d, f.p_.weights[d].w_hh, panel_buffer);
     const int64_t H = s().H, head = item_count(Cell::kDirectPath ? 2 * H : f.G_), ld = item_count(f.ld_gates_);
     TileBuffer<C> out;
     int64_t p0, p1;
@@ -147,10 +145,9 @@ struct Backward<C, Cell>::Walk {
 
   // What the cell will want of this step's sequence i for the units from j on.
   DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
-    if (Cell::kSaved == 0 || s().P || !step_rows) return;
+    if (s().P || !step_rows) return;
     const Row& at = step_rows[in_step(i)];
-    const C* saved =
-        static_cast<const C*>(f.p_.saved) + (d * s().rows + f.layout_.row(at.t, at.b)) * (Cell::kSaved * s().H) + j;
+    const C* saved = f.saved_record(d, at.t, at.b) + j;
     for (int k = 0; k < Cell::kSaved; ++k)
       for (int v = 0; v < vectors; ++v) __builtin_prefetch(saved + k * s().H + v * V::size);
   }
@@ -162,7 +159,8 @@ struct Backward<C, Cell>::Walk {
     member.share(f.hr_.count(), 1, &p0, &p1);
     const C* dgates = f.gates(d, parity);
     gemm(
-        0, alive, p0, p1, DirectRows<C, decltype(row)>{row}, f.panels(f.hr_, x.hr, f.p_.weights[d].w_hr, panel_buffer),
+        0, alive, p0, p1, DirectRows<C, decltype(row)>{row},
+        f.panels(f.hr_, x.hr, d, f.p_.weights[d].w_hr, panel_buffer),
         [&](int64_t i, GemmColumn at) -> const void* {
           return dgates + (first + in_step(i)) * f.ld_gates_ + at.column;
         },
@@ -172,20 +170,19 @@ struct Backward<C, Cell>::Walk {
   // The cell's backward for n units from j on; dh is the whole gradient of its output.
   DLK_INLINE void cell(int64_t i, int64_t row, int64_t parity, int64_t j, int n, V dh) const {
     const Row& at = x.rows[row];
-    const int64_t H = s().H, saved_row = d * s().rows + f.layout_.row(at.t, at.b);
-    V saved[Cell::kSaved + 1], dgates[kSlots];
-    const C* from = static_cast<const C*>(f.p_.saved) + saved_row * Cell::kSaved * H;
+    const int64_t H = s().H;
+    V saved[Cell::kSaved], dgates[kSlots];
+    const C* from = f.saved_record(d, at.t, at.b);
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load_part(from + k * H + j, n);
     if constexpr (Cell::kCellState) {
       V previous = V::zero(), dc = V::zero();
       if (!at.first) {
-        const int64_t past = d * s().rows + f.layout_.row(f.past(d, at.t), at.b);
-        previous = load_part(static_cast<const C*>(f.p_.saved) + (past * Cell::kSaved + 4) * H + j, n);
-      } else if (f.p_.c0) {
-        previous = load_any<C>(s().dtype, f.p_.c0, state(i, H) + j, n);
+        previous = load_part(f.saved_record(d, f.past(d, at.t), at.b) + 4 * H + j, n);
+      } else {
+        previous = load_state<C>(f.p_.c0, state(i, H) + j, n);
       }
       if (is_joining(i)) {
-        if (f.p_.dc_n) dc = load_any<C>(s().dtype, f.p_.dc_n, state(i, H) + j, n);
+        dc = load_state<C>(f.p_.dc_n, state(i, H) + j, n);
       } else if (!cut(i, at.t)) {
         dc = V::load(carry(i) + j);
       }
@@ -193,10 +190,9 @@ struct Backward<C, Cell>::Walk {
       dc.store(carry(i) + j);
       if (s().P) out.store(x.cell_out + row * f.ld_unit_ + j);
     } else if constexpr (Cell::kDirectPath) {
-      Cell::backward(saved, past_h(at, i, j, n), dh, dgates).store(carry(i) + j);
+      Cell::backward(saved, f.past_h(d, at, j, n), dh, dgates).store(carry(i) + j);
     } else {
-      const V y = load_any<C>(s().dtype, f.p_.y.data, f.layout_.at(f.p_.y, at.t, at.b) + d * f.O_ + j, n);
-      dgates[0] = Cell::backward(y, dh);
+      dgates[0] = Cell::backward(saved[0], dh);
     }
     C* to = f.gates(d, parity) + row * f.ld_gates_ + j;
     for (int k = 0; k < kSlots; ++k) store_part(to + k * H, dgates[k], n);
@@ -204,12 +200,6 @@ struct Backward<C, Cell>::Walk {
       Operand<C>* rounded = f.rounded(d, parity) + row * f.ld_gates_ + j;
       for (int k = 0; k < kSlots; ++k) store_as(rounded + k * H, dgates[k], n);
     }
-  }
-
-  DLK_INLINE V past_h(const Row& at, int64_t i, int64_t j, int n) const {
-    if (!at.first)
-      return load_any<C>(s().dtype, f.p_.y.data, f.layout_.at(f.p_.y, f.past(d, at.t), at.b) + d * f.O_ + j, n);
-    return f.p_.h0 ? load_any<C>(s().dtype, f.p_.h0, state(i, f.O_) + j, n) : V::zero();
   }
 
   // Sequences whose first step is behind us: what is left is the gradient of h0, c0.
@@ -220,12 +210,12 @@ struct Backward<C, Cell>::Walk {
           alive, next_alive, [](int64_t) { return false; },
           [&](int64_t i, int64_t j, int n, V dh) {
             if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
-            store_any<C>(s().dtype, f.p_.dh0, state(i, f.O_) + j, dh, n);
+            store_state<C>(f.p_.dh0, state(i, f.O_) + j, dh, n);
           });
     }
     if (f.p_.dc0 && member.rank == 0) {
       for (int64_t i = alive; i < next_alive; ++i)
-        store_row(s().dtype, advance(f.p_.dc0, s().dtype, state(i, s().H)), s().H, carry(i));
+        store_row(f.p_.dc0.dtype, advance(f.p_.dc0.data, f.p_.dc0.dtype, state(i, s().H)), s().H, carry(i));
     }
   }
 };

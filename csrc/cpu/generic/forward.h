@@ -33,7 +33,8 @@ class Forward {
         ld_h_(block_ld<C>(O_)),
         ld_unit_(block_ld<C>(s_.H)),
         blocks_((s_.H + V::size - 1) / V::size),
-        in_place_(params.saved && Cell::kSaved > 0),
+        record_(s_.record()),
+        in_place_(params.saved),
         fused_(!Cell::kHiddenBias && !fresh_ && plan.chunk_steps == 0) {}
 
   void carve(Scratch& scratch) {
@@ -85,8 +86,8 @@ class Forward {
     team.share(s_.B, 1, &begin, &end);
     for (int64_t i = begin; i < end; ++i)
       for (int64_t t = layout_.length(i); t < s_.T; ++t)
-        std::memset(advance(p_.y.data, s_.dtype, layout_.at(p_.y, t, layout_.sequence(i))), 0,
-                    s_.D * O_ * item_size(s_.dtype));
+        std::memset(advance(p_.y.data, p_.y.dtype, layout_.at(p_.y, t, layout_.sequence(i))), 0,
+                    s_.D * O_ * item_size(p_.y.dtype));
   }
 
  private:
@@ -104,11 +105,11 @@ class Forward {
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
     if (kPairs && (stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C))) return true;
-    return !(kPairs || is_compute_type<C>(s_.dtype)) || collides<C>(stride / kItemValues);
+    return !is_operand_type<C>(p_.x.dtype) || collides<C>(stride / kItemValues);
   }
   int64_t slots() const { return s_.B + plan_.threads; }
   Panels<C> panels(const PanelShape& shape, int64_t at, const void* weights, int d, const Tables& table) const {
-    if (fresh_) return Panels<C>(shape, pack_panel_transposed<C>, s_.dtype, weights, table.panel);
+    if (fresh_) return Panels<C>(shape, pack_panel_transposed<C>, p_.weights[d].dtype, weights, table.panel);
     return Panels<C>(shape, weight_memory_[d] + at);
   }
 
@@ -121,6 +122,7 @@ class Forward {
   const bool fresh_;  // panels of the weights are made when they are wanted
   const WeightLayout weights_;
   const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
+  const int64_t record_;  // of what is saved of a row
   const bool in_place_, fused_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
   C* x_rows_[2] = {};            // of a step, where it takes copies of them

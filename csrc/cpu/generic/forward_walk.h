@@ -14,6 +14,7 @@ struct Forward<C, Cell>::Walk {
   bool ending = false;  // the step at hand is the last of some sequence
 
   const LayerShape& s() const { return f.s_; }
+  const DirectionWeights& weights() const { return f.p_.weights[d]; }
   int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }
   C* h(int64_t parity, int64_t i) const { return f.h_[d] + (parity * f.slots() + slot + i) * f.ld_h_; }
   Operand<C>* rounded(int64_t parity, int64_t i) const {
@@ -63,15 +64,15 @@ struct Forward<C, Cell>::Walk {
     for (int64_t i = begin; i < end; ++i) {
       const bool empty = subset.length(i) == 0;
       each_vector(f.O_, [&](int64_t j, int n) {
-        const V value = f.p_.h0 ? load_any<C>(s().dtype, f.p_.h0, state(i, f.O_) + j, n) : V::zero();
+        const V value = load_state<C>(f.p_.h0, state(i, f.O_) + j, n);
         for (int parity = 0; parity < 2; ++parity) put_h(parity, i, j, value);
-        if (empty && f.p_.h_n) store_any<C>(s().dtype, f.p_.h_n, state(i, f.O_) + j, value, n);
+        if (empty) store_state<C>(f.p_.h_n, state(i, f.O_) + j, value, n);
       });
       if constexpr (Cell::kCellState)
         each_vector(s().H, [&](int64_t j, int n) {
-          const V value = f.p_.c0 ? load_any<C>(s().dtype, f.p_.c0, state(i, s().H) + j, n) : V::zero();
+          const V value = load_state<C>(f.p_.c0, state(i, s().H) + j, n);
           value.store(c(i, j));
-          if (empty && f.p_.c_n) store_any<C>(s().dtype, f.p_.c_n, state(i, s().H) + j, value, n);
+          if (empty) store_state<C>(f.p_.c_n, state(i, s().H) + j, value, n);
         });
     }
   }
@@ -90,10 +91,9 @@ struct Forward<C, Cell>::Walk {
       table.first[k] = row;
       for (int64_t i = 0; i < alive; ++i, ++row) {
         const int64_t b = subset.sequence(i);
-        table.x[row] = advance(f.p_.x.data, s().dtype, layout.at(f.p_.x, t, b));
+        table.x[row] = advance(f.p_.x.data, f.p_.x.dtype, layout.at(f.p_.x, t, b));
         table.y[row] = layout.at(f.p_.y, t, b) + d * f.O_;
-        if (f.in_place_)
-          table.saved[row] = static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * (Cell::kSaved * s().H);
+        if (f.in_place_) table.saved[row] = static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * f.record_;
       }
     }
     table.first[count] = row;
@@ -106,12 +106,12 @@ struct Forward<C, Cell>::Walk {
     member.share(s().H, V::size, &begin, &end);
     for (int64_t r = 0; r < rows; ++r) {
       const C* x = static_cast<const C*>(table.x[r]);
-      if (!is_compute_type<C>(s().dtype)) load_row<C>(s().dtype, table.x[r], s().I, table.block), x = table.block;
+      if (!is_compute_type<C>(f.p_.x.dtype)) load_row<C>(f.p_.x.dtype, table.x[r], s().I, table.block), x = table.block;
       for (int g = 0; g < Cell::kGates; ++g)
         for (int64_t j = begin; j < end; j += V::size) {
           const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
           const int64_t column = g * s().H + j;
-          put_product(r, j, g, dot(x, s().I, s().dtype, f.p_.weights[d].w_ih, column, n) + V::load(bias + column, n),
+          put_product(r, j, g, dot(x, s().I, weights().dtype, weights().w_ih, column, n) + V::load(bias + column, n),
                       n);
         }
     }
@@ -134,8 +134,7 @@ struct Forward<C, Cell>::Walk {
     if (!f.copies_x()) {
       gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, panels, out, sink);
     } else {
-      const CopiedRows<C, decltype(x_row)> a{x_row, kPairs ? DType::f32 : s().dtype, shape.K, block_ld<C>(shape.K),
-                                             table.block};
+      const CopiedRows<C, decltype(x_row)> a{x_row, f.p_.x.dtype, s().I, block_ld<C>(shape.K), table.block};
       gemm(share.m0, share.m1, share.p0, share.p1, a, panels, out, sink);
     }
   }
@@ -182,7 +181,7 @@ struct Forward<C, Cell>::Walk {
         const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
         C* to = hidden[pending.count];
         for (int g = 0; g < Cell::kGates; ++g)
-          dot(h(parity, i), f.O_, s().dtype, f.p_.weights[d].w_hh, g * s().H + j, n).store(to + g * V::size);
+          dot(h(parity, i), f.O_, weights().dtype, weights().w_hh, g * s().H + j, n).store(to + g * V::size);
         pending.add({to, first + i, i, j, n});
       }
     }
@@ -197,8 +196,7 @@ struct Forward<C, Cell>::Walk {
     if (!f.copies_x()) return;
     int64_t begin, end;
     member.share(alive, 1, &begin, &end);
-    for (int64_t i = begin; i < end; ++i)
-      load_row<C>(kPairs ? DType::f32 : s().dtype, table.x[first + i], f.weights_.ih.K, x_copy(i));
+    for (int64_t i = begin; i < end; ++i) load_operands<C>(f.p_.x.dtype, table.x[first + i], s().I, x_copy(i));
     member.sync();
   }
 
@@ -272,7 +270,7 @@ struct Forward<C, Cell>::Walk {
       if (s().P) continue;
       if constexpr (kKeepsH) __builtin_prefetch(h(1 - parity, i) + j, 1);
       if constexpr (kPairs) __builtin_prefetch(rounded(1 - parity, i) + j, 1);
-      if (f.p_.y.data) __builtin_prefetch(advance(f.p_.y.data, s().dtype, table.y[row] + j), 1);
+      if (f.p_.y.data) __builtin_prefetch(advance(f.p_.y.data, f.p_.y.dtype, table.y[row] + j), 1);
     }
   }
 
@@ -352,7 +350,7 @@ struct Forward<C, Cell>::Walk {
     }
     if constexpr (Cell::kCellState) {
       saved[4].store(c(u.i, u.j));
-      if (f.p_.c_n && is_last(u.i, t)) store_any<C>(s().dtype, f.p_.c_n, state(u.i, s().H) + u.j, saved[4], u.n);
+      if (f.p_.c_n && is_last(u.i, t)) store_state<C>(f.p_.c_n, state(u.i, s().H) + u.j, saved[4], u.n);
     }
     if (s().P) {
       out.store(cell_out(u.i) + u.j);
@@ -364,8 +362,8 @@ struct Forward<C, Cell>::Walk {
   // n outputs from j on: the next step's h, y, and h_n at a sequence's last step.
   DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
     put_h(1 - parity, i, j, out);
-    if (f.p_.y.data) store_any<C>(s().dtype, f.p_.y.data, table.y[row] + j, out, n);
-    if (f.p_.h_n && is_last(i, t)) store_any<C>(s().dtype, f.p_.h_n, state(i, f.O_) + j, out, n);
+    if (f.p_.y.data) store_any<C>(f.p_.y.dtype, f.p_.y.data, table.y[row] + j, out, n);
+    if (f.p_.h_n && is_last(i, t)) store_state<C>(f.p_.h_n, state(i, f.O_) + j, out, n);
   }
 
   // h = cell output times W_hr^T (Sak et al. 2014).
@@ -376,7 +374,7 @@ struct Forward<C, Cell>::Walk {
       for (int64_t i = 0; i < alive; ++i)
         for (int64_t j = begin; j < end; j += V::size) {
           const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-          emit(t, parity, first + i, i, j, n, dot(cell_out(i), s().H, s().dtype, f.p_.weights[d].w_hr, j, n));
+          emit_projected(t, parity, first + i, i, j, n, dot(cell_out(i), s().H, weights().dtype, weights().w_hr, j, n));
         }
       return;
     }
@@ -388,6 +386,14 @@ struct Forward<C, Cell>::Walk {
         0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row},
         f.panels(shape, f.weights_.hr_at, f.p_.weights[d].w_hr, d, table),
         [&](int64_t i, GemmColumn at) -> const void* { return h(1 - parity, i) + at.column; },
-        [&](int64_t i, GemmColumn at, V value, int n) { emit(t, parity, first + i, i, at.column, n, value); });
+        [&](int64_t i, GemmColumn at, V value, int n) {
+          emit_projected(t, parity, first + i, i, at.column, n, value);
+        });
+  }
+
+  // Nothing gives a projected h again, so it is saved.
+  DLK_INLINE void emit_projected(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
+    if (f.in_place_) store_part(table.saved[row] + Cell::kSaved * s().H + j, out, n);
+    emit(t, parity, row, i, j, n, out);
   }
 };

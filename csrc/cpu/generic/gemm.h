@@ -25,7 +25,7 @@ DLK_INLINE bool collides(int64_t stride) {
   return stride * static_cast<int64_t>(sizeof(C)) % 2048 == 0;
 }
 
-// Copied side by side, converted from their storage dtype.
+// Copied side by side, as products take them. K counts values.
 template <class C, class RowAt>
 struct CopiedRows {
   static constexpr int kRows = kBlockRows;
@@ -35,7 +35,7 @@ struct CopiedRows {
   C* block;  // [kBlockRows][ld]
   void rows(int64_t m, int count, const C** out) const {
     for (int r = 0; r < count; ++r) {
-      load_row<C>(dtype, row(m + r), K, block + r * ld);
+      load_operands<C>(dtype, row(m + r), K, block + r * ld);
       out[r] = block + r * ld;
     }
   }

@@ -57,8 +57,7 @@ struct PanelShape {
 // Panel p from w [columns][K], k contiguous: a transposition, block by block. Pairs are moved as the floats they look
 // like.
 template <class C>
-DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType storage, const void* w, C* panel) {
-  const DType dtype = kPairs ? DType::f32 : storage;
+DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
   constexpr int kLanes = Vec<C>::size;
   const int vectors = shape.vectors_in(p);
   const int64_t K = shape.K, width = int64_t{strip_vectors(vectors)} * kLanes;
@@ -69,10 +68,12 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
     for (int64_t k = 0; k < K; k += kLanes) {
       const int columns = static_cast<int>(K - k < kLanes ? K - k : kLanes);
       C* to = panel + shape.element(vectors, k, v);
-      if (is_compute_type<C>(dtype)) {
+      if (is_operand_type<C>(dtype)) {
         transpose_block(static_cast<const C*>(w) + first + k, K, rows, columns, to, width);
       } else {
-        for (int r = 0; r < rows; ++r) load_any<C>(dtype, w, first + r * K + k, columns).store(block + r * kLanes);
+        for (int r = 0; r < rows; ++r)
+          load_operands<C>(dtype, advance(w, dtype, (first + r * K + k) * kItemValues), columns * kItemValues,
+                           block + r * kLanes);
         transpose_block(block, kLanes, rows, columns, to, width);
       }
     }
@@ -96,11 +97,41 @@ DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype,
     const void* from = row(k * kItemValues);
     if constexpr (kPairs) {
       const bool both = 2 * k + 1 < rows;
-      const bf16 *even = static_cast<const bf16*>(from), *odd = both ? static_cast<const bf16*>(row(2 * k + 1)) : even;
-      for (int v = 0; v < vectors; ++v)
-        Unit<C>::pairs(even + column[v], valid[v], odd + column[v], both ? valid[v] : 0).store(to[v] + k * width);
+      const void* odd = both ? row(2 * k + 1) : from;
+      for (int v = 0; v < vectors; ++v) {
+        const int n = both ? valid[v] : 0;
+        if (dtype == DType::bf16) {
+          Unit<C>::pairs(static_cast<const bf16*>(from) + column[v], valid[v],
+                         static_cast<const bf16*>(odd) + column[v], n)
+              .store(to[v] + k * width);
+        } else {
+          Unit<C>::pairs(load_any<C>(dtype, from, column[v], valid[v]), load_any<C>(dtype, odd, column[v], n))
+              .store(to[v] + k * width);
+        }
+      }
     } else {
       for (int v = 0; v < vectors; ++v) load_any<C>(dtype, from, column[v], valid[v]).store(to[v] + k * width);
+    }
+  }
+}
+
+// ... or of rows that are computed: value(k, column, n) gives n values of row k.
+template <class C, class Value>
+DLK_INLINE void pack_panel_values(const PanelShape& shape, int64_t p, int64_t rows, Value value, C* panel) {
+  const int vectors = shape.vectors_in(p);
+  const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
+  for (int v = 0; v < vectors; ++v) {
+    C* const to = panel + shape.element(vectors, 0, v);
+    const int64_t column = shape.column(p, v);
+    const int n = shape.valid(p, v);
+    for (int64_t k = 0; k < shape.K; ++k) {
+      if constexpr (kPairs) {
+        const Vec<C> even = value(2 * k, column, n);
+        const Vec<C> odd = 2 * k + 1 < rows ? value(2 * k + 1, column, n) : Vec<C>::zero();
+        Unit<C>::pairs(even, odd).store(to + k * width);
+      } else {
+        value(k, column, n).store(to + k * width);
+      }
     }
   }
 }

@@ -32,7 +32,7 @@ DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& 
   for (int64_t j = 0; j < n; j += V::size) {
     const int m = static_cast<int>(n - j < V::size ? n - j : V::size);
     V sum = V::zero();
-    if (w.b_ih) sum = load_any<C>(shape.dtype, w.b_ih, j, m) + load_any<C>(shape.dtype, w.b_hh, j, m);
+    if (w.b_ih) sum = load_any<C>(w.dtype, w.b_ih, j, m) + load_any<C>(w.dtype, w.b_hh, j, m);
     sum.store(bias + j);
   }
   if constexpr (Cell::kHiddenBias) {
@@ -40,8 +40,8 @@ DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& 
       const int m = static_cast<int>(H - j < V::size ? H - j : V::size);
       V input = V::zero(), own = V::zero();
       if (w.b_ih) {
-        input = load_any<C>(shape.dtype, w.b_ih, 2 * H + j, m);
-        own = load_any<C>(shape.dtype, w.b_hh, 2 * H + j, m);
+        input = load_any<C>(w.dtype, w.b_ih, 2 * H + j, m);
+        own = load_any<C>(w.dtype, w.b_hh, 2 * H + j, m);
       }
       input.store(bias + 2 * H + j, m);
       own.store(hidden + j);
@@ -67,6 +67,6 @@ DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, co
     int64_t begin, end;
     member.share(part.shape->count(), 1, &begin, &end);
     for (int64_t p = begin; p < end; ++p)
-      pack_panel_transposed<C>(*part.shape, p, shape.dtype, part.weights, part.to + part.shape->offset(p));
+      pack_panel_transposed<C>(*part.shape, p, w.dtype, part.weights, part.to + part.shape->offset(p));
   }
 }

@@ -82,6 +82,12 @@ DLK_INLINE Vec<float> select_gt(Vec<float> a, Vec<float> b, Vec<float> x, Vec<fl
 DLK_INLINE Vec<double> select_gt(Vec<double> a, Vec<double> b, Vec<double> x, Vec<double> y) {
   return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ))};
 }
+DLK_INLINE Vec<float> select_le(Vec<float> a, Vec<float> b, Vec<float> x, Vec<float> y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ))};
+}
+DLK_INLINE Vec<double> select_le(Vec<double> a, Vec<double> b, Vec<double> x, Vec<double> y) {
+  return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LE_OQ))};
+}
 template <class C>
 DLK_INLINE Vec<C> select_lt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
   return select_gt(b, a, x, y);

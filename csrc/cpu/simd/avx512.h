@@ -89,6 +89,12 @@ DLK_INLINE Vec<float> select_gt(Vec<float> a, Vec<float> b, Vec<float> x, Vec<fl
 DLK_INLINE Vec<double> select_gt(Vec<double> a, Vec<double> b, Vec<double> x, Vec<double> y) {
   return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ), y.v, x.v)};
 }
+DLK_INLINE Vec<float> select_le(Vec<float> a, Vec<float> b, Vec<float> x, Vec<float> y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ), y.v, x.v)};
+}
+DLK_INLINE Vec<double> select_le(Vec<double> a, Vec<double> b, Vec<double> x, Vec<double> y) {
+  return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LE_OQ), y.v, x.v)};
+}
 template <class C>
 DLK_INLINE Vec<C> select_lt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
   return select_gt(b, a, x, y);

@@ -77,7 +77,7 @@ DLK_INLINE Vec<C> copysign(Vec<C> a, Vec<C> b) {
   return {std::copysign(a.v, b.v)};
 }
 
-// a > b ? x : y and a < b ? x : y; a comparison with NaN is false.
+// a > b ? x : y, a < b ? x : y and a <= b ? x : y; a comparison with NaN is false.
 template <class C>
 DLK_INLINE Vec<C> select_gt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
   return {a.v > b.v ? x.v : y.v};
@@ -85,6 +85,10 @@ DLK_INLINE Vec<C> select_gt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
 template <class C>
 DLK_INLINE Vec<C> select_lt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
   return {a.v < b.v ? x.v : y.v};
+}
+template <class C>
+DLK_INLINE Vec<C> select_le(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
+  return {a.v <= b.v ? x.v : y.v};
 }
 
 // Sum of the lanes; bit for bit what reduce_rows gives for the row.
