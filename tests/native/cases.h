@@ -60,8 +60,14 @@ class Buffer {
   std::unique_ptr<char[]> bytes_;
 };
 
+// The dtypes of a call's tensors; shape.dtype is what products may be rounded to.
+struct Types {
+  DType x, weights, h0, c0, h, c;
+};
+
 struct Case {
   LayerShape shape{};
+  Types types{};
   Isa isa = Isa::scalar;
   int threads = 1;
   bool bias = true, h0 = true, c0 = true, save = true, prepacked = false, deterministic = false;
@@ -91,7 +97,7 @@ struct Case {
   }
   template <class Pointer>
   RowTensor<Pointer> view(const Buffer& buffer, int64_t features) const {
-    return {buffer.get(), stride_t(features), packed() ? 0 : stride_b(features)};
+    return {buffer.get(), stride_t(features), packed() ? 0 : stride_b(features), buffer.dtype()};
   }
 
   std::string text() const {
@@ -99,12 +105,14 @@ struct Case {
     static const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};
     static const char* const isas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
     const LayerShape& s = shape;
-    char line[400];
+    char line[500];
     std::snprintf(line, sizeof line,
-                  "%s %s %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s bias=%d h0=%d c0=%d save=%d prepacked=%d "
+                  "%s %s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
+                  "bias=%d h0=%d c0=%d save=%d prepacked=%d "
                   "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
-                  cells[int(s.cell)], dtypes[int(s.dtype)], isas[int(isa)], int(s.T), int(s.B), int(s.I), int(s.H),
-                  int(s.P), s.D, threads,
+                  cells[int(s.cell)], dtypes[int(s.dtype)], dtypes[int(types.x)], dtypes[int(types.weights)],
+                  dtypes[int(types.h0)], dtypes[int(types.c0)], dtypes[int(types.h)], dtypes[int(types.c)],
+                  isas[int(isa)], int(s.T), int(s.B), int(s.I), int(s.H), int(s.P), s.D, threads,
                   packed()          ? "packed"
                   : lengths.empty() ? "padded"
                                     : "lengths",
@@ -138,12 +146,16 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
     s.dtype = DType::bf16, s.P = 0;
     s.I += s.I % 2, s.H += s.H % 2;
   }
+  const bool mixed = s.dtype != DType::f64 && chance(random, 0.3);  // as under autocast
+  const auto dtype = [&] { return mixed ? pick(random, {DType::f32, DType::bf16, DType::f16}) : s.dtype; };
+  c.types = {dtype(), dtype(), dtype(), dtype(), dtype(), dtype()};
   c.threads = 1 + int(random() % 4);
   for (bool* flag :
        {&c.bias, &c.h0, &c.c0, &c.save, &c.dy, &c.dh_n, &c.dc_n, &c.need_x, &c.need_state, &c.need_weights}) {
     *flag = chance(random, 0.75);
   }
   for (bool* flag : {&c.prepacked, &c.deterministic, &c.gate_grads}) *flag = chance(random, 0.3);
+  c.prepacked = c.prepacked && c.types.weights == s.dtype;
   c.gap = pick(random, {0, 0, 0, 3});
   if (chance(random, 0.3)) c.bptt_steps = 1 + int64_t(random() % 4);
 
@@ -177,41 +189,46 @@ struct Inputs {
     const int64_t H = s.H, O = s.outputs(), GH = gate_count(s.cell) * H;
     const double scale = 1.2 / std::sqrt(static_cast<double>(H));
     const bool lstm = s.cell == CellKind::lstm;
-    const auto make = [&](bool wanted, int64_t n, double size) {
-      return wanted ? Buffer::random(n, s.dtype, random, size) : Buffer();
+    const auto make = [&](bool wanted, int64_t n, DType dtype, double size) {
+      return wanted ? Buffer::random(n, dtype, random, size) : Buffer();
     };
-    x = make(true, c.elements(s.I), 1.5);
-    h0 = make(c.h0, s.D * s.B * O, 1);
-    c0 = make(c.c0 && lstm, s.D * s.B * H, 1.5);
+    x = make(true, c.elements(s.I), c.types.x, 1.5);
+    h0 = make(c.h0, s.D * s.B * O, c.types.h0, 1);
+    c0 = make(c.c0 && lstm, s.D * s.B * H, c.types.c0, 1.5);
     for (int d = 0; d < s.D; ++d) {
-      weights[d][0] = make(true, GH * s.I, scale);
-      weights[d][1] = make(true, GH * O, scale);
-      weights[d][2] = make(c.bias, GH, 0.5);
-      weights[d][3] = make(c.bias, GH, 0.5);
-      weights[d][4] = make(s.P > 0, s.P * H, scale);
+      weights[d][0] = make(true, GH * s.I, c.types.weights, scale);
+      weights[d][1] = make(true, GH * O, c.types.weights, scale);
+      weights[d][2] = make(c.bias, GH, c.types.weights, 0.5);
+      weights[d][3] = make(c.bias, GH, c.types.weights, 0.5);
+      weights[d][4] = make(s.P > 0, s.P * H, c.types.weights, scale);
     }
-    dy = make(c.dy, c.elements(s.D * O), 1);
-    dh_n = make(c.dh_n, s.D * s.B * O, 1);
-    dc_n = make(c.dc_n && lstm, s.D * s.B * H, 1);
+    dy = make(c.dy, c.elements(s.D * O), c.types.h, 1);
+    dh_n = make(c.dh_n, s.D * s.B * O, c.types.h, 1);
+    dc_n = make(c.dc_n && lstm, s.D * s.B * H, c.types.c, 1);
   }
   Inputs() = default;
 
   DirectionWeights direction(int d) const {
     const auto& w = weights[d];
-    return {w[0].get(), w[1].get(), w[2].get(), w[3].get(), w[4].get()};
+    return {w[0].dtype(), w[0].get(), w[1].get(), w[2].get(), w[3].get(), w[4].get()};
   }
 };
+
+// A buffer as a state.
+template <class Pointer>
+StateTensor<Pointer> state(const Buffer& buffer) {
+  return {buffer.get(), buffer.dtype()};
+}
 
 struct Outputs {
   Buffer y, h_n, c_n, saved;
 
   Outputs(const Case& c, bool save) {
     const LayerShape& s = c.shape;
-    const int64_t slots = saved_slots(s.cell);
-    y = Buffer(c.elements(s.D * s.outputs()), s.dtype);
-    h_n = Buffer(s.D * s.B * s.outputs(), s.dtype);
-    if (s.cell == CellKind::lstm) c_n = Buffer(s.D * s.B * s.H, s.dtype);
-    if (save && slots) saved = Buffer(s.D * s.rows * slots * s.H, naive::compute_dtype(s.dtype));
+    y = Buffer(c.elements(s.D * s.outputs()), c.types.h);
+    h_n = Buffer(s.D * s.B * s.outputs(), c.types.h);
+    if (s.cell == CellKind::lstm) c_n = Buffer(s.D * s.B * s.H, c.types.c);
+    if (save) saved = Buffer(s.D * s.rows * s.record(), naive::compute_dtype(s.dtype));
   }
 };
 
@@ -222,16 +239,17 @@ struct Gradients {
     const LayerShape& s = c.shape;
     const DType compute = naive::compute_dtype(s.dtype);
     const int64_t H = s.H, O = s.outputs(), GH = gate_count(s.cell) * H;
-    if (c.need_x) dx = Buffer(c.elements(s.I), s.dtype);
+    const DType of_weights = c.types.weights;
+    if (c.need_x) dx = Buffer(c.elements(s.I), c.types.x);
     if (c.need_state) {
-      dh0 = Buffer(s.D * s.B * O, s.dtype);
-      if (s.cell == CellKind::lstm) dc0 = Buffer(s.D * s.B * H, s.dtype);
+      dh0 = Buffer(s.D * s.B * O, c.types.h0);
+      if (s.cell == CellKind::lstm) dc0 = Buffer(s.D * s.B * H, c.types.c0);
     }
     for (int d = 0; c.need_weights && d < s.D; ++d) {
-      weights[d][0] = Buffer(GH * s.I, s.dtype);
-      weights[d][1] = Buffer(GH * O, s.dtype);
-      if (c.bias) weights[d][2] = Buffer(GH, s.dtype), weights[d][3] = Buffer(GH, s.dtype);
-      if (s.P) weights[d][4] = Buffer(s.P * H, s.dtype);
+      weights[d][0] = Buffer(GH * s.I, of_weights);
+      weights[d][1] = Buffer(GH * O, of_weights);
+      if (c.bias) weights[d][2] = Buffer(GH, of_weights), weights[d][3] = Buffer(GH, of_weights);
+      if (s.P) weights[d][4] = Buffer(s.P * H, of_weights);
     }
     if (c.gate_grads) {
       gates = Buffer(s.D * s.rows * gate_grad_slots(s.cell) * H, compute);
@@ -245,15 +263,15 @@ inline ForwardParams forward_params(const Case& c, const Inputs& in, const Outpu
   ForwardParams p{};
   p.shape = s;
   p.x = c.view<const void*>(in.x, s.I);
-  p.h0 = in.h0.get();
-  p.c0 = in.c0.get();
+  p.h0 = state<const void*>(in.h0);
+  p.c0 = state<const void*>(in.c0);
   for (int d = 0; d < s.D; ++d) p.weights[d] = in.direction(d);
   p.packed = prepacked;
   p.batch_sizes = c.packed() ? c.batch_sizes.data() : nullptr;
   p.lengths = c.lengths.empty() ? nullptr : c.lengths.data();
   p.y = c.view<void*>(out.y, s.D * s.outputs());
-  p.h_n = out.h_n.get();
-  p.c_n = out.c_n.get();
+  p.h_n = state<void*>(out.h_n);
+  p.c_n = state<void*>(out.c_n);
   p.saved = out.saved.get();
   p.deterministic = c.deterministic;
   return p;
@@ -264,8 +282,8 @@ inline BackwardParams backward_params(const Case& c, const Inputs& in, const Out
   BackwardParams p{};
   p.shape = s;
   p.x = c.view<const void*>(in.x, s.I);
-  p.h0 = in.h0.get();
-  p.c0 = in.c0.get();
+  p.h0 = state<const void*>(in.h0);
+  p.c0 = state<const void*>(in.c0);
   for (int d = 0; d < s.D; ++d) {
     const auto& w = grads.weights[d];
     p.weights[d] = in.direction(d);
@@ -273,15 +291,14 @@ inline BackwardParams backward_params(const Case& c, const Inputs& in, const Out
   }
   p.batch_sizes = c.packed() ? c.batch_sizes.data() : nullptr;
   p.lengths = c.lengths.empty() ? nullptr : c.lengths.data();
-  p.y = c.view<const void*>(out.y, s.D * s.outputs());
   p.saved = out.saved.get();
   p.dy = c.view<const void*>(in.dy, s.D * s.outputs());
-  p.dh_n = in.dh_n.get();
-  p.dc_n = in.dc_n.get();
+  p.dh_n = state<const void*>(in.dh_n);
+  p.dc_n = state<const void*>(in.dc_n);
   p.bptt_steps = c.bptt_steps;
   p.dx = c.view<void*>(grads.dx, s.I);
-  p.dh0 = grads.dh0.get();
-  p.dc0 = grads.dc0.get();
+  p.dh0 = state<void*>(grads.dh0);
+  p.dc0 = state<void*>(grads.dc0);
   p.gate_grads = grads.gates.get();
   p.proj_grads = grads.projected.get();
   p.deterministic = c.deterministic;

@@ -141,13 +141,38 @@ inline void add(const Vector& from, Vector* to) {
 struct Weights {
   Matrix w_ih, w_hh, w_hr;
   Vector b_ih, b_hh;
-  Weights(const DirectionWeights& w, const LayerShape& s)
-      : w_ih(w.w_ih, gate_count(s.cell) * s.H, s.I, s.dtype),
-        w_hh(w.w_hh, gate_count(s.cell) * s.H, s.outputs(), s.dtype),
-        w_hr(w.w_hr, s.P, s.H, s.dtype),
-        b_ih(load_vector(w.b_ih, 0, gate_count(s.cell) * s.H, s.dtype)),
-        b_hh(load_vector(w.b_hh, 0, gate_count(s.cell) * s.H, s.dtype)) {}
+  Weights(const DirectionWeights& w, const LayerShape& s, bool pairs)
+      : w_ih(w.w_ih, gate_count(s.cell) * s.H, s.I, w.dtype),
+        w_hh(w.w_hh, gate_count(s.cell) * s.H, s.outputs(), w.dtype),
+        w_hr(w.w_hr, s.P, s.H, w.dtype),
+        b_ih(load_vector(w.b_ih, 0, gate_count(s.cell) * s.H, w.dtype)),
+        b_hh(load_vector(w.b_hh, 0, gate_count(s.cell) * s.H, w.dtype)) {
+    w_ih.values = operand(w_ih.values, pairs);
+    w_hh.values = operand(w_hh.values, pairs);
+  }
 };
+
+// h' of a saved record: its projection, or what the cell made.
+inline Vector saved_h(const LayerShape& s, const Vector& record) {
+  const auto slot = [&](int64_t k, int64_t j) { return record[k * s.H + j]; };
+  if (s.P) return Vector(record.begin() + saved_slots(s.cell) * s.H, record.end());
+  Vector h(static_cast<size_t>(s.H));
+  for (int64_t j = 0; j < s.H; ++j) {
+    switch (s.cell) {
+      case CellKind::lstm:
+        h[j] = slot(3, j) * std::tanh(slot(4, j));
+        break;
+      case CellKind::gru:
+        h[j] = slot(4, j);
+        break;
+      case CellKind::rnn_tanh:
+      case CellKind::rnn_relu:
+        h[j] = slot(0, j);
+        break;
+    }
+  }
+  return h;
+}
 
 // Where a step of a sequence lies, for padded, packed and `lengths` input alike.
 struct Walk {
@@ -190,14 +215,14 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
   const DType compute = compute_dtype(s.dtype);
 
   for (int d = 0; d < s.D; ++d) {
-    const Weights w(p.weights[d], s);
+    const Weights w(p.weights[d], s, pairs);
     for (int64_t b = 0; b < s.B; ++b) {
       const int64_t state = d * s.B + b, length = walk.length(b);
-      Vector h = load_vector(p.h0, state * O, O, s.dtype);
-      Vector c = load_vector(s.cell == CellKind::lstm ? p.c0 : nullptr, state * H, H, s.dtype);
+      Vector h = load_vector(p.h0.data, state * O, O, p.h0.dtype);
+      Vector c = load_vector(s.cell == CellKind::lstm ? p.c0.data : nullptr, state * H, H, p.c0.dtype);
       for (int64_t step = 0; step < length; ++step) {
         const int64_t t = walk.time(d, step, length);
-        const Vector x = load_vector(p.x.data, walk.offset(p.x, t, b), s.I, s.dtype);
+        const Vector x = operand(load_vector(p.x.data, walk.offset(p.x, t, b), s.I, p.x.dtype), pairs);
         Vector from_x = w.b_ih, from_h = w.b_hh;
         w.w_ih.add_product(x, &from_x);
         w.w_hh.add_product(operand(h, pairs), &from_h);
@@ -218,13 +243,14 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
               const double n = std::tanh(from_x[2 * H + j] + r * hidden);
               raw[j] = (1 - z) * n + z * h[j];
               saved[j] = r, saved[H + j] = z, saved[2 * H + j] = n, saved[3 * H + j] = hidden;
+              saved[4 * H + j] = raw[j];
               break;
             }
             case CellKind::rnn_tanh:
-              raw[j] = std::tanh(a[j]);
+              raw[j] = saved[j] = std::tanh(a[j]);
               break;
             case CellKind::rnn_relu:
-              raw[j] = a[j] > 0 || std::isnan(a[j]) ? a[j] : 0.0;
+              raw[j] = saved[j] = a[j] > 0 || std::isnan(a[j]) ? a[j] : 0.0;
               break;
           }
         }
@@ -234,16 +260,17 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
         } else {
           h = raw;
         }
-        store_vector(p.saved, (d * s.rows + walk.row(t, b)) * S * H, saved, compute);
-        if (p.y.data) store_vector(p.y.data, walk.offset(p.y, t, b) + d * O, h, s.dtype);
+        if (s.P) saved.insert(saved.end(), h.begin(), h.end());
+        store_vector(p.saved, (d * s.rows + walk.row(t, b)) * s.record(), saved, compute);
+        if (p.y.data) store_vector(p.y.data, walk.offset(p.y, t, b) + d * O, h, p.y.dtype);
       }
-      store_vector(p.h_n, state * O, h, s.dtype);
-      if (s.cell == CellKind::lstm) store_vector(p.c_n, state * H, c, s.dtype);
+      store_vector(p.h_n.data, state * O, h, p.h_n.dtype);
+      if (s.cell == CellKind::lstm) store_vector(p.c_n.data, state * H, c, p.c_n.dtype);
     }
   }
   if (!p.y.data) return;
   walk.padding([&](int64_t t, int64_t b) {
-    store_vector(p.y.data, walk.offset(p.y, t, b), Vector(static_cast<size_t>(s.D * O), 0.0), s.dtype);
+    store_vector(p.y.data, walk.offset(p.y, t, b), Vector(static_cast<size_t>(s.D * O), 0.0), p.y.dtype);
   });
 }
 
@@ -290,7 +317,7 @@ inline StepGrads cell_step_backward(const LayerShape& s, const Vector& saved, co
         g.input[j] = dh[j] * (1 - y[j] * y[j]);
         break;
       case CellKind::rnn_relu:
-        g.input[j] = y[j] > 0 ? dh[j] : 0.0;
+        g.input[j] = y[j] <= 0 ? 0.0 : dh[j];
         break;
     }
   }
@@ -304,7 +331,7 @@ inline StepGrads cell_step_backward(const LayerShape& s, const Vector& saved, co
 
 inline void backward(const BackwardParams& p, bool pairs = false) {
   const LayerShape& s = p.shape;
-  const int64_t H = s.H, O = s.outputs(), S = saved_slots(s.cell), GH = gate_count(s.cell) * H;
+  const int64_t H = s.H, O = s.outputs(), GH = gate_count(s.cell) * H;
   const int64_t slots = gate_grad_slots(s.cell);
   const bool lstm = s.cell == CellKind::lstm;
   const Walk walk{s, p.batch_sizes, p.lengths};
@@ -312,29 +339,30 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
   Matrix dx(s.rows, s.I);
 
   for (int d = 0; d < s.D; ++d) {
-    const Weights w(p.weights[d], s);
+    const Weights w(p.weights[d], s, pairs);
     Matrix dw_ih(GH, s.I), dw_hh(GH, O), dw_hr(s.P, H), db_ih(GH, 1), db_hh(GH, 1);
     const Vector one(1, 1.0);
     for (int64_t b = 0; b < s.B; ++b) {
       const int64_t state = d * s.B + b, length = walk.length(b);
-      Vector dh = load_vector(p.dh_n, state * O, O, s.dtype);
-      Vector dc = load_vector(lstm ? p.dc_n : nullptr, state * H, H, s.dtype);
+      Vector dh = load_vector(p.dh_n.data, state * O, O, p.dh_n.dtype);
+      Vector dc = load_vector(lstm ? p.dc_n.data : nullptr, state * H, H, p.dc_n.dtype);
       for (int64_t step = length - 1; step >= 0; --step) {
         const int64_t t = walk.time(d, step, length), row = walk.row(t, b);
         const int64_t before = step > 0 ? walk.time(d, step - 1, length) : -1;
-        const int64_t record = (d * s.rows + row) * S * H;
-        const Vector x = load_vector(p.x.data, walk.offset(p.x, t, b), s.I, s.dtype);
-        const Vector y = load_vector(p.y.data, walk.offset(p.y, t, b) + d * O, O, s.dtype);
-        const Vector saved = load_vector(p.saved, record, S * H, compute);
-        const Vector h_prev = step > 0 ? load_vector(p.y.data, walk.offset(p.y, before, b) + d * O, O, s.dtype)
-                                       : load_vector(p.h0, state * O, O, s.dtype);
+        const auto record = [&](int64_t at) {
+          return load_vector(p.saved, (d * s.rows + walk.row(at, b)) * s.record(), s.record(), compute);
+        };
+        const Vector x = operand(load_vector(p.x.data, walk.offset(p.x, t, b), s.I, p.x.dtype), pairs);
+        const Vector saved = record(t), y = saved_h(s, saved);
+        const Vector past = step > 0 ? record(before) : Vector();
+        const Vector h_prev = step > 0 ? saved_h(s, past) : load_vector(p.h0.data, state * O, O, p.h0.dtype);
         Vector c_prev;
         if (lstm) {
-          c_prev = step > 0 ? load_vector(p.saved, ((d * s.rows + walk.row(before, b)) * S + 4) * H, H, compute)
-                            : load_vector(p.c0, state * H, H, s.dtype);
+          c_prev = step > 0 ? Vector(past.begin() + 4 * H, past.begin() + 5 * H)
+                            : load_vector(p.c0.data, state * H, H, p.c0.dtype);
         }
 
-        if (p.dy.data) add(load_vector(p.dy.data, walk.offset(p.dy, t, b) + d * O, O, s.dtype), &dh);
+        if (p.dy.data) add(load_vector(p.dy.data, walk.offset(p.dy, t, b) + d * O, O, p.dy.dtype), &dh);
         Vector d_raw = dh;
         if (s.P) {
           store_vector(p.proj_grads, (d * s.rows + row) * s.P, dh, compute);
@@ -352,7 +380,7 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
         w.w_ih.add_transposed_product(input, &dx_row);
         for (int64_t i = 0; i < s.I; ++i) dx.values[row * s.I + i] += dx_row[i];
         dw_ih.add_outer(input, x);
-        dw_hh.add_outer(hidden, h_prev);
+        dw_hh.add_outer(hidden, operand(h_prev, pairs));
         db_ih.add_outer(g.input, one);
         db_hh.add_outer(g.hidden, one);
 
@@ -365,14 +393,15 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
           if (!s.P) add(g.h_prev, &dh);
         }
       }
-      store_vector(p.dh0, state * O, dh, s.dtype);
-      if (lstm) store_vector(p.dc0, state * H, dc, s.dtype);
+      store_vector(p.dh0.data, state * O, dh, p.dh0.dtype);
+      if (lstm) store_vector(p.dc0.data, state * H, dc, p.dc0.dtype);
     }
-    store_vector(p.grads[d].w_ih, 0, dw_ih.values, s.dtype);
-    store_vector(p.grads[d].w_hh, 0, dw_hh.values, s.dtype);
-    store_vector(p.grads[d].b_ih, 0, db_ih.values, s.dtype);
-    store_vector(p.grads[d].b_hh, 0, db_hh.values, s.dtype);
-    store_vector(p.grads[d].w_hr, 0, dw_hr.values, s.dtype);
+    const DType of_weights = p.weights[d].dtype;
+    store_vector(p.grads[d].w_ih, 0, dw_ih.values, of_weights);
+    store_vector(p.grads[d].w_hh, 0, dw_hh.values, of_weights);
+    store_vector(p.grads[d].b_ih, 0, db_ih.values, of_weights);
+    store_vector(p.grads[d].b_hh, 0, db_hh.values, of_weights);
+    store_vector(p.grads[d].w_hr, 0, dw_hr.values, of_weights);
     walk.padding([&](int64_t t, int64_t b) {
       const int64_t row = d * s.rows + walk.row(t, b);
       store_vector(p.gate_grads, row * slots * H, Vector(static_cast<size_t>(slots * H), 0.0), compute);
@@ -384,7 +413,7 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
     const int64_t length = p.batch_sizes ? walk.length(b) : s.T;
     for (int64_t t = 0; t < length; ++t) {
       const auto first = dx.values.begin() + walk.row(t, b) * s.I;
-      store_vector(p.dx.data, walk.offset(p.dx, t, b), Vector(first, first + s.I), s.dtype);
+      store_vector(p.dx.data, walk.offset(p.dx, t, b), Vector(first, first + s.I), p.dx.dtype);
     }
   }
 }
