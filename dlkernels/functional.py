@@ -204,7 +204,7 @@ def _layers(
         if layer == 0 and batch is not None:
             _checks.state_sizes(h0, c0, num_layers * directions, batch, outputs, hidden)
     if (lengths is not None or batch_sizes is not None) and x.is_cpu and _readable() and not route(x).native:
-        _checks.values_for_reference(x, batch_sizes, lengths, steps)
+        batch_sizes, lengths = _checks.values_for_reference(x, batch_sizes, lengths, steps)
 
     cfg = SequenceConfig(
         mode, bool(bidirectional), bool(batch_first), steps_between_cuts, torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,5 @@
 // A cell is a sequence of one step in one direction, without the wrapping: [B, I] in, [B, H] out.
+#include "../rnn_layout.h"
 #include "rnn_boundary.h"
 
 namespace dlk {
@@ -13,11 +14,10 @@ struct CellCall {
   Inputs inputs;
 
   bool has_work() const { return shape.B > 0 && shape.H > 0; }
-  const void* state(const OptionalTensor& tensor, const char* what) {
-    if (!tensor) return nullptr;
-    check_tensor(tensor, what, dtype, {shape.B, shape.H});
-    return inputs.contiguous(tensor);
+  void check_state(const OptionalTensor& tensor, const char* what) const {
+    if (tensor) check_tensor(tensor, what, dtype, {shape.B, shape.H});
   }
+  const void* state(const OptionalTensor& tensor) { return tensor ? inputs.contiguous(tensor) : nullptr; }
 };
 
 void read_cell(CellKind cell, const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, const Tensor& w_ih,
@@ -29,7 +29,7 @@ void read_cell(CellKind cell, const Tensor& x, const OptionalTensor& h, const Op
   DLK_CHECK(x.dim() == 2, "x must have shape [B, input_size], got ", shape_text(x));
   DLK_CHECK(w_hh.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(w_hh));
   DLK_CHECK(!b_ih == !b_hh, "b_ih and b_hh must both be given or both be None");
-  DLK_CHECK(cell == CellKind::lstm || !c, "c must be None: ", mode_name(cell), " has no cell state");
+  check_cell_state(cell, c, "c");
   shape.T = shape.D = 1;
   shape.B = shape.rows = x.size(0);
   shape.I = x.size(1);
@@ -37,16 +37,25 @@ void read_cell(CellKind cell, const Tensor& x, const OptionalTensor& h, const Op
   const int64_t gates = gate_count(cell);
   check_tensor(w_ih, "w_ih", call->dtype, {gates * shape.H, shape.I});
   check_tensor(w_hh, "w_hh", call->dtype, {gates * shape.H, shape.H});
-  call->weights.w_ih = call->inputs.contiguous(w_ih);
-  call->weights.w_hh = call->inputs.contiguous(w_hh);
   if (b_ih) {
     check_tensor(b_ih, "b_ih", call->dtype, {gates * shape.H});
     check_tensor(b_hh, "b_hh", call->dtype, {gates * shape.H});
+  }
+  call->check_state(h, "h");
+  call->check_state(c, "c");
+}
+
+// After the last check, so that nothing is copied for a call that is refused.
+void take_arguments(const OptionalTensor& h, const OptionalTensor& c, const Tensor& w_ih, const Tensor& w_hh,
+                    const OptionalTensor& b_ih, const OptionalTensor& b_hh, CellCall* call) {
+  call->weights.w_ih = call->inputs.contiguous(w_ih);
+  call->weights.w_hh = call->inputs.contiguous(w_hh);
+  if (b_ih) {
     call->weights.b_ih = call->inputs.contiguous(b_ih);
     call->weights.b_hh = call->inputs.contiguous(b_hh);
   }
-  call->h = call->state(h, "h");
-  call->c = call->state(c, "c");
+  call->h = call->state(h);
+  call->c = call->state(c);
 }
 
 // [B, F] as a [1, B, F].
@@ -65,6 +74,7 @@ TensorList cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h,
   read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, &call);
   const LayerShape& shape = call.shape;
 
+  take_arguments(h, c, w_ih, w_hh, b_ih, b_hh, &call);
   ForwardParams params{};
   params.shape = shape;
   params.x = one_step(x, &call.inputs);
@@ -99,27 +109,25 @@ TensorList cell_backward(CellKind cell, const OptionalTensor& dh, const Optional
                          bool gate_grads) {
   CellCall call;
   read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, &call);
-  DLK_CHECK(cell == CellKind::lstm || !dc, "dc must be None: ", mode_name(cell), " has no cell state");
+  check_cell_state(cell, dc, "dc");
   const LayerShape& shape = call.shape;
   const int32_t compute = torch_dtype(compute_type(shape.dtype));
+  check_tensor(h_new, "h_new", call.dtype, {shape.B, shape.H});
+  if (saved_slots(cell) > 0) check_tensor(saved, "saved", compute, {shape.B, saved_slots(cell), shape.H});
+  call.check_state(dh, "dh");
+  call.check_state(dc, "dc");
 
+  take_arguments(h, c, w_ih, w_hh, b_ih, b_hh, &call);
   BackwardParams params{};
   params.shape = shape;
   params.x = one_step(x, &call.inputs);
   params.h0 = call.h;
   params.c0 = call.c;
   params.weights[0] = call.weights;
-  check_tensor(h_new, "h_new", call.dtype, {shape.B, shape.H});
   params.y = one_step(h_new, &call.inputs);
-  if (saved_slots(cell) > 0) {
-    check_tensor(saved, "saved", compute, {shape.B, saved_slots(cell), shape.H});
-    params.saved = call.inputs.contiguous(saved);
-  }
-  if (dh) {
-    check_tensor(dh, "dh", call.dtype, {shape.B, shape.H});
-    params.dy = one_step(dh, &call.inputs);
-  }
-  params.dc_n = call.state(dc, "dc");
+  if (saved_slots(cell) > 0) params.saved = call.inputs.contiguous(saved);
+  if (dh) params.dy = one_step(dh, &call.inputs);
+  params.dc_n = call.state(dc);
   params.deterministic = deterministic;
 
   const int64_t gate_rows = gate_count(cell) * shape.H;

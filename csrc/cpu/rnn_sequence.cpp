@@ -1,3 +1,4 @@
+#include "../rnn_layout.h"
 #include "isa/dispatch.h"
 #include "rnn_boundary.h"
 
@@ -8,13 +9,12 @@ namespace {
 struct Sequence {
   LayerShape shape{};
   DirectionWeights weights[2]{};
-  const int64_t* batch_sizes = nullptr;
-  const int64_t* lengths = nullptr;
-  int32_t dtype = 0;  // torch's number for shape.dtype
+  std::vector<int64_t> batch_sizes, lengths;  // the call's own, empty where not given
+  int32_t dtype = 0;                          // torch's number for shape.dtype
   int t_dim = 0, b_dim = 1;
   Inputs inputs;
 
-  bool is_packed() const { return batch_sizes != nullptr; }
+  bool is_packed() const { return !batch_sizes.empty(); }
 
   // [T, B, features] or [B, T, features] or [rows, features], as x.
   Tensor empty_rows(int64_t features) const {
@@ -45,7 +45,7 @@ struct Sequence {
       sizes[dim++] = shape.B;
     }
     for (int64_t size : record) sizes[dim++] = size;
-    return empty(sizes, dim, type);
+    return empty(sizes, dim, type, cpu_device(), "what the backward needs");
   }
 
   RowTensor<const void*> rows(const Tensor& tensor) { return inputs.rows(tensor, t_dim, is_packed() ? -1 : b_dim); }
@@ -56,113 +56,47 @@ struct Sequence {
   }
 };
 
-// How many tensors of `weights` belong to a direction; fills I, H, P and checks every shape.
-void read_weights(const TensorList& weights, int64_t features, Sequence* call) {
-  LayerShape& shape = call->shape;
-  const size_t count = weights.size() / static_cast<size_t>(shape.D);
-  DLK_CHECK(weights.size() % static_cast<size_t>(shape.D) == 0 && count >= 2 && count <= 5, "weights must hold ",
-            shape.D == 2 ? "two directions of " : "", "w_ih, w_hh[, b_ih, b_hh][, w_hr], got ", weights.size(),
-            " tensors");
-  const bool bias = count >= 4, projected = count % 2 == 1;
-  DLK_CHECK(!projected || shape.cell == CellKind::lstm, "weights: only lstm has projections, ", mode_name(shape.cell),
-            " takes 2 or 4 tensors per direction, got ", count);
+// Checks the weights and fills I, H and P; take_weights then makes them contiguous.
+void check_weights(const TensorList& weights, int64_t features, Sequence* call) {
+  call->shape.I = features;
+  dlk::check_weights(weights, call->dtype, nullptr, &call->shape);
+}
 
-  const int64_t gates = gate_count(shape.cell);
-  DLK_CHECK(weights[1].dim() == 2 && weights[1].size(0) % gates == 0, "w_hh must have shape [", gates,
-            " * hidden_size, ...], got ", shape_text(weights[1]));
-  shape.I = features;
-  shape.H = weights[1].size(0) / gates;
-  DLK_CHECK(shape.H > 0, "hidden_size must be positive, got weights of shape ", shape_text(weights[1]));
-  if (projected) {
-    const Tensor& w_hr = weights[count - 1];
-    DLK_CHECK(w_hr.dim() == 2 && w_hr.size(0) > 0, "w_hr must have shape [proj_size, hidden_size], got ",
-              shape_text(w_hr));
-    shape.P = w_hr.size(0);
-  }
-  for (int d = 0; d < shape.D; ++d) {
+void take_weights(const TensorList& weights, Sequence* call) {
+  const size_t count = weights.size() / static_cast<size_t>(call->shape.D);
+  const bool bias = count >= 4, projected = count % 2 == 1;
+  for (int d = 0; d < call->shape.D; ++d) {
     const Tensor* w = &weights[static_cast<size_t>(d) * count];
-    check_tensor(w[0], "w_ih", call->dtype, {gates * shape.H, shape.I});
-    check_tensor(w[1], "w_hh", call->dtype, {gates * shape.H, shape.outputs()});
     DirectionWeights& into = call->weights[d];
     into.w_ih = call->inputs.contiguous(w[0]);
     into.w_hh = call->inputs.contiguous(w[1]);
     if (bias) {
-      check_tensor(w[2], "b_ih", call->dtype, {gates * shape.H});
-      check_tensor(w[3], "b_hh", call->dtype, {gates * shape.H});
       into.b_ih = call->inputs.contiguous(w[2]);
       into.b_hh = call->inputs.contiguous(w[3]);
     }
-    if (projected) {
-      check_tensor(w[count - 1], "w_hr", call->dtype, {shape.P, shape.H});
-      into.w_hr = call->inputs.contiguous(w[count - 1]);
-    }
+    if (projected) into.w_hr = call->inputs.contiguous(w[count - 1]);
   }
-}
-
-const int64_t* read_integers(const Tensor& tensor, const char* what, Inputs* inputs) {
-  DLK_CHECK(tensor.dim() == 1, what, " must be one-dimensional, got shape ", shape_text(tensor));
-  check_tensor(tensor, what, aoti_torch_dtype_int64(), {tensor.numel()});
-  return static_cast<const int64_t*>(inputs->contiguous(tensor));
-}
-
-void read_batch_sizes(const OptionalTensor& batch_sizes, const Tensor& x, Sequence* call) {
-  DLK_CHECK(x.dim() == 2, "x must be packed data of shape [rows, input_size] with batch_sizes, got ", shape_text(x));
-  const int64_t* sizes = read_integers(batch_sizes, "batch_sizes", &call->inputs);
-  LayerShape& shape = call->shape;
-  shape.T = batch_sizes.numel();
-  shape.rows = x.size(0);
-  DLK_CHECK(shape.T > 0, "batch_sizes must not be empty");
-  shape.B = sizes[0];
-  int64_t rows = 0;
-  for (int64_t t = 0; t < shape.T; ++t) {
-    DLK_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : shape.rows),
-              "batch_sizes must be positive and must not increase, got ", sizes[t], " at step ", t,
-              t ? concat(" after ", sizes[t - 1]) : concat(" for ", shape.rows, " rows"));
-    rows += sizes[t];
-  }
-  DLK_CHECK(rows == shape.rows, "batch_sizes must sum to the rows of x, got ", rows, " and ", shape.rows);
-  call->batch_sizes = sizes;
-}
-
-void read_padded(const OptionalTensor& lengths, const Tensor& x, bool batch_first, Sequence* call) {
-  DLK_CHECK(x.dim() == 3, "x must have shape ", batch_first ? "[B, T, input_size]" : "[T, B, input_size]", ", got ",
-            shape_text(x));
-  LayerShape& shape = call->shape;
-  call->t_dim = batch_first ? 1 : 0;
-  call->b_dim = batch_first ? 0 : 1;
-  shape.T = x.size(call->t_dim);
-  shape.B = x.size(call->b_dim);
-  shape.rows = shape.T * shape.B;
-  DLK_CHECK(shape.T > 0, "x must have at least one time step, got shape ", shape_text(x));
-  if (!lengths) return;
-  const int64_t* values = read_integers(lengths, "lengths", &call->inputs);
-  DLK_CHECK(lengths.numel() == shape.B, "lengths must have shape [", shape.B, "], got ", shape_text(lengths));
-  for (int64_t b = 0; b < shape.B; ++b) {
-    DLK_CHECK_VALUE(values[b] >= 0 && values[b] <= shape.T, "lengths must lie in 0..T (T=", shape.T, "), got ",
-                    values[b], " at position ", b);
-  }
-  call->lengths = values;
 }
 
 void read_sequence(CellKind cell, const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
                    const OptionalTensor& lengths, bool bidirectional, bool batch_first, Sequence* call) {
-  call->shape.cell = cell;
-  call->shape.dtype = check_float(x, "x");
-  call->shape.D = bidirectional ? 2 : 1;
+  LayerShape& shape = call->shape;
+  shape.cell = cell;
+  shape.dtype = check_float(x, "x");
+  shape.D = bidirectional ? 2 : 1;
   call->dtype = x.dtype();
-  DLK_CHECK(!(batch_sizes && lengths), "lengths are for padded x, batch_sizes for packed x: give one of them");
-  if (batch_sizes) {
-    read_batch_sizes(batch_sizes, x, call);
-  } else {
-    read_padded(lengths, x, batch_first, call);
-  }
-  read_weights(weights, x.size(x.dim() - 1), call);
+  call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, nullptr, &shape);
+  if (!batch_sizes && batch_first) std::swap(call->t_dim, call->b_dim);
+  check_weights(weights, x.size(x.dim() - 1), call);
+  if (lengths) call->lengths = read_lengths(lengths, shape.T);
 }
 
-const void* read_state(const OptionalTensor& state, const char* what, int64_t size, Sequence* call) {
-  if (!state) return nullptr;
-  check_tensor(state, what, call->dtype, {call->shape.D, call->shape.B, size});
-  return call->inputs.contiguous(state);
+void check_state(const OptionalTensor& state, const char* what, int64_t size, const Sequence& call) {
+  if (state) check_tensor(state, what, call.dtype, {call.shape.D, call.shape.B, size});
+}
+
+const void* take_state(const OptionalTensor& state, Sequence* call) {
+  return state ? call->inputs.contiguous(state) : nullptr;
 }
 
 const void* read_packed(const Tensor& packed, Isa isa, Sequence* call) {
@@ -175,9 +109,7 @@ const void* read_packed(const Tensor& packed, Isa isa, Sequence* call) {
   return data;
 }
 
-void check_cell_state(CellKind cell, const OptionalTensor& c, const char* what) {
-  DLK_CHECK(cell == CellKind::lstm || !c, what, " must be None: ", mode_name(cell), " has no cell state");
-}
+const int64_t* values_or_null(const std::vector<int64_t>& values) { return values.empty() ? nullptr : values.data(); }
 
 void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
 
@@ -191,18 +123,21 @@ SequenceOutputs sequence_forward(CellKind cell, const Tensor& x, const OptionalT
   read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
   check_cell_state(cell, c0, "c0");
   const LayerShape& shape = call.shape;
+  check_state(h0, "h0", shape.outputs(), call);
+  check_state(c0, "c0", shape.H, call);
   const Runtime runtime = current_runtime();
 
   ForwardParams params{};
   params.shape = shape;
   params.x = call.rows(x);
-  params.h0 = read_state(h0, "h0", shape.outputs(), &call);
-  params.c0 = read_state(c0, "c0", shape.H, &call);
+  params.h0 = take_state(h0, &call);
+  params.c0 = take_state(c0, &call);
+  take_weights(weights, &call);
   params.weights[0] = call.weights[0];
   params.weights[1] = call.weights[1];
   if (packed) params.packed = read_packed(packed, runtime.isa, &call);
-  params.batch_sizes = call.batch_sizes;
-  params.lengths = call.lengths;
+  params.batch_sizes = values_or_null(call.batch_sizes);
+  params.lengths = values_or_null(call.lengths);
   params.deterministic = deterministic;
 
   const bool lstm = cell == CellKind::lstm;
@@ -235,18 +170,12 @@ TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const Opti
   DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
   const LayerShape& shape = call.shape;
   const bool lstm = cell == CellKind::lstm;
-
-  BackwardParams params{};
-  params.shape = shape;
-  params.x = call.rows(x);
-  params.h0 = read_state(h0, "h0", shape.outputs(), &call);
-  params.c0 = read_state(c0, "c0", shape.H, &call);
-  params.weights[0] = call.weights[0];
-  params.weights[1] = call.weights[1];
-  params.batch_sizes = call.batch_sizes;
-  params.lengths = call.lengths;
+  check_state(h0, "h0", shape.outputs(), call);
+  check_state(c0, "c0", shape.H, call);
+  check_state(dh_n, "dh_n", shape.outputs(), call);
+  check_state(dc_n, "dc_n", shape.H, call);
   call.check_rows(y, "y", shape.D * shape.outputs());
-  params.y = call.rows(y);
+  if (dy) call.check_rows(dy, "dy", shape.D * shape.outputs());
   if (saved_slots(cell) > 0) {
     const int32_t type = torch_dtype(compute_type(shape.dtype));
     if (call.is_packed()) {
@@ -254,14 +183,23 @@ TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const Opti
     } else {
       check_tensor(saved, "saved", type, {shape.D, shape.T, shape.B, saved_slots(cell), shape.H});
     }
-    params.saved = call.inputs.contiguous(saved);
   }
-  if (dy) {
-    call.check_rows(dy, "dy", shape.D * shape.outputs());
-    params.dy = call.rows(dy);
-  }
-  params.dh_n = read_state(dh_n, "dh_n", shape.outputs(), &call);
-  params.dc_n = read_state(dc_n, "dc_n", shape.H, &call);
+
+  BackwardParams params{};
+  params.shape = shape;
+  params.x = call.rows(x);
+  params.h0 = take_state(h0, &call);
+  params.c0 = take_state(c0, &call);
+  take_weights(weights, &call);
+  params.weights[0] = call.weights[0];
+  params.weights[1] = call.weights[1];
+  params.batch_sizes = values_or_null(call.batch_sizes);
+  params.lengths = values_or_null(call.lengths);
+  params.y = call.rows(y);
+  if (saved_slots(cell) > 0) params.saved = call.inputs.contiguous(saved);
+  if (dy) params.dy = call.rows(dy);
+  params.dh_n = take_state(dh_n, &call);
+  params.dc_n = take_state(dc_n, &call);
   params.bptt_steps = bptt_steps;
   params.deterministic = deterministic;
 
@@ -308,10 +246,12 @@ Tensor pack_weights(const std::string& mode, const TensorList& weights, bool bid
   call.shape.dtype = check_float(weights[0], "w_ih");
   call.shape.D = bidirectional ? 2 : 1;
   call.dtype = weights[0].dtype();
-  read_weights(weights, weights[0].size(1), &call);
+  check_weights(weights, weights[0].size(1), &call);
+  take_weights(weights, &call);
   const Isa isa = current_isa();
   const int64_t bytes = static_cast<int64_t>(rnn_packed_bytes(call.shape, isa));
   Tensor packed = empty({bytes}, aoti_torch_dtype_uint8());
+  fill_with_zeros(packed);  // the kernels leave gaps between panels, and callers save the buffer
   rnn_pack(call.shape, call.weights, isa, packed.data());
   return packed;
 }
