@@ -191,10 +191,10 @@ def values_for_reference(
     themselves. For eager calls: it reads them. What is checked is what the call goes on with, whoever writes to the
     caller's tensors meanwhile."""
     if sizes is not None:
-        rows = x.shape[0]
-        if sizes.shape[0] > rows:
+        rows, count = x.shape[0], sizes.shape[0]
+        if count > rows:
             raise RuntimeError(
-                f"batch_sizes must be positive and must sum to the rows of x, got {sizes.shape[0]} steps for {rows} rows"
+                f"batch_sizes must be positive and must sum to the rows of x, got {count} steps for {rows} rows"
             )
         sizes = sizes.clone()
         values = sizes.tolist()

@@ -1,5 +1,5 @@
-"""Calls whose index tensors another thread writes to meanwhile: `python changing_tensors.py NAME SECONDS`. Every call is
-to end with a result or an exception; the last line printed counts both."""
+"""Calls whose index tensors another thread writes to meanwhile: `python changing_tensors.py NAME SECONDS`. Every call
+is to end with a result or an exception; the last line printed counts both."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ def refused_by_torch(call: Callable[[], object], words: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_result_of_a_layer(name: str) -> None:
-    x = wide(2**22, 2**20, 4)
+    x = wide(2, 2**41, 4)
     refused_by_torch(lambda: getattr(torch.nn, name)(**LAYERS[name])(x), NO_MEMORY)
     text = error(lambda: getattr(dlkernels.nn, name)(**LAYERS[name])(x))
-    found = re.match(NO_MEMORY + r" for a result of shape \[4194304, 1048576, 8\]$", text)
+    found = re.match(NO_MEMORY + r" for a result of shape \[2, 2199023255552, 8\]$", text)
     assert found and int(found[1]) == 2**42 * 8 * 4, text
 
 
@@ -87,15 +87,15 @@ def test_copy_of_an_argument() -> None:
 
 @pytest.mark.parametrize("name", [*LAYERS, "LSTMCell", "GRUCell", "RNNCell"])
 def test_more_bytes_than_64_bits_count(name: str) -> None:
-    x = wide(2**60, 1) if name.endswith("Cell") else wide(2**30, 2**30, 1)
-    refused_by_torch(lambda: getattr(torch.nn, name)(1, 64)(x), "overflow")
+    x = wide(2**60, 1) if name.endswith("Cell") else wide(2, 2**59, 1)
+    refused_by_torch(lambda: getattr(torch.nn, name)(1, 64)(x), "overflow|" + NO_MEMORY)
     assert re.match(r"Storage size calculation overflowed: the bytes of a result of shape \[.*, 64\] exceed 64 bits$",
                     error(lambda: getattr(dlkernels.nn, name)(1, 64)(x)))  # fmt: skip
 
 
 def test_more_bytes_than_64_bits_count_in_attention() -> None:
-    q, k, v = wide(1, 1, 2**30, 1), wide(1, 1, 1, 1), torch.zeros(1).expand(1, 1, 1, 2**40)
-    assert "the bytes of a result of shape [1, 1, 1073741824, 1099511627776] exceed" in error(
+    q, k, v = wide(1, 1, 2**58, 1), wide(1, 1, 1, 1), wide(1, 1, 1, 64)
+    assert "the bytes of a result of shape [1, 1, 288230376151711744, 64] exceed" in error(
         lambda: functional.attention(q, k, v)
     )
 
@@ -137,7 +137,7 @@ def test_sizes_of_attention_are_checked_before_anything_is_copied() -> None:
     for cu_q, cu_k in ((cu, huge), (huge, cu)):
         with pytest.raises(RuntimeError, match="cu_seqlens_k must have shape"):
             op("attention")(q, q, q, None, None, None, cu_q, cu_k, *rest)
-    for cu_q, cu_k in ((cu, huge), (huge, cu), (cu.long(), huge.long()), (huge.long(), cu.long())):
+    for cu_q, cu_k in ((cu, huge), (huge, cu), (cu.long(), integers()), (integers(), cu.long())):
         with pytest.raises(RuntimeError, match="cu_seqlens_k: expected shape"):
             functional.attention(q, q, q, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
 
