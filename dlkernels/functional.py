@@ -7,8 +7,8 @@ outputs and states are returned in that dtype and gradients arrive in the dtypes
 
 Sizes in this module: T steps, B sequences, I input features, H hidden units, D directions, L layers, P projected units,
 O = P with a projection and H without. Errors have the types that torch.nn raises for the same mistake: RuntimeError for
-sizes, devices and a T of 0, ValueError for the rank and dtype of the input and for values out of range, TypeError for
-arguments of a wrong type.
+sizes, devices, bad batch_sizes and a T of 0, ValueError for the rank and dtype of the input and for values out of range
+(those of lengths are clamped on CUDA, where nothing waits to read them), TypeError for arguments of a wrong type.
 """
 
 from __future__ import annotations
