@@ -41,7 +41,7 @@ def arguments(**changes: Any) -> tuple[Any, ...]:
         ({"x": torch.zeros(5, 3)}, "x must"),
         ({"h0": torch.zeros(1, 4, 2)}, "h0 must have shape"),
         ({"c0": torch.zeros(1, 5, 2, dtype=torch.bfloat16)}, "c0 must be float32"),
-        ({"weights": [torch.zeros(8, 3), torch.zeros(8, 2), torch.zeros(8)]}, "weights must hold"),
+        ({"weights": [torch.zeros(8, 3), torch.zeros(8, 2), torch.zeros(8)]}, "w_hr must have shape"),
         ({"bidirectional": True}, "weights must hold|w_ih|w_hh"),
         ({"lengths": torch.zeros(4, dtype=torch.int64)}, "lengths must"),
         ({"x": torch.zeros(4, 3), "batch_sizes": torch.tensor([1, 3])}, "batch_sizes must be positive"),
