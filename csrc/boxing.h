@@ -2,7 +2,9 @@
 // the handles of tensor.h (and without the leak of `str` arguments in torch's conversion).
 #pragma once
 
+#include <new>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -56,21 +58,21 @@ struct Crossing<std::vector<Tensor>> {
     const auto list = torch::stable::detail::to<StableListHandle>(value);
     std::vector<Tensor> tensors;
     size_t size = 0;
-    TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    DLK_TORCH(torch_list_size, list, &size);
     tensors.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      DLK_TORCH(torch_list_get_item, list, i, &item);
       tensors.push_back(Crossing<Tensor>::take(item));
     }
-    TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    DLK_TORCH(torch_delete_list, list);
     return tensors;
   }
   static StableIValue give(std::vector<Tensor> tensors) {
     StableListHandle list = nullptr;
-    TORCH_ERROR_CODE_CHECK(torch_new_list_reserve_size(tensors.size(), &list));
+    DLK_TORCH(torch_new_list_reserve_size, tensors.size(), &list);
     for (Tensor& tensor : tensors) {
-      TORCH_ERROR_CODE_CHECK(torch_list_push_back(list, Crossing<Tensor>::give(std::move(tensor))));
+      DLK_TORCH(torch_list_push_back, list, Crossing<Tensor>::give(std::move(tensor)));
     }
     return torch::stable::detail::from(list);
   }
@@ -82,10 +84,10 @@ struct Crossing<std::string> {
     const auto handle = torch::stable::detail::to<StringHandle>(value);
     const char* text = nullptr;
     size_t length = 0;
-    TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-    TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+    DLK_TORCH(torch_string_c_str, handle, &text);
+    DLK_TORCH(torch_string_length, handle, &length);
     std::string copy(text, length);
-    TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+    DLK_TORCH(torch_delete_string, handle);
     return copy;
   }
 };
@@ -109,10 +111,19 @@ struct Boxed<function> {
     const NoGrad guard;
     // Braces, so that the values are taken in order.
     const std::tuple<std::decay_t<Args>...> args = take(stack, std::index_sequence_for<Args...>());
-    give_results(stack, std::apply(function, args));
+    try {
+      give_results(stack, std::apply(function, args));
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(kNoMemory);
+    } catch (const std::length_error&) {
+      throw std::runtime_error(kNoMemory);
+    }
   }
 
  private:
+  // Of the standard library's containers; tensors and working memory name their bytes.
+  static constexpr const char* kNoMemory = "DefaultCPUAllocator: can't allocate memory for the tables of this call";
+
   template <size_t... I>
   static std::tuple<std::decay_t<Args>...> take(StableIValue* stack, std::index_sequence<I...>) {
     return std::tuple<std::decay_t<Args>...>{Crossing<std::decay_t<Args>>::take(stack[I])...};

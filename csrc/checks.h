@@ -6,6 +6,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "tensor.h"
 
@@ -50,56 +51,38 @@ inline std::string dtype_text(int32_t dtype) {
   return concat("another type (number ", dtype, ")");
 }
 
-// `what` names the argument in messages, e.g. "h0".
-inline void check_tensor(const Tensor& tensor, const char* what, int32_t dtype, std::initializer_list<int64_t> shape,
-                         const Device* device = nullptr) {
-  if (device) {
-    DLK_CHECK(tensor.device() == *device, what, " must be on the device of x");
-  } else {
-    DLK_CHECK(tensor.on_cpu(), what, " must be on the CPU like x");
-  }
+inline void check_kind(const Tensor& tensor, const char* what, int32_t dtype, const Device* device) {
+  DLK_CHECK(device ? tensor.device() == *device : tensor.on_cpu(), what, " must be on the device of x");
   const int32_t found = tensor.dtype();
   DLK_CHECK(found == dtype, what, " must be ", dtype_text(dtype), ", got ", dtype_text(found));
+}
+
+// `what` names the argument in messages, e.g. "h0"; `device` is null for the CPU.
+inline void check_tensor(const Tensor& tensor, const char* what, int32_t dtype, std::initializer_list<int64_t> shape,
+                         const Device* device = nullptr) {
+  check_kind(tensor, what, dtype, device);
   const int64_t dim = static_cast<int64_t>(shape.size());
   DLK_CHECK(tensor.dim() == dim && std::equal(shape.begin(), shape.end(), tensor.sizes()), what, " must have shape ",
             shape_text(shape.begin(), dim), ", got ", shape_text(tensor));
 }
 
-// The dtypes of a call's tensors. Without a product dtype (rnn_ops.h) all are of the first one's.
-class Dtypes {
- public:
-  Dtypes() = default;
-  Dtypes(DType of_x, int64_t product) : of_x_(of_x), mixed_(product >= 0) {
-    DLK_CHECK(product >= -1 && product <= static_cast<int64_t>(DType::f16), "product_dtype: unknown number ", product);
-    product_ = mixed_ ? static_cast<DType>(product) : of_x;
-    DLK_CHECK(!mixed_ || (of_x != DType::f64 && product_ != DType::f64),
-              "product_dtype: expected -1 with float64, got ", product);
-  }
+// One dimension of any size.
+inline void check_vector(const Tensor& tensor, const char* what, int32_t dtype, const Device* device = nullptr) {
+  DLK_CHECK(tensor.dim() == 1, what, " must be one-dimensional, got shape ", shape_text(tensor));
+  check_kind(tensor, what, dtype, device);
+}
 
-  DType product() const { return product_; }
-  // That of an output: a number of DType, or -1 for x's.
-  DType output(int64_t number, const char* what) const {
-    if (number == -1) return of_x_;
-    DLK_CHECK(mixed_ && number >= 0 && number <= static_cast<int64_t>(DType::f16) && number != int64_t(DType::f64),
-              what, ": expected -1, or with product_dtype 0, 2 or 3, got ", number);
-    return static_cast<DType>(number);
+// The elements of a vector on the CPU. Each is read once: what is checked is what is used, whoever writes meanwhile.
+template <class T>
+std::vector<T> copy_values(const Tensor& tensor) {
+  std::vector<T> values(static_cast<size_t>(tensor.numel()));
+  const T* from = static_cast<const T*>(tensor.data());
+  const int64_t stride = tensor.strides()[0];
+  for (size_t i = 0; i < values.size(); ++i) {
+    values[i] = __atomic_load_n(from + static_cast<int64_t>(i) * stride, __ATOMIC_RELAXED);
   }
-  // That of an argument of this shape, which is checked.
-  DType check(const Tensor& tensor, const char* what, std::initializer_list<int64_t> shape,
-              const Device* device = nullptr) const {
-    DType found = of_x_;
-    if (mixed_) {
-      for (DType dtype : {DType::f32, DType::bf16, DType::f16})
-        if (tensor.dtype() == torch_dtype(dtype)) found = dtype;
-    }
-    check_tensor(tensor, what, torch_dtype(found), shape, device);
-    return found;
-  }
-
- private:
-  DType of_x_ = DType::f32, product_ = DType::f32;
-  bool mixed_ = false;
-};
+  return values;
+}
 
 inline DType check_float(const Tensor& tensor, const char* what) {
   DLK_CHECK(tensor.on_cpu(), what, " must be on the CPU");

@@ -6,13 +6,32 @@
 
 #include <cstring>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "cpu/huge_pages.h"
+#include "cpu/memory.h"
 #include "cpu/runtime_flags.h"
 #include "kernel_params.h"
 
+// torch's words for the error that the last function of the shim caught; from 2.13 on, absent before.
+extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
+
 namespace dlk {
+
+[[noreturn]] inline void throw_torch_error(const char* function) {
+  const char* said =
+      torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() : nullptr;
+  throw std::runtime_error(said && *said ? std::string(said) : std::string(function) + " failed in torch");
+}
+
+// Calls a function of torch's shim; a RuntimeError in Python if it fails. torch's macro would name the file of the
+// build.
+#define DLK_TORCH(function, ...)                                         \
+  do {                                                                   \
+    if (function(__VA_ARGS__) != 0) ::dlk::throw_torch_error(#function); \
+  } while (false)
 
 struct Device {
   int32_t type, index;
@@ -60,7 +79,7 @@ class Tensor {
   template <class T>
   T read(AOTITorchError (*get)(AtenTensorHandle, T*)) const {
     T value{};
-    TORCH_ERROR_CODE_CHECK(get(handle_, &value));
+    if (get(handle_, &value) != 0) throw_torch_error("reading a tensor");
     return value;
   }
 
@@ -82,37 +101,61 @@ inline int32_t torch_dtype(DType dtype) {
 
 inline DType compute_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-// Uninitialised; the strides leave no gaps.
+// "<what> of shape [2, 3]".
+inline std::string shaped(const char* what, const int64_t* sizes, int64_t dim) {
+  std::string text = std::string(what) + " of shape [";
+  for (int64_t d = 0; d < dim; ++d) text += (d ? ", " : "") + std::to_string(sizes[d]);
+  return text + "]";
+}
+
+inline size_t byte_count(const int64_t* sizes, int64_t dim, int32_t dtype, const char* what) {
+  size_t bytes = aoti_torch_dtype_element_size(dtype);
+  bool empty = false, overflow = false;
+  for (int64_t d = 0; d < dim; ++d) {
+    empty |= sizes[d] == 0;
+    overflow |= __builtin_mul_overflow(bytes, static_cast<size_t>(sizes[d]), &bytes);
+  }
+  if (empty) return 0;
+  if (overflow || bytes > static_cast<size_t>(INT64_MAX)) throw_too_large(shaped(what, sizes, dim));
+  return bytes;
+}
+
+// Uninitialised; the strides leave no gaps. `what` is for the message where there is no memory.
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype,
-                            const Device& device = cpu_device()) {
+                            const Device& device = cpu_device(), const char* what = "a result") {
+  const size_t size = byte_count(sizes, dim, dtype, what);
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle));
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device.type, device.index, &handle) != 0) {
+    if (device == cpu_device()) throw_out_of_memory(size, shaped(what, sizes, dim));
+    throw_torch_error("aoti_torch_empty_strided");
+  }
   Tensor tensor(handle);
   if (!tensor.on_cpu()) return tensor;
-  const size_t size = tensor.byte_count();
   want_huge_pages(tensor.data(), size);
   if (poison() && size > 0) std::memset(tensor.data(), 0xff, size);
   return tensor;
 }
 
 // ... and contiguous.
-inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Device& device = cpu_device()) {
+inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Device& device = cpu_device(),
+                    const char* what = "a result") {
   constexpr int64_t kMaxDim = 8;
   int64_t strides[kMaxDim];
   int64_t numel = 1;
   for (int64_t d = dim; d-- > 0;) {
     strides[d] = numel;
-    numel *= sizes[d];
+    // empty_strided refuses what overflows here.
+    if (__builtin_mul_overflow(numel, sizes[d], &numel)) numel = 0;
   }
-  return empty_strided(sizes, strides, dim, dtype, device);
+  return empty_strided(sizes, strides, dim, dtype, device, what);
 }
 
 inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   return empty(sizes.begin(), static_cast<int64_t>(sizes.size()), dtype);
 }
 
-inline Tensor empty_like(const Tensor& other) {
-  return empty(other.sizes(), other.dim(), other.dtype(), other.device());
+inline Tensor empty_like(const Tensor& other, const char* what = "a result") {
+  return empty(other.sizes(), other.dim(), other.dtype(), other.device(), what);
 }
 
 // Stands for an output that is not wanted or does not exist.
@@ -121,8 +164,8 @@ inline Tensor absent(int32_t dtype) { return empty({0}, dtype); }
 inline void fill_with_zeros(const Tensor& tensor) { std::memset(tensor.data(), 0, tensor.byte_count()); }
 
 inline Tensor contiguous_copy(const Tensor& tensor) {
-  Tensor copy = empty_like(tensor);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), tensor.get(), 0));
+  Tensor copy = empty_like(tensor, "the contiguous copy of an argument");
+  DLK_TORCH(aoti_torch_copy_, copy.get(), tensor.get(), 0);
   return copy;
 }
 

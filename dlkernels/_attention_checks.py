@@ -209,10 +209,13 @@ def _int32(value: Tensor, device: torch.device) -> Tensor:
     return value.to(device, torch.int32)
 
 
-def cu_values(name: str, value: Tensor, rows: int, longest: int) -> None:
-    """What the operators check themselves. For eager calls: it reads the values."""
+def cu_values(name: str, value: Tensor, rows: int, longest: int) -> Tensor:
+    """A copy of `value` with what the operators check themselves. For eager calls: it reads the values. What is checked
+    is what the call goes on with, whoever writes to the caller's tensor meanwhile."""
+    value = value.clone()
     lengths = value[1:] - value[:-1]
     if int(value[0]) != 0 or bool((lengths < 0).any()) or int(value[-1]) > rows:
         raise ValueError(f"{name}: expected values from 0 to at most {rows} that never fall, got {value.tolist()}")
     if longest and lengths.numel() and int(lengths.max()) > longest:
         raise ValueError(f"{name}: expected sequences of at most {longest} rows (max_seqlen), got {lengths.tolist()}")
+    return value

@@ -190,15 +190,33 @@ def lengths(value: Any, batch: int, device: torch.device) -> Tensor:
     return value.to(device, torch.int64)
 
 
-def values_for_reference(x: Tensor, sizes: Tensor | None, lengths: Tensor | None, steps: int) -> None:
-    """The values of batch_sizes and lengths, which the operators check themselves. For eager calls: it reads them."""
+def values_for_reference(
+    x: Tensor, sizes: Tensor | None, lengths: Tensor | None, steps: int
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Copies of batch_sizes and lengths with their values checked, in the words of the operators, which check them
+    themselves. For eager calls: it reads them. What is checked is what the call goes on with, whoever writes to the
+    caller's tensors meanwhile."""
     if sizes is not None:
-        if bool((sizes <= 0).any()) or bool((sizes[1:] > sizes[:-1]).any()):
-            raise RuntimeError(f"batch_sizes must be positive and must not increase, got {sizes.tolist()}")
-        if int(sizes.sum()) != x.shape[0]:
-            raise RuntimeError(f"batch_sizes must sum to the rows of x, got {int(sizes.sum())} and {x.shape[0]}")
-    if lengths is not None and lengths.numel() and (int(lengths.min()) < 0 or int(lengths.max()) > steps):
-        raise ValueError(f"lengths must lie in 0..T (T={steps}), got {lengths.tolist()}")
+        rows, count = x.shape[0], sizes.shape[0]
+        if count > rows:
+            raise RuntimeError(
+                f"batch_sizes must be positive and must sum to the rows of x, got {count} steps for {rows} rows"
+            )
+        sizes = sizes.clone()
+        values = sizes.tolist()
+        for t, value in enumerate(values):
+            before = values[t - 1] if t else rows
+            if not 0 < value <= before:
+                end = f"after {before}" if t else f"for {rows} rows"
+                raise RuntimeError(f"batch_sizes must be positive and must not increase, got {value} at step {t} {end}")
+        if sum(values) != rows:
+            raise RuntimeError(f"batch_sizes must sum to the rows of x, got {sum(values)} and {rows}")
+    if lengths is not None:
+        lengths = lengths.clone()
+        for b, value in enumerate(lengths.tolist()):
+            if not 0 <= value <= steps:
+                raise ValueError(f"lengths must lie in 0..T (T={steps}), got {value} at position {b}")
+    return sizes, lengths
 
 
 def cell(name: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, gates: int) -> None:

@@ -135,7 +135,7 @@ def checked(
         if attn_mask is not None:
             raise ValueError(f"attn_mask: expected None with cu_seqlens, got {type(attn_mask).__name__}")
         cu_q, cu_k = checks.cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
-        cfg = _with_lengths(cfg, q, k, cu_q, cu_k)
+        cfg, cu_q, cu_k = _with_lengths(cfg, q, k, cu_q, cu_k)
     else:
         checks.no_lengths(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         if attn_mask is not None:
@@ -148,21 +148,31 @@ def checked(
     return Call(cfg, q, k, v, mask, alibi_slopes, sinks, cu_q, cu_k)
 
 
-def _with_lengths(cfg: AttentionConfig, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor) -> AttentionConfig:
-    """What the CPU operators find out themselves: whether the values of cu_seqlens are right, and the longest ones."""
+def _with_lengths(
+    cfg: AttentionConfig, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor
+) -> tuple[AttentionConfig, Tensor, Tensor]:  # fmt: skip
+    """What the CPU operators find out themselves: whether the values of cu_seqlens are right, and the longest ones.
+    Where values are read, the copies that they were read from are returned for the call."""
     readable = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     if q.is_cpu:
         if readable and not attention_route(q, k, k).native:
-            checks.cu_values("cu_seqlens_q", cu_q, q.shape[0], cfg.max_seqlen_q)
-            checks.cu_values("cu_seqlens_k", cu_k, k.shape[0], cfg.max_seqlen_k)
-        return cfg
-    given = ((cfg.max_seqlen_q, cu_q, q), (cfg.max_seqlen_k, cu_k, k))
+            cu_q = checks.cu_values("cu_seqlens_q", cu_q, q.shape[0], cfg.max_seqlen_q)
+            cu_k = checks.cu_values("cu_seqlens_k", cu_k, k.shape[0], cfg.max_seqlen_k)
+        return cfg, cu_q, cu_k
     if not readable or q.device.type == "meta":
-        longest = (length or rows.shape[0] for length, _, rows in given)
-    else:
-        longest = (length or (int(cu.diff().max()) if cu.shape[0] > 1 else 0) for length, cu, _ in given)
-    max_seqlen_q, max_seqlen_k = longest
-    return cfg._replace(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        longest = [cfg.max_seqlen_q or q.shape[0], cfg.max_seqlen_k or k.shape[0]]
+        return cfg._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1]), cu_q, cu_k
+    if not cfg.max_seqlen_q:
+        cu_q = cu_q.clone()
+        cfg = cfg._replace(max_seqlen_q=_longest(cu_q))
+    if not cfg.max_seqlen_k:
+        cu_k = cu_k.clone()
+        cfg = cfg._replace(max_seqlen_k=_longest(cu_k))
+    return cfg, cu_q, cu_k
+
+
+def _longest(cu: Tensor) -> int:
+    return int(cu.diff().max()) if cu.shape[0] > 1 else 0
 
 
 def unexpanded(mask: Tensor) -> Tensor:

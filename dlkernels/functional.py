@@ -8,8 +8,8 @@ state promote (docs/differences.md). Gradients arrive in the dtypes that came in
 
 Sizes in this module: T steps, B sequences, I input features, H hidden units, D directions, L layers, P projected units,
 O = P with a projection and H without. Errors have the types that torch.nn raises for the same mistake: RuntimeError for
-sizes, devices and a T of 0, ValueError for the rank and dtype of the input and for values out of range, TypeError for
-arguments of a wrong type.
+sizes, devices, bad batch_sizes and a T of 0, ValueError for the rank and dtype of the input and for values out of range
+(those of lengths are clamped on CUDA, where nothing waits to read them), TypeError for arguments of a wrong type.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _layers(
         if layer == 0 and batch is not None:
             _checks.state_sizes(h0, c0, num_layers * directions, batch, outputs, hidden)
     if (lengths is not None or batch_sizes is not None) and x.is_cpu and _readable() and not route(x).native:
-        _checks.values_for_reference(x, batch_sizes, lengths, steps)
+        batch_sizes, lengths = _checks.values_for_reference(x, batch_sizes, lengths, steps)
 
     cfg = SequenceConfig(
         mode, bool(bidirectional), bool(batch_first), steps_between_cuts, torch.are_deterministic_algorithms_enabled(),

@@ -24,6 +24,7 @@ from helpers import (
 )
 
 import dlkernels.nn
+from dlkernels import _native, ops
 
 
 def case_for(mode: str, **more) -> Case:
@@ -273,3 +274,16 @@ def test_prepack_says_what_it_cannot_do() -> None:
     with pytest.raises(RuntimeError, match="prepack"):
         layer.prepack()
     assert dlkernels.nn.GRU(3, 4).unpack() is not None, "unpack without prepack is no error"
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
+def test_padding_is_not_left_to_chance(mode: str, dtype: torch.dtype) -> None:
+    rows = {"lstm": 4, "gru": 3, "rnn_tanh": 1}[mode] * 5
+    weights = [torch.randn(shape).to(dtype) for shape in ((rows, 3), (rows, 5), (rows,), (rows,))]
+    buffers = []
+    for poison in (True, False):
+        _native.native.set_poison(poison)
+        buffers.append(ops.pack(mode, weights, False))
+    assert torch.equal(*buffers)

@@ -64,10 +64,12 @@ std::vector<Tensor> attention_gradients(const Tensor& grad_o, const OptionalTens
   AttentionBackwardParams params{};
   call.check_heads(grad_o, "do", s.H, s.M, s.Dv);
   call.check_heads(o, "o", s.H, s.M, s.Dv);
+  call.check_lse(lse, "lse");
+  if (grad_lse) call.check_lse(grad_lse, "dlse");
   params.grad_o = call.inputs.heads(grad_o);
   params.o = call.inputs.heads(o);
-  params.lse = call.read_lse(lse, "lse");
-  if (grad_lse) params.grad_lse = call.read_lse(grad_lse, "dlse");
+  params.lse = call.read_lse(lse);
+  if (grad_lse) params.grad_lse = call.read_lse(grad_lse);
   params.in = call.in;
 
   std::vector<Tensor> grads;

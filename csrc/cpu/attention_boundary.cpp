@@ -10,15 +10,11 @@ namespace {
 thread_local AttentionShape last_called{};
 thread_local bool has_called = false;
 
-// int32 [B + 1], from 0 to at most `rows`, not falling.
-const int32_t* read_cu_seqlens(const OptionalTensor& tensor, const char* what, int64_t rows, int64_t max_seqlen,
-                               Inputs* inputs) {
-  DLK_CHECK(tensor.dim() == 1 && tensor.numel() > 0, what, " must have shape [B + 1], got ", shape_text(tensor));
-  DLK_CHECK(tensor.on_cpu(), what, " must be on the CPU like q");
-  DLK_CHECK(tensor.dtype() == aoti_torch_dtype_int32(), what, " must be int32, got ", dtype_text(tensor.dtype()));
-  const int32_t* values = static_cast<const int32_t*>(inputs->contiguous(tensor));
+// A copy of int32 [B + 1], from 0 to at most `rows`, not falling.
+std::vector<int32_t> read_cu_seqlens(const OptionalTensor& tensor, const char* what, int64_t rows, int64_t max_seqlen) {
+  std::vector<int32_t> values = copy_values<int32_t>(tensor);
   DLK_CHECK_VALUE(values[0] == 0, what, " must begin with 0, got ", values[0]);
-  for (int64_t b = 1; b < tensor.numel(); ++b) {
+  for (size_t b = 1; b < values.size(); ++b) {
     DLK_CHECK_VALUE(values[b] >= values[b - 1] && values[b] <= rows, what, " must not fall and must not exceed the ",
                     rows, " rows that there are, got ", values[b], " after ", values[b - 1]);
     DLK_CHECK_VALUE(max_seqlen == 0 || values[b] - values[b - 1] <= max_seqlen, what, " has a sequence of ",
@@ -77,14 +73,19 @@ void from_doubles(const std::vector<double>& values, DType dtype, void* out) {
   }
 }
 
-AttentionCall::AttentionCall(const AttentionArguments& arguments) {
-  read_sizes(arguments);
-  read_sequences(arguments);
-  if (arguments.mask) read_mask(arguments.mask);
-  read_rules(arguments);
+AttentionCall::AttentionCall(const AttentionArguments& a) {
+  check_sizes(a);
+  if (a.cu_seqlens_q) check_sequences(a);
+  if (a.mask) read_mask(a.mask);
+  read_rules(a);
+  // From here on tensors are copied.
+  if (a.cu_seqlens_q) read_sequences(a);
+  in.q = inputs.heads(a.q);
+  in.k = inputs.heads(a.k);
+  if (a.v) in.v = inputs.heads(*a.v);
 }
 
-void AttentionCall::read_sizes(const AttentionArguments& a) {
+void AttentionCall::check_sizes(const AttentionArguments& a) {
   const bool packed = static_cast<bool>(a.cu_seqlens_q);
   DLK_CHECK(packed == static_cast<bool>(a.cu_seqlens_k),
             "cu_seqlens_q and cu_seqlens_k must be given together or not at all");
@@ -106,24 +107,28 @@ void AttentionCall::read_sizes(const AttentionArguments& a) {
   check_heads(a.k, "k", s.Hkv, s.N, s.D);
   DLK_CHECK(s.Hkv ? s.H % s.Hkv == 0 : s.H == 0, "the ", s.H, " heads of q must be a multiple of the ", s.Hkv,
             " heads of k");
-  in.q = inputs.heads(a.q);
-  in.k = inputs.heads(a.k);
+  DLK_CHECK_VALUE(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0,
+                  "max_seqlen_q and max_seqlen_k must not be negative, got ", a.max_seqlen_q, " and ", a.max_seqlen_k);
   if (!a.v) return;
   DLK_CHECK(a.v->dim() == dim, "v must have shape ", layout, ", got ", shape_text(*a.v));
   s.Dv = a.v->size(dim - 1);
   check_heads(*a.v, "v", s.Hkv, s.N, s.Dv);
-  in.v = inputs.heads(*a.v);
+}
+
+void AttentionCall::check_sequences(const AttentionArguments& a) const {
+  DLK_CHECK(!a.mask, "mask must be None with cu_seqlens");
+  check_vector(a.cu_seqlens_q, "cu_seqlens_q", aoti_torch_dtype_int32());
+  check_vector(a.cu_seqlens_k, "cu_seqlens_k", aoti_torch_dtype_int32());
+  DLK_CHECK(a.cu_seqlens_q.numel() > 0, "cu_seqlens_q must have shape [B + 1], got ", shape_text(a.cu_seqlens_q));
+  DLK_CHECK(a.cu_seqlens_k.numel() == in.shape.B + 1, "cu_seqlens_k must have shape [", in.shape.B + 1,
+            "] like cu_seqlens_q, got ", shape_text(a.cu_seqlens_k));
 }
 
 void AttentionCall::read_sequences(const AttentionArguments& a) {
-  DLK_CHECK_VALUE(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0,
-                  "max_seqlen_q and max_seqlen_k must not be negative, got ", a.max_seqlen_q, " and ", a.max_seqlen_k);
-  if (!a.cu_seqlens_q) return;
-  DLK_CHECK(!a.mask, "mask must be None with cu_seqlens");
-  in.cu_q = read_cu_seqlens(a.cu_seqlens_q, "cu_seqlens_q", in.shape.M, a.max_seqlen_q, &inputs);
-  in.cu_k = read_cu_seqlens(a.cu_seqlens_k, "cu_seqlens_k", in.shape.N, a.max_seqlen_k, &inputs);
-  DLK_CHECK(a.cu_seqlens_k.numel() == in.shape.B + 1, "cu_seqlens_k must have shape [", in.shape.B + 1,
-            "] like cu_seqlens_q, got ", shape_text(a.cu_seqlens_k));
+  cu_q_ = read_cu_seqlens(a.cu_seqlens_q, "cu_seqlens_q", in.shape.M, a.max_seqlen_q);
+  cu_k_ = read_cu_seqlens(a.cu_seqlens_k, "cu_seqlens_k", in.shape.N, a.max_seqlen_k);
+  in.cu_q = cu_q_.data();
+  in.cu_k = cu_k_.data();
 }
 
 void AttentionCall::read_mask(const OptionalTensor& mask) {
@@ -179,9 +184,8 @@ void AttentionCall::read_rules(const AttentionArguments& a) {
   in.dropout_p = a.dropout_p;
   if (a.dropout_p == 0) return;
   DLK_CHECK(a.rng, "rng must be given with dropout_p");
-  DLK_CHECK(a.rng.dim() == 1, "rng must have shape [2], got ", shape_text(a.rng));
   check_tensor(a.rng, "rng", aoti_torch_dtype_int64(), {2});
-  const int64_t* seed = static_cast<const int64_t*>(inputs.contiguous(a.rng));
+  const std::vector<int64_t> seed = copy_values<int64_t>(a.rng);
   in.seed = static_cast<uint64_t>(seed[0]);
   in.offset = static_cast<uint32_t>(seed[1]);
 }
@@ -200,7 +204,7 @@ Tensor AttentionCall::empty_lse() const {
 
 void AttentionCall::check_heads(const Tensor& tensor, const char* what, int64_t heads, int64_t rows,
                                 int64_t width) const {
-  // read_sizes calls this before it has read the sequences: the rank tells.
+  // check_sizes calls this before it has read the sequences: the rank tells.
   if (tensor.dim() == 3) {
     check_tensor(tensor, what, dtype, {rows, heads, width});
   } else {
@@ -208,14 +212,17 @@ void AttentionCall::check_heads(const Tensor& tensor, const char* what, int64_t 
   }
 }
 
-HeadTensor<const void*> AttentionCall::read_lse(const Tensor& tensor, const char* what) {
+void AttentionCall::check_lse(const Tensor& tensor, const char* what) const {
   const AttentionShape& s = in.shape;
   if (varlen()) {
     check_tensor(tensor, what, compute, {s.H, s.M});
   } else {
     check_tensor(tensor, what, compute, {s.B, s.H, s.M});
   }
-  return {inputs.contiguous(tensor), s.H * s.M, s.M, 1};
+}
+
+HeadTensor<const void*> AttentionCall::read_lse(const Tensor& tensor) {
+  return {inputs.contiguous(tensor), in.shape.H * in.shape.M, in.shape.M, 1};
 }
 
 HeadTensor<void*> AttentionCall::heads_of(const Tensor& output) const {

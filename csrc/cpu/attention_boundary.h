@@ -43,19 +43,21 @@ class AttentionCall {
   Tensor empty_lse() const;  // [B, H, M] or [H, M]
 
   void check_heads(const Tensor& tensor, const char* what, int64_t heads, int64_t rows, int64_t width) const;
-  // Checks and reads [B, H, M] or [H, M] of the compute type.
-  HeadTensor<const void*> read_lse(const Tensor& tensor, const char* what);
+  void check_lse(const Tensor& tensor, const char* what) const;  // [B, H, M] or [H, M] of the compute type
+  HeadTensor<const void*> read_lse(const Tensor& tensor);
 
   HeadTensor<void*> heads_of(const Tensor& output) const;
   HeadTensor<void*> lse_of(const Tensor& output) const;
 
  private:
-  void read_sizes(const AttentionArguments& arguments);
+  void check_sizes(const AttentionArguments& arguments);
+  void check_sequences(const AttentionArguments& arguments) const;
   void read_sequences(const AttentionArguments& arguments);
   void read_mask(const OptionalTensor& mask);
   void read_rules(const AttentionArguments& arguments);
 
   std::vector<double> slopes_, sinks_;
+  std::vector<int32_t> cu_q_, cu_k_;  // the call's own: another thread may write to the caller's
 };
 
 void remember_attention(const AttentionShape& shape);

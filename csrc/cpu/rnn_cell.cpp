@@ -1,4 +1,5 @@
 // A cell is a sequence of one step in one direction, without the wrapping: [B, I] in, [B, H] out.
+#include "../rnn_layout.h"
 #include "rnn_boundary.h"
 
 namespace dlk {
@@ -13,15 +14,16 @@ struct CellCall {
   Inputs inputs;
 
   bool has_work() const { return shape.B > 0 && shape.H > 0; }
-  StateTensor<const void*> state(const OptionalTensor& tensor, const char* what) {
+  void check_state(const OptionalTensor& tensor, const char* what) const {
+    if (tensor) dtypes.check(tensor, what, {shape.B, shape.H});
+  }
+  StateTensor<const void*> state(const OptionalTensor& tensor) {
     if (!tensor) return {};
-    const DType dtype = dtypes.check(tensor, what, {shape.B, shape.H});
-    return {inputs.contiguous(tensor), dtype};
+    return {inputs.contiguous(tensor), dtypes.of(tensor)};
   }
   // [B, F] as a [1, B, F].
-  RowTensor<const void*> one_step(const Tensor& tensor, const char* what, int64_t features) {
-    const DType dtype = dtypes.check(tensor, what, {shape.B, features});
-    RowTensor<const void*> rows = inputs.rows(tensor, /*t_dim=*/0, /*b_dim=*/0, dtype);
+  RowTensor<const void*> one_step(const Tensor& tensor) {
+    RowTensor<const void*> rows = inputs.rows(tensor, /*t_dim=*/0, /*b_dim=*/0, dtypes.of(tensor));
     rows.t = 0;
     return rows;
   }
@@ -37,26 +39,37 @@ void read_cell(CellKind cell, const Tensor& x, const OptionalTensor& h, const Op
   DLK_CHECK(x.dim() == 2, "x must have shape [B, input_size], got ", shape_text(x));
   DLK_CHECK(w_hh.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(w_hh));
   DLK_CHECK(!b_ih == !b_hh, "b_ih and b_hh must both be given or both be None");
-  DLK_CHECK(cell == CellKind::lstm || !c, "c must be None: ", mode_name(cell), " has no cell state");
+  check_cell_state(cell, c, "c");
   shape.T = shape.D = 1;
   shape.B = shape.rows = x.size(0);
   shape.I = x.size(1);
   shape.H = w_hh.size(1);
   const int64_t gates = gate_count(cell);
-  call->weights.dtype = call->dtypes.check(w_ih, "w_ih", {gates * shape.H, shape.I});
-  const int32_t dtype = w_ih.dtype();
+  const DType of_weights = call->dtypes.of(w_ih);
+  const int32_t dtype = torch_dtype(of_weights);
+  call->weights.dtype = of_weights;
+  check_tensor(w_ih, "w_ih", dtype, {gates * shape.H, shape.I});
   check_tensor(w_hh, "w_hh", dtype, {gates * shape.H, shape.H});
-  call->weights.w_ih = call->inputs.contiguous(w_ih);
-  call->weights.w_hh = call->inputs.contiguous(w_hh);
   if (b_ih) {
     check_tensor(b_ih, "b_ih", dtype, {gates * shape.H});
     check_tensor(b_hh, "b_hh", dtype, {gates * shape.H});
+  }
+  call->check_state(h, "h");
+  call->check_state(c, "c");
+}
+
+// After the last check, so that nothing is copied for a call that is refused.
+void take_arguments(const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, const Tensor& w_ih,
+                    const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh, CellCall* call) {
+  call->x = call->one_step(x);
+  call->weights.w_ih = call->inputs.contiguous(w_ih);
+  call->weights.w_hh = call->inputs.contiguous(w_hh);
+  if (b_ih) {
     call->weights.b_ih = call->inputs.contiguous(b_ih);
     call->weights.b_hh = call->inputs.contiguous(b_hh);
   }
-  call->x = call->one_step(x, "x", shape.I);
-  call->h = call->state(h, "h");
-  call->c = call->state(c, "c");
+  call->h = call->state(h);
+  call->c = call->state(c);
 }
 
 }  // namespace
@@ -67,7 +80,9 @@ TensorList cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h,
   CellCall call;
   read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types, &call);
   const LayerShape& shape = call.shape;
+  const DType of_h = call.dtypes.result(types.h, "h_dtype"), of_c = call.dtypes.result(types.c, "c_dtype");
 
+  take_arguments(x, h, c, w_ih, w_hh, b_ih, b_hh, &call);
   ForwardParams params{};
   params.shape = shape;
   params.x = call.x;
@@ -75,15 +90,14 @@ TensorList cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h,
   params.c0 = call.c;
   params.weights[0] = call.weights;
   params.deterministic = deterministic;
-  const DType h_dtype = call.dtypes.output(types.h, "h_dtype"), c_dtype = call.dtypes.output(types.c, "c_dtype");
 
   TensorList results;
   results.reserve(3);
-  results.push_back(empty({shape.B, shape.H}, torch_dtype(h_dtype)));
-  params.y = {results.back().data(), 0, shape.H, h_dtype};
+  results.push_back(empty({shape.B, shape.H}, torch_dtype(of_h)));
+  params.y = {results.back().data(), 0, shape.H, of_h};
   if (cell == CellKind::lstm) {
-    results.push_back(empty({shape.B, shape.H}, torch_dtype(c_dtype)));
-    params.c_n = {results.back().data(), c_dtype};
+    results.push_back(empty({shape.B, shape.H}, torch_dtype(of_c)));
+    params.c_n = {results.back().data(), of_c};
   }
   if (save) {
     results.push_back(empty({shape.B, shape.record()}, torch_dtype(compute_type(shape.dtype))));
@@ -103,36 +117,39 @@ TensorList cell_backward(CellKind cell, const OptionalTensor& dh, const Optional
                          const CallTypes& types) {
   CellCall call;
   read_cell(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types, &call);
-  DLK_CHECK(cell == CellKind::lstm || !dc, "dc must be None: ", mode_name(cell), " has no cell state");
+  check_cell_state(cell, dc, "dc");
   const LayerShape& shape = call.shape;
   const int32_t compute = torch_dtype(compute_type(shape.dtype));
+  check_tensor(saved, "saved", compute, {shape.B, shape.record()});
+  call.check_state(dh, "dh");
+  call.check_state(dc, "dc");
 
+  take_arguments(x, h, c, w_ih, w_hh, b_ih, b_hh, &call);
   BackwardParams params{};
   params.shape = shape;
   params.x = call.x;
   params.h0 = call.h;
   params.c0 = call.c;
   params.weights[0] = call.weights;
-  check_tensor(saved, "saved", compute, {shape.B, shape.record()});
   params.saved = call.inputs.contiguous(saved);
-  if (dh) params.dy = call.one_step(dh, "dh", shape.H);
-  params.dc_n = call.state(dc, "dc");
+  if (dh) params.dy = call.one_step(dh);
+  params.dc_n = call.state(dc);
   params.deterministic = deterministic;
 
   const int64_t gate_rows = gate_count(cell) * shape.H;
   const bool bias = need_weights && b_ih;
-  const DType h_dtype = h ? call.h.dtype : call.x.dtype, c_dtype = c ? call.c.dtype : call.x.dtype;
+  const DType of_x = call.x.dtype, of_h = h ? call.h.dtype : of_x, of_c = c ? call.c.dtype : of_x;
   const int32_t of_weights = w_ih.dtype();
-  Output dx = output(need_x, {shape.B, shape.I}, x.dtype());
-  Output dh0 = output(need_state, {shape.B, shape.H}, torch_dtype(h_dtype));
-  Output dc0 = output(need_state && cell == CellKind::lstm, {shape.B, shape.H}, torch_dtype(c_dtype));
+  Output dx = output(need_x, {shape.B, shape.I}, torch_dtype(of_x));
+  Output dh0 = output(need_state, {shape.B, shape.H}, torch_dtype(of_h));
+  Output dc0 = output(need_state && cell == CellKind::lstm, {shape.B, shape.H}, torch_dtype(of_c));
   Output dw_ih = output(need_weights, {gate_rows, shape.I}, of_weights);
   Output dw_hh = output(need_weights, {gate_rows, shape.H}, of_weights);
   Output db_ih = output(bias, {gate_rows}, of_weights);
   Output db_hh = output(bias, {gate_rows}, of_weights);
-  params.dx = {dx.data, 0, shape.I, call.x.dtype};
-  params.dh0 = {dh0.data, h_dtype};
-  params.dc0 = {dc0.data, c_dtype};
+  params.dx = {dx.data, 0, shape.I, of_x};
+  params.dh0 = {dh0.data, of_h};
+  params.dc0 = {dc0.data, of_c};
   params.grads[0] = {dw_ih.data, dw_hh.data, db_ih.data, db_hh.data, nullptr};
 
   TensorList grads;

@@ -10,10 +10,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <new>
 #include <utility>
 
 #include "huge_pages.h"
+#include "memory.h"
 #include "runtime_flags.h"
 
 namespace dlk {
@@ -37,7 +37,11 @@ class Scratch {
   T* take(int64_t count) {
     if (count <= 0) return nullptr;
     if (!base_) {
-      total_ += round_up(static_cast<size_t>(count) * sizeof(T));
+      size_t bytes = 0;
+      if (__builtin_mul_overflow(static_cast<size_t>(count), sizeof(T), &bytes) || bytes > kLargest - total_) {
+        throw_too_large(kWhat);
+      }
+      total_ += round_up(bytes);
       return nullptr;
     }
     T* here = reinterpret_cast<T*>(next_);
@@ -53,6 +57,8 @@ class Scratch {
   }
 
  private:
+  static constexpr const char* kWhat = "the working memory of the kernels";
+  static constexpr size_t kLargest = size_t{1} << 62;
   static constexpr size_t kAlign = 64, kKept = size_t{2} << 20, kSpare = size_t{64} << 20;
   static size_t round_up(size_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
@@ -60,7 +66,7 @@ class Scratch {
     char* memory = nullptr;
     char* reserve() {
       if (!memory) memory = static_cast<char*>(std::aligned_alloc(kAlign, kKept));
-      if (!memory) throw std::bad_alloc();
+      if (!memory) throw_out_of_memory(kKept, kWhat);
       return memory;
     }
     ~Kept() { std::free(memory); }
@@ -79,7 +85,7 @@ class Scratch {
       const size_t unit = wanted >= kHugeFrom ? kHugePage : kAlign;
       block.size = (wanted + unit - 1) / unit * unit;
       block.memory = static_cast<char*>(std::aligned_alloc(unit, block.size));
-      if (!block.memory) throw std::bad_alloc();
+      if (!block.memory) throw_out_of_memory(wanted, kWhat);
       want_huge_pages(block.memory, block.size);
       return block;
     }

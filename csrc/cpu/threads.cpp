@@ -1,10 +1,10 @@
 #include "threads.h"
 
 #include <pthread.h>
-#include <torch/csrc/stable/library.h>
 
 #include <atomic>
 
+#include "../tensor.h"
 #include "isa/dispatch.h"
 
 namespace dlk {
@@ -33,7 +33,7 @@ void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end), void
     return;
   }
   Task task{fn, ctx};
-  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, /*grain_size=*/1, run_task, &task));
+  DLK_TORCH(torch_parallel_for, 0, n, /*grain_size=*/1, run_task, &task);
 }
 
 }  // namespace
@@ -41,7 +41,7 @@ void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end), void
 int thread_count() {
   if (g_forked.load(std::memory_order_relaxed)) return 1;
   uint32_t count = 1;
-  TORCH_ERROR_CODE_CHECK(torch_get_num_threads(&count));
+  DLK_TORCH(torch_get_num_threads, &count);
   return count > 0 ? static_cast<int>(count) : 1;
 }
 

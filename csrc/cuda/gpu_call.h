@@ -13,7 +13,7 @@ namespace dlk {
 inline void* current_stream(int32_t device) {
   void* stream = nullptr;
   DLK_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA");
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  DLK_TORCH(aoti_torch_get_current_cuda_stream, device, &stream);
   return stream;
 }
 
@@ -21,7 +21,7 @@ inline void* current_stream(int32_t device) {
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& like) : device_(like.device()) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_device_guard(device_.index, &guard_));
+    DLK_TORCH(aoti_torch_create_device_guard, device_.index, &guard_);
     stream_ = current_stream(device_.index);
   }
   ~OnDevice() { aoti_torch_delete_device_guard(guard_); }
@@ -51,7 +51,7 @@ inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_
                      int64_t offset = 0) {
   const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 2, sizes, strides, offset, &handle));
+  DLK_TORCH(aoti_torch__reinterpret_tensor, tensor.get(), 2, sizes, strides, offset, &handle);
   return Tensor(handle);
 }
 inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
@@ -65,25 +65,23 @@ inline Tensor transposed(const Tensor& tensor) {
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   const auto handle = [](const Tensor& t) {
     AtenTensorHandle copy = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(t.get(), &copy));
+    DLK_TORCH(aoti_torch_new_tensor_handle, t.get(), &copy);
     return torch::stable::detail::from(copy);
   };
   StableIValue stack[4] = {handle(a), handle(b), 0, 0};
   if (a.dtype() == out.dtype()) {
     stack[2] = handle(out);
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+    DLK_TORCH(torch_call_dispatcher, "aten::mm", "out", stack, TORCH_ABI_VERSION);
   } else {
     stack[2] = torch::stable::detail::from(torch::headeronly::ScalarType::Float);
     stack[3] = handle(out);
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype_out", stack, TORCH_ABI_VERSION));
+    DLK_TORCH(torch_call_dispatcher, "aten::mm", "dtype_out", stack, TORCH_ABI_VERSION);
   }
   Tensor result(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
 }
 
-inline void copy(const Tensor& to, const Tensor& from) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(to.get(), from.get(), 1));
-}
-inline void zero(const Tensor& tensor) { TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(tensor.get())); }
+inline void copy(const Tensor& to, const Tensor& from) { DLK_TORCH(aoti_torch_copy_, to.get(), from.get(), 1); }
+inline void zero(const Tensor& tensor) { DLK_TORCH(aoti_torch_zero_, tensor.get()); }
 
 // to = from in another dtype, or zeros.
 inline void copy_or_zero(const Tensor& to, const OptionalTensor& from) { from ? copy(to, from) : zero(to); }
@@ -120,7 +118,7 @@ class Call {
   static Tensor contiguous(const Tensor& tensor) {
     if (!tensor.contiguous()) return contiguous_copy(tensor);
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor.get(), &handle));
+    DLK_TORCH(aoti_torch_new_tensor_handle, tensor.get(), &handle);
     return Tensor(handle);
   }
   static OptionalTensor contiguous_or_absent(const OptionalTensor& tensor) {

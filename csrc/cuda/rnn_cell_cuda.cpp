@@ -1,4 +1,5 @@
 // The cell operators on CUDA tensors: two products by torch, one kernel for everything else.
+#include "../rnn_layout.h"
 #include "cell.h"
 #include "gpu_ops.h"
 #include "rows.h"
@@ -14,11 +15,12 @@ struct CellCall : Call {
     DLK_CHECK(x_given.dim() == 2, "x must have shape [B, input_size], got ", shape_text(x_given));
     DLK_CHECK(w_hh_given.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(w_hh_given));
     DLK_CHECK(!b_ih_given == !b_hh_given, "b_ih and b_hh must both be given or both be None");
-    DLK_CHECK(cell == CellKind::lstm || !c_given, "c must be None: this cell has no cell state");
+    check_cell_state(cell, c_given, "c");
     shape.T = shape.D = 1;
     shape.B = shape.rows = x_given.size(0);
     shape.I = x_given.size(1);
     shape.H = w_hh_given.size(1);
+    DLK_CHECK(shape.B < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.B);
     check(w_ih_given, "w_ih", {gates(), shape.I});
     check(w_hh_given, "w_hh", {gates(), shape.H});
     check_states(h_given, "h");
@@ -102,7 +104,10 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
   call.check_states(dh_given, "dh");
   call.check_states(dc_given, "dc");
   call.check(h_new_given, "h_new", {B, H});
-  DLK_CHECK(saved_given.numel() == B * call.saved(), "saved does not fit x and the weights");
+  check_cell_state(cell, dc_given, "dc");
+  if (call.saved() > 0) {
+    check_tensor(saved_given, "saved", aoti_torch_dtype_float32(), {B, saved_slots(cell), H}, &call.on.device());
+  }
   const OptionalTensor dh = Call::contiguous_or_absent(dh_given), dc = Call::contiguous_or_absent(dc_given);
   const Tensor h_new = Call::contiguous(h_new_given), saved = Call::contiguous(saved_given);
 

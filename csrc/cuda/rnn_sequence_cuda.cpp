@@ -2,6 +2,7 @@
 // around the kernels of this folder. Arguments and results are those of the schemas in ops.cpp.
 //
 // Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
+#include "../rnn_layout.h"
 #include "gpu_ops.h"
 #include "plan_cap.h"
 #include "rows.h"
@@ -18,19 +19,22 @@ struct GpuWeights {
 struct SequenceCall : Call {
   using Call::Call;
 
+  bool is_packed() const { return !batch_sizes.empty(); }
+  const int64_t* host_sizes() const { return is_packed() ? batch_sizes.data() : nullptr; }
+
   // In x's own order: of padded input [T, B] or [B, T], of packed input the rows of its data.
   template <class Pointer>
   RowTensor<Pointer> rows(Pointer data, int64_t features) const {
-    if (batch_sizes) return {data, features, 0};
+    if (is_packed()) return {data, features, 0};
     return batch_first ? RowTensor<Pointer>{data, features, shape.T * features}
                        : RowTensor<Pointer>{data, shape.B * features, features};
   }
   Tensor empty_like_x(int64_t features) const {
-    if (batch_sizes) return on.empty({shape.rows, features}, dtype);
+    if (is_packed()) return on.empty({shape.rows, features}, dtype);
     return batch_first ? on.empty({shape.B, shape.T, features}, dtype) : on.empty({shape.T, shape.B, features}, dtype);
   }
   void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
-    if (batch_sizes) {
+    if (is_packed()) {
       check(tensor, what, {shape.rows, features});
     } else if (batch_first) {
       check(tensor, what, {shape.B, shape.T, features});
@@ -41,85 +45,63 @@ struct SequenceCall : Call {
   // Time-major records of the compute type.
   Tensor records(bool wanted, int64_t slots_of_record) const {
     if (!wanted) return on.absent(aoti_torch_dtype_float32());
-    if (batch_sizes) return on.floats({shape.D, shape.rows, slots_of_record, shape.H});
+    if (is_packed()) return on.floats({shape.D, shape.rows, slots_of_record, shape.H});
     return on.floats({shape.D, shape.T, shape.B, slots_of_record, shape.H});
+  }
+  void check_saved(const Tensor& saved) const {
+    const int64_t record = saved_slots(shape.cell);
+    if (record == 0) return;
+    const int32_t type = aoti_torch_dtype_float32();
+    if (is_packed()) {
+      check_tensor(saved, "saved", type, {shape.D, shape.rows, record, shape.H}, &on.device());
+    } else {
+      check_tensor(saved, "saved", type, {shape.D, shape.T, shape.B, record, shape.H}, &on.device());
+    }
   }
   void check_state(const OptionalTensor& state, const char* what) const {
     if (state) check(state, what, {shape.D, shape.B, shape.H});
   }
 
   GpuWeights weights[2];
-  const int64_t* batch_sizes = nullptr;  // on the host
-  Tensor offsets, lengths, x;            // x: contiguous
+  std::vector<int64_t> batch_sizes;  // the call's own, empty for padded x
+  Tensor offsets, lengths, x;        // x: contiguous
   bool has_lengths = false, batch_first = false;
 };
-
-void read_layout(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool batch_first,
-                 SequenceCall* call) {
-  LayerShape& shape = call->shape;
-  if (batch_sizes) {
-    DLK_CHECK(!lengths, "lengths are for padded x, batch_sizes for packed x: give one of them");
-    DLK_CHECK(x.dim() == 2, "x must be packed data of shape [rows, input_size] with batch_sizes, got ", shape_text(x));
-    check_tensor(batch_sizes, "batch_sizes", aoti_torch_dtype_int64(), {batch_sizes.numel()});
-    DLK_CHECK(batch_sizes.contiguous() && batch_sizes.numel() > 0, "batch_sizes must be contiguous and not empty");
-    const int64_t* sizes = static_cast<const int64_t*>(batch_sizes.data());
-    shape.T = batch_sizes.numel();
-    shape.rows = x.size(0);
-    shape.B = sizes[0];
-    int64_t rows = 0;
-    for (int64_t t = 0; t < shape.T; ++t) {
-      DLK_CHECK_VALUE(sizes[t] > 0 && sizes[t] <= sizes[t ? t - 1 : 0],
-                      "batch_sizes must be positive and must not increase, got ", sizes[t], " at step ", t);
-      rows += sizes[t];
-    }
-    DLK_CHECK_VALUE(rows == shape.rows, "batch_sizes must sum to the rows of x, got ", rows, " and ", shape.rows);
-    call->batch_sizes = sizes;
-  } else {
-    DLK_CHECK(x.dim() == 3, "x must have three dimensions, got shape ", shape_text(x));
-    call->batch_first = batch_first;
-    shape.T = x.size(batch_first ? 1 : 0);
-    shape.B = x.size(batch_first ? 0 : 1);
-    shape.rows = shape.T * shape.B;
-    DLK_CHECK(shape.T > 0, "x must have at least one time step, got shape ", shape_text(x));
-    if (lengths) {
-      check_tensor(lengths, "lengths", aoti_torch_dtype_int64(), {shape.B}, &call->on.device());
-      call->lengths = Call::contiguous(lengths);
-      call->has_lengths = true;
-    }
-  }
-  DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
-}
 
 void read_sequence(const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
                    const OptionalTensor& lengths, bool bidirectional, bool batch_first, SequenceCall* call) {
   LayerShape& shape = call->shape;
+  const Device& device = call->on.device();
   shape.D = bidirectional ? 2 : 1;
-  read_layout(x, batch_sizes, lengths, batch_first, call);
-  const size_t count = weights.size() / static_cast<size_t>(shape.D);
-  DLK_CHECK(weights.size() % static_cast<size_t>(shape.D) == 0 && (count == 2 || count == 4),
-            "on CUDA weights must hold w_ih, w_hh[, b_ih, b_hh] for each direction, got ", weights.size(), " tensors");
-  DLK_CHECK(weights[1].dim() == 2 && weights[1].size(1) > 0, "w_hh must have shape [gates * hidden_size, hidden_size]");
+  call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, &device, &shape);
+  call->batch_first = batch_first;
+  call->has_lengths = static_cast<bool>(lengths);
   shape.I = x.size(x.dim() - 1);
-  shape.H = weights[1].size(1);
+  call->weights[0].bias = call->weights[1].bias = check_weights(weights, call->dtype, &device, &shape) >= 4;
+  DLK_CHECK(shape.P == 0, "weights: there are no CUDA kernels for projections");
+  DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
+}
+
+// After the last check, so that nothing is copied for a call that is refused.
+void take_arguments(const Tensor& x, const TensorList& weights, const OptionalTensor& lengths, SequenceCall* call) {
+  const LayerShape& shape = call->shape;
+  const size_t count = weights.size() / static_cast<size_t>(shape.D);
   for (int d = 0; d < shape.D; ++d) {
     const Tensor* w = &weights[static_cast<size_t>(d) * count];
     GpuWeights& into = call->weights[d];
-    call->check(w[0], "w_ih", {call->gates(), shape.I});
-    call->check(w[1], "w_hh", {call->gates(), shape.H});
     into.w_ih = Call::contiguous(w[0]);
     into.w_hh = Call::contiguous(w[1]);
-    into.bias = count == 4;
     if (!into.bias) continue;
-    call->check(w[2], "b_ih", {call->gates()});
-    call->check(w[3], "b_hh", {call->gates()});
     into.b_ih = Call::contiguous(w[2]);
     into.b_hh = Call::contiguous(w[3]);
   }
   call->x = Call::contiguous(x);
-  if (call->batch_sizes && shape.B > 0) {
+  // Blocks that meet at barriers must see the same lengths, whoever writes to the caller's.
+  if (lengths) call->lengths = contiguous_copy(lengths);
+  if (call->is_packed() && shape.B > 0) {
     call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
     check_launch(
-        launch_offsets(call->batch_sizes, shape.T, static_cast<int*>(call->offsets.data()), call->on.stream()));
+        launch_offsets(call->batch_sizes.data(), shape.T, static_cast<int*>(call->offsets.data()), call->on.stream()));
   }
 }
 
@@ -149,7 +131,7 @@ Params common_params(const SequenceCall& call, const OptionalTensor& h0, const O
   p.T = static_cast<int>(shape.T), p.B = static_cast<int>(shape.B), p.H = static_cast<int>(shape.H), p.D = shape.D;
   p.tile = plan.tile;
   p.layout = plan.layout;
-  if (call.batch_sizes) p.offsets = static_cast<const int*>(call.offsets.data());
+  if (call.is_packed()) p.offsets = static_cast<const int*>(call.offsets.data());
   if (call.has_lengths) p.lengths = static_cast<const int64_t*>(call.lengths.data());
   for (int d = 0; d < shape.D; ++d) p.w_hh[d] = call.weights[d].w_hh.data();
   p.h0 = pointer(h0);
@@ -168,8 +150,10 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
                                      bool bidirectional, bool batch_first, bool save) {
   SequenceCall call(cell, x);
   read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+  check_cell_state(cell, c0_given, "c0");
   call.check_state(h0_given, "h0");
   call.check_state(c0_given, "c0");
+  take_arguments(x, weights, lengths, &call);
   const OptionalTensor h0 = Call::contiguous_or_absent(h0_given), c0 = Call::contiguous_or_absent(c0_given);
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm();
@@ -207,7 +191,7 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
       const Tensor gates_h = call.on.floats({shape.B, call.gates()});
       const Tensor state = call.on.floats({shape.D, shape.B, shape.H});
       if (call.saved() > 0) copy(state, lstm ? c_n : h_n);
-      const ForwardSteps steps{call.batch_sizes, static_cast<float*>(gates_h.data()),
+      const ForwardSteps steps{call.host_sizes(), static_cast<float*>(gates_h.data()),
                                static_cast<float*>(state.data())};
       const auto product = [&](int d) {
         const Tensor h = matrix(h_n, shape.B, shape.H, shape.H, 1, d * shape.B * shape.H);
@@ -248,7 +232,7 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
   CopyRows rows{};
   rows.T = static_cast<int>(shape.T), rows.B = static_cast<int>(shape.B);
   rows.item_bytes = item_bytes(shape.dtype);
-  if (call->batch_sizes) rows.offsets = static_cast<const int*>(call->offsets.data());
+  if (call->is_packed()) rows.offsets = static_cast<const int*>(call->offsets.data());
   if (call->has_lengths) rows.lengths = static_cast<const int64_t*>(call->lengths.data());
 
   Tensor inputs = matrix(call->x, shape.rows, shape.I);
@@ -294,6 +278,8 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm(), bias = call.weights[0].bias;
   const int64_t count = bias ? 4 : 2, slots = call.slots();
+  check_cell_state(cell, c0_given, "c0");
+  check_cell_state(cell, dc_n_given, "dc_n");
   DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
   call.check_state(h0_given, "h0");
   call.check_state(c0_given, "c0");
@@ -301,7 +287,8 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
   call.check_state(dc_n_given, "dc_n");
   call.check_rows(y_given, "y", shape.D * shape.H);
   if (dy_given) call.check_rows(dy_given, "dy", shape.D * shape.H);
-  DLK_CHECK(saved_given.numel() == shape.D * shape.rows * call.saved(), "saved does not fit x and the weights");
+  call.check_saved(saved_given);
+  take_arguments(x, weights, lengths, &call);
   const OptionalTensor h0 = Call::contiguous_or_absent(h0_given), c0 = Call::contiguous_or_absent(c0_given);
   const OptionalTensor dy = Call::contiguous_or_absent(dy_given), dh_n = Call::contiguous_or_absent(dh_n_given);
   const OptionalTensor dc_n = Call::contiguous_or_absent(dc_n_given);
@@ -361,7 +348,7 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
     copy_or_zero(carry, dh_n);
     copy_or_zero(dc, dc_n);
     zero(hidden);
-    const BackwardSteps steps{call.batch_sizes, hidden.data(), static_cast<float*>(product.data()),
+    const BackwardSteps steps{call.host_sizes(), hidden.data(), static_cast<float*>(product.data()),
                               static_cast<float*>(carry.data()), static_cast<float*>(dc.data())};
     const auto multiply_by_weights = [&](int d) {
       const int64_t begin = d * shape.B * call.gates();

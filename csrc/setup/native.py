@@ -219,6 +219,8 @@ def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
         "-pthread",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DDLKERNELS_BUILD_FLAGS="{" ".join(tuning)}"',
+        # Messages of torch's headers name their file: without the folders of whoever compiled.
+        *(f"-fmacro-prefix-map={path}/=" for path in (ROOT, *torch.include)),
         f"-I{ROOT / 'csrc'}",
         *(f"-isystem{path}" for path in system),
     ]

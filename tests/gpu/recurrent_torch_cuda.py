@@ -11,6 +11,7 @@ from device import CUDA_KERNELS, EMULATED, KINDS, NAMES, best_plan, no_host_sync
 from device import replayable as replayable_on_device
 from helpers import error, make_data, new_layer
 from recurrent_cases import a_case
+from recurrent_refusals import CALLS, MISTAKES, of_the_cpu, outcome
 from timing import DEVICE
 from torch import Tensor
 from turns import ON_GPU, first_shard, on_a_gpu
@@ -40,7 +41,7 @@ def arguments(**changes: Any) -> tuple[Any, ...]:
         ({"x": torch.zeros(5, 3)}, "x must"),
         ({"h0": torch.zeros(1, 4, 2)}, "h0 must have shape"),
         ({"c0": torch.zeros(1, 5, 2, dtype=torch.bfloat16)}, "c0 must be float32"),
-        ({"weights": [torch.zeros(8, 3), torch.zeros(8, 2), torch.zeros(8)]}, "weights must hold"),
+        ({"weights": [torch.zeros(8, 3), torch.zeros(8, 2), torch.zeros(8)]}, "w_hr must have shape"),
         ({"bidirectional": True}, "weights must hold|w_ih|w_hh"),
         ({"lengths": torch.zeros(4, dtype=torch.int64)}, "lengths must"),
         ({"x": torch.zeros(4, 3), "batch_sizes": torch.tensor([1, 3])}, "batch_sizes must be positive"),
@@ -59,6 +60,19 @@ def test_refusals(changes: dict[str, Any], words: str) -> None:
     moved = {name: value if name == "batch_sizes" else move(value) for name, value in changes.items()}
     with pytest.raises((RuntimeError, ValueError), match=words if CUDA_KERNELS else ""):
         torch.ops.dlkernels.lstm(*arguments(**moved))
+
+
+@first_shard
+def test_one_rule_on_both_devices() -> None:
+    cpu = of_the_cpu()
+    for operator in CALLS:
+        assert cpu[operator] == outcome(operator, DEVICE) == []
+    here = {name: outcome(name, DEVICE) for name in MISTAKES}
+    different = [f"{name}: {cpu[name]} on the CPU, {here[name]}" for name in MISTAKES if cpu[name] != here[name]]
+    assert not different, "\n".join(different)
+    assert all(here.values()), [name for name in here if not here[name]]
+    # torch.nn's type for bad batch_sizes.
+    assert {here[name][0] for name in here if "bptt_steps" not in name} == {"RuntimeError"}
 
 
 @first_shard
