@@ -27,6 +27,7 @@ from dlkernels.nn import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
+from dlkernels.nn.tools import mark_as_leaf
 
 __all__ = ["PatchEntry", "PatchReport", "patch", "patch_report", "unpatch"]
 
@@ -107,10 +108,13 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
         target = _SWAPS.get(type_before_parametrizations(module))
         if target is None or _obstacle(module):
             continue
+        assigned = _assigned_weights(module)
         for name in _CUDNN_STATE:
             module.__dict__.pop(name, None)
         _set_class(module, target)
         module.__dict__[_MARK] = True
+        if assigned is not None:
+            module._flat_weights = assigned  # type: ignore[assignment]
     report = patch_report(model)
     if report.skipped:
         skips = "; ".join(map(str, report.skipped))
@@ -126,10 +130,14 @@ def unpatch(model: M) -> M:
     for module in model.modules():
         if not module.__dict__.pop(_MARK, False):
             continue
+        assigned = _assigned_weights(module)
+        for name in ("_prepacked", "_flat"):
+            module.__dict__.pop(name, None)
         _set_class(module, _OURS[type_before_parametrizations(module)])
         if isinstance(module, torch.nn.RNNBase):
-            module.__dict__.pop("_prepacked", None)
             module._init_flat_weights()
+            if assigned is not None:
+                module._flat_weights = assigned
     return model
 
 
@@ -177,6 +185,17 @@ def _obstacle(module: Module) -> str:
     return ""
 
 
+def _assigned_weights(module: Module) -> list[Any] | None:
+    """What a program put into `_flat_weights` in place of the weights under their names, where it counts."""
+    if not isinstance(module, torch.nn.RNNBase):
+        return None
+    module._update_flat_weights()
+    named = [getattr(module, name, None) for name in module._flat_weights_names]
+    flat: list[Any] = module._flat_weights
+    same = len(flat) == len(named) and all(a is b for a, b in zip(flat, named, strict=True))
+    return None if same or is_parametrized(module) else flat
+
+
 def _set_class(module: Module, target: type[Module]) -> None:
     """`module.__class__ = target`, keeping what parametrize injected into a class of the module's own."""
     current = type(module)
@@ -184,3 +203,4 @@ def _set_class(module: Module, target: type[Module]) -> None:
         injected = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
         target = type(f"Parametrized{target.__name__}", (target,), injected)
     module.__class__ = target
+    mark_as_leaf(module)

@@ -19,9 +19,10 @@ __all__ = ["MODES", "cell_backward", "cell_forward", "eager_cell", "pack", "sequ
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 if _native.HAVE_NATIVE:
-    from dlkernels.ops import fakes
+    from dlkernels.ops import fakes, flops
 
     fakes.register(MODES)
+    flops.register_layers(MODES)
 
 
 # Fetched once: a lookup through torch.ops costs as much as a good part of a short call.
