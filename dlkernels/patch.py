@@ -52,6 +52,10 @@ _NAMES = {theirs.__name__ for theirs in _SWAPS}
 
 # Tells a patched layer from one that was built with dlkernels, which unpatch leaves alone.
 _MARK = "_dlkernels_patched"
+_NOTE = (
+    "note: tools that look a layer up by its exact type, such as torch.ao.quantization, opacus and operation counters, do "
+    "not find these layers in their tables and pass them by; call dlkernels.unpatch(model) before such a tool"
+)
 # What torch's layers keep for cuDNN and ours do without.
 _CUDNN_STATE = ("_flat_weights", "_flat_weight_refs")
 
@@ -87,10 +91,15 @@ class PatchReport:
     def skipped(self) -> list[PatchEntry]:
         return [entry for entry in self.entries if entry.state == "skipped"]
 
+    @property
+    def note(self) -> str:
+        """What holds for all layers of dlkernels in the model; empty where there is none."""
+        return _NOTE if any(entry.state in ("patched", "native") for entry in self.entries) else ""
+
     def __str__(self) -> str:
         if not self.entries:
             return "no layers that dlkernels has"
-        return "\n".join(map(str, self.entries))
+        return "\n".join([*map(str, self.entries), *([self.note] if self.note else [])])
 
 
 def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
@@ -100,6 +109,9 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
     Works in place, on the root too, unless `copy` asks for a deep copy. Layers that cannot be swapped (a subclass, a
     scripted module, an instance with its own `forward`) stay as they are, and a warning names them and the reason.
     `verbose` prints the report, which `patch_report(model)` gives at any time. Patching twice changes nothing.
+
+    Tools that look a layer up by its exact type (torch.ao.quantization, opacus, operation counters) pass patched layers
+    by, and torch.jit.script refuses them: `unpatch` the model first. docs/tools.md tells what each tool sees.
     """
     _check_module("patch", model)
     if copy:
