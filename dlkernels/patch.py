@@ -53,8 +53,8 @@ _NAMES = {theirs.__name__ for theirs in _SWAPS}
 # Tells a patched layer from one that was built with dlkernels, which unpatch leaves alone.
 _MARK = "_dlkernels_patched"
 _NOTE = (
-    "note: tools that look a layer up by its exact type, such as torch.ao.quantization, opacus and operation counters, do "
-    "not find these layers in their tables and pass them by; call dlkernels.unpatch(model) before such a tool"
+    "note: tools that look a layer up by its exact type, such as torch.ao.quantization, opacus and operation counters, "
+    "do not find these layers in their tables and pass them by; call dlkernels.unpatch(model) before such a tool"
 )
 # What torch's layers keep for cuDNN and ours do without.
 _CUDNN_STATE = ("_flat_weights", "_flat_weight_refs")

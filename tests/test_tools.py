@@ -73,14 +73,14 @@ class OneInput(nn.Module):
         super().__init__()
         self.before, self.layer, self.inputs = nn.Linear(F, F), layer, inputs
 
-    def forward(self, x):  # type: ignore[no-untyped-def]  # noqa: ANN
+    def forward(self, x):
         return self.layer(*[self.before(x)] * self.inputs)
 
 
 def flat(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
-    return [tensor for part in result for tensor in flat(part)]
+    return [tensor for part in result if part is not None for tensor in flat(part)]
 
 
 def pair(kind: Kind, how: str) -> tuple[nn.Module, nn.Module]:
@@ -167,7 +167,8 @@ def trace(module: nn.Module, inputs: list[Tensor]) -> tuple[Any, list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         traced = torch.jit.trace(module, tuple(inputs))
-    return traced, [f"{w.category.__name__}: {str(w.message).splitlines()[0]}" for w in caught]
+    texts = [f"{w.category.__name__}: {str(w.message).splitlines()[0]}" for w in caught]
+    return traced, [text for text in texts if "oneDNN" not in text]  # said once in a process
 
 
 @EVERY_KIND
@@ -262,7 +263,10 @@ def test_jit_script_says_what_to_do(kind: Kind) -> None:
             torch.jit.script(refused)
     assert model[0] is layer
     inputs = inputs_of(kind)
-    assert_same(theirs(*inputs), torch.jit.script(dlkernels.unpatch(ours))(*inputs))
+    dlkernels.unpatch(ours)
+    if isinstance(ours, nn.RNNBase):  # TorchScript knows no forward of a root with overloads
+        theirs, ours = nn.Sequential(theirs), nn.Sequential(ours)
+    assert_same(theirs(*inputs), torch.jit.script(ours)(*inputs))
 
 
 # _flat_weights: what is done to the layer, and whether a copy of it goes the same way
@@ -365,15 +369,15 @@ def test_flat_weights_are_those_of_torch(name: str, use: Callable[[Any], None]) 
             assert_same(theirs(x), ours(x))
         assert_same(theirs(x), ours(x))
     assert_same(theirs._flat_weights, ours._flat_weights)
+    expected, result = flat(theirs(x))[0], flat(ours(x))[0]
+    assert expected.requires_grad == result.requires_grad
+    if expected.requires_grad:
+        expected.sum().backward(retain_graph=True)  # a dropped weight was computed once, for several calls
+        result.sum().backward(retain_graph=True)
     for want, got in zip(theirs.parameters(), ours.parameters(), strict=True):
-        theirs.zero_grad()
-        ours.zero_grad()
-        if flat(theirs(x))[0].requires_grad:
-            flat(theirs(x))[0].sum().backward()
-            flat(ours(x))[0].sum().backward()
-            assert (want.grad is None) == (got.grad is None)
-            if want.grad is not None:
-                torch.testing.assert_close(got.grad, want.grad)
+        assert (want.grad is None) == (got.grad is None)
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -423,7 +427,7 @@ def flops(module: nn.Module, inputs: Any, output: Callable[[Any], Tensor]) -> tu
         with FlopCounterMode(display=False) as counter:
             result = output(module(*inputs))
             forward = counter.get_total_flops()
-            result.sum().backward()
+            result.sum().backward(retain_graph=True)  # a PackedSequence is not packed anew for each call
         return forward, counter.get_total_flops() - forward
     finally:
         torch._C._set_mkldnn_enabled(before)
@@ -506,8 +510,9 @@ def test_flops_of_attention_modules(name: str) -> None:
     counts = []
     for lib, backend in ((nn, torch.nn.attention.SDPBackend.MATH), (dlkernels.nn, None)):
         module = kind.make(lib)
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
-            backend or torch.nn.attention.SDPBackend.MATH
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(backend or torch.nn.attention.SDPBackend.MATH),
         ):
             result = flat(module(*inputs, **options))[0]
             forward = counter.get_total_flops()

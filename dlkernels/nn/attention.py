@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from dlkernels import functional
 from dlkernels.nn import attention_masks as masks
 from dlkernels.nn.nested import from_rows, to_rows
-from dlkernels.nn.tools import KnownLayer
+from dlkernels.nn.tools import KnownLayer, is_tracing
 
 __all__ = ["MultiheadAttention"]
 
@@ -40,7 +40,7 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As in torch.nn. The fused kernels run with `need_weights=False`; with weights, PyTorch operations compute the
         M x N probabilities, and the output from them."""
-        if torch.jit.is_tracing():  # what is recorded are torch's own operators
+        if is_tracing():  # what is recorded are torch's own operators
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from dlkernels import functional, ops
 from dlkernels._native import HAVE_NATIVE, announce_reference
-from dlkernels.nn.tools import KnownLayer
+from dlkernels.nn.tools import KnownLayer, is_tracing
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
 
@@ -247,7 +247,7 @@ class _OneState(RecurrentLayer):
         """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
         0, h_n is its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0: never).
         """
-        if torch.jit.is_tracing() and lengths is None and not bptt_steps:
+        if is_tracing() and lengths is None and not bptt_steps:
             return self._traced(input, hx)
         return self._run(input, hx, lengths, bptt_steps)
 
@@ -282,7 +282,7 @@ class RNN(_OneState):
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         return functional.rnn(input, hx, weights, nonlinearity=self.mode[4:].lower(), **options)
 
-    _traced = torch.nn.RNN.forward
+    _traced: Any = torch.nn.RNN.forward
 
 
 class GRU(_OneState):
@@ -304,7 +304,7 @@ class GRU(_OneState):
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         return functional.gru(input, hx, weights, **options)
 
-    _traced = torch.nn.GRU.forward
+    _traced: Any = torch.nn.GRU.forward
 
 
 class LSTM(RecurrentLayer):
@@ -339,14 +339,14 @@ class LSTM(RecurrentLayer):
         0, h_n and c_n are its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0:
         never).
         """
-        if torch.jit.is_tracing() and lengths is None and not bptt_steps:
+        if is_tracing() and lengths is None and not bptt_steps:
             return self._traced(input, hx)
         return self._run(input, hx, lengths, bptt_steps)
 
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         return functional.lstm(input, hx, weights, **options)
 
-    _traced = torch.nn.LSTM.forward
+    _traced: Any = torch.nn.LSTM.forward
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.nn import Module
 
-__all__ = ["KnownLayer", "mark_as_leaf"]
+__all__ = ["KnownLayer", "is_tracing", "mark_as_leaf"]
+
+# Whether torch.jit.trace runs; unlike the function behind it, this one is known to Dynamo.
+is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 # torch.fx asks an instance for __module__ and keeps whole what begins with torch.nn. Only fx is meant: Dynamo's prefix
 # is "torch.nn.", and the class keeps the true name, by which it is pickled.
@@ -70,7 +75,7 @@ class KnownLayer(Module):
         """torch.jit.script calls this before it compiles anything."""
         name = type(self).__name__
         raise RuntimeError(
-            f"torch.jit.script cannot compile dlkernels.nn.{name}. Call dlkernels.unpatch(model) first if the layer was "
-            f"patched, or build the model with torch.nn.{name}: parameters and state_dict are the same. torch.jit.trace "
-            f"takes the layer as it is."
+            f"torch.jit.script cannot compile dlkernels.nn.{name}. Call dlkernels.unpatch(model) first if the layer "
+            f"was patched, or build the model with torch.nn.{name}: parameters and state_dict are the same. "
+            f"torch.jit.trace takes the layer as it is."
         )

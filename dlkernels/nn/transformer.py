@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 
 from dlkernels.nn.attention import MultiheadAttention
 from dlkernels.nn.attention_masks import same_kind
-from dlkernels.nn.tools import KnownLayer, mark_as_leaf
+from dlkernels.nn.tools import KnownLayer, is_tracing, mark_as_leaf
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
 
@@ -46,7 +46,7 @@ class TransformerEncoderLayer(KnownLayer, torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """As in torch.nn; `is_causal` without `src_mask` is an error in inference too."""
-        if torch.jit.is_tracing():  # what is recorded are torch's own operators
+        if is_tracing():  # what is recorded are torch's own operators
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is not None and not isinstance(src_mask, Tensor):
             raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(src_mask).__name__}")
@@ -80,7 +80,7 @@ class TransformerDecoderLayer(KnownLayer, torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False, memory_is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """As in torch.nn."""
-        if torch.jit.is_tracing():
+        if is_tracing():
             return super().forward(
                 tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
                 memory_is_causal,

@@ -1,6 +1,6 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts for the operators: the matrix products that torch's own operators
-consist of, two floating-point operations for each multiply-add. Elementwise work is not counted, as it never is there,
-and padding and masked scores are."""
+"""What torch.utils.flop_counter.FlopCounterMode counts for the operators: the matrix products that torch's own consist
+of, two floating-point operations for each multiply-add. Elementwise work is not counted, as it never is there; padding
+and masked scores are."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import flop_counter
-from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 __all__ = ["register_attention", "register_layers"]
 
 Formula = Callable[..., int]
+
+sdpa_flop_count: Formula = flop_counter.sdpa_flop_count
+sdpa_backward_flop_count: Formula = flop_counter.sdpa_backward_flop_count
 
 
 def register_layers(modes: Iterable[str]) -> None:
@@ -112,9 +114,7 @@ def _backward(
     max_seqlen_k: int, **others: Any,
 ) -> int:  # fmt: skip
     shapes = _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return sum(
-        sdpa_backward_flop_count((*of_q[:3], of_v[3]), of_q, of_k, of_v) for of_q, of_k, of_v in shapes
-    )
+    return sum(sdpa_backward_flop_count((*of_q[:3], of_v[3]), of_q, of_k, of_v) for of_q, of_k, of_v in shapes)
 
 
 def _map(q: Tensor, k: Tensor, **others: Any) -> int:
@@ -138,4 +138,4 @@ def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
     """What has no values is taken to be as long as can be, as torch takes its own."""
     if isinstance(cu_seqlens, FakeTensor) or cu_seqlens.is_meta:
         return [longest] * (cu_seqlens.shape[0] - 1)
-    return cu_seqlens.diff().tolist()  # type: ignore[no-any-return]
+    return cu_seqlens.diff().tolist()
