@@ -84,7 +84,7 @@ class RecurrentLayer(KnownLayer, RNNBase):
     # its items. Here the list exists once somebody asked for it or assigned it, until a weight is replaced by name.
 
     @property
-    def _flat_weights(self) -> list[Any]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Any]:
         named = self._named_weights()
         if self._flat is None or self._flat.why_not(named):
             self.__dict__["_flat"] = FlatWeights(list(named), named)
