@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,11 +74,18 @@ def home() -> Path:
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "benchmarks" / "results"
 
 
+def folder(root: Path, host: dict[str, Any]) -> Path:
+    """<root>/<machine>, made where there is none. OSError where no file can be written to it."""
+    found = root / machine.slug(host["cpu"], host["isa"])
+    found.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=found):
+        pass
+    return found
+
+
 def write(doc: dict[str, Any], root: Path) -> Path:
     """<root>/<machine>/<date>-<suite>.json; one case a line, so that diffs read well."""
-    folder = root / machine.slug(doc["machine"]["cpu"], doc["machine"]["isa"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{doc['date'][:10]}-{doc['suite']}.json"
+    path = folder(root, doc["machine"]) / f"{doc['date'][:10]}-{doc['suite']}.json"
     lists = ("charlm", "results")
     head = json.dumps({k: v for k, v in doc.items() if k not in lists}, indent=1)
     for key in lists:

@@ -16,11 +16,18 @@ from torch.nn.functional import relu
 
 from dlkernels.nn.attention import MultiheadAttention
 from dlkernels.nn.attention_masks import same_kind
+from dlkernels.nn.tools import KnownLayer, is_tracing, mark_as_leaf
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
 
 
-class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+def _use_ours(attention: torch.nn.Module) -> None:
+    """Another class for the same object, so that initialisation draws what torch's draws."""
+    attention.__class__ = MultiheadAttention
+    mark_as_leaf(attention)
+
+
+class TransformerEncoderLayer(KnownLayer, torch.nn.TransformerEncoderLayer):
     """`torch.nn.TransformerEncoderLayer` on fused attention kernels."""
 
     def __init__(
@@ -32,14 +39,15 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype,
         )  # fmt: skip
-        # Another class for the same object, so that initialisation draws what torch's draws.
-        self.self_attn.__class__ = MultiheadAttention
+        _use_ours(self.self_attn)
 
     def forward(
         self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """As in torch.nn; `is_causal` without `src_mask` is an error in inference too."""
+        if is_tracing():  # what is recorded are torch's own operators
+            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         if src_mask is not None and not isinstance(src_mask, Tensor):
             raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(src_mask).__name__}")
         mask, padding = same_kind(src_mask, "src_mask", src_key_padding_mask, "src_key_padding_mask", src.dtype)
@@ -51,7 +59,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
 
 
-class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+class TransformerDecoderLayer(KnownLayer, torch.nn.TransformerDecoderLayer):
     """`torch.nn.TransformerDecoderLayer` on fused attention kernels."""
 
     def __init__(
@@ -63,8 +71,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device,
             dtype,
         )  # fmt: skip
-        self.self_attn.__class__ = MultiheadAttention
-        self.multihead_attn.__class__ = MultiheadAttention
+        _use_ours(self.self_attn)
+        _use_ours(self.multihead_attn)
 
     def forward(
         self, tgt: Tensor, memory: Tensor, tgt_mask: Tensor | None = None, memory_mask: Tensor | None = None,
@@ -72,6 +80,11 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False, memory_is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """As in torch.nn."""
+        if is_tracing():
+            return super().forward(
+                tgt, memory, tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal,
+                memory_is_causal,
+            )  # fmt: skip
         of_self = (tgt_mask, tgt_key_padding_mask, tgt_is_causal)
         of_memory = (memory, memory_mask, memory_key_padding_mask, memory_is_causal)
         x = tgt
