@@ -10,8 +10,19 @@ import pytest
 import torch
 from covering import Row, pairwise, row_id
 from helpers import (
-    DTYPES, MODES, Case, Data, Results, assert_bit_equal, assert_same_results, check_case, gradients, leaf,
-    make_data, new_layer, run_layer,
+    DTYPES,
+    MODES,
+    Case,
+    Data,
+    Results,
+    assert_bit_equal,
+    assert_same_results,
+    check_case,
+    gradients,
+    leaf,
+    make_data,
+    new_layer,
+    run_layer,
 )  # fmt: skip
 
 import dlkernels.nn
@@ -113,7 +124,9 @@ def test_threads_chunks_and_frozen_parts(row: Row, isa: str, threads: Callable[[
 
 @pytest.mark.parametrize("shape", ["rows", "units"])
 @pytest.mark.parametrize("mode", MODES)
-def test_these_shapes_are_split_and_cut(mode: str, shape: str, isa: str, native, threads: Callable[[int], None]) -> None:
+def test_these_shapes_are_split_and_cut(
+    mode: str, shape: str, isa: str, native, threads: Callable[[int], None]
+) -> None:
     threads(2)
     case = case_of({"mode": mode, "shape": shape, "layout": "padded", "both_ways": False, "dtype": torch.float32})
     run_layer(case, make_data(case), case.dtype, dlkernels.nn)
@@ -167,5 +180,3 @@ def test_every_row_counts_in_a_bias(mode: str, count: int, isa: str, threads: Ca
                     q = dict(theirs.named_parameters())[name]
                     (expected,) = torch.autograd.grad(expected_y, q, dy, retain_graph=True)
                     torch.testing.assert_close(grad, expected, msg=lambda m, at=(name, t, b): f"{at}: {m}")
-
-
