@@ -1,5 +1,5 @@
 """What meets in a model and seldom in a test: few rows or many x long keys in parts x windows x slopes per batch x
-masks x 16 bits x several threads. Pairs of all of these, each against float64, and bit for bit the same on one thread."""
+masks x 16 bits x several threads. Pairs of all of these, each against float64, bit for bit as on one thread."""
 
 from __future__ import annotations
 
