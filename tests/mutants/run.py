@@ -58,6 +58,7 @@ class Scratch:
 
     def __init__(self, folder: Path, timeout: int) -> None:
         self.folder, self.tree, self.timeout = folder, folder / "tree", timeout
+        self.tree.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
 
     def prepare(self) -> None:
@@ -175,9 +176,6 @@ def _first_complaint(output: str) -> str:
 
 def check_unmutated(scratch: Scratch, chosen: list[Mutant]) -> None:
     """A test that fails anyhow would kill every mutant."""
-    scratch.prepare()
-    if words := scratch.build():
-        raise SystemExit(f"the tree does not compile: {words}")
     for arguments in dict.fromkeys(a for mutant in chosen for a in mutant.tests):
         verdict, by = scratch.test(arguments, 3600)
         if verdict != SURVIVED or by:
@@ -211,7 +209,9 @@ def main() -> int:
     for number in range(options.jobs):
         copies.put(Scratch(options.scratch / str(number), options.timeout))
     for scratch in list(copies.queue):
-        scratch.folder.mkdir(parents=True, exist_ok=True)
+        scratch.prepare()
+        if words := scratch.build():
+            raise SystemExit(f"without any mutant the tree does not compile: {words}")
     if not options.unchecked:
         check_unmutated(copies.queue[0], chosen)
     outcomes: list[Outcome] = []
