@@ -131,6 +131,7 @@ def test_these_shapes_are_split_and_cut(
     case = case_of({"mode": mode, "shape": shape, "layout": "padded", "both_ways": False, "dtype": torch.float32})
     run_layer(case, make_data(case), case.dtype, dlkernels.nn)
     ran = native.last_run()
+    assert ran["members"] == 2, "or no test of several threads is one"
     assert ran["backward"] and ran["split"] == shape and 2 * ran["chunk_steps"] < case.T
     rest = case.T % ran["chunk_steps"] * case.B
     assert rest % 2 and rest % 16, "the last chunk is to end within a block of rows"

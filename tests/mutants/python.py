@@ -13,7 +13,7 @@ TEXTS = ("tests/test_error_texts.py", "tests/test_bad_input.py")
 PYTHON: tuple[Mutant, ...] = (
     # The benchmark's gate.
     Mutant("gate-finite", BENCH + "checks.py", "if not bool(tensor.isfinite().all()):",
-           "if bool(tensor.isnan().all()):", "a single NaN agrees", GATE),
+           "if bool(tensor.isnan().any()):", "infinity agrees where the reference has it", GATE),
     Mutant("gate-dtype", BENCH + "checks.py", "if value.dtype != dtype:", "if value.dtype != value.dtype:",
            "float64 results are compared as if they were float32", GATE),
     Mutant("gate-worst", BENCH + "checks.py", "if part > share:", "if part >= 0:", "only the last tensor counts", GATE),

@@ -2,7 +2,8 @@
 
     python tests/mutants/run.py [--only PATTERN ...] [--jobs N] [--list] [--full]
 
-Each job has a copy of its own, with an unoptimised build up to AVX2, where only what a mutant touches is compiled anew.
+Each job has a copy of its own. Bugs in Python meet the module of the working tree; those in C++ an unoptimised build up
+to AVX2, where only what a mutant touches is compiled anew.
 A mutant's own tests run first, then (--full: all, else as many as --budget seconds allow) the rest of the suite.
 """
 
@@ -16,6 +17,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -60,6 +62,7 @@ class Scratch:
         self.folder, self.tree, self.timeout = folder, folder / "tree", timeout
         self.tree.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
+        self.module = ""  # the working tree's, or that of this copy
 
     def prepare(self) -> None:
         """Brings the copy up to date with the working tree, file by file, so that little is compiled again."""
@@ -87,6 +90,8 @@ class Scratch:
             "CXXFLAGS": "-DDLK_OLD_ASSEMBLER", "DLKERNELS_CUDA": "0", "MAX_JOBS": os.environ.get("MAX_JOBS", "1"),
             "PYTHONDONTWRITEBYTECODE": "1",
         }  # fmt: skip
+        if self.module:
+            settings["DLKERNELS_NATIVE"] = self.module
         return {**{k: v for k, v in os.environ.items() if k != "DLKERNELS_NATIVE"}, **settings}
 
     def command(self, command: list[str], limit: float) -> tuple[int, str]:
@@ -139,6 +144,7 @@ class Scratch:
         if problem := mutant.problem(self.tree):
             return outcome(ERROR, problem)
         mutant.plant(self.tree)
+        self.module = "" if mutant.compiled else built_module()
         if mutant.compiled and (words := self.build()):
             return outcome(ERROR, f"it does not compile: {words}")
         rest = _everything_else(mutant) if full or budget > 0 else []
@@ -174,9 +180,18 @@ def _first_complaint(output: str) -> str:
     return lines[0][:160] if lines else output[-160:]
 
 
+def built_module() -> str:
+    """Of the working tree: optimised, so that no test is left out."""
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not (ROOT / "dlkernels" / name).is_file():
+        raise SystemExit(f"dlkernels/{name} is missing: make build")
+    return str(ROOT / "dlkernels" / name)
+
+
 def check_unmutated(scratch: Scratch, chosen: list[Mutant]) -> None:
     """A test that fails anyhow would kill every mutant."""
-    for arguments in dict.fromkeys(a for mutant in chosen for a in mutant.tests):
+    for compiled, arguments in dict.fromkeys((m.compiled, a) for m in chosen for a in m.tests):
+        scratch.module = "" if compiled else built_module()
         verdict, by = scratch.test(arguments, 3600)
         if verdict != SURVIVED or by:
             raise SystemExit(f"without any mutant {arguments!r} fails: {by}")
@@ -210,7 +225,7 @@ def main() -> int:
         copies.put(Scratch(options.scratch / str(number), options.timeout))
     for scratch in list(copies.queue):
         scratch.prepare()
-        if words := scratch.build():
+        if any(mutant.compiled for mutant in chosen) and (words := scratch.build()):
             raise SystemExit(f"without any mutant the tree does not compile: {words}")
     if not options.unchecked:
         check_unmutated(copies.queue[0], chosen)

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <map>
 
+#include "../../csrc/cpu/patience.h"
 #include "../../csrc/cpu/runtime_flags.h"
 #include "cases.h"
 #include "check.h"
@@ -229,6 +230,7 @@ int main(int argc, char** argv) {
   using namespace dlk;
   const int cases = argc > 1 ? std::atoi(argv[1]) : 1500;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  set_least_patience(20000);
   for (int i = 0; i < cases; ++i) {
     Random random(seed * 1000003 + static_cast<uint64_t>(i));
     const Case c = random_case(random, isas());
