@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from dlkernels import _checks
 
@@ -72,6 +73,23 @@ def causal(value: Any) -> int:
     if value not in _CAUSAL:
         raise ValueError(f"causal: expected a bool, 'top_left' or 'bottom_right', got {value!r}")
     return _CAUSAL[value]
+
+
+def is_bias(mask: Any) -> bool:
+    """Whether it is a subclass of Tensor that stands for a causal alignment and holds no values."""
+    return isinstance(mask, CausalBias)
+
+
+def bias_alignment(bias: Any, causal: Any, queries: int, keys: int) -> str:
+    """`causal` for what a CausalBias as attn_mask means."""
+    if causal is not False:
+        raise ValueError(f"causal: expected False, as attn_mask is a CausalBias, got {causal!r}")
+    if (bias.seq_len_q, bias.seq_len_kv) != (queries, keys):
+        raise RuntimeError(
+            f"attn_mask: expected a CausalBias for {queries} queries and {keys} keys, got one for {bias.seq_len_q} and "
+            f"{bias.seq_len_kv}"
+        )
+    return "top_left" if bias.variant == CausalVariant.UPPER_LEFT else "bottom_right"
 
 
 def window(value: Any) -> tuple[int, int]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
+from torch.nn.modules import module as _hooks
 
 from dlkernels.nn.attention import MultiheadAttention
-from dlkernels.nn.attention_masks import same_kind
+from dlkernels.nn.attention_masks import additive, same_kind
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
 
@@ -43,11 +44,13 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         if src_mask is not None and not isinstance(src_mask, Tensor):
             raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(src_mask).__name__}")
         mask, padding = same_kind(src_mask, "src_mask", src_key_padding_mask, "src_key_padding_mask", src.dtype)
+        if _may_look_at_masks(self):
+            mask, padding = additive(mask, src.dtype), additive(padding, src.dtype)
         x = src
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal)
+            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal=is_causal)
             return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal))
+        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal=is_causal))
         return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
 
 
@@ -82,3 +85,20 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         x = self.norm1(x + self._sa_block(x, *of_self))
         x = self.norm2(x + self._mha_block(x, *of_memory))
         return self.norm3(x + self._ff_block(x))  # type: ignore[no-any-return]
+
+
+def _may_look_at_masks(layer: TransformerEncoderLayer) -> bool:
+    """Whether code other than ours is handed the masks, which must then be additive as torch's layer makes them. A
+    boolean one is smaller, and the kernel skips what it hides."""
+    own: Any = layer.self_attn
+    return bool(
+        type(own).forward is not MultiheadAttention.forward
+        or type(own).__call__ is not MultiheadAttention.__call__
+        or type(layer)._sa_block is not torch.nn.TransformerEncoderLayer._sa_block
+        or "_sa_block" in layer.__dict__
+        or "forward" in own.__dict__
+        or own._forward_pre_hooks
+        or own._forward_hooks
+        or _hooks._global_forward_pre_hooks
+        or _hooks._global_forward_hooks
+    )
