@@ -35,8 +35,9 @@ _MOST_DRAWS = 2**16
 
 
 class _State:
-    """Of the process. `draws` has the states of the generator from which our kernels drew a dropout mask that a backward
-    may have to draw again: False until one did, then True; None if torch drew from the same state meanwhile."""
+    """Of the process. `draws` has the states of the generator from which our kernels drew a dropout mask that a
+    backward may have to draw again: False until one did, then True; None if torch drew from the same state meanwhile.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -92,10 +93,9 @@ def patch_attention() -> AttentionPatch:
     it, C++ and TorchScript, all threads, recomputation by torch.utils.checkpoint, and what is compiled inside of the
     block. It also works as a decorator. What our kernels do not serve is torch's, errors too.
 
-    Run the backward of checkpointed calls inside of the block as well. After it they raise torch's CheckpointError;
-    with `use_reentrant=True` torch recomputes what has no dropout, and what has it is recomputed by the kernel that
-    drew the mask. To that end calls go through Python for as long as the process runs, once the block has met dropout
-    without a gradient or under checkpoint; and so they do while the block is left with other threads running.
+    Run the backward of checkpointed calls inside of the block as well. After it, calls without dropout are recomputed
+    by torch, which is a CheckpointError unless `use_reentrant=True`; calls with dropout by the kernel that drew the
+    mask. A compiled graph keeps the kernels that it was compiled with. A thread that compiles enters the block itself.
     """
     if torch.compiler.is_compiling():
         return _Traced()  # type: ignore[return-value]
@@ -177,9 +177,9 @@ def _was_ours() -> bool:
         return False
     if draws[draw] is None:
         raise RuntimeError(
-            "scaled_dot_product_attention: cannot tell whether a dropout mask that is to be drawn again was drawn inside "
-            "or outside of dlkernels.patch_attention(), as calls of both kinds started from the same state of the random "
-            "number generator; run the backward of checkpointed calls inside of the block"
+            "scaled_dot_product_attention: cannot tell whether a dropout mask that is to be drawn again was drawn "
+            "inside or outside of dlkernels.patch_attention(), as calls of both kinds started from the same state of "
+            "the random number generator; run the backward of checkpointed calls inside of the block"
         )
     draws[draw] = True
     return True

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from attention_modules import operators
 from settings import run_python
-from test_attention_sdpa import MISTAKES, OURS, Q, K, V, attempt, draw
+from test_attention_sdpa import MISTAKES, OURS, K, Q, V, attempt, draw
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointError, checkpoint

@@ -41,17 +41,21 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """As in torch.nn; `is_causal` without `src_mask` is an error in inference too."""
-        if src_mask is not None and not isinstance(src_mask, Tensor):
-            raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(src_mask).__name__}")
-        mask, padding = same_kind(src_mask, "src_mask", src_key_padding_mask, "src_key_padding_mask", src.dtype)
-        if _may_look_at_masks(self):
-            mask, padding = additive(mask, src.dtype), additive(padding, src.dtype)
+        mask, padding = self._masks(src.dtype, src_mask, src_key_padding_mask)
         x = src
         if self.norm_first:
             x = x + self._sa_block(self.norm1(x), mask, padding, is_causal=is_causal)
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(x + self._sa_block(x, mask, padding, is_causal=is_causal))
         return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
+
+    def _masks(self, dtype: torch.dtype, mask: Any, padding: Any) -> tuple[Tensor | None, Tensor | None]:
+        """As they are handed on. torch's layer makes both additive. So does ours where code other than its own gets
+        them; else they stay as they are, since a boolean one is smaller and the kernel skips what it hides."""
+        if mask is not None and not isinstance(mask, Tensor):
+            raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(mask).__name__}")
+        mask, padding = same_kind(mask, "src_mask", padding, "src_key_padding_mask", dtype)
+        return (additive(mask, dtype), additive(padding, dtype)) if _may_look_at_masks(self) else (mask, padding)
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -88,8 +92,6 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
 
 def _may_look_at_masks(layer: TransformerEncoderLayer) -> bool:
-    """Whether code other than ours is handed the masks, which must then be additive as torch's layer makes them. A
-    boolean one is smaller, and the kernel skips what it hides."""
     own: Any = layer.self_attn
     return bool(
         type(own).forward is not MultiheadAttention.forward
