@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import relu
+from torch.nn.modules import module as _hooks
 
 from dlkernels.nn.attention import MultiheadAttention
-from dlkernels.nn.attention_masks import same_kind
+from dlkernels.nn.attention_masks import additive, same_kind
 from dlkernels.nn.tools import KnownLayer, is_tracing, mark_as_leaf
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
@@ -48,15 +49,21 @@ class TransformerEncoderLayer(KnownLayer, torch.nn.TransformerEncoderLayer):
         """As in torch.nn; `is_causal` without `src_mask` is an error in inference too."""
         if is_tracing():  # what is recorded are torch's own operators
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        if src_mask is not None and not isinstance(src_mask, Tensor):
-            raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(src_mask).__name__}")
-        mask, padding = same_kind(src_mask, "src_mask", src_key_padding_mask, "src_key_padding_mask", src.dtype)
+        mask, padding = self._masks(src.dtype, src_mask, src_key_padding_mask)
         x = src
         if self.norm_first:
-            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal)
+            x = x + self._sa_block(self.norm1(x), mask, padding, is_causal=is_causal)
             return x + self._ff_block(self.norm2(x))
-        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal))
+        x = self.norm1(x + self._sa_block(x, mask, padding, is_causal=is_causal))
         return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
+
+    def _masks(self, dtype: torch.dtype, mask: Any, padding: Any) -> tuple[Tensor | None, Tensor | None]:
+        """As they are handed on. torch's layer makes both additive. So does ours where code other than its own gets
+        them; else they stay as they are, since a boolean one is smaller and the kernel skips what it hides."""
+        if mask is not None and not isinstance(mask, Tensor):
+            raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(mask).__name__}")
+        mask, padding = same_kind(mask, "src_mask", padding, "src_key_padding_mask", dtype)
+        return (additive(mask, dtype), additive(padding, dtype)) if _may_look_at_masks(self) else (mask, padding)
 
 
 class TransformerDecoderLayer(KnownLayer, torch.nn.TransformerDecoderLayer):
@@ -95,3 +102,18 @@ class TransformerDecoderLayer(KnownLayer, torch.nn.TransformerDecoderLayer):
         x = self.norm1(x + self._sa_block(x, *of_self))
         x = self.norm2(x + self._mha_block(x, *of_memory))
         return self.norm3(x + self._ff_block(x))  # type: ignore[no-any-return]
+
+
+def _may_look_at_masks(layer: TransformerEncoderLayer) -> bool:
+    own: Any = layer.self_attn
+    return bool(
+        type(own).forward is not MultiheadAttention.forward
+        or type(own).__call__ is not MultiheadAttention.__call__
+        or type(layer)._sa_block is not torch.nn.TransformerEncoderLayer._sa_block
+        or "_sa_block" in layer.__dict__
+        or "forward" in own.__dict__
+        or own._forward_pre_hooks
+        or own._forward_hooks
+        or _hooks._global_forward_pre_hooks
+        or _hooks._global_forward_hooks
+    )
