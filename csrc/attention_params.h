@@ -80,11 +80,11 @@ struct MaskGradient {
 
 struct AttentionBackwardParams {
   AttentionInputs in;
-  HeadTensor<const void*> grad_o;    // [B, H, M, Dv]
-  HeadTensor<const void*> grad_lse;  // [B, H, M] of the compute type; data null = zeros
-  HeadTensor<const void*> o;         // [B, H, M, Dv]
+  HeadTensor<const void*> grad_o;        // [B, H, M, Dv]
+  HeadTensor<const void*> grad_lse;      // [B, H, M] of the compute type; data null = zeros
+  HeadTensor<const void*> o;             // [B, H, M, Dv]
   SoftmaxStatistics<const void*> stats;  // of the forward
-  HeadTensor<void*> dq, dk, dv;      // data null = not wanted
+  HeadTensor<void*> dq, dk, dv;          // data null = not wanted
   MaskGradient dmask;
   double* dslopes;  // as slopes, or null
   double* dsinks;   // [H], or null
@@ -93,7 +93,7 @@ struct AttentionBackwardParams {
 struct AttentionMapParams {
   AttentionInputs in;                    // padded, no dropout
   SoftmaxStatistics<const void*> stats;  // of the forward
-  void* map;                    // [B, H, rows, cols] of the compute type
+  void* map;                             // [B, H, rows, cols] of the compute type
   int64_t rows, cols;
 };
 

@@ -102,7 +102,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Devi
   int64_t numel = 1;
   for (int64_t d = dim; d-- > 0;) {
     strides[d] = numel;
-    numel *= sizes[d];
+    if (sizes[d] > 1) numel *= sizes[d];
   }
   return empty_strided(sizes, strides, dim, dtype, device);
 }

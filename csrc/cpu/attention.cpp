@@ -27,11 +27,13 @@ void fill_uncovered(const AttentionCall& call, const Tensor& o, const Tensor& ls
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, const OptionalTensor& alibi_slopes,
-    const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    const OptionalTensor& rng, int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, int64_t causal,
-    int64_t window_left, int64_t window_right, double softcap, double dropout_p, bool contiguous) {
+std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const OptionalTensor& mask, const OptionalTensor& alibi_slopes,
+                                             const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
+                                             const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng,
+                                             int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+                                             int64_t causal, int64_t window_left, int64_t window_right, double softcap,
+                                             double dropout_p, bool contiguous) {
   const AttentionCall call({q, k, &v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q,
                             max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, dropout_p});
   const AttentionShape& shape = call.in.shape;
@@ -120,7 +122,7 @@ Tensor attention_picture(const Tensor& q, const Tensor& k, const OptionalTensor&
                          int64_t cols) {
   const OptionalTensor none;
   AttentionCall call({q, k, nullptr, mask, alibi_slopes, sinks, none, none, none, 0, 0, softmax_scale, causal,
-                            window_left, window_right, softcap, 0});
+                      window_left, window_right, softcap, 0});
   DLK_CHECK_VALUE(rows > 0 && cols > 0, "rows and cols must be positive, got ", rows, " and ", cols);
   const AttentionShape& s = call.in.shape;
   Tensor map = empty({s.B, s.H, rows, cols}, call.compute);

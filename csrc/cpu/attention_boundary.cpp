@@ -14,7 +14,7 @@ thread_local bool has_called = false;
 
 // As torch has it, what cannot be told included.
 void dense_strides_in_order(const int64_t* sizes, const int64_t* given, int64_t* strides) {
-  int order[] = {3, 2, 1, 0};  // from the innermost out
+  int order[] = {3, 2, 1, 0};                   // from the innermost out
   const auto comes_after = [&](int a, int b) {  // 0: cannot be told
     if (given[a] == 0 || given[b] == 0) return 0;
     if (given[a] != given[b]) return given[a] < given[b] ? -1 : 1;

@@ -80,10 +80,9 @@ class RowDeltas {
     lanes.read_statistics(p_.stats, lane, &top, &weight);
     if (p_.grad_lse.data)
       delta -= static_cast<double>(static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, lane)]);
-    const double below = (static_cast<double>(sink.top) - static_cast<double>(top)) *
-                         static_cast<double>(scores_.to_natural());
-    const double probability =
-        std::exp(below) * static_cast<double>(sink.weight) * static_cast<double>(weight);
+    const double below =
+        (static_cast<double>(sink.top) - static_cast<double>(top)) * static_cast<double>(scores_.to_natural());
+    const double probability = std::exp(below) * static_cast<double>(sink.weight) * static_cast<double>(weight);
     sinks_[lanes.b * s_.H + lanes.head[lane]] -= probability * delta;
   }
 };
