@@ -152,7 +152,7 @@ def _result(q: Tensor, width: int, varlen: bool, contiguous: bool) -> Tensor:
         return _new((*q.shape[:2], width), q, fill_zero=True)
     if not contiguous and width == q.size(-1) and q.stride(-1) == 1:
         strides = torch.empty_like(q, device="meta").stride()
-        if strides[-1] == 1:
+        if strides[-1] == 1 or width == 1:
             return _new((q.numel(),), q).as_strided(q.shape, strides)
     return _new((*q.shape[:3], width), q)
 
