@@ -80,10 +80,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dlkernels, library) {
   library.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, int max_seqlen_q, int max_seqlen_k, "
-      "float softmax_scale, int causal, int window_left, int window_right, float softcap, float dropout_p) -> "
-      "(Tensor o, Tensor lse)");
+      "float softmax_scale, int causal, int window_left, int window_right, float softcap, float dropout_p, "
+      "bool contiguous) -> (Tensor o, Tensor lse, Tensor stats)");
   library.def(
-      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? mask, "
+      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, Tensor? mask, "
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, "
       "int max_seqlen_q, int max_seqlen_k, float softmax_scale, int causal, int window_left, int window_right, "
       "float softcap, float dropout_p, bool need_q, bool need_kv, bool need_mask, bool need_slopes, "

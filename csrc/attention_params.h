@@ -56,10 +56,19 @@ struct AttentionInputs {
   uint32_t offset;
 };
 
+// What a row's softmax has to be known by to make its probabilities again, [B, H, M] each of the compute type: the
+// score that exponentials count from, in the kernels' own units, and the reciprocal of their sum. Apart, since beside
+// a large score the logarithm of a sum is lost to rounding. Where nothing is seen: +inf and 0.
+template <class Pointer>
+struct SoftmaxStatistics {
+  HeadTensor<Pointer> top, weight;
+};
+
 struct AttentionForwardParams {
   AttentionInputs in;
   HeadTensor<void*> o;    // [B, H, M, Dv]; data null = not wanted (then shape.Dv is 0)
-  HeadTensor<void*> lse;  // [B, H, M] of the compute type; -inf where nothing is seen
+  HeadTensor<void*> lse;  // [B, H, M] of the compute type; -inf where nothing is seen; data null = not wanted
+  SoftmaxStatistics<void*> stats;
 };
 
 // [B, H, M, N] of the mask's dtype, contiguous; a stride of 0 where the mask is broadcast.
@@ -71,20 +80,20 @@ struct MaskGradient {
 
 struct AttentionBackwardParams {
   AttentionInputs in;
-  HeadTensor<const void*> grad_o;    // [B, H, M, Dv]
-  HeadTensor<const void*> grad_lse;  // [B, H, M] of the compute type; data null = zeros
-  HeadTensor<const void*> o;         // [B, H, M, Dv]
-  HeadTensor<const void*> lse;       // [B, H, M] of the compute type
-  HeadTensor<void*> dq, dk, dv;      // data null = not wanted
+  HeadTensor<const void*> grad_o;        // [B, H, M, Dv]
+  HeadTensor<const void*> grad_lse;      // [B, H, M] of the compute type; data null = zeros
+  HeadTensor<const void*> o;             // [B, H, M, Dv]
+  SoftmaxStatistics<const void*> stats;  // of the forward
+  HeadTensor<void*> dq, dk, dv;          // data null = not wanted
   MaskGradient dmask;
   double* dslopes;  // as slopes, or null
   double* dsinks;   // [H], or null
 };
 
 struct AttentionMapParams {
-  AttentionInputs in;           // padded, no dropout
-  HeadTensor<const void*> lse;  // of the forward
-  void* map;                    // [B, H, rows, cols] of the compute type
+  AttentionInputs in;                    // padded, no dropout
+  SoftmaxStatistics<const void*> stats;  // of the forward
+  void* map;                             // [B, H, rows, cols] of the compute type
   int64_t rows, cols;
 };
 

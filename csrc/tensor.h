@@ -144,8 +144,8 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Devi
   int64_t numel = 1;
   for (int64_t d = dim; d-- > 0;) {
     strides[d] = numel;
-    // empty_strided refuses what overflows here.
-    if (__builtin_mul_overflow(numel, sizes[d], &numel)) numel = 0;
+    // A stride steps over at least one element, as torch has it; empty_strided refuses what overflows here.
+    if (sizes[d] > 1 && __builtin_mul_overflow(numel, sizes[d], &numel)) numel = 0;
   }
   return empty_strided(sizes, strides, dim, dtype, device, what);
 }

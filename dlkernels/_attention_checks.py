@@ -51,10 +51,12 @@ def probability(value: Any) -> float:
     return float(value)
 
 
-def softcap(value: Any) -> float:
+def softcap(value: Any, dtype: torch.dtype) -> float:
+    """`dtype`: of q. The largest one's reciprocal is still a normal number of the dtype that scores are computed in."""
     number("softcap", value)
-    if value < 0:
-        raise ValueError(f"softcap: expected 0 (none) or a positive number, got {value}")
+    most = 1 / torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
+    if not 0 <= value <= most:
+        raise ValueError(f"softcap: expected 0 (none) or a positive number of at most {most:.2g}, got {value}")
     return float(value)
 
 

@@ -57,7 +57,8 @@ def attention(
     softmax_scale: factor of the scores, 1 / sqrt(D) for None.
     window: (left, right): keys p - left .. p + right are seen; None or -1 is unbounded.
     alibi_slopes: [H] or [B, H], floating: -slope * |p - j| is added (Press et al. 2022).
-    softcap: c > 0 replaces a scaled score s by c * tanh(s / c).
+    softcap: c > 0 replaces a scaled score s by c * tanh(s / c); a c whose reciprocal float32 (float64 for float64)
+        does not hold, 8.5e37 and above, is an error.
     sinks: [H], floating: a logit per head that takes part in the softmax's denominator only.
     cu_seqlens_q, cu_seqlens_k: integers [B + 1]: sequence b has the rows cu[b] .. cu[b + 1] of q, and of k and v. The
         result is [rows, H, Dv].
@@ -132,8 +133,8 @@ def checked(
     left, right = checks.window(window)
     longest = checks.max_seqlen("max_seqlen_q", max_seqlen_q), checks.max_seqlen("max_seqlen_k", max_seqlen_k)
     cfg = AttentionConfig(
-        *longest, checks.scale(softmax_scale, q.shape[-1]), checks.causal(causal), left, right, checks.softcap(softcap),
-        checks.probability(dropout_p),
+        *longest, checks.scale(softmax_scale, q.shape[-1]), checks.causal(causal), left, right,
+        checks.softcap(softcap, q.dtype), checks.probability(dropout_p),
     )  # fmt: skip
     mask = cu_q = cu_k = None
     if packed:

@@ -89,13 +89,31 @@ def arrange(
     if isinstance(shapes, str):
         return shapes
     batch, heads, shared, has_heads = shapes
+    dropout_p = float(dropout_p) if dropout_p > 0 else 0.0
     cfg = AttentionConfig(
-        0, 0, scale_of(scale, q.shape[-1]), int(is_causal), -1, -1, 0.0, float(dropout_p) if dropout_p > 0 else 0.0
-    )
+        0, 0, scale_of(scale, q.shape[-1]), int(is_causal), dropout_p=dropout_p,
+        contiguous=not _is_fused(q, k, v, mask, dropout_p, enable_gqa),
+    )  # fmt: skip
     return Call(
         cfg, _fold(q, batch, heads, heads), _fold(k, batch, shared, heads), _fold(v, batch, shared, heads),
         None if mask is None else _fold_mask(unexpanded(mask), batch), batch, has_heads,
     )  # fmt: skip
+
+
+def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, enable_gqa: bool) -> bool:
+    """Whether torch would run its fused kernel, for a call that has passed the checks above."""
+    return (
+        q.dim() == k.dim() == v.dim() == 4
+        and dropout_p == 0.0
+        and q.shape[0] == k.shape[0] == v.shape[0]
+        and k.shape[1] == v.shape[1]
+        and (enable_gqa or q.shape[1] == k.shape[1])
+        and q.shape[-1] == v.shape[-1]
+        and all(size > 0 for size in (*q.shape, k.shape[-2]))
+        and all(x.stride(-1) == 1 for x in (q, k, v))
+        and (mask is None or (mask.dim() in (2, 4) and not mask.requires_grad))
+        and (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled())  # Dynamo cannot ask
+    )
 
 
 def _is_plain(x: Any) -> bool:

@@ -30,10 +30,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     mask: str | None = None
     mask_kind: str = "bool"  # bool, own (dtype of q) or float32
+    offset: float = 0.0  # most rows of a mask that is added are this
     causal: int = 0
     window: tuple[int, int] = (-1, -1)
     slopes: str | None = None  # "h" or "bh"
     sinks: bool = False
+    sink: float | None = None  # of the first head
     softcap: float = 0.0
     scale: float | None = None
     dropout: float = 0.0
@@ -115,14 +117,20 @@ def make_data(case: Case) -> Data:
             mask = visible
         else:
             mask = draw(*shape, dtype=torch.float32 if c.mask_kind == "float32" else c.dtype)
+            if c.offset:
+                far = torch.tensor(max(c.offset, torch.finfo(c.dtype).min), dtype=c.dtype).double()
+                mask = torch.where(torch.rand(*shape[:3], 1, generator=g) < 0.7, far, mask)
             mask = mask.masked_fill(~visible, -math.inf)
     slopes = None
     if c.slopes is not None:
         slopes = draw(*((c.B, c.H) if c.slopes == "bh" else (c.H,)), dtype=torch.float32, scale=0.3).abs()
+    sinks = draw(c.H, dtype=torch.float32) if c.sinks else None
+    if sinks is not None and c.sink is not None:
+        sinks[0] = torch.tensor(c.sink, dtype=c.small).double()
     return Data(
         q, k, v, do, dlse if c.dlse else None, mask,
         slopes=slopes,
-        sinks=draw(c.H, dtype=torch.float32) if c.sinks else None,
+        sinks=sinks,
         cu_q=cu_q, cu_k=cu_k,
         rng=torch.tensor([c.seed + (1 << 40), 5 + c.seed]) if c.dropout else None,
     )  # fmt: skip
@@ -199,27 +207,32 @@ class FlashSoftmax(torch.autograd.Function):
     def forward(
         ctx: Any, s: Tensor, v: Tensor, kept: Tensor, sink: Tensor | None, storage: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        lse, p = softmax(s, sink)
+        lse, p, top, total = softmax(s, sink)
         o = ((p * kept) @ v).to(storage).to(s.dtype)
-        ctx.save_for_backward(s, v, kept, sink, o, lse)
+        ctx.save_for_backward(s, v, kept, sink, o, top, total)
         return o, lse
 
     @staticmethod
     def backward(ctx: Any, do: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        s, v, kept, sink, o, lse = ctx.saved_tensors
-        finite = lse.masked_fill(lse == -math.inf, 0.0)
-        p = torch.where(s == -math.inf, 0.0, torch.exp(s - finite[..., None]))
+        s, v, kept, sink, o, top, total = ctx.saved_tensors
+        p = torch.exp(s - top[..., None]) / total[..., None]
         delta = (do * o).sum(-1) - dlse
         ds = p * ((do @ v.transpose(-1, -2)) * kept - delta[..., None])
-        dsink = None if sink is None else -(torch.exp(sink[:, None] - lse) * delta).sum(-1)
+        dsink = None if sink is None else -(torch.exp(sink[:, None] - top) / total * delta).sum(-1)
         return ds, (p * kept).transpose(-1, -2) @ do, None, dsink, None
 
 
-def softmax(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """lse and the probabilities of scores [H, M, N]."""
+def softmax(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of scores [H, M, N]: lse, the probabilities, and what both are made from, the largest score and the sum. Beside a
+    large score the logarithm of a sum is lost, so nothing is made from lse."""
     logits = s if sink is None else torch.cat([s, sink.to(s.dtype)[:, None, None].expand(*s.shape[:2], 1)], -1)
-    lse = torch.logsumexp(logits, -1) if logits.shape[-1] else s.new_full(s.shape[:2], -math.inf)
-    return lse, torch.where(s == -math.inf, 0.0, torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None]))
+    top = logits.detach().amax(-1) if logits.shape[-1] else s.new_full(s.shape[:2], -math.inf)
+    top = top.masked_fill(top == -math.inf, 0.0)
+    total = torch.exp(logits - top[..., None]).sum(-1)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    lse = (top + torch.log(total)).masked_fill(empty, -math.inf)
+    return lse, torch.exp(s - top[..., None]) / total[..., None], top, total
 
 
 def one_sequence(
@@ -236,7 +249,7 @@ def one_sequence(
     if flash is not None:
         sink = None if d.sinks is None else d.sinks.to(s.dtype)
         return FlashSoftmax.apply(s, v, kept, sink, flash)  # type: ignore[no-any-return, no-untyped-call]
-    lse, p = softmax(s, d.sinks)
+    lse, p, *_ = softmax(s, d.sinks)
     return (p * kept) @ v, lse
 
 
@@ -351,19 +364,19 @@ def op_arguments(case: Case, d: Data) -> tuple[tuple[Any, ...], tuple[Any, ...]]
         mask = mask.to(torch.float32 if case.mask_kind == "float32" else case.dtype)
     small = (None if t is None else t.to(case.small) for t in (d.slopes, d.sinks))
     lengths = (max(case.lengths_q or (0,)), max(case.lengths_k or (0,)))
-    rules = (case.softmax_scale, case.causal, *case.window, case.softcap, case.dropout)
+    rules = (case.softmax_scale, case.causal, *case.window, case.softcap, case.dropout)  # what both operators take
     return tuple(map(arrange, (d.q, d.k, d.v))), (mask, *small, d.cu_q, d.cu_k, d.rng, *lengths, *rules)
 
 
 def run_op(case: Case, d: Data, grads: bool = True, needs: tuple[bool, ...] | None = None) -> Results:
     qkv, rest = op_arguments(case, d)
-    o, lse = torch.ops.dlkernels.attention(*qkv, *rest)
+    o, lse, stats = torch.ops.dlkernels.attention(*qkv, *rest, False)
     results = {"o": o, "lse": lse}
     if not grads:
         return results
     wanted = needs or (True, True, "mask" in leaves(d), d.slopes is not None, d.sinks is not None)
     dlse = None if d.dlse is None else d.dlse.to(lse.dtype)
-    found = torch.ops.dlkernels.attention_backward(d.do.to(case.dtype), dlse, *qkv, o, lse, *rest, *wanted)
+    found = torch.ops.dlkernels.attention_backward(d.do.to(case.dtype), dlse, *qkv, o, stats, *rest, *wanted)
     for name, gradient in zip(("dq", "dk", "dv", "dmask", "dslopes", "dsinks"), found, strict=True):
         if gradient.shape != (0,):
             results[name] = gradient

@@ -275,12 +275,13 @@ def test_opcheck(case: Case) -> None:
     ops, data = torch.ops.dlkernels, make_data(case)
     (q, k, v), rest = op_arguments(case, data)
     mask, slopes, sinks, cu_q, *_ = rest
-    torch.library.opcheck(ops.attention.default, (q, k, v, *rest))
-    o, lse = ops.attention(q, k, v, *rest)
+    for contiguous in (False, True):
+        torch.library.opcheck(ops.attention.default, (q, k, v, *rest, contiguous))
+    o, lse, stats = ops.attention(q, k, v, *rest, False)
     do, dlse = torch.randn_like(o), None if data.dlse is None else torch.randn_like(lse)
     has_mask = mask is not None and mask.is_floating_point()
     for needs in ((True, True, has_mask, slopes is not None, sinks is not None), (False, True, False, False, False)):
-        torch.library.opcheck(ops.attention_backward.default, (do, dlse, q, k, v, o, lse, *rest, *needs))
+        torch.library.opcheck(ops.attention_backward.default, (do, dlse, q, k, v, o, stats, *rest, *needs))
     if cu_q is None:
         torch.library.opcheck(ops.attention_map.default, (q, k, mask, slopes, sinks, *rest[-6:-1], 3, 2))
 

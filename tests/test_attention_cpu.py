@@ -280,21 +280,24 @@ def test_empty(sizes: dict[str, Any], mask: str | None) -> None:
 
 
 def test_layout_of_results() -> None:
-    case = Case(B=2, H=3, Hkv=3, M=5, N=7, D=8, Dv=6)
-    found = run_op(case, make_data(case))
-    for name in ("o", "dq", "dk", "dv"):
-        assert found[name].transpose(1, 2).is_contiguous(), name
-    assert found["lse"].is_contiguous()
+    """o as q, unless its width is another; the gradients row by row, as torch's own."""
+    for Dv, layout in itertools.product((8, 6), ("bhmd", "bmhd", "strided")):
+        case = Case(B=2, H=3, Hkv=3, M=5, N=7, D=8, Dv=Dv, layout=layout)
+        found = run_op(case, make_data(case))
+        assert (found["o"].transpose(1, 2) if (Dv, layout) == (8, "bmhd") else found["o"]).is_contiguous(), case
+        for name in ("dq", "dk", "dv"):
+            assert found[name].transpose(1, 2).is_contiguous(), name
+        assert found["lse"].is_contiguous()
 
 
 def test_expanded_and_broadcast_inputs(isa: str) -> None:
     k = torch.randn(1, 1, 30, 16).expand(2, 2, 30, 16)
     q = torch.randn(2, 2, 9, 16)
     mask = torch.randn(1, 1, 1, 30).expand(2, 2, 9, 30)
-    rules = (None, None, None, None, None, 0, 0, 0.25, 0, -1, -1, 0.0, 0.0)
+    rules = (None, None, None, None, None, 0, 0, 0.25, 0, -1, -1, 0.0, 0.0, False)
     for m in (mask, mask.transpose(2, 3).contiguous().transpose(2, 3), mask > 0):
-        o, lse = torch.ops.dlkernels.attention(q, k, k, m, *rules)
-        o2, lse2 = torch.ops.dlkernels.attention(q, k.contiguous(), k.contiguous(), m.contiguous(), *rules)
+        o, lse, _ = torch.ops.dlkernels.attention(q, k, k, m, *rules)
+        o2, lse2, _ = torch.ops.dlkernels.attention(q, k.contiguous(), k.contiguous(), m.contiguous(), *rules)
         assert torch.equal(o, o2) and torch.equal(lse, lse2)
 
 
@@ -359,8 +362,8 @@ rules = (None, slopes, None, None, None, torch.tensor([1, 2]), 0, 0, 0.3, 1, -1,
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
-o, lse = torch.ops.dlkernels.attention(q, k, v, *rules)
-torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, lse, *rules, True, True, False, True, False)
+o, _, stats = torch.ops.dlkernels.attention(q, k, v, *rules, False)
+torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, stats, *rules, True, True, False, True, False)
 torch.ops.dlkernels.attention_map(q, k, None, slopes, None, 0.3, 1, -1, -1, 0.0, 32, 32)
 print(peak() - before)
 """

@@ -51,7 +51,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale not finite": ({"softmax_scale": math.nan}, ValueError, "softmax_scale must be finite"),
     "causal of 3": ({"causal": 3}, ValueError, "causal must be 0"),
     "window of -2": ({"window_left": -2}, ValueError, "window_left and window_right"),
-    "softcap negative": ({"softcap": -1.0}, ValueError, "softcap must not be negative"),
+    "softcap negative": ({"softcap": -1.0}, ValueError, "softcap must lie in 0"),
+    "softcap beyond float32": ({"softcap": 1e38}, ValueError, "softcap must lie in 0"),
     "dropout above 1": ({"dropout_p": 1.5}, ValueError, "dropout_p must lie in 0..1"),
     "dropout of nan": ({"dropout_p": math.nan}, ValueError, "dropout_p must lie in 0..1"),
     "dropout without rng": ({"dropout_p": 0.5}, RuntimeError, "rng must be given"),
@@ -88,6 +89,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
 }  # fmt: skip
 
+RESULTS = {
+    "do": torch.zeros(2, 4, 5, 3), "dlse": None, "o": torch.zeros(2, 4, 5, 3), "stats": torch.zeros(2, 4, 2, 5),
+}  # fmt: skip
 NEEDS = {"need_q": True, "need_kv": True, "need_mask": False, "need_slopes": False, "need_sinks": False}
 
 
@@ -96,10 +100,9 @@ def test_refusals(name: str) -> None:
     changes, kind, message = MISTAKES[name]
     call = arguments(**changes)
     with pytest.raises(kind, match=message):
-        torch.ops.dlkernels.attention(**call)
-    results = {"do": torch.zeros(2, 4, 5, 3), "dlse": None, "o": torch.zeros(2, 4, 5, 3), "lse": torch.zeros(2, 4, 5)}
+        torch.ops.dlkernels.attention(**call, contiguous=False)
     with pytest.raises(kind, match=message):
-        torch.ops.dlkernels.attention_backward(**results, **call, **NEEDS)
+        torch.ops.dlkernels.attention_backward(**RESULTS, **call, **NEEDS)
     if call.keys() & {"cu_seqlens_q"} and changes.keys() & {"v", "rng", "dropout_p", "cu_seqlens_q", "max_seqlen_q"}:
         return  # attention_map has none of these
     for absent in ("v", "cu_seqlens_q", "cu_seqlens_k", "rng", "max_seqlen_q", "max_seqlen_k", "dropout_p"):
@@ -112,8 +115,8 @@ BACKWARD_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "do of another shape": ({"do": torch.zeros(2, 4, 5, 8)}, "do must have shape"),
     "do of another dtype": ({"do": torch.zeros(2, 4, 5, 3).double()}, "do must be float32"),
     "o of another shape": ({"o": torch.zeros(2, 4, 6, 3)}, "o must have shape"),
-    "lse of another shape": ({"lse": torch.zeros(2, 4, 6)}, "lse must have shape"),
-    "lse of another dtype": ({"lse": torch.zeros(2, 4, 5).double()}, "lse must be float32"),
+    "stats of another shape": ({"stats": torch.zeros(2, 4, 5)}, "stats must have shape"),
+    "stats of another dtype": ({"stats": torch.zeros(2, 4, 2, 5).double()}, "stats must be float32"),
     "dlse of another shape": ({"dlse": torch.zeros(2, 4, 5, 1)}, "dlse must have shape"),
     "gradient of no mask": ({"need_mask": True}, "need_mask"),
     "gradient of a bool mask": ({"need_mask": True, "mask": torch.ones(1, 1, 5, 6, dtype=torch.bool)}, "need_mask"),
@@ -125,9 +128,8 @@ BACKWARD_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BACKWARD_MISTAKES)
 def test_backward_refusals(name: str) -> None:
     changes, message = BACKWARD_MISTAKES[name]
-    results = {"do": torch.zeros(2, 4, 5, 3), "dlse": None, "o": torch.zeros(2, 4, 5, 3), "lse": torch.zeros(2, 4, 5)}
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.dlkernels.attention_backward(**{**arguments(), **results, **NEEDS, **changes})
+        torch.ops.dlkernels.attention_backward(**{**arguments(), **RESULTS, **NEEDS, **changes})
 
 
 def test_map_refusals() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ REQUIRED = 1000
 EXAMPLES = 1100  # hypothesis may draw a call twice
 ISAS = available_isas()
 LENGTHS = st.integers(0, 5) | st.integers(6, 20) | st.sampled_from([33, 65])
+LEAST = torch.finfo(torch.float32).min
+OFFSETS = [0.0, 0.0, 0.0, LEAST, -1e30, 1e20]
+SINKS = [None, None, None, LEAST, -LEAST, -1e30, 1e30, -math.inf]
 WIDTHS = st.integers(1, 20) | st.sampled_from([31, 32, 33, 65])
 
 
@@ -29,11 +33,15 @@ def cases(draw: st.DrawFn) -> Case:
     B = draw(st.integers(1, 3))
     lengths = [tuple(draw(LENGTHS) for _ in range(B)) for _ in range(2)] if packed else [None, None]
     edge = st.sampled_from([-1, -1, 0, 1, 3, 20])
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    mask_kind = draw(st.sampled_from(["bool", "own", "float32"]))
+    # Beside the most that float16 holds, float64 still tells scores apart that float32 does not.
+    offset = draw(st.sampled_from([0.0] if dtype == torch.float16 else OFFSETS))
     return Case(
         B=B, H=Hkv * group, Hkv=Hkv, M=draw(LENGTHS), N=draw(LENGTHS), D=draw(WIDTHS), Dv=draw(WIDTHS),
-        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16])),
+        dtype=dtype,
         mask=None if packed else draw(st.sampled_from([None, "", "n", "m", "mn", "hm", "bn", "hn", "bmn", "bhmn"])),
-        mask_kind=draw(st.sampled_from(["bool", "own", "float32"])), causal=draw(st.integers(0, 2)),
+        mask_kind=mask_kind, offset=offset, sink=draw(st.sampled_from(SINKS)), causal=draw(st.integers(0, 2)),
         window=(draw(edge), draw(edge)), slopes=draw(st.sampled_from([None, "h", "bh"])), sinks=draw(st.booleans()),
         softcap=draw(st.sampled_from([0.0, 0.0, 3.0, 30.0])), scale=draw(st.sampled_from([None, None, 0.3, -0.2])),
         dropout=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0])), lengths_q=lengths[0], lengths_k=lengths[1],
@@ -61,7 +69,7 @@ def test_random_calls() -> None:
     property_holds()
     counts = {
         field: collections.Counter(str(getattr(case, field)) for case, _, _ in passed)
-        for field in ("dtype", "mask", "causal", "slopes", "sinks", "softcap", "dropout", "layout", "dlse")
+        for field in ("dtype", "mask", "causal", "slopes", "sinks", "sink", "offset", "softcap", "dropout", "layout", "dlse")
     }
     print(f"\n{len(passed)} distinct calls, {len(second_looks) - doubts} results after a second look; {counts}")
     assert len(passed) >= REQUIRED

@@ -7,46 +7,48 @@ namespace {
 
 // What no sequence covers: rows beyond the last one.
 template <class C>
-void fill_lse(const AttentionCall& call, const Tensor& lse) {
+void fill_rows(const AttentionCall& call, const Tensor& lse, const Tensor& stats) {
+  constexpr C kInfinity = std::numeric_limits<C>::infinity();
   const AttentionShape& s = call.in.shape;
-  for (int64_t h = 0; h < s.H; ++h)
-    for (int64_t i = call.in.cu_q[s.B]; i < s.M; ++i)
-      static_cast<C*>(lse.data())[h * s.M + i] = -std::numeric_limits<C>::infinity();
+  C *log_sum = static_cast<C*>(lse.data()), *top = static_cast<C*>(stats.data()), *weight = top + s.M;
+  for (int64_t h = 0; h < s.H; ++h, log_sum += s.M, top += 2 * s.M, weight += 2 * s.M)
+    for (int64_t i = call.in.cu_q[s.B]; i < s.M; ++i) log_sum[i] = -kInfinity, top[i] = kInfinity, weight[i] = 0;
 }
 
-void fill_uncovered(const AttentionCall& call, const Tensor& o, const Tensor& lse) {
+void fill_uncovered(const AttentionCall& call, const Tensor& o, const Tensor& lse, const Tensor& stats) {
   if (!call.varlen() || call.in.cu_q[call.in.shape.B] == call.in.shape.M) return;
   fill_with_zeros(o);
   if (call.in.shape.dtype == DType::f64) {
-    fill_lse<double>(call, lse);
+    fill_rows<double>(call, lse, stats);
   } else {
-    fill_lse<float>(call, lse);
+    fill_rows<float>(call, lse, stats);
   }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
-                                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
-                                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                     const OptionalTensor& rng, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                     double softmax_scale, int64_t causal, int64_t window_left, int64_t window_right,
-                                     double softcap, double dropout_p) {
+std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const OptionalTensor& mask, const OptionalTensor& alibi_slopes,
+                                             const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
+                                             const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng,
+                                             int64_t max_seqlen_q, int64_t max_seqlen_k, double softmax_scale,
+                                             int64_t causal, int64_t window_left, int64_t window_right, double softcap,
+                                             double dropout_p, bool contiguous) {
   const AttentionCall call({q, k, &v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q,
                             max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, dropout_p});
   const AttentionShape& shape = call.in.shape;
-  Tensor o = call.empty_heads(shape.H, shape.M, shape.Dv);
-  Tensor lse = call.empty_lse();
-  fill_uncovered(call, o, lse);
+  Tensor o = call.empty_result(q, contiguous);
+  Tensor lse = call.empty_lse(), stats = call.empty_stats();
+  fill_uncovered(call, o, lse, stats);
   if (lse.numel() > 0) {
-    attention_forward({call.in, call.heads_of(o), call.lse_of(lse)}, current_runtime());
+    attention_forward({call.in, call.heads_of(o), call.lse_of(lse), call.stats_of(stats)}, current_runtime());
     remember_attention(shape);
   }
-  return {std::move(o), std::move(lse)};
+  return {std::move(o), std::move(lse), std::move(stats)};
 }
 
 std::vector<Tensor> attention_gradients(const Tensor& grad_o, const OptionalTensor& grad_lse, const Tensor& q,
-                                        const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& lse,
+                                        const Tensor& k, const Tensor& v, const Tensor& o, const Tensor& stats,
                                         const OptionalTensor& mask, const OptionalTensor& alibi_slopes,
                                         const OptionalTensor& sinks, const OptionalTensor& cu_seqlens_q,
                                         const OptionalTensor& cu_seqlens_k, const OptionalTensor& rng,
@@ -64,11 +66,11 @@ std::vector<Tensor> attention_gradients(const Tensor& grad_o, const OptionalTens
   AttentionBackwardParams params{};
   call.check_heads(grad_o, "do", s.H, s.M, s.Dv);
   call.check_heads(o, "o", s.H, s.M, s.Dv);
-  call.check_lse(lse, "lse");
+  call.check_stats(stats);
   if (grad_lse) call.check_lse(grad_lse, "dlse");
   params.grad_o = call.inputs.heads(grad_o);
   params.o = call.inputs.heads(o);
-  params.lse = call.read_lse(lse);
+  params.stats = call.read_stats(stats);
   if (grad_lse) params.grad_lse = call.read_lse(grad_lse);
   params.in = call.in;
 
@@ -121,19 +123,18 @@ Tensor attention_picture(const Tensor& q, const Tensor& k, const OptionalTensor&
                          int64_t causal, int64_t window_left, int64_t window_right, double softcap, int64_t rows,
                          int64_t cols) {
   const OptionalTensor none;
-  const AttentionCall call({q, k, nullptr, mask, alibi_slopes, sinks, none, none, none, 0, 0, softmax_scale, causal,
-                            window_left, window_right, softcap, 0});
+  AttentionCall call({q, k, nullptr, mask, alibi_slopes, sinks, none, none, none, 0, 0, softmax_scale, causal,
+                      window_left, window_right, softcap, 0});
   DLK_CHECK_VALUE(rows > 0 && cols > 0, "rows and cols must be positive, got ", rows, " and ", cols);
   const AttentionShape& s = call.in.shape;
   Tensor map = empty({s.B, s.H, rows, cols}, call.compute);
-  const Tensor lse = call.empty_lse();
-  if (lse.numel() == 0 || s.N == 0) {
+  const Tensor stats = call.empty_stats();
+  if (stats.numel() == 0 || s.N == 0) {
     fill_with_zeros(map);
     return map;
   }
-  const HeadTensor<void*> where = call.lse_of(lse);
-  attention_forward({call.in, {}, where}, current_runtime());
-  attention_map({call.in, {where.data, where.b, where.h, where.row}, map.data(), rows, cols}, current_runtime());
+  attention_forward({call.in, {}, {}, call.stats_of(stats)}, current_runtime());
+  attention_map({call.in, call.read_stats(stats), map.data(), rows, cols}, current_runtime());
   return map;
 }
 

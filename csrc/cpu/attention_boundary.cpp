@@ -1,6 +1,8 @@
 #include "attention_boundary.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "simd/storage.h"
 
@@ -9,6 +11,43 @@ namespace {
 
 thread_local AttentionShape last_called{};
 thread_local bool has_called = false;
+
+// As torch has it, what cannot be told included.
+void dense_strides_in_order(const int64_t* sizes, const int64_t* given, int64_t* strides) {
+  int order[] = {3, 2, 1, 0};                   // from the innermost out
+  const auto comes_after = [&](int a, int b) {  // 0: cannot be told
+    if (given[a] == 0 || given[b] == 0) return 0;
+    if (given[a] != given[b]) return given[a] < given[b] ? -1 : 1;
+    return sizes[a] > sizes[b] ? 1 : 0;
+  };
+  for (int i = 1; i < 4; ++i)
+    for (int at = i, j = i - 1; j >= 0; --j) {
+      const int comparison = comes_after(order[j], order[at]);
+      if (comparison < 0) break;
+      if (comparison > 0) std::swap(order[j], order[at]), at = j;
+    }
+  int64_t count = 1;
+  for (int d : order) {
+    strides[d] = count;
+    if (sizes[d] > 1) count *= sizes[d];
+  }
+}
+
+// The strides of torch.empty_like(q) for [B, H, M, D].
+void strides_like(const Tensor& q, int64_t* strides) {
+  const int64_t *sizes = q.sizes(), *given = q.strides();
+  int64_t covered = 1;  // elements without a gap, by ever more dimensions
+  for (int d = 0; d < 4; ++d) {
+    if (sizes[d] <= 1 || given[d] != covered) continue;
+    covered *= sizes[d];
+    d = -1;
+  }
+  if (covered == q.numel() || q.numel() == 0) {
+    std::copy(given, given + 4, strides);
+  } else {
+    dense_strides_in_order(sizes, given, strides);
+  }
+}
 
 // A copy of int32 [B + 1], from 0 to at most `rows`, not falling.
 std::vector<int32_t> read_cu_seqlens(const OptionalTensor& tensor, const char* what, int64_t rows, int64_t max_seqlen) {
@@ -165,11 +204,17 @@ void AttentionCall::read_rules(const AttentionArguments& a) {
     DLK_CHECK(a.sinks.dim() == 1 && a.sinks.numel() == s.H, "sinks must have shape [", s.H, "], got ",
               shape_text(a.sinks));
     sinks_ = as_doubles(a.sinks, type, &inputs);
+    const double largest = s.dtype == DType::f64 ? std::numeric_limits<double>::max()
+                                                 : static_cast<double>(std::numeric_limits<float>::max());
+    for (double& sink : sinks_)
+      if (std::isfinite(sink)) sink = std::clamp(sink, -largest, largest);
     sinks_.push_back(0);
     in.sinks = sinks_.data();
   }
   DLK_CHECK_VALUE(std::isfinite(a.softmax_scale), "softmax_scale must be finite, got ", a.softmax_scale);
-  DLK_CHECK_VALUE(std::isfinite(a.softcap) && a.softcap >= 0, "softcap must not be negative, got ", a.softcap);
+  const double softcap_limit = s.dtype == DType::f64 ? 0x1p1022 : 0x1p126;  // its reciprocal is a normal number
+  DLK_CHECK_VALUE(a.softcap >= 0 && a.softcap <= softcap_limit, "softcap must lie in 0..", softcap_limit, ", got ",
+                  a.softcap);
   DLK_CHECK_VALUE(a.dropout_p >= 0 && a.dropout_p <= 1, "dropout_p must lie in 0..1, got ", a.dropout_p);
   DLK_CHECK_VALUE(a.causal >= 0 && a.causal <= 2, "causal must be 0 (none), 1 (top_left) or 2 (bottom_right), got ",
                   a.causal);
@@ -197,9 +242,24 @@ Tensor AttentionCall::empty_heads(int64_t heads, int64_t rows, int64_t width) co
   return empty_strided(sizes, strides, 4, dtype);
 }
 
+Tensor AttentionCall::empty_result(const Tensor& q, bool contiguous) const {
+  const AttentionShape& s = in.shape;
+  if (varlen()) return empty_heads(s.H, s.M, s.Dv);
+  const int64_t sizes[] = {s.B, s.H, s.M, s.Dv};
+  int64_t strides[4] = {0, 0, 0, 0};
+  if (!contiguous && s.Dv == s.D && q.strides()[3] == 1) strides_like(q, strides);
+  // The kernels write rows without gaps.
+  return strides[3] == 1 ? empty_strided(sizes, strides, 4, dtype) : empty(sizes, 4, dtype);
+}
+
 Tensor AttentionCall::empty_lse() const {
   if (varlen()) return empty({in.shape.H, in.shape.M}, compute);
   return empty({in.shape.B, in.shape.H, in.shape.M}, compute);
+}
+
+Tensor AttentionCall::empty_stats() const {
+  if (varlen()) return empty({in.shape.H, 2, in.shape.M}, compute);
+  return empty({in.shape.B, in.shape.H, 2, in.shape.M}, compute);
 }
 
 void AttentionCall::check_heads(const Tensor& tensor, const char* what, int64_t heads, int64_t rows,
@@ -233,6 +293,23 @@ HeadTensor<void*> AttentionCall::heads_of(const Tensor& output) const {
 
 HeadTensor<void*> AttentionCall::lse_of(const Tensor& output) const {
   return {output.data(), in.shape.H * in.shape.M, in.shape.M, 1};
+}
+
+void AttentionCall::check_stats(const Tensor& tensor) const {
+  const AttentionShape& s = in.shape;
+  if (varlen()) {
+    check_tensor(tensor, "stats", compute, {s.H, 2, s.M});
+  } else {
+    check_tensor(tensor, "stats", compute, {s.B, s.H, 2, s.M});
+  }
+}
+
+SoftmaxStatistics<const void*> AttentionCall::read_stats(const Tensor& tensor) {
+  return statistics<const void*>(static_cast<const char*>(inputs.contiguous(tensor)));
+}
+
+SoftmaxStatistics<void*> AttentionCall::stats_of(const Tensor& output) const {
+  return statistics<void*>(static_cast<char*>(output.data()));
 }
 
 }  // namespace dlk

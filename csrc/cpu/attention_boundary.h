@@ -40,14 +40,19 @@ class AttentionCall {
 
   // [B, heads, rows, width] in memory as [B, rows, heads, width]; or [rows, heads, width].
   Tensor empty_heads(int64_t heads, int64_t rows, int64_t width) const;
-  Tensor empty_lse() const;  // [B, H, M] or [H, M]
+  Tensor empty_result(const Tensor& q, bool contiguous) const;  // o
+  Tensor empty_lse() const;                                     // [B, H, M] or [H, M]
+  Tensor empty_stats() const;                                   // [B, H, 2, M] or [H, 2, M]
 
   void check_heads(const Tensor& tensor, const char* what, int64_t heads, int64_t rows, int64_t width) const;
   void check_lse(const Tensor& tensor, const char* what) const;  // [B, H, M] or [H, M] of the compute type
+  void check_stats(const Tensor& tensor) const;
   HeadTensor<const void*> read_lse(const Tensor& tensor);
+  SoftmaxStatistics<const void*> read_stats(const Tensor& tensor);
 
   HeadTensor<void*> heads_of(const Tensor& output) const;
   HeadTensor<void*> lse_of(const Tensor& output) const;
+  SoftmaxStatistics<void*> stats_of(const Tensor& output) const;
 
  private:
   void check_sizes(const AttentionArguments& arguments);
@@ -55,6 +60,11 @@ class AttentionCall {
   void read_sequences(const AttentionArguments& arguments);
   void read_mask(const OptionalTensor& mask);
   void read_rules(const AttentionArguments& arguments);
+  template <class Pointer, class Bytes>
+  SoftmaxStatistics<Pointer> statistics(Bytes* data) const {
+    const int64_t M = in.shape.M, H = in.shape.H, item = in.shape.dtype == DType::f64 ? 8 : 4;
+    return {{data, 2 * H * M, 2 * M, 1}, {data + M * item, 2 * H * M, 2 * M, 1}};
+  }
 
   std::vector<double> slopes_, sinks_;
   std::vector<int32_t> cu_q_, cu_k_;  // the call's own: another thread may write to the caller's

@@ -27,19 +27,21 @@ def attention(
     """(o, lse), with the arguments of `dlkernels.ops.attention`."""
     path = attention_route(q, k, v, mask, slopes, sinks).path
     if path == "op":
-        return ops.attention(q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, *cfg)
+        return ops.attention(q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, *cfg)[:2]
     if path == "reference":
         _native.announce_reference()
         return _reference(cfg, (cu_q, cu_k, rng), q, k, v, mask, slopes, sinks)
-    if torch.compiler.is_compiling():
-        # Dynamo refuses a Function that is given one tensor twice, as in self-attention without projections.
-        k = k.view_as(k) if k is q else k
-        v = v.view_as(v) if v is q or v is k else v
-        cu_k = cu_k.view_as(cu_k) if cu_k is not None and cu_k is cu_q else cu_k
-    args = (cfg, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng)
+    args: tuple[Any, ...] = (cfg, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng)
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        # Compiled code does not check the versions of what a Function has saved, so nobody else may hold it. (And
+        # Dynamo refuses a Function that is given one tensor twice.)
+        args = (cfg, *(x if x is None else x.clone() for x in args[1:]))
     if path == "eager":
-        return _apply(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return]
-    return Attention.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+        o, lse, _ = _apply(*unwrap_dead_wrappers(args))
+    else:
+        o, lse, _ = Attention.apply(*args)  # type: ignore[no-untyped-call]
+    return o.clone() if compiling or cfg.contiguous else o, lse
 
 
 def attention_map(
@@ -60,32 +62,34 @@ def attention_map(
 
 
 class Attention(torch.autograd.Function):
-    """(cfg, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng) -> (o, lse)."""
+    """(cfg, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng) -> (o, lse, stats)."""
 
     @staticmethod
     def forward(
         cfg: AttentionConfig, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, slopes: Tensor | None,
         sinks: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, rng: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return ops.attention(q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, *cfg)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         cfg, *tensors = inputs
+        o, _, stats = output
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(stats)
+        ctx.save_for_backward(*tensors, o, stats)
         ctx.cfg = cfg
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, do: Tensor | None, dlse: Tensor | None, _: None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         if do is None and dlse is None:
             return (None,) * len(needs)
-        q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, lse = ctx.saved_tensors
+        q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, stats = ctx.saved_tensors
         if do is None:
             do = torch.zeros_like(o)
         wanted = AttentionWanted(needs[1], needs[2] or needs[3], *needs[4:7])
-        args = (ctx.cfg, wanted, do, dlse, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, lse)
+        args = (ctx.cfg, wanted, do, dlse, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, stats)
         if torch.compiler.is_compiling():
             grads = AttentionBackward.forward(*args)
         elif torch._C._are_functorch_transforms_active():
@@ -104,12 +108,13 @@ class Attention(torch.autograd.Function):
             return batching.each_sample(Attention.apply, n, (None, *dims), args)
         packed = tensors[6] is not None
         folded = _fold_inputs(tensors[:6], dims[:6], n)
-        o, lse = Attention.apply(cfg, *folded, *tensors[6:])  # type: ignore[no-untyped-call]
-        return batching.unfold_all((o, lse), (_HEADS, 0 if packed else _HEADS), n)
+        outputs = Attention.apply(cfg, *folded, *tensors[6:])  # type: ignore[no-untyped-call]
+        of_rows = 0 if packed else _HEADS
+        return batching.unfold_all(outputs, (_HEADS, of_rows, of_rows), n)
 
 
 class AttentionBackward(torch.autograd.Function):
-    """(cfg, wanted, do, dlse, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, lse) -> the gradients of q to sinks.
+    """(cfg, wanted, do, dlse, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, stats) -> the gradients of q to sinks.
 
     What is not wanted comes back empty.
     """
@@ -118,10 +123,12 @@ class AttentionBackward(torch.autograd.Function):
     def forward(
         cfg: AttentionConfig, wanted: AttentionWanted, do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
         mask: Tensor | None, slopes: Tensor | None, sinks: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
-        rng: Tensor | None, o: Tensor, lse: Tensor,
+        rng: Tensor | None, o: Tensor, stats: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         return tuple(
-            ops.attention_backward(do, dlse, q, k, v, o, lse, mask, slopes, sinks, cu_q, cu_k, rng, *cfg, *wanted)
+            ops.attention_backward(
+                do, dlse, q, k, v, o, stats, mask, slopes, sinks, cu_q, cu_k, rng, *cfg.rules, *wanted
+            )
         )
 
     @staticmethod
@@ -158,15 +165,15 @@ class AttentionBackward(torch.autograd.Function):
         n, (cfg, wanted, *tensors), (_, _, *dims) = info.batch_size, args, in_dims
         if not _folds(cfg, dims[8:11]):
             return batching.each_sample(AttentionBackward.apply, n, (None, None, *dims), args)
-        do, dlse, *inputs, cu_q, cu_k, rng, o, lse = tensors
-        of_lse = _HEADS if cu_q is None else 0
-        do, dlse, o, lse = (
+        do, dlse, *inputs, cu_q, cu_k, rng, o, stats = tensors
+        of_rows = _HEADS if cu_q is None else 0
+        do, dlse, o, stats = (
             batching.fold(tensor, dims[i], where, n)
-            for i, tensor, where in ((0, do, _HEADS), (1, dlse, of_lse), (11, o, _HEADS), (12, lse, of_lse))
+            for i, tensor, where in ((0, do, _HEADS), (1, dlse, of_rows), (11, o, _HEADS), (12, stats, of_rows))
         )
         folded = _fold_inputs(inputs, dims[2:8], n, wanted.mask)
         grads = AttentionBackward.apply(  # type: ignore[no-untyped-call]
-            cfg, wanted, do, dlse, *folded, cu_q, cu_k, rng, o, lse
+            cfg, wanted, do, dlse, *folded, cu_q, cu_k, rng, o, stats
         )
         return _unfold_gradients(grads, inputs, dims[2:8], wanted, n)
 

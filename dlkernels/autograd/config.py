@@ -41,7 +41,11 @@ class Wanted(NamedTuple):
 
 
 class AttentionConfig(NamedTuple):
-    """Sequence lengths are 0 for padded input; the others as `dlkernels.ops.attention` has them."""
+    """Sequence lengths are 0 for padded input; the others as `dlkernels.ops.attention` has them.
+
+    contiguous: o is what torch's matrix products would leave, contiguous and free to be edited in place. Else it lies
+    in memory as q does and the backward keeps it, as with torch's fused attention.
+    """
 
     max_seqlen_q: int
     max_seqlen_k: int
@@ -51,6 +55,12 @@ class AttentionConfig(NamedTuple):
     window_right: int = -1
     softcap: float = 0.0
     dropout_p: float = 0.0
+    contiguous: bool = False
+
+    @property
+    def rules(self) -> tuple[int, int, float, int, int, int, float, float]:
+        """What forward and backward have in common."""
+        return self[:-1]
 
 
 class AttentionWanted(NamedTuple):

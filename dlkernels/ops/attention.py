@@ -32,17 +32,22 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
     softmax_scale: float, causal: int, window_left: int, window_right: int, softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """o, [B, H, M, Dv] in memory as [B, M, H, Dv], or [rows, H, Dv]; and lse, float32 (float64 for float64), [B, H, M]
-    or [H, rows]."""
+    contiguous: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, [B, H, M, Dv] or [rows, H, Dv]; lse, float32 (float64 for float64), [B, H, M] or [H, rows]; and stats, which
+    the backward is to get, [B, H, 2, M] or [H, 2, rows] of lse's dtype.
+
+    The strides of o are those of `torch.empty_like(q)`; contiguous ones where that is asked for, where Dv != D and
+    where the last stride of q is not 1.
+    """
     return _forward(  # type: ignore[no-any-return]
         q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q, max_seqlen_k, softmax_scale,
-        causal, window_left, window_right, softcap, dropout_p,
+        causal, window_left, window_right, softcap, dropout_p, contiguous,
     )  # fmt: skip
 
 
 def attention_backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor | None,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, mask: Tensor | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: int, window_left: int,
     window_right: int, softcap: float, dropout_p: float, need_q: bool, need_kv: bool, need_mask: bool,
@@ -50,7 +55,7 @@ def attention_backward(
 ) -> list[Tensor]:  # fmt: skip
     """[dq, dk, dv, dmask, dslopes, dsinks], of shape [0] where not wanted; dmask has the mask's own shape."""
     return _backward(  # type: ignore[no-any-return]
-        do, dlse, q, k, v, o, lse, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q,
+        do, dlse, q, k, v, o, stats, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, rng, max_seqlen_q,
         max_seqlen_k, softmax_scale, causal, window_left, window_right, softcap, dropout_p, need_q, need_kv, need_mask,
         need_slopes, need_sinks,
     )  # fmt: skip

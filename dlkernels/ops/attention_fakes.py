@@ -27,13 +27,24 @@ def _heads_like(x: Tensor, width: Any) -> Tensor:
     return x.new_empty((B, rows, heads, width)).transpose(1, 2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse = (q.shape[1], q.shape[0]) if q.dim() == 3 else q.shape[:3]
-    return _heads_like(q, v.shape[-1]), q.new_empty(lse, dtype=_compute_dtype(q))
+def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, contiguous = rest
+    dtype, rows = _compute_dtype(q), (q.shape[0] if q.dim() == 3 else q.shape[2])
+    heads = (q.shape[1],) if q.dim() == 3 else q.shape[:2]
+    o = _result(q, v.shape[-1], contiguous)
+    return o, q.new_empty((*heads, rows), dtype=dtype), q.new_empty((*heads, 2, rows), dtype=dtype)
+
+
+def _result(q: Tensor, width: Any, contiguous: bool) -> Tensor:
+    if q.dim() == 4 and not contiguous and q.shape[-1] == width and q.stride(-1) == 1:
+        o = torch.empty_like(q)
+        if o.stride(-1) == 1 or width == 1:
+            return o
+    return q.new_empty((*q.shape[:-1], width))
 
 
 def _backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor | None,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, mask: Tensor | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: int, window_left: int,
     window_right: int, softcap: float, dropout_p: float, need_q: bool, need_kv: bool, need_mask: bool,

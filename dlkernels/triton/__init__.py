@@ -27,12 +27,12 @@ _SCALARS = "float softmax_scale, int causal, int window_left, int window_right, 
 OPERATORS = {
     "attention": (
         "attention_forward",
-        f"(Tensor q, Tensor k, Tensor v, {_FEATURES}, {_PACKED}, {_SCALARS}, float dropout_p) -> "
-        "(Tensor o, Tensor lse)",
+        f"(Tensor q, Tensor k, Tensor v, {_FEATURES}, {_PACKED}, {_SCALARS}, float dropout_p, bool contiguous) "
+        "-> (Tensor o, Tensor lse, Tensor stats)",
     ),
     "attention_backward": (
         "attention_backward",
-        f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_FEATURES}, {_PACKED}, "
+        f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, {_FEATURES}, {_PACKED}, "
         f"{_SCALARS}, float dropout_p, bool need_q, bool need_kv, bool need_mask, bool need_slopes, bool need_sinks)"
         " -> Tensor[]",
     ),

@@ -146,8 +146,19 @@ def _new(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, f
     return make(shape, dtype=dtype or like.dtype, device=like.device)
 
 
+def _result(q: Tensor, width: int, varlen: bool, contiguous: bool) -> Tensor:
+    """o; see `dlkernels.ops.attention`."""
+    if varlen:
+        return _new((*q.shape[:2], width), q, fill_zero=True)
+    if not contiguous and width == q.size(-1) and q.stride(-1) == 1:
+        strides = torch.empty_like(q, device="meta").stride()
+        if strides[-1] == 1 or width == 1:
+            return _new((q.numel(),), q).as_strided(q.shape, strides)
+    return _new((*q.shape[:3], width), q)
+
+
 def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
-    """[B, H, M, width] in the memory order [B, M, H, width], as torch's own attention has it; varlen as it is.
+    """[B, H, M, width] in the memory order [B, M, H, width], as torch's own gradients have it; varlen as it is.
     Rows of packed tensors that no sequence covers are 0."""
     if varlen:
         return _new((x.size(0), x.size(1), width), x, fill_zero=True)
@@ -180,7 +191,7 @@ def _slope_stride(alibi_slopes: Tensor | None) -> int:
 
 
 def _row_strides(call: Call, q: Tensor) -> tuple[int, int]:
-    """(batch, head) of the log-sum-exp and of delta: [B, H, M], or [H, total_q] when packed."""
+    """(batch, head) of the log-sum-exp: [B, H, M], or [H, total_q] when packed. Statistics have twice these."""
     return (0, q.size(0)) if call.features & elements.VARLEN.value else (call.H * call.M, call.M)
 
 
@@ -196,17 +207,20 @@ def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
     softmax_scale: float, causal: int, window_left: int, window_right: int, softcap: float, dropout_p: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o, lse); see the operator's schema."""
+    contiguous: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(o, lse, stats); see the operator's schema. stats are in the units of the scores (kernels/elements.py)."""
     call = _describe(
         q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, rng, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
         window_left, window_right, softcap, dropout_p,
     )  # fmt: skip
     varlen = cu_seqlens_q is not None
-    o = _rows_like(q, call.DV, varlen)
-    lse = _new(_row_shape(call, q), q, torch.float32, fill_zero=varlen)
+    o = _result(q, call.DV, varlen, contiguous)
+    *heads_shape, total = _row_shape(call, q)
+    lse = _new((*heads_shape, total), q, torch.float32, fill_zero=varlen)
+    stats = _new((*heads_shape, 2, total), q, torch.float32, fill_zero=varlen)
     if lse.numel() == 0 or call.M == 0:
-        return o, lse
+        return o, lse, stats
     q, k, v = _readable(q), _readable(k), _readable(v)
     arch, processors = _machine(q)
     plan = heuristics.forward_plan(
@@ -218,30 +232,30 @@ def attention_forward(
     heads = call.H // call.GROUP if plan.packed else call.H
     tiles_m = _cdiv(rows, block_m)
     split = plan.splits > 1
-    part, part_lse = o, lse
+    part, part_stats = o, stats
     if split:
         part = _new((plan.splits, *o.shape), o, torch.float32)
-        part_lse = _new((plan.splits, *lse.shape), lse)
+        part_stats = _new((plan.splits, *stats.shape), stats)
     part_strides = (part.stride(0) if split else 0, *_strides(part[0] if split else part))
-    row_strides = (part_lse.stride(0) if split else 0, *_row_strides(call, q))
+    row_strides = (part_stats.stride(0) if split else 0, *_row_strides(call, q))
     with _on(q):
         forward[(tiles_m * call.B * heads, plan.splits)](
-            q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, part, part_lse, *_strides(q), *_strides(k),
-            *_strides(v), *_mask_strides(mask), _slope_stride(alibi_slopes), *part_strides, *row_strides, call.M,
-            call.N, call.H, call.GROUP, tiles_m, plan.splits, *call.elementwise, *call.dropout, call.keep_scale,
+            q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, part, lse, part_stats, *_strides(q),
+            *_strides(k), *_strides(v), *_mask_strides(mask), _slope_stride(alibi_slopes), *part_strides, *row_strides,
+            call.M, call.N, call.H, call.GROUP, tiles_m, plan.splits, *call.elementwise, *call.dropout, call.keep_scale,
             call.features, plan.packed, split, *call.widths, block_m, block_n, stages, call.precision,
             **call.options(warps, stages),
         )  # fmt: skip
         if split:
             combine[(_cdiv(call.M, _COMBINE_ROWS), call.B * call.H)](
-                part, part_lse, sinks, cu_seqlens_q, o, lse, *part_strides, *row_strides, *_strides(o), call.M, call.H,
-                plan.splits, call.features, call.DV, padded(call.DV), _COMBINE_ROWS, padded(plan.splits),
+                part, part_stats, sinks, cu_seqlens_q, o, lse, stats, *part_strides, *row_strides, *_strides(o), call.M,
+                call.H, plan.splits, call.features, call.DV, padded(call.DV), _COMBINE_ROWS, padded(plan.splits),
             )  # fmt: skip
-    return o, lse
+    return o, lse, stats
 
 
 def attention_backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor | None,
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, mask: Tensor | None,
     alibi_slopes: Tensor | None, sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
     rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: int, window_left: int,
     window_right: int, softcap: float, dropout_p: float, need_q: bool, need_kv: bool, need_mask: bool,
@@ -253,10 +267,10 @@ def attention_backward(
         window_left, window_right, softcap, dropout_p,
     )  # fmt: skip
     varlen = cu_seqlens_q is not None
-    if lse.numel() == 0 or call.M == 0:
+    if stats.numel() == 0 or call.M == 0:
         return _no_queries(q, k, v, mask, alibi_slopes, sinks, need_q, need_kv, need_mask, need_slopes, need_sinks)
     q, k, v, o, do = _readable(q), _readable(k), _readable(v), _readable(o), _readable(do)
-    lse = lse.contiguous()
+    stats = stats.contiguous()
     arch, _ = _machine(q)
 
     def nothing() -> Tensor:
@@ -268,17 +282,17 @@ def attention_backward(
         spare = elements.SPARE.value
         if varlen:
             stat_strides = (spare, q.size(0) + call.B * spare)
-            stats = _new((call.H, stat_strides[1]), lse)
+            stat_shape: tuple[int, ...] = (call.H, stat_strides[1])
         else:
             stat_strides = (call.H * (call.M + spare), call.M + spare)
-            stats = _new((call.B, call.H, call.M + spare), lse)
-        delta = _new(stats.shape, lse)
+            stat_shape = (call.B, call.H, call.M + spare)
+        top, weight, delta = (_new(stat_shape, stats) for _ in range(3))
         tiles = _cdiv(call.M + spare, _PREPROCESS_ROWS)
-        sink_part = _new((call.B * call.H * tiles,), lse) if need_sinks else None
+        sink_part = _new((call.B * call.H * tiles,), stats) if need_sinks else None
         preprocess[(call.B * call.H * tiles,)](
-            o, do, lse, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, stats, delta, sink_part,
-            *_strides(o), *_strides(do), *_row_strides(call, q), *stat_strides, call.M, call.H, tiles, call.features,
-            dlse is not None, need_sinks, call.DV, padded(call.DV), _PREPROCESS_ROWS,
+            o, do, stats, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, top, weight, delta,
+            sink_part, *_strides(o), *_strides(do), *_row_strides(call, q), *stat_strides, call.M, call.H, tiles,
+            call.features, dlse is not None, need_sinks, call.DV, padded(call.DV), _PREPROCESS_ROWS,
         )  # fmt: skip
         if sink_part is not None and sinks is not None:
             dsinks = sink_part.view(call.B, call.H, tiles).sum((0, 2)).to(sinks.dtype)
@@ -291,11 +305,11 @@ def attention_backward(
             block_m, block_n, warps, stages = call.tile("backward_query", arch)
             tiles = _cdiv(call.M, block_m)
             dq = _rows_like(q, call.D, varlen)
-            slope_part = _new((call.B * call.H * tiles,), lse) if need_slopes else None
-            mask_part = _new((call.B, call.H, call.M, 1), lse) if by_row else None
+            slope_part = _new((call.B * call.H * tiles,), stats) if need_slopes else None
+            mask_part = _new((call.B, call.H, call.M, 1), stats) if by_row else None
             backward_query[(call.B * call.H * tiles,)](
-                q, k, v, do, stats, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part, mask_part,
-                *inputs, *_strides(dq), call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
+                q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part,
+                mask_part, *inputs, *_strides(dq), call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
                 call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features, need_slopes,
                 by_row, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
             )  # fmt: skip
@@ -309,10 +323,10 @@ def attention_backward(
             block_m, block_n, warps, stages = call.tile("backward_key", arch)
             tiles = _cdiv(call.N, block_n)
             dk, dv = _rows_like(k, call.D, varlen), _rows_like(v, call.DV, varlen)
-            mask_part = _new((call.B, call.H, 1, call.N), lse) if by_key else None
+            mask_part = _new((call.B, call.H, 1, call.N), stats) if by_key else None
             if tiles:
                 backward_key[(call.B * (call.H // call.GROUP) * tiles,)](
-                    q, k, v, do, stats, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv, mask_part,
+                    q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv, mask_part,
                     *inputs, *_strides(dk), *_strides(dv), call.M, call.N, call.H, call.GROUP, tiles, call.left,
                     call.right, call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features,
                     by_key, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
@@ -327,7 +341,7 @@ def attention_backward(
             per_batch, per_head = mask.size(0) > 1, mask.size(1) > 1
             if tiles_n:
                 mask_gradient[(tiles_m * tiles_n * mask.size(0) * mask.size(1),)](
-                    q, k, v, do, stats, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
+                    q, k, v, do, top, weight, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
                     call.GROUP, tiles_m, tiles_n, call.left, call.right, call.scale, call.cap, *call.dropout,
                     call.keep_scale, call.features, per_batch, per_head, *call.widths, block_m, block_n, 1,
                     call.precision, **call.options(warps, 1),
@@ -384,12 +398,12 @@ def attention_map(
         return out
     if call.M == 0 or call.N == 0:
         return out.zero_()
-    # The forward pass, over values of no width, for its log-sum-exp.
-    _, lse = attention_forward(q, k, no_values, *features, softcap, 0.0)
+    # The forward pass, over values of no width, for its statistics.
+    _, _, stats = attention_forward(q, k, no_values, *features, softcap, 0.0, True)
     q, k = _readable(q), _readable(k)
     with _on(q):
         map_kernel[(out.numel(),)](
-            q, k, lse, mask, alibi_slopes, out, *_strides(q), *_strides(k), *_mask_strides(mask),
+            q, k, stats, mask, alibi_slopes, out, *_strides(q), *_strides(k), *_mask_strides(mask),
             _slope_stride(alibi_slopes), call.M, call.N, call.H, call.GROUP, rows, cols, *call.elementwise,
             call.features, call.D, padded(call.D), _MAP_TILE, _MAP_TILE, call.precision, **call.options(4, 2),
         )  # fmt: skip

@@ -29,11 +29,11 @@ def on_device(inputs: Inputs) -> tuple[Tensor, Tensor, list[Tensor]]:
     q, k, v = move(inputs.q), move(inputs.k), move(inputs.v)
     features = {name: x if name == "rng" else move(x) for name, x in inputs.features.items()}
     rest = list(features.values())
-    o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
+    o, lse, stats = torch.ops.dlkernels.attention(q, k, v, *rest, False)
     mask = features["mask"]
     needs = (True, True, mask is not None and mask.is_floating_point(), features["alibi_slopes"] is not None)
     gradients = torch.ops.dlkernels.attention_backward(
-        move(inputs.do), move(inputs.dlse), q, k, v, o, lse, *rest, *needs, features["sinks"] is not None
+        move(inputs.do), move(inputs.dlse), q, k, v, o, stats, *rest, *needs, features["sinks"] is not None
     )
     return o, lse, gradients
 
@@ -115,8 +115,8 @@ def test_memory_is_linear() -> None:
     rest = (*NO_FEATURES, width**-0.5, 0, -1, -1, 0.0, 0.0)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
-    torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, lse, *rest, True, True, False, False, False)
+    o, _, stats = torch.ops.dlkernels.attention(q, k, v, *rest, False)
+    torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, stats, *rest, True, True, False, False, False)
     assert torch.cuda.max_memory_allocated() - before < length * length // 2
 
 
@@ -126,7 +126,7 @@ def test_decode_splits_the_keys() -> None:
     q = torch.randn(1, 32, 1, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = (torch.randn(1, 8, 2048, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     rest = (*NO_FEATURES, 128**-0.5, 0, -1, -1, 0.0, 0.0)
-    o, _ = torch.ops.dlkernels.attention(q, k, v, *rest)
+    o, _, _ = torch.ops.dlkernels.attention(q, k, v, *rest, False)
     expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
     torch.testing.assert_close(o.double(), expected, rtol=2e-2, atol=2e-3)
 
@@ -165,8 +165,10 @@ def test_cuda_graph() -> None:
     q, k, v, do = (torch.randn(2, 4, 256, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
 
     def call() -> list[Tensor]:
-        o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
-        more = torch.ops.dlkernels.attention_backward(do, None, q, k, v, o, lse, *rest, True, True, False, False, False)
+        o, lse, stats = torch.ops.dlkernels.attention(q, k, v, *rest, False)
+        more = torch.ops.dlkernels.attention_backward(
+            do, None, q, k, v, o, stats, *rest, True, True, False, False, False
+        )
         return [o, lse, *more[:3]]
 
     call()

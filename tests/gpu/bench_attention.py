@@ -31,11 +31,11 @@ Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 def ours(q: Any, k: Any, v: Any, do: Any, causal: bool) -> Calls:
     rest = (None, None, None, None, None, None, 0, 0, q.size(-1) ** -0.5, int(causal), -1, -1, 0.0, 0.0)
-    o, lse = torch.ops.dlkernels.attention(q, k, v, *rest)
+    o, _, stats = torch.ops.dlkernels.attention(q, k, v, *rest, False)
     backward = torch.ops.dlkernels.attention_backward
     return (
-        lambda: torch.ops.dlkernels.attention(q, k, v, *rest),
-        lambda: backward(do, None, q, k, v, o, lse, *rest, True, True, False, False, False),
+        lambda: torch.ops.dlkernels.attention(q, k, v, *rest, False),
+        lambda: backward(do, None, q, k, v, o, stats, *rest, True, True, False, False, False),
     )
 
 
@@ -104,7 +104,7 @@ def decode(length: int) -> dict[str, Any]:
     k, v = (torch.randn(1, 8, length, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     rest = (None, None, None, None, None, None, 0, 0, 128**-0.5, 0, -1, -1, 0.0, 0.0)
     row: dict[str, Any] = {"what": "decode", "dtype": "bfloat16", "H": 32, "HKV": 8, "M": 1, "N": length, "D": 128}
-    row["dlkernels"] = {"forward_ms": milliseconds(lambda: torch.ops.dlkernels.attention(q, k, v, *rest))[0]}
+    row["dlkernels"] = {"forward_ms": milliseconds(lambda: torch.ops.dlkernels.attention(q, k, v, *rest, False))[0]}
     # Whatever SDPA chooses by itself.
     row["sdpa"] = {"forward_ms": milliseconds(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))[0]}
     return row

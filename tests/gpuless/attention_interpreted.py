@@ -49,12 +49,12 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
 
 def ours(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     q, k, v, features, do, dlse = inputs
-    o, lse = host.attention_forward(q, k, v, **features)
+    o, lse, stats = host.attention_forward(q, k, v, **features, contiguous=False)
     needs = {
         "need_mask": features["mask"] is not None and features["mask"].is_floating_point(),
         "need_slopes": features["alibi_slopes"] is not None, "need_sinks": features["sinks"] is not None,
     }  # fmt: skip
-    gradients = host.attention_backward(do, dlse, q, k, v, o, lse, **features, need_q=True, need_kv=True, **needs)
+    gradients = host.attention_backward(do, dlse, q, k, v, o, stats, **features, need_q=True, need_kv=True, **needs)
     return o, lse, dict(zip(GRADIENTS, gradients, strict=True))
 
 
@@ -63,7 +63,7 @@ def compare(inputs: Inputs, dtype: torch.dtype, gradients: bool = True) -> None:
     if gradients:
         o, lse, actual = ours(inputs)
     else:
-        o, lse = host.attention_forward(*inputs[:3], **inputs.features)
+        o, lse, _ = host.attention_forward(*inputs[:3], **inputs.features, contiguous=False)
     judge = Judge(inputs, dtype)
     assert o.dtype == dtype and lse.dtype == torch.float32
     assert judge.output(o, dtype).ok, judge.output(o, dtype)
@@ -242,8 +242,8 @@ def test_dropout_keeps_these_elements(p: float, seed: int, offset: int) -> None:
     M, N = 33, 61
     q, k, v = torch.zeros(2, 2, M, 16), torch.zeros(2, 2, N, 16), torch.eye(N)[None, None].expand(2, 2, N, N)
     rng = torch.tensor([seed, offset])
-    rest = (None, None, None, None, None, rng, 0, 0, 1.0, 0, -1, -1, 0.0, p)
-    o, _ = host.attention_forward(q, k, v.contiguous(), *rest)
+    rest = (None, None, None, None, None, rng, 0, 0, 1.0, 0, -1, -1, 0.0, p, False)
+    o, _, _ = host.attention_forward(q, k, v.contiguous(), *rest)
     assert torch.equal(o != 0, keep_mask(rng, p, 2, 2, M, N) if p < 1 else torch.zeros_like(o, dtype=torch.bool))
 
 
@@ -296,13 +296,13 @@ def test_empty(sizes: tuple[int, ...]) -> None:
     q, k, v = torch.randn(B, H, M, 8), torch.randn(B, HKV, N, 8), torch.randn(B, HKV, N, 4)
     sinks, slopes, mask = torch.randn(H), torch.rand(H), torch.randn(1, 1, M, 1)
     features = (mask, slopes, sinks, None, None, None, 0, 0, 1.0, 1, -1, -1, 0.0, 0.0)
-    o, lse = host.attention_forward(q, k, v, *features)
+    o, lse, stats = host.attention_forward(q, k, v, *features, False)
     assert o.shape == (B, H, M, 4) and lse.shape == (B, H, M) and (o == 0).all()
     torch.testing.assert_close(lse, sinks[None, :, None].expand(B, H, M), rtol=1e-6, atol=1e-6)
     for shape in ((1, 1, M, 1), (1, 1, 1, N), (1, 1, M, N)):
         mask = torch.zeros(shape)
         gradients = host.attention_backward(
-            torch.randn_like(o), None, q, k, v, o, lse, mask, *features[1:], True, True, True, True, True
+            torch.randn_like(o), None, q, k, v, o, stats, mask, *features[1:], True, True, True, True, True
         )
         for gradient, like in zip(gradients, (q, k, v, mask, slopes, sinks), strict=True):
             assert gradient.shape == like.shape and (gradient == 0).all(), shape
@@ -330,7 +330,7 @@ def test_layouts_of_results() -> None:
 
 def test_refusals() -> None:
     q = torch.randn(1, 1, 4, 8, dtype=torch.float64)
-    rest = (None, None, None, None, None, None, 0, 0, 1.0, 0, -1, -1, 0.0, 0.0)
+    rest = (None, None, None, None, None, None, 0, 0, 1.0, 0, -1, -1, 0.0, 0.0, False)
     with pytest.raises(NotImplementedError, match="float64"):
         host.attention_forward(q, q, q, *rest)
     q = torch.randn(1, 1, 4, 257)

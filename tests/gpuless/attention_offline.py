@@ -81,10 +81,10 @@ def compile_call(
         "dropout_p": features.get("dropout_p", 0.0),
     }  # fmt: skip
     with offline.architecture(arch):
-        o, lse = host.attention_forward(q, k, k, **features)
+        o, _, stats = host.attention_forward(q, k, k, **features, contiguous=False)
         if backward:
             host.attention_backward(
-                o, None, q, k, k, o, lse, **features, need_q=True, need_kv=True, need_mask=additive,
+                o, None, q, k, k, o, stats, **features, need_q=True, need_kv=True, need_mask=additive,
                 need_slopes=features["alibi_slopes"] is not None, need_sinks=features["sinks"] is not None,
             )  # fmt: skip
     return found
@@ -174,11 +174,11 @@ def test_decode_map_and_odd_sizes(arch: str, monkeypatch: pytest.MonkeyPatch) ->
     rest = (None, None, None, None, None, None, 0, 0, 0.1, 0, -1, -1, 0.0, 0.0)
     with offline.architecture(arch):
         q, k = torch.empty(1, 32, 1, 128, dtype=torch.bfloat16), torch.empty(1, 8, 2048, 128, dtype=torch.bfloat16)
-        host.attention_forward(q, k, k, *rest)
+        host.attention_forward(q, k, k, *rest, False)
         q, k, v = (torch.empty(1, 2, 100, width, dtype=torch.float16) for width in (59, 59, 111))
-        o, lse = host.attention_forward(q, k, v, *rest)
+        o, lse, stats = host.attention_forward(q, k, v, *rest, False)
         if arch == "sm_90":
-            host.attention_backward(o, lse, q, k, v, o, lse, *rest, True, True, False, False, False)
+            host.attention_backward(o, lse, q, k, v, o, stats, *rest, True, True, False, False, False)
         host.attention_map(q, k, None, None, None, 0.1, 1, -1, -1, 0.0, 8, 8)
     names = [name for name, _, _ in found]
     assert {"forward", "combine", "map_kernel"} <= set(names)

@@ -206,7 +206,9 @@ def peer(inputs: Inputs, dtype: torch.dtype, draw: int = 0) -> Outcome:
     for piece in pieces:
         p, keep = piece.p.detach(), piece.keep
         part_lse = piece.of_rows(lse.detach(), False)[..., None]
-        p_again = (piece.scores.detach() - part_lse).exp().masked_fill(part_lse == float("-inf"), 0.0)
+        # exp(scores - part_lse), but beside a large score the logarithm of a sum is lost.
+        again_lse = piece.lse.detach()[..., None]
+        p_again = p * (again_lse - part_lse).exp().masked_fill(part_lse == float("-inf"), 0.0)
         do = piece.of_rows(x.do, True)
         values = piece.v.detach()
         keys, widths = shuffled(values.size(-2)), shuffled(values.size(-1))

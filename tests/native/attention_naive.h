@@ -90,6 +90,28 @@ struct Attention {
     return x[j % 4] >= static_cast<uint32_t>(in.dropout_p * 4294967296.0) ? 1 / (1 - in.dropout_p) : 0;
   }
 
+  // What a score in the kernels' units is in logits: they leave the scale to the exponential where it is all there is.
+  double unit() const {
+    bool scaled = in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > 1e-20);
+    const double most = s.dtype == DType::f64 ? 0x1p1023 : 0x1p127;
+    for (int64_t h = 0; in.sinks && h < s.H; ++h)
+      scaled = scaled || (std::isfinite(in.sinks[h]) && std::fabs(in.sinks[h]) > 0.999 * most * in.scale);
+    return scaled ? 1 : in.scale;
+  }
+
+  // The statistics of a row.
+  struct Row {
+    double top, weight;
+    Row(const Attention& a, const SoftmaxStatistics<const void*>& stats, int64_t b, int64_t h, int64_t i)
+        : top(load(stats.top.data, a.query_at(stats.top, b, h, i), a.compute()) * a.unit()),
+          weight(load(stats.weight.data, a.query_at(stats.weight, b, h, i), a.compute())) {}
+    // A logit that the rounding of `top` cannot be told from is the top.
+    double probability(double logit) const {
+      const double below = logit - top;
+      return std::exp(std::fabs(top) > 1e8 && std::fabs(below) < 1e-6 * std::fabs(top) ? 0 : below) * weight;
+    }
+  };
+
   template <class F>
   void each_row(F f) const {
     for (int64_t b = 0; b < s.B; ++b)
@@ -113,6 +135,13 @@ inline void attention_forward(const AttentionForwardParams& p) {
     double sum = p.in.sinks ? std::exp(p.in.sinks[h] - largest) : 0;
     for (double x : scores) sum += std::exp(x - largest);
     store(p.lse.data, a.query_at(p.lse, b, h, i), a.compute(), sum > 0 ? largest + std::log(sum) : -INFINITY);
+    if (p.stats.top.data) {
+      const auto put = [&](const HeadTensor<void*>& t, double value) {
+        store(t.data, a.query_at(t, b, h, i), a.compute(), value);
+      };
+      put(p.stats.top, sum > 0 ? largest / a.unit() : INFINITY);
+      put(p.stats.weight, sum > 0 ? 1 / sum : 0);
+    }
     for (int64_t d = 0; p.o.data && d < a.s.Dv; ++d) {
       double o = 0;
       for (size_t n = 0; n < seen.size(); ++n)
@@ -122,7 +151,7 @@ inline void attention_forward(const AttentionForwardParams& p) {
   });
 }
 
-// From the o and lse that are given, as they were rounded.
+// From the o and the statistics that are given, as they were rounded.
 inline void attention_backward(const AttentionBackwardParams& p) {
   const Attention a(p.in);
   const AttentionShape& s = a.s;
@@ -140,19 +169,19 @@ inline void attention_backward(const AttentionBackwardParams& p) {
     return p.in.cu_k ? kv * s.N + p.in.cu_k[b] + j : (b * s.Hkv + kv) * s.N + j;
   };
   a.each_row([&](int64_t b, int64_t h, int64_t i) {
-    const double lse = load(p.lse.data, a.query_at(p.lse, b, h, i), a.compute());
-    if (lse == -INFINITY) return;
+    const Attention::Row row(a, p.stats, b, h, i);
+    if (row.weight == 0) return;
     const auto grad = [&](int64_t d) { return load(p.grad_o.data, a.query_at(p.grad_o, b, h, i) + d, s.dtype); };
     double delta = 0;
     bool sees = false;
     for (int64_t j = 0; j < a.keys(b); ++j) sees = sees || a.visible(b, h, i, j);
     for (int64_t d = 0; sees && d < s.Dv; ++d) delta += grad(d) * load(p.o.data, a.query_at(p.o, b, h, i) + d, s.dtype);
     if (p.grad_lse.data) delta -= load(p.grad_lse.data, a.query_at(p.grad_lse, b, h, i), a.compute());
-    if (p.in.sinks) dsinks[size(h)] -= std::exp(p.in.sinks[h] - lse) * delta;
+    if (p.in.sinks) dsinks[size(h)] -= row.probability(p.in.sinks[h]) * delta;
     for (int64_t j = 0; j < a.keys(b); ++j) {
       if (!a.visible(b, h, i, j)) continue;
       double slope, dp = 0;
-      const double probability = std::exp(a.score(b, h, i, j, &slope) - lse), kept = a.kept(b, h, i, j);
+      const double probability = row.probability(a.score(b, h, i, j, &slope)), kept = a.kept(b, h, i, j);
       for (int64_t d = 0; d < s.Dv; ++d) {
         dp += grad(d) * a.v(b, h, j, d) * kept;
         dv[size(row_k(b, h, j) * s.Dv + d)] += probability * kept * grad(d);
@@ -193,13 +222,13 @@ inline void attention_map(const AttentionMapParams& p) {
   std::vector<int64_t> queries(static_cast<size_t>(p.rows));
   for (int64_t i = 0; i < s.M; ++i) ++queries[static_cast<size_t>(i * p.rows / s.M)];
   a.each_row([&](int64_t b, int64_t h, int64_t i) {
-    const double lse = load(p.lse.data, a.query_at(p.lse, b, h, i), a.compute());
+    const Attention::Row softmax(a, p.stats, b, h, i);
     const int64_t row = i * p.rows / s.M;
     for (int64_t j = 0; j < s.N; ++j) {
       double slope;
       if (a.visible(b, h, i, j))
         map[static_cast<size_t>(((b * s.H + h) * p.rows + row) * p.cols + j * p.cols / s.N)] +=
-            std::exp(a.score(b, h, i, j, &slope) - lse) / static_cast<double>(queries[static_cast<size_t>(row)]);
+            softmax.probability(a.score(b, h, i, j, &slope)) / static_cast<double>(queries[static_cast<size_t>(row)]);
     }
   });
   for (size_t i = 0; i < map.size(); ++i) store(p.map, static_cast<int64_t>(i), a.compute(), map[i]);

@@ -32,6 +32,13 @@ struct Heads {
   HeadTensor<void*> write() const { return {buffer.get(), b, h, row}; }
 };
 
+// The softmax's statistics of a call.
+struct Statistics {
+  Heads top, weight;
+  SoftmaxStatistics<void*> write() const { return {top.write(), weight.write()}; }
+  SoftmaxStatistics<const void*> read() const { return {top.read(), weight.read()}; }
+};
+
 struct AttentionCase {
   AttentionInputs in{};
   Isa isa = Isa::scalar;
@@ -51,6 +58,7 @@ struct AttentionCase {
     Heads lse(batch(), s.H, s.M, 1, compute(), false, false);
     return lse;
   }
+  Statistics statistics() const { return {lse_like(), lse_like()}; }
   Heads like_q(int64_t width) const {
     return Heads(batch(), in.shape.H, in.shape.M, width, in.shape.dtype, packed(), true);
   }
@@ -105,6 +113,11 @@ void random_mask(Random& random, AttentionCase* c) {
     for (int64_t i = 0; i < count; ++i) static_cast<uint8_t*>(c->mask.get())[i] = chance(random, visible);
   } else {
     c->mask = Buffer::random(count, dtype, random, 1.5);
+    if (dtype != DType::f16 && chance(random, 0.2)) {  // the scores of whole rows stand far from 0
+      const double far = pick(random, {-1e30, 1e20, -3e38});
+      for (int64_t i = 0; i < count; ++i)
+        if (chance(random, 0.8)) naive::store(c->mask.get(), i, dtype, far);
+    }
     for (int64_t i = 0; i < count; ++i)
       if (!chance(random, visible)) naive::store(c->mask.get(), i, dtype, -INFINITY);
   }
@@ -171,6 +184,8 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
   if (chance(random, 0.3)) {
     for (int64_t h = 0; h < s.H; ++h) c->sinks.push_back(double(random() % 5) - 2);
     if (chance(random, 0.2)) c->sinks[0] = -INFINITY;
+    const double largest = s.dtype == DType::f64 ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
+    if (chance(random, 0.2)) c->sinks[0] = pick(random, {-largest, largest, -1e30, 1e30});
     in.sinks = c->sinks.data();
   }
   c->isa = isas[random() % isas.size()];
@@ -249,12 +264,13 @@ struct Gradients {
   }
 };
 
-AttentionBackwardParams backward_params(const AttentionCase& c, const Heads& o, const Heads& lse, const Gradients& g) {
+AttentionBackwardParams backward_params(const AttentionCase& c, const Heads& o, const Statistics& stats,
+                                        const Gradients& g) {
   AttentionBackwardParams p{};
   p.in = c.in;
   p.grad_o = c.grad_o.read();
   if (c.grad_lse) p.grad_lse = c.dlse.read();
-  p.o = o.read(), p.lse = lse.read();
+  p.o = o.read(), p.stats = stats.read();
   if (c.need_q) p.dq = g.dq.write();
   if (c.need_kv) p.dk = g.dk.write(), p.dv = g.dv.write();
   if (g.dmask.get()) p.dmask = mask_gradient(c, g.dmask.get());
@@ -275,26 +291,27 @@ void each_gradient(const Gradients& a, const Gradients& b, Compare check) {
 
 void run_case(const AttentionCase& c) {
   const AttentionShape& s = c.in.shape;
-  const auto forward = [&](int threads, const Heads& o, const Heads& lse) {
-    attention_forward({c.in, o.write(), lse.write()}, Runtime{c.isa, threads, parallel});
+  const auto forward = [&](int threads, const Heads& o, const Heads& lse, const Statistics& stats) {
+    attention_forward({c.in, o.write(), lse.write(), stats.write()}, Runtime{c.isa, threads, parallel});
     remember();
   };
   const auto close = [&](const char* name, const Buffer& a, const Buffer& b) { compare(c, name, a, b); };
   const auto equal = [&](const char* name, const Buffer& a, const Buffer& b) { same_bits(c, name, a, b); };
   const Heads o = c.like_q(s.Dv), lse = c.lse_like(), want_o = c.like_q(s.Dv), want_lse = c.lse_like();
-  forward(c.threads, o, lse);
-  naive::attention_forward({c.in, want_o.write(), want_lse.write()});
+  const Statistics stats = c.statistics(), want_stats = c.statistics();
+  forward(c.threads, o, lse, stats);
+  naive::attention_forward({c.in, want_o.write(), want_lse.write(), want_stats.write()});
   compare(c, "o", o.buffer, want_o.buffer, 4, true);
   close("lse", lse.buffer, want_lse.buffer);
 
   // The backward starts from the oracle's forward, so that only its own error shows.
   const Gradients grads(c), want(c);
   const auto backward = [&](int threads, const Gradients& into) {
-    attention_backward(backward_params(c, want_o, want_lse, into), Runtime{c.isa, threads, parallel});
+    attention_backward(backward_params(c, want_o, want_stats, into), Runtime{c.isa, threads, parallel});
     remember();
   };
   backward(c.threads, grads);
-  naive::attention_backward(backward_params(c, want_o, want_lse, want));
+  naive::attention_backward(backward_params(c, want_o, want_stats, want));
   each_gradient(grads, want, [&](const char* name, const Buffer& a, const Buffer& b) {
     const bool times_distance = std::strcmp(name, "dslopes") == 0;
     const bool weighted = std::strchr("qkv", name[1]) != nullptr;
@@ -303,19 +320,22 @@ void run_case(const AttentionCase& c) {
 
   if (c.threads > 1) {
     const Heads again_o = c.like_q(s.Dv), again_lse = c.lse_like();
+    const Statistics again_stats = c.statistics();
     const Gradients again(c);
-    forward(1, again_o, again_lse);
+    forward(1, again_o, again_lse, again_stats);
     backward(1, again);
     equal("o", again_o.buffer, o.buffer);
     equal("lse", again_lse.buffer, lse.buffer);
+    equal("top", again_stats.top.buffer, stats.top.buffer);
+    equal("weight", again_stats.weight.buffer, stats.weight.buffer);
     each_gradient(again, grads, equal);
   }
 
   if (c.packed() || c.in.dropout_p != 0 || s.M == 0 || s.N == 0) return;
   const Buffer map(s.B * s.H * c.map_rows * c.map_cols, c.compute());
   const Buffer want_map(map.count(), c.compute());
-  attention_map({c.in, want_lse.read(), map.get(), c.map_rows, c.map_cols}, Runtime{c.isa, c.threads, parallel});
-  naive::attention_map({c.in, want_lse.read(), want_map.get(), c.map_rows, c.map_cols});
+  attention_map({c.in, want_stats.read(), map.get(), c.map_rows, c.map_cols}, Runtime{c.isa, c.threads, parallel});
+  naive::attention_map({c.in, want_stats.read(), want_map.get(), c.map_rows, c.map_cols});
   close("map", map, want_map);
 }
 

@@ -1,6 +1,6 @@
 // Backward of attention. A task has a group of heads of keys (as a rule one) and a part of their
 // keys, which it takes in chunks: the chunk's dk and dv stay in the cache while all query rows
-// pass in blocks. For each tile the probabilities P are made again from lse, then
+// pass in blocks. For each tile the probabilities P are made again from the softmax's statistics, then
 //   dP = v do^T,  dS = P (dP - delta + dlse),  delta = sum(do o),
 // all of them [key][lane], and dv += P do, dk += dS q, dq += dS k. dq of the parts of the keys is added up
 // in order by the task that ends last.
@@ -19,7 +19,7 @@ class AttentionBackward {
         scores_(params.in),
         dot_(plan.kernel == AttentionPlan::dot),
         gradients_(params.in, scores_),
-        deltas_(params),
+        deltas_(params, scores_),
         mask_sums_(params, plan),
         hides_(params.in.causal != Causal::none || params.in.left >= 0 || params.in.right >= 0 || params.in.mask.data) {
     int64_t longest = 0;
@@ -48,7 +48,8 @@ class AttentionBackward {
       w.q_rows = scratch.take<C>(copies_ ? lanes_ * D : 0);
       w.grad_rows = scratch.take<C>(copies_ ? lanes_ * Dv : 0);
       w.o = scratch.take<C>(Lanes<C>::kWidth * s_.Dv);
-      w.rows.lse = scratch.take<C>(lanes_);
+      w.rows.top = scratch.take<C>(lanes_);
+      w.rows.weight = scratch.take<C>(lanes_);
       w.rows.delta = scratch.take<C>(lanes_);
       w.rows.slope_sums = scratch.take<C>(p_.dslopes ? lanes_ : 0);
       w.rows.words = gradients_.carve_words(scratch);
@@ -185,10 +186,10 @@ class AttentionBackward {
     }
     const V scale = V::set1(static_cast<C>(in_.scale));
     each_block(w, b, kv_head, [&](int64_t block) {
-      for (int64_t l = 0; l < w.lanes.count; l += V::size) scale.store(w.rows.lse + l);
+      for (int64_t l = 0; l < w.lanes.count; l += V::size) scale.store(w.rows.weight + l);
       for (int64_t p = 0; p < w.lanes.panels; ++p) {
         const LanePanel& panel = w.lanes.panel[p];
-        lanes_to_rows(w.lanes, panel, dq + (block * lanes_ + panel.lane) * lanes_rounded<C>(s_.D), w.rows.lse, p_.dq,
+        lanes_to_rows(w.lanes, panel, dq + (block * lanes_ + panel.lane) * lanes_rounded<C>(s_.D), w.rows.weight, p_.dq,
                       s_.dtype, s_.D);
       }
     });
@@ -285,18 +286,15 @@ class AttentionBackward {
     }
   }
 
-  // lse and delta of the block's rows; for lanes without a row as if it saw nothing.
+  // Of the block's rows; for lanes without a row as if it saw nothing.
   void read_statistics(Worker& w) const {
     const Lanes<C>& lanes = w.lanes;
-    constexpr C kInfinity = std::numeric_limits<C>::infinity();
     for (int64_t l = 0; l < lanes.count; ++l) {
-      C &lse = w.rows.lse[l], &delta = w.rows.delta[l];
-      lse = kInfinity, delta = 0;
-      if (l >= lanes.rows) continue;
-      const C saved = static_cast<const C*>(p_.lse.data)[lanes.offset(p_.lse, l)];
-      if (saved != -kInfinity) lse = saved;
-      delta = deltas_.at(lanes, l);
-      if (p_.grad_lse.data) delta -= static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];
+      lanes.read_statistics(p_.stats, l, w.rows.top + l, w.rows.weight + l);
+      C& delta = w.rows.delta[l];
+      delta = l < lanes.rows ? deltas_.at(lanes, l) : C(0);
+      if (l < lanes.rows && p_.grad_lse.data)
+        delta -= static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];
     }
   }
 

@@ -1,13 +1,14 @@
 // delta = sum(do o) of every row, before what needs it of the backward: summed in the order of dP, so that a row
 // that sees one key gets a gradient of exactly 0. And the gradients of the sinks: a sink has the
-// probability e^(sink - lse) and no value.
+// probability like a key, and no value.
 
 template <class C>
 class RowDeltas {
  public:
   using V = Vec<C>;
 
-  explicit RowDeltas(const AttentionBackwardParams& params) : p_(params), s_(params.in.shape) {}
+  RowDeltas(const AttentionBackwardParams& params, const Scores<C>& scores)
+      : p_(params), s_(params.in.shape), scores_(scores) {}
 
   void carve(Scratch& scratch) {
     delta_ = scratch.take<C>(p_.in.cu_q ? s_.H * s_.M : s_.B * s_.H * s_.M);
@@ -46,6 +47,7 @@ class RowDeltas {
  private:
   const AttentionBackwardParams& p_;
   const AttentionShape& s_;
+  const Scores<C>& scores_;
   C* delta_ = nullptr;
   double* sinks_ = nullptr;  // [B * H]
 
@@ -72,11 +74,15 @@ class RowDeltas {
   }
 
   void add_sink(const Lanes<C>& lanes, int64_t lane, double delta) const {
-    const double sink = p_.in.sinks[lanes.head[lane]];
-    if (sink == -std::numeric_limits<double>::infinity()) return;
-    const C lse = static_cast<const C*>(p_.lse.data)[lanes.offset(p_.lse, lane)];
+    const auto sink = scores_.sink(p_.in.sinks[lanes.head[lane]]);
+    if (sink.weight == 0) return;
+    C top, weight;
+    lanes.read_statistics(p_.stats, lane, &top, &weight);
     if (p_.grad_lse.data)
       delta -= static_cast<double>(static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, lane)]);
-    sinks_[lanes.b * s_.H + lanes.head[lane]] -= std::exp(sink - static_cast<double>(lse)) * delta;
+    const double below =
+        (static_cast<double>(sink.top) - static_cast<double>(top)) * static_cast<double>(scores_.to_natural());
+    const double probability = std::exp(below) * static_cast<double>(sink.weight) * static_cast<double>(weight);
+    sinks_[lanes.b * s_.H + lanes.head[lane]] -= probability * delta;
   }
 };

@@ -45,7 +45,7 @@ class AttentionForward {
     Worker& w = workers_[worker];
     w.lanes.set(in_, task.b, task.kv_head, task.row, task.rows);
     const State state = state_of(w, task, task.split);
-    state.begin(w.lanes, task.split == 0 ? in_.sinks : nullptr);
+    state.begin(w.lanes, task.split == 0 ? in_.sinks : nullptr, scores_);
     walk(w, task, state);
     if (plan_.splits == 1) return finish(w, state);
     if (arrived_[task.block].fetch_add(1, std::memory_order_acq_rel) + 1 < plan_.splits) return;
@@ -216,9 +216,16 @@ class AttentionForward {
 
   void finish(Worker& w, const State& state) const {
     const Lanes<C>& lanes = w.lanes;
+    const auto put = [&](const HeadTensor<void*>& t, int64_t i, C value) {
+      static_cast<C*>(t.data)[lanes.offset(t, i)] = value;
+    };
     for (int64_t i = 0; i < lanes.count; ++i) {
-      if (i < lanes.rows) static_cast<C*>(p_.lse.data)[lanes.offset(p_.lse, i)] = static_cast<C>(state.lse(i));
-      state.l[i] = state.l[i] == 0 ? C(0) : C(1) / state.l[i];
+      const bool empty = state.l[i] == 0;
+      if (p_.lse.data && i < lanes.rows) put(p_.lse, i, static_cast<C>(state.lse(i)));
+      state.l[i] = empty ? C(0) : C(1) / state.l[i];
+      if (i >= lanes.rows) continue;
+      put(p_.stats.top, i, empty ? std::numeric_limits<C>::infinity() : state.m[i]);
+      put(p_.stats.weight, i, state.l[i]);
     }
     if (!p_.o.data) return;
     for (int64_t p = 0; p < lanes.panels && !dot_; ++p) {

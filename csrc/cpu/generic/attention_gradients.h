@@ -8,7 +8,8 @@ class ScoreGradients {
 
   // Of a block's lanes.
   struct Rows {
-    C *lse, *delta;   // an lse of +inf: nothing is seen; delta: less the gradient of lse
+    C *top, *weight;  // as SoftmaxStatistics has them
+    C* delta;         // less the gradient of lse
     C* slope_sums;    // null = not wanted
     uint32_t* words;  // for dropout
   };
@@ -56,9 +57,9 @@ class ScoreGradients {
   void drop(const Lanes<C>& lanes, const ScoreTile<C>& tile, const Rows& rows, C* ds) const {
     const auto probability = scores_.template probability<true>();
     for (int64_t l = 0; l < tile.width(); l += V::size) {
-      const V lse = V::load(rows.lse + tile.panel->lane + l);
+      const V top = V::load(rows.top + tile.panel->lane + l), weight = V::load(rows.weight + tile.panel->lane + l);
       for (int64_t at = l; at < tile.keys * tile.ld; at += tile.ld)
-        probability(V::load(tile.scores + at), lse).store(tile.scores + at);
+        probability(V::load(tile.scores + at), top, weight).store(tile.scores + at);
     }
     drop_tile<C>(dropout_, lanes, tile, rows.words, [&](int64_t at, V kept) {
       (V::load(ds + at) * kept).store(ds + at);
@@ -89,11 +90,13 @@ class ScoreGradients {
   // Key by key, as the tile lies in memory.
   template <bool kMasked, int kVectors>
   DLK_NOINLINE void make(const ScoreTile<C>& tile, const Rows& rows, C* ds) const {
-    const C *lse = rows.lse + tile.panel->lane, *delta = rows.delta + tile.panel->lane;
-    V row_delta[kVectors], row_lse[kVectors];
+    const C *top = rows.top + tile.panel->lane, *weight = rows.weight + tile.panel->lane;
+    const C* delta = rows.delta + tile.panel->lane;
+    V row_delta[kVectors], row_top[kVectors], row_weight[kVectors];
     DLK_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      row_lse[v] = V::load(lse + v * V::size);
+      row_top[v] = V::load(top + v * V::size);
+      row_weight[v] = V::load(weight + v * V::size);
       row_delta[v] = V::load(delta + v * V::size);
     }
     const auto probability = scores_.template probability<kMasked>();
@@ -101,7 +104,7 @@ class ScoreGradients {
     for (int64_t j = 0; j < tile.keys; ++j, scores += tile.ld, ds += tile.ld) {
       DLK_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        const V p = probability(V::load(scores + v * V::size), row_lse[v]);
+        const V p = probability(V::load(scores + v * V::size), row_top[v], row_weight[v]);
         p.store(scores + v * V::size);
         score_gradient<kMasked>(p, V::load(ds + v * V::size) - row_delta[v]).store(ds + v * V::size);
       }

@@ -71,6 +71,13 @@ struct Lanes {
     return (in->cu_q ? sequence.q0 * t.row : b * t.b) + head[lane] * t.h + query[lane] * t.row;
   }
 
+  // Lanes beyond the last row see nothing.
+  void read_statistics(const SoftmaxStatistics<const void*>& stats, int64_t lane, C* top, C* weight) const {
+    *top = lane < rows ? static_cast<const C*>(stats.top.data)[offset(stats.top, lane)]
+                       : std::numeric_limits<C>::infinity();
+    *weight = lane < rows ? static_cast<const C*>(stats.weight.data)[offset(stats.weight, lane)] : C(0);
+  }
+
  private:
   void cut() {
     constexpr int64_t kSize = Vec<C>::size;

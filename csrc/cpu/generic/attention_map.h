@@ -19,7 +19,8 @@ class AttentionMap {
       Worker& w = workers_[n];
       w.lanes.carve(scratch, plan_.block_m);
       w.q = scratch.take<C>(kPacked ? 0 : lanes * s_.D);
-      w.lse = scratch.take<C>(lanes);
+      w.top = scratch.take<C>(lanes);
+      w.weight = scratch.take<C>(lanes);
       w.scores = scratch.take<C>(plan_.block_n * Lanes<C>::kWidth);
       w.bias = scratch.take<C>(in_.mask.data ? (plan_.block_n + V::size) * Lanes<C>::kWidth : 0);
       w.k = scratch.take<C>(kPacked ? 0 : plan_.block_n * lanes_rounded<C>(s_.D));
@@ -50,7 +51,7 @@ class AttentionMap {
 
   struct Worker {
     Lanes<C> lanes;
-    C *q, *lse, *scores, *bias, *k;
+    C *q, *top, *weight, *scores, *bias, *k;
     PackedForward<C, Bf16Unit> packed;
   };
 
@@ -71,12 +72,8 @@ class AttentionMap {
     } else {
       rows_to_lanes(w.lanes, panel, in_.q, s_.dtype, s_.D, w.q);
     }
-    for (int64_t l = 0; l < int64_t{panel.vectors} * V::size; ++l) {
-      const C lse =
-          static_cast<const C*>(p_.lse.data)[w.lanes.offset(p_.lse, panel.lane + std::min(l, panel.rows - 1))];
-      constexpr C kInfinity = std::numeric_limits<C>::infinity();
-      w.lse[l] = lse == -kInfinity ? kInfinity : lse;
-    }
+    for (int64_t l = 0; l < int64_t{panel.vectors} * V::size; ++l)
+      w.lanes.read_statistics(p_.stats, panel.lane + l, w.top + l, w.weight + l);
     for (int64_t j = 0; j < s_.N; j += plan_.block_n) {
       ScoreTile<C> tile;
       tile.scores = w.scores, tile.bias = w.bias, tile.ld = int64_t{panel.vectors} * V::size;
@@ -101,12 +98,12 @@ class AttentionMap {
   // One vector of lanes of a tile, column bin by column bin.
   void pool(Worker& w, const ScoreTile<C>& tile, int64_t l, C* map) const {
     const auto probability = scores_.template probability<true>();
-    const V lse = V::load(w.lse + l);
+    const V top = V::load(w.top + l), weight = V::load(w.weight + l);
     const int64_t end = tile.first + tile.keys;
     for (int64_t j = tile.first; j < end;) {
       const int64_t column = j * p_.cols / s_.N, next = std::min(end, bin_begin(column + 1, s_.N, p_.cols));
       V sum = V::zero();
-      for (; j < next; ++j) sum = sum + probability(V::load(tile.scores + (j - tile.first) * tile.ld + l), lse);
+      for (; j < next; ++j) sum = sum + probability(V::load(tile.scores + (j - tile.first) * tile.ld + l), top, weight);
       alignas(64) C sums[V::size];
       sum.store(sums);
       for (int64_t r = 0; r < std::min<int64_t>(V::size, tile.panel->rows - l); ++r) {

@@ -25,31 +25,43 @@ class Scores {
  public:
   explicit Scores(const AttentionInputs& in)
       : in_(in),
-        transformed_(in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > kLeastFactor)) {
-  }
+        transformed_(in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > kLeastFactor) ||
+                     exceeds(in)) {}
 
   // Scores times this are logits,
   C to_natural() const { return static_cast<C>(transformed_ ? 1 : in_.scale); }
   // ... and times this, exponents of 2.
   C to_base2() const { return static_cast<C>(1.4426950408889634 * static_cast<double>(to_natural())); }
 
-  // From scores to probabilities, given lse. The logit is rounded, as it was in the lse of a row that is all one
-  // key's: its probability is exactly 1. With kMasked what is hidden has none, whatever lse is. An lse of -inf, of rows
-  // that see nothing, is to come as +inf: their probabilities are 0.
+  // From scores to probabilities, given a row's statistics; exactly 1 where the row is all one key's. With kMasked what
+  // is hidden has none, whatever they are.
   template <bool kMasked>
   struct Probability {
     using V = Vec<C>;
-    V scale;
     Exp2Down<C> exp2;
-    DLK_INLINE V operator()(V score, V lse) const {
-      const V p = exp2(rounded(score * scale) - lse);
+    DLK_INLINE V operator()(V score, V top, V weight) const {
+      const V p = exp2(score - top) * weight;
       if constexpr (!kMasked) return p;
       return select_lt(score, V::set1(std::numeric_limits<C>::lowest()), V::zero(), p);
     }
   };
   template <bool kMasked>
   DLK_INLINE Probability<kMasked> probability() const {
-    return {Vec<C>::set1(to_natural()), Exp2Down<C>(C(1.4426950408889634))};
+    return {Exp2Down<C>(to_base2())};
+  }
+
+  // What a row begins with: a sink is a key of probability but without value. `top` is its score, rounded, and `weight`
+  // makes up for the rounding, where that is less than all that exponentials can tell.
+  struct Sink {
+    C top, weight;
+  };
+  Sink sink(double logit) const {
+    constexpr double kNone = -std::numeric_limits<double>::infinity();
+    if (logit == kNone) return {static_cast<C>(kNone), C(0)};
+    const double natural = static_cast<double>(to_natural());
+    const C top = static_cast<C>(logit / natural);
+    const double lost = logit - static_cast<double>(top) * natural;
+    return {top, std::abs(lost) > 1 ? C(1) : static_cast<C>(std::exp(lost))};
   }
 
   // The keys of [first, first + keys) that this panel sees at all; false if there are none.
@@ -142,6 +154,14 @@ class Scores {
 
   // A smaller scale is none to divide a sink by.
   static constexpr double kLeastFactor = 1e-20;
+
+  // Is a sink too large to be a raw product?
+  static bool exceeds(const AttentionInputs& in) {
+    constexpr double kMost = static_cast<double>(std::numeric_limits<C>::max()) / 2;
+    for (int64_t h = 0; in.sinks && h < in.shape.H; ++h)
+      if (std::isfinite(in.sinks[h]) && std::abs(in.sinks[h]) > kMost * in.scale) return true;
+    return false;
+  }
 
   template <bool kTransformed, bool kBiased, bool kPartial>
   DLK_NOINLINE void apply(const Lanes<C>& lanes, const ScoreTile<C>& tile, C* damping) const {

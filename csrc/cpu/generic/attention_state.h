@@ -37,13 +37,10 @@ struct RowState {
   // What was made with the maximum `from` counts this much with `to`.
   V decay(V from, V to) const { return Exp2Down<C>(to_base2)(from - finite(to)); }
 
-  // A sink is a key of probability but without value.
-  void begin(const Lanes<C>& lanes, const double* sinks) const {
-    constexpr double kNone = -std::numeric_limits<double>::infinity();
+  void begin(const Lanes<C>& lanes, const double* sinks, const Scores<C>& scores) const {
     for (int64_t i = 0; i < lanes.count; ++i) {
-      const double sink = sinks ? sinks[lanes.head[i]] : kNone;
-      m[i] = static_cast<C>(sink / static_cast<double>(to_natural));
-      l[i] = sink == kNone ? C(0) : static_cast<C>(std::exp(sink - logit(i)));
+      const auto sink = scores.sink(sinks ? sinks[lanes.head[i]] : -std::numeric_limits<double>::infinity());
+      m[i] = sink.top, l[i] = sink.weight;
     }
     std::fill_n(o, lanes.count * ld(), C(0));
   }

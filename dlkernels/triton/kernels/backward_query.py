@@ -22,6 +22,7 @@ from dlkernels.triton.kernels.elements import (
     product,
     scores,
     sequence,
+    sink_score,
     stats_start,
     unit,
 )  # fmt: skip
@@ -29,15 +30,14 @@ from dlkernels.triton.kernels.elements import (
 
 @triton.jit(do_not_specialize=["M", "H", "tiles_m"])
 def preprocess(
-    o_ptr, do_ptr, lse_ptr, dlse_ptr, sinks_ptr, cu_q, stats_ptr, delta_ptr, sink_part_ptr, stride_ob, stride_oh,
-    stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_sb, stride_sh, M, H, tiles_m,
+    o_ptr, do_ptr, stats_ptr, dlse_ptr, sinks_ptr, cu_q, top_ptr, weight_ptr, delta_ptr, sink_part_ptr, stride_ob,
+    stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_sb, stride_sh, M, H, tiles_m,
     FEATURES: tl.constexpr, DLSE: tl.constexpr, SINK_GRAD: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(o * do) - dlse, and for each tile its part of the sinks' gradient, -sum(p_sink * delta).
 
-    Beside delta it copies the log-sum-exp, in the scores' units and such that power(s - lse) is 0 for a query that
-    sees nothing. Both get SPARE rows without weight behind each sequence.
+    Beside delta it copies the softmax's statistics. All get SPARE rows without weight behind each sequence.
     """
     EXACT: tl.constexpr = o_ptr.dtype.element_ty == tl.float32
     tile = tl.program_id(0) % tiles_m
@@ -59,28 +59,32 @@ def preprocess(
     do = tl.load(do_rows[:, None] + dims[None, :], mask=there, other=0.0).to(tl.float32)
     # A query that sees nothing has o = 0, and whatever its do is, no gradient.
     delta = tl.sum(tl.where(o == 0.0, 0.0, o * do), 1)
-    lse_rows = b64 * stride_lb + h64 * stride_lh + i64
+    of_head = b64 * stride_lb + h64 * stride_lh
     if DLSE:
-        delta -= tl.load(dlse_ptr + lse_rows, mask=live, other=0.0)
-    lse = tl.load(lse_ptr + lse_rows, mask=live, other=float("inf"))
+        delta -= tl.load(dlse_ptr + of_head + i64, mask=live, other=0.0)
+    stats_rows = stats_ptr + 2 * of_head + i64
+    top = tl.load(stats_rows, mask=live, other=float("inf"))
+    weight = tl.load(stats_rows + stride_lh, mask=live, other=0.0)
     stats = stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + rows
     inside = rows < M + SPARE
-    tl.store(stats_ptr + stats, tl.where(lse == float("-inf"), float("inf"), lse) * unit(EXACT), mask=inside)
+    tl.store(top_ptr + stats, top, mask=inside)
+    tl.store(weight_ptr + stats, weight, mask=inside)
     tl.store(delta_ptr + stats, delta, mask=inside)
     if SINK_GRAD:
-        sink = tl.load(sinks_ptr + h64).to(tl.float32)
-        p_sink = tl.where(lse == float("-inf"), 0.0, power(sink - lse, True))
+        sink = sink_score(tl.load(sinks_ptr + h64).to(tl.float32), EXACT)
+        p_sink = power(sink - top, EXACT) * weight
         tl.store(sink_part_ptr + tl.program_id(0), -tl.sum(p_sink * delta, 0))
 
 
 @triton.jit
 def _walk(
-    dq, slope_grad, mask_grad, q, do, lse, delta, begin, end, k_base, v_base, stride_kn, stride_vn, i, live, head, N,
+    dq, slope_grad, mask_grad, q, do, top, delta, begin, end, k_base, v_base, stride_kn, stride_vn, i, live, head, N,
     shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset, threshold, keep_scale,
     FEATURES: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, SLOPE_GRAD: tl.constexpr,
     MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """All three sums are still to be multiplied with the query's weight."""
     EXACT: tl.constexpr = q.dtype == tl.float32
     cols = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
@@ -92,7 +96,7 @@ def _walk(
             tl.dot(q, tl.trans(k), input_precision=PRECISION), i, j, live, N, shift, left, right, scale, cap, slope,
             mask_rows, stride_mask_n, FEATURES, EDGE, EXACT,
         )  # fmt: skip
-        p = power(s - lse, EXACT)
+        p = power(s - top, EXACT)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if DROPOUT & FEATURES:
             dp = tl.where(kept(i, start, head, seed, offset, threshold, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
@@ -114,11 +118,11 @@ def _walk(
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "tiles_m", "left", "right", "seed", "offset", "threshold"])
 def backward_query(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, slopes_ptr, cu_q, cu_k, dq_ptr, slope_part_ptr,
-    mask_part_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b,
-    stride_sb, stride_sh, stride_dqb, stride_dqh, stride_dqm, M, N, H, GROUP, tiles_m, left, right, softmax_scale,
-    scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, cu_q, cu_k, dq_ptr,
+    slope_part_ptr, mask_part_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb,
+    stride_vh, stride_vn, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_slope_b, stride_sb, stride_sh, stride_dqb, stride_dqh, stride_dqm, M, N, H, GROUP, tiles_m, left, right,
+    softmax_scale, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
     MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +151,8 @@ def backward_query(
     do_rows = do_ptr + b64 * stride_gb + h64 * stride_gh + i64 * stride_gm
     do = tl.load(do_rows[:, None] + dims_v[None, :], mask=live[:, None] & (dims_v < DV)[None, :], other=0.0)
     stats = stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + rows
-    lse = tl.load(lse_ptr + stats)[:, None]
+    top = tl.load(top_ptr + stats)[:, None]
+    weight = tl.load(weight_ptr + stats)
     delta = tl.load(delta_ptr + stats)[:, None]
     k_base = k_ptr + b64 * stride_kb + kv64 * stride_kh + col0.to(tl.int64) * stride_kn
     v_base = v_ptr + b64 * stride_vb + kv64 * stride_vh + col0.to(tl.int64) * stride_vn
@@ -168,19 +173,19 @@ def backward_query(
     head = b * H + h
     if LEFT & FEATURES:
         dq, slope_grad, mask_grad = _walk(
-            dq, slope_grad, mask_grad, q, do, lse, delta, begin, full_begin, k_base, v_base, stride_kn, stride_vn, i,
+            dq, slope_grad, mask_grad, q, do, top, delta, begin, full_begin, k_base, v_base, stride_kn, stride_vn, i,
             alive, head, N, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset, threshold,
             keep_scale, FEATURES, True, False, SLOPE_GRAD, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
             STAGES, PRECISION,
         )  # fmt: skip
     dq, slope_grad, mask_grad = _walk(
-        dq, slope_grad, mask_grad, q, do, lse, delta, full_begin, full_end, k_base, v_base, stride_kn, stride_vn, i,
+        dq, slope_grad, mask_grad, q, do, top, delta, full_begin, full_end, k_base, v_base, stride_kn, stride_vn, i,
         alive, head, N, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset, threshold,
         keep_scale, FEATURES, False, False, SLOPE_GRAD, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
         STAGES, PRECISION,
     )  # fmt: skip
     dq, slope_grad, mask_grad = _walk(
-        dq, slope_grad, mask_grad, q, do, lse, delta, full_end, end, k_base, v_base, stride_kn, stride_vn, i,
+        dq, slope_grad, mask_grad, q, do, top, delta, full_end, end, k_base, v_base, stride_kn, stride_vn, i,
         alive, head, N, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset, threshold,
         keep_scale, FEATURES, True, False, SLOPE_GRAD, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
         STAGES, PRECISION,
@@ -190,15 +195,16 @@ def backward_query(
             # Perhaps from a key that the query does not see; the two sums are elementwise and were right.
             dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             dq, _slope_grad, _mask_grad = _walk(
-                dq, slope_grad, mask_grad, q, do, lse, delta, begin, end, k_base, v_base, stride_kn, stride_vn, i,
+                dq, slope_grad, mask_grad, q, do, top, delta, begin, end, k_base, v_base, stride_kn, stride_vn, i,
                 alive, head, N, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset,
                 threshold, keep_scale, FEATURES, True, True, False, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
                 1, PRECISION,
             )  # fmt: skip
 
     dq_rows = dq_ptr + b64 * stride_dqb + h64 * stride_dqh + i64 * stride_dqm
-    tl.store(dq_rows[:, None] + dims[None, :], dq * softmax_scale, mask=live[:, None] & (dims < D)[None, :])
+    factor = (weight * softmax_scale)[:, None]
+    tl.store(dq_rows[:, None] + dims[None, :], dq * factor, mask=live[:, None] & (dims < D)[None, :])
     if SLOPE_GRAD:
-        tl.store(slope_part_ptr + outer * tiles_m + tile, tl.sum(tl.where(live, slope_grad, 0.0), 0))
+        tl.store(slope_part_ptr + outer * tiles_m + tile, tl.sum(tl.where(live, slope_grad * weight, 0.0), 0))
     if MASK_GRAD:
-        tl.store(mask_part_ptr + head.to(tl.int64) * M + rows, mask_grad, mask=live)
+        tl.store(mask_part_ptr + head.to(tl.int64) * M + rows, mask_grad * weight, mask=live)

@@ -13,6 +13,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 # Bits of the kernels' FEATURES argument.
 SOFTCAP = tl.constexpr(1)
@@ -27,7 +28,7 @@ VARLEN = tl.constexpr(256)
 BOTTOM_RIGHT = tl.constexpr(512)  # the last query stands at the last key
 SIGNED_SCALE = tl.constexpr(1024)  # the scale is negative: the largest product is not the largest score
 
-# Rows of lse and delta behind each sequence, for the backward passes to read ahead without a bound: two tiles.
+# Rows of statistics and delta behind each sequence, for the backward passes to read ahead without a bound: two tiles.
 SPARE = tl.constexpr(256)
 
 ANY_MASK = tl.constexpr(4 | 8)
@@ -69,12 +70,51 @@ def power(x, EXACT: tl.constexpr):
 
 
 @triton.jit
-def logarithm(x, EXACT: tl.constexpr):
-    """The score whose power is x."""
+def bias(mask, EXACT: tl.constexpr):
+    """A mask's values in the units of the scores. In base 2 a float32 may have no room for them; what is not -inf must
+    not become it, since that hides."""
     if EXACT:
-        return tl.log2(x) * LN2
+        return mask
     else:
-        return tl.log2(x)
+        scaled = mask * LOG2E
+        return tl.where(mask == float("-inf"), mask, tl.maximum(scaled, -LARGEST))
+
+
+@triton.jit
+def sink_score(sink, EXACT: tl.constexpr):
+    """A sink in the units of the scores, finite if it is."""
+    if EXACT:
+        return sink
+    else:
+        scaled = sink * LOG2E
+        within = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+        return tl.where(tl.abs(sink) < float("inf"), within, scaled)
+
+
+@triton.jit
+def start_with_sink(m, l, sink, EXACT: tl.constexpr):
+    """(largest score, sum, factor of what was summed before) of a row and its sink, a key without value. `m` and `l`
+    are those of its keys."""
+    top = tl.maximum(m, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    shrink = power(m - base, EXACT)
+    return top, l * shrink + power(sink - base, EXACT), shrink
+
+
+@triton.jit
+def store_statistics(stats, lse, plane, m, l, sink, natural_sink, live, EXACT: tl.constexpr):
+    """The two numbers by which the backward makes a row's probabilities again, p = power(s - top) * weight: apart,
+    since beside a large score the logarithm of a sum is lost to rounding. Where nothing is seen: +inf and 0. And the
+    log-sum-exp."""
+    empty = l == 0.0
+    total = tl.where(empty, 1.0, l)
+    tl.store(stats, tl.where(empty, float("inf"), m), mask=live)
+    tl.store(stats + plane, tl.where(empty, 0.0, 1.0 / total), mask=live)
+    if EXACT:
+        natural = m
+    else:
+        natural = tl.where(m == sink, natural_sink, m * LN2)
+    tl.store(lse, tl.where(empty, float("-inf"), natural + tl.log2(total) * LN2), mask=live)
 
 
 @triton.jit
@@ -109,7 +149,7 @@ def scores(
             visible = mask != 0
         else:
             mask = mask.to(tl.float32)
-            s += mask * unit(EXACT)
+            s += bias(mask, EXACT)
             visible = mask != float("-inf")
         if EDGE:
             seen = seen & visible
@@ -196,7 +236,7 @@ def sequence(cu_q, cu_k, b, M, N, FEATURES: tl.constexpr):
 
 @triton.jit
 def stats_start(b, h, row0, stride_b, stride_h, FEATURES: tl.constexpr):
-    """Where the sequence's rows of lse and delta begin, in the layout that `preprocess` writes."""
+    """Where the sequence's rows of statistics and delta begin, in the layout that `preprocess` writes."""
     start = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
     if VARLEN & FEATURES:
         start += row0

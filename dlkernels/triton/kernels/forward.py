@@ -1,4 +1,5 @@
-"""Forward pass: o and the log-sum-exp. Also split over the keys for decoding, with `combine` to join the parts."""
+"""Forward pass: o, the log-sum-exp and the softmax's statistics. Also split over the keys for decoding, with `combine`
+to join the parts."""
 
 import triton
 import triton.language as tl
@@ -9,7 +10,6 @@ from dlkernels.triton.kernels.elements import (
     DROPOUT,
     HIDES,
     LEFT,
-    LN2,
     RIGHT,
     SIGNED_SCALE,
     SINKS,
@@ -19,11 +19,13 @@ from dlkernels.triton.kernels.elements import (
     kept,
     key_range,
     load_rows,
-    logarithm,
     power,
     product,
     scores,
     sequence,
+    sink_score,
+    start_with_sink,
+    store_statistics,
     unit,
 )  # fmt: skip
 
@@ -88,17 +90,17 @@ def _walk(
     ]
 )
 def forward(
-    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, sinks_ptr, cu_q, cu_k, o_ptr, lse_ptr, stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mask_b, stride_mask_h, stride_mask_m,
-    stride_mask_n, stride_slope_b, stride_os, stride_ob, stride_oh, stride_om, stride_ls, stride_lb, stride_lh, M, N, H,
-    GROUP, tiles_m, splits, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
-    PACKED: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, slopes_ptr, sinks_ptr, cu_q, cu_k, o_ptr, lse_ptr, stats_ptr, stride_qb, stride_qh,
+    stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_mask_b, stride_mask_h,
+    stride_mask_m, stride_mask_n, stride_slope_b, stride_os, stride_ob, stride_oh, stride_om, stride_ls, stride_lb,
+    stride_lh, M, N, H, GROUP, tiles_m, splits, left, right, scale, cap, seed, offset, threshold, keep_scale,
+    FEATURES: tl.constexpr, PACKED: tl.constexpr, SPLIT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries of one head; PACKED: of all query heads that share a key head, so that decoding, where M is 1,
-    fills a tile. SPLIT: program_id(1) takes its part of the keys and leaves a normalised float32 o and a log-sum-exp in
-    the scores' units, without the sink, for `combine`."""
+    fills a tile. SPLIT: program_id(1) takes its part of the keys and leaves a normalised float32 o, its largest score
+    and its sum, without the sink, for `combine`. lse: [.., M], stats: [.., 2, M]."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     tile = tl.program_id(0) % tiles_m
     outer = tl.program_id(0) // tiles_m
@@ -190,34 +192,34 @@ def forward(
                 DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
 
+    sink = float("-inf")
+    natural_sink = sink
     if (SINKS & FEATURES) and not SPLIT:
-        sink = tl.load(sinks_ptr + h64).to(tl.float32) * unit(EXACT)
-        top = tl.maximum(m, sink)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        shrink = power(m - base, EXACT)
-        l = l * shrink + power(sink - base, EXACT)
+        natural_sink = tl.load(sinks_ptr + h64).to(tl.float32)
+        sink = sink_score(natural_sink, EXACT)
+        m, l, shrink = start_with_sink(m, l, sink, EXACT)
         acc = acc * shrink[:, None]
-        m = top
-    empty = l == 0.0
-    acc = acc * (keep_scale / tl.where(empty, 1.0, l))[:, None]
-    lse = tl.where(empty, float("-inf"), m + logarithm(tl.where(empty, 1.0, l), EXACT))
-    if not (SPLIT or EXACT):
-        lse = lse * LN2
+    acc = acc * (keep_scale / tl.where(l == 0.0, 1.0, l))[:, None]
 
     dims_v = tl.arange(0, BLOCK_DV)
     o_rows = o_ptr + split * stride_os.to(tl.int64) + b64 * stride_ob + h64 * stride_oh + i64 * stride_om
     tl.store(o_rows[:, None] + dims_v[None, :], acc, mask=live[:, None] & (dims_v < DV)[None, :])
-    lse_rows = lse_ptr + split * stride_ls.to(tl.int64) + b64 * stride_lb + h64 * stride_lh + i64
-    tl.store(lse_rows, lse, mask=live)
+    of_head = b64 * stride_lb + h64 * stride_lh
+    stats_rows = stats_ptr + split * stride_ls.to(tl.int64) + 2 * of_head + i64
+    if SPLIT:
+        tl.store(stats_rows, m, mask=live)
+        tl.store(stats_rows + stride_lh, l, mask=live)
+    else:
+        store_statistics(stats_rows, lse_ptr + of_head + i64, stride_lh, m, l, sink, natural_sink, live, EXACT)
 
 
 @triton.jit(do_not_specialize=["M", "H", "splits", "stride_ps", "stride_ls"])
 def combine(
-    part_ptr, part_lse_ptr, sinks_ptr, cu_q, o_ptr, lse_ptr, stride_ps, stride_pb, stride_ph, stride_pm, stride_ls,
-    stride_lb, stride_lh, stride_ob, stride_oh, stride_om, M, H, splits, FEATURES: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
+    part_ptr, part_stats_ptr, sinks_ptr, cu_q, o_ptr, lse_ptr, stats_ptr, stride_ps, stride_pb, stride_ph, stride_pm,
+    stride_ls, stride_lb, stride_lh, stride_ob, stride_oh, stride_om, M, H, splits, FEATURES: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Joins the parts of a split forward pass: a softmax over their log-sum-exps, the sink among them."""
+    """Joins the parts of a split forward pass, each by its largest score and its sum, and the sink."""
     EXACT: tl.constexpr = o_ptr.dtype.element_ty == tl.float32
     outer = tl.program_id(1)
     b = outer // H
@@ -229,32 +231,35 @@ def combine(
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = rows < M
     b64, h64, i64 = b.to(tl.int64), h.to(tl.int64), row0.to(tl.int64) + rows
+    of_head = b64 * stride_lb + h64 * stride_lh
+    # The parts' statistics have the layout of the result's, apart from the leading split.
+    stats_rows = part_stats_ptr + 2 * of_head + i64
     parts = tl.arange(0, BLOCK_S)
-    part_lse = tl.load(
-        part_lse_ptr + b64 * stride_lb + h64 * stride_lh + i64[:, None] + parts[None, :].to(tl.int64) * stride_ls,
-        mask=live[:, None] & (parts < splits)[None, :], other=float("-inf"),
-    )  # fmt: skip
-    top = tl.max(part_lse, 1)
+    every = stats_rows[:, None] + parts[None, :].to(tl.int64) * stride_ls
+    there = live[:, None] & (parts < splits)[None, :]
+    part_top = tl.load(every, mask=there, other=float("-inf"))
+    m = tl.max(part_top, 1)
     sink = float("-inf")
+    natural_sink = sink
     if SINKS & FEATURES:
-        sink = tl.load(sinks_ptr + h64).to(tl.float32) * unit(EXACT)
-    top = tl.maximum(top, sink)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    l = tl.sum(power(part_lse - base[:, None], EXACT), 1) + power(sink - base, EXACT)
-    empty = l == 0.0
+        natural_sink = tl.load(sinks_ptr + h64).to(tl.float32)
+        sink = sink_score(natural_sink, EXACT)
+        m = tl.maximum(m, sink)
+    base = tl.where(m == float("-inf"), 0.0, m)
+    part_sum = tl.load(every + stride_lh, mask=there, other=0.0)
+    l = tl.sum(power(part_top - base[:, None], EXACT) * part_sum, 1) + power(sink - base, EXACT)
     dims = tl.arange(0, BLOCK_DV)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    there = live[:, None] & (dims < DV)[None, :]
+    inside = live[:, None] & (dims < DV)[None, :]
     for split in range(splits):
-        lse_rows = part_lse_ptr + b64 * stride_lb + h64 * stride_lh + i64 + split * stride_ls.to(tl.int64)
-        weight = power(tl.load(lse_rows, mask=live, other=float("-inf")) - base, EXACT)
-        part_rows = part_ptr + split * stride_ps.to(tl.int64) + b64 * stride_pb + h64 * stride_ph + i64 * stride_pm
-        acc += weight[:, None] * tl.load(part_rows[:, None] + dims[None, :], mask=there, other=0.0)
-    acc = acc / tl.where(empty, 1.0, l)[:, None]
+        part_rows = stats_rows + split * stride_ls.to(tl.int64)
+        weight = power(tl.load(part_rows, mask=live, other=float("-inf")) - base, EXACT)
+        weight *= tl.load(part_rows + stride_lh, mask=live, other=0.0)
+        o_part = part_ptr + split * stride_ps.to(tl.int64) + b64 * stride_pb + h64 * stride_ph + i64 * stride_pm
+        acc += weight[:, None] * tl.load(o_part[:, None] + dims[None, :], mask=inside, other=0.0)
+    acc = acc / tl.where(l == 0.0, 1.0, l)[:, None]
     o_rows = o_ptr + b64 * stride_ob + h64 * stride_oh + i64 * stride_om
-    tl.store(o_rows[:, None] + dims[None, :], acc, mask=there)
-    lse = tl.where(empty, float("-inf"), top + logarithm(tl.where(empty, 1.0, l), EXACT))
-    if not EXACT:
-        lse = lse * LN2
-    # The parts' log-sum-exps have the layout of the result, apart from the leading split.
-    tl.store(lse_ptr + b64 * stride_lb + h64 * stride_lh + i64, lse, mask=live)
+    tl.store(o_rows[:, None] + dims[None, :], acc, mask=inside)
+    store_statistics(
+        stats_ptr + 2 * of_head + i64, lse_ptr + of_head + i64, stride_lh, m, l, sink, natural_sink, live, EXACT
+    )

@@ -18,12 +18,12 @@ from dlkernels.triton.kernels.elements import (
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "picture_rows", "picture_cols", "left", "right"])
 def attention_map(
-    q_ptr, k_ptr, lse_ptr, mask_ptr, slopes_ptr, out_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
+    q_ptr, k_ptr, stats_ptr, mask_ptr, slopes_ptr, out_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
     stride_kn, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, M, N, H, GROUP, picture_rows,
     picture_cols, left, right, scale, cap, FEATURES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per cell. lse: contiguous [B, H, M]; out: contiguous [B, H, rows, cols]."""
+    """One program per cell. stats: contiguous [B, H, 2, M]; out: contiguous [B, H, rows, cols]."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     cells = picture_rows.to(tl.int64) * picture_cols
     outer = (tl.program_id(0) // cells).to(tl.int32)
@@ -51,8 +51,9 @@ def attention_map(
         i = first_i + rows
         live = i < i_end
         q = load_rows(q_base, first_i, rows, stride_qm, i_end, D, BLOCK_D, True)
-        lse = tl.load(lse_ptr + outer.to(tl.int64) * M + i, mask=live, other=float("inf"))[:, None] * unit(EXACT)
-        lse = tl.where(lse == float("-inf"), float("inf"), lse)
+        stats = stats_ptr + outer.to(tl.int64) * (2 * M) + i
+        top = tl.load(stats, mask=live, other=float("inf"))[:, None]
+        weight = tl.load(stats + M, mask=live, other=0.0)
         mask_rows = mask_ptr
         if ANY_MASK & FEATURES:
             mask_rows = (mask_ptr + b64 * stride_mask_b + h64 * stride_mask_h + i.to(tl.int64) * stride_mask_m)[:, None]
@@ -68,6 +69,6 @@ def attention_map(
                 tl.dot(q, tl.trans(k), input_precision=PRECISION), i[:, None], (first_j + cols)[None, :], live[:, None],
                 end, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, FEATURES, True, EXACT,
             )  # fmt: skip
-            total += tl.sum(power(s - lse, EXACT), 1)
+            total += tl.sum(power(s - top, EXACT), 1) * weight
     count = tl.maximum(i_end - i_begin, 1)
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0) / count.to(tl.float32))

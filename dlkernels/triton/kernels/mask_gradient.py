@@ -37,10 +37,10 @@ from dlkernels.triton.kernels.elements import (
     ]
 )
 def mask_gradient(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, mask_ptr, slopes_ptr, dmask_ptr, stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm, stride_mask_b,
-    stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, M, N, B, H, GROUP, tiles_m,
-    tiles_n, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, dmask_ptr, stride_qb, stride_qh,
+    stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, M, N, B, H, GROUP,
+    tiles_m, tiles_n, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
     PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,7 +98,7 @@ def mask_gradient(
                 cap, slope, mask_rows, stride_mask_n, FEATURES, True, EXACT,
             )  # fmt: skip
             stats = stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + rows
-            p = power(s - tl.load(lse_ptr + stats)[:, None], EXACT)
+            p = power(s - tl.load(top_ptr + stats)[:, None], EXACT) * tl.load(weight_ptr + stats)[:, None]
             do = load_rows(
                 do_ptr + b64 * stride_gb + h64 * stride_gh, i_first, tile_rows, stride_gm, M, DV, BLOCK_DV, True
             )
