@@ -37,8 +37,9 @@ class Dtypes {
   DType wanted(int64_t number, const char* what) const {
     const auto dtype = static_cast<DType>(number);
     const bool known = dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
-    DLK_CHECK(mixed_ && known && of_x_ != DType::f64, what, " must be -1, or in a call of float32, bfloat16 and float16 ",
-              "with a product_dtype 0, 2 or 3, got ", number);
+    DLK_CHECK(mixed_ && known && of_x_ != DType::f64, what,
+              " must be -1, or in a call of float32, bfloat16 and float16 ", "with a product_dtype 0, 2 or 3, got ",
+              number);
     return dtype;
   }
 

@@ -33,8 +33,9 @@ def cast(tensor: Any, dtype: torch.dtype) -> Any:
 
 
 def recurrent_types(
-    mode: str, layer: bool, projected: bool, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None]
-) -> Types:
+    mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None], *, layer: bool = True,
+    projected: bool = False, batch_sizes: Tensor | None = None,
+) -> Types:  # fmt: skip
     """The dtypes of a recurrent call under autocast, SAME outside of it or where nothing differs.
 
     On CUDA torch casts all arguments. On the CPU it casts those of the matrix products; what the gates make of the state
@@ -47,7 +48,7 @@ def recurrent_types(
     if x.device.type == "cpu":
         if mode == "gru":
             of_h = torch.promote_types(dtype, x.dtype if h is None else h.dtype)
-        elif mode == "lstm" and (not layer or projected or not _runs_by_onednn(x)):
+        elif mode == "lstm" and (not layer or projected or not _runs_by_onednn(x, batch_sizes)):
             of_c = torch.promote_types(dtype, x.dtype if c is None else c.dtype)
             of_h = dtype if projected else of_c
     if of_h == of_c == dtype and all(t is None or t.dtype == dtype for t in (x, h, c, *weights)):
@@ -55,9 +56,18 @@ def recurrent_types(
     return Types(*map(DTYPES.index, (dtype, of_h, of_c)))
 
 
-def _runs_by_onednn(x: Tensor) -> bool:
-    if x.numel() == 0 or not (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled()):
+def _runs_by_onednn(x: Tensor, batch_sizes: Tensor | None) -> bool:
+    if x.numel() == 0 or not torch._C._has_mkldnn:
+        return False
+    if not torch.compiler.is_compiling() and not torch._C._get_mkldnn_enabled():
+        return False
+    if batch_sizes is not None and (torch.compiler.is_compiling() or not _all_of_one_length(batch_sizes)):
         return False
     if x.dtype == torch.float32:
-        return bool(torch._C._has_mkldnn)
+        return True
     return _ONEDNN_TAKES_BF16 if x.dtype == torch.bfloat16 else _ONEDNN_TAKES_F16 and not torch.is_grad_enabled()
+
+
+def _all_of_one_length(batch_sizes: Tensor) -> bool:
+    one_dimension = isinstance(batch_sizes, Tensor) and batch_sizes.dim() == 1 and batch_sizes.numel() > 0
+    return one_dimension and bool(batch_sizes[0] == batch_sizes[-1])

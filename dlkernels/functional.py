@@ -172,7 +172,8 @@ def _layers(
             return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if mode == "lstm" else c_n
 
     projected = count // directions % 2 == 1
-    types, weights = _under_autocast(recurrent_types(mode, True, projected, x, h0, c0, weights), weights)
+    types = recurrent_types(mode, x, h0, c0, weights, projected=projected, batch_sizes=batch_sizes)
+    weights = _of_one_dtype(types, weights)
     if types != SAME and packed is not None and DTYPES[types.product] != weights[0].dtype:
         packed = None
     _checks.same_kind(x, (h0, c0), weights, mixed=types != SAME)
@@ -215,11 +216,11 @@ def _layers(
     return _stack(cfg, x, h0, c0, weights, num_layers, dropout if training else 0.0, lengths, batch_sizes, packed)
 
 
-def _under_autocast(types: Types, weights: Sequence[Tensor]) -> tuple[Types, Sequence[Tensor]]:
+def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """The operators take weights of another dtype than the rest, but of one."""
-    if types != SAME and any(weight.dtype != weights[0].dtype for weight in weights):
-        weights = [cast(weight, DTYPES[types.product]) for weight in weights]
-    return types, weights
+    if types == SAME or all(weight.dtype == weights[0].dtype for weight in weights):
+        return weights
+    return [cast(weight, DTYPES[types.product]) for weight in weights]
 
 
 def _readable() -> bool:
@@ -276,7 +277,8 @@ def _cell(
     elif b_hh is None and b_ih is not None:
         b_hh = torch.zeros_like(b_ih)
     weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-    types, weights = _under_autocast(recurrent_types(mode, False, False, x, h, c, weights), weights)
+    types = recurrent_types(mode, x, h, c, weights, layer=False)
+    weights = _of_one_dtype(types, weights)
     w_ih, w_hh, *biases = weights
     b_ih, b_hh = biases or (None, None)
     _checks.same_kind(x, (h, c), weights, RuntimeError, mixed=types != SAME)

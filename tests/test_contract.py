@@ -11,9 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from contract import CELLS, ENTRIES, LAYERS, Entry, assert_same, compare, gradients, leaves, outcome, tensors, weighted
+from contract import (
+    CELLS,
+    ENTRIES,
+    LAYERS,
+    B,
+    Entry,
+    H,
+    I,
+    T,
+    assert_same,
+    compare,
+    exactly,
+    gradients,
+    leaves,
+    outcome,
+    tensors,
+    weighted,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import dlkernels
 
 # What is done to a result, in place and the same without.
 EDITS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Tensor]]] = {
@@ -45,7 +64,7 @@ def test_result_edited_in_place(entry: Entry, edit: str, which: int) -> None:
         return weighted(results)
 
     right = gradients(theirs, inputs, not_edited)
-    compare(lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right)
+    compare(entry, lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right)
 
 
 @entries
@@ -69,6 +88,8 @@ def test_result_overwritten_behind_autograd(entry: Entry, how: str) -> None:
         return sum(result.sum() for result in tensors(module(*inputs)))  # type: ignore[return-value]
 
     right, found = gradients(theirs, inputs, untouched), gradients(theirs, inputs, overwritten)
+    if entry.keeps_result:
+        pytest.skip("ours keeps the result for its backward, as torch's fused attention does")
     if not all(torch.allclose(a, b) for a, b in zip(right, found, strict=True)):
         pytest.skip("torch's own gradients are wrong after it: it keeps the result for its backward")
     assert_same(gradients(ours, inputs, overwritten), right)
@@ -104,7 +125,7 @@ def test_states_of_a_loop_are_reset_in_place(entry: Entry) -> None:
         x = x.detach()
     right = gradients(theirs, (x,), lambda module, x: loop(module, x, pure))
     compare(
-        lambda: gradients(ours, (x,), lambda module, x: loop(module, x, in_place)),
+        entry, lambda: gradients(ours, (x,), lambda module, x: loop(module, x, in_place)),
         lambda: gradients(theirs, (x,), lambda module, x: loop(module, x, in_place)), right,
     )  # fmt: skip
 
@@ -119,7 +140,8 @@ def test_values_dtypes_and_strides(entry: Entry) -> None:
                 found, expected = tensors(ours(*inputs)), tensors(theirs(*inputs))
             for mine, other in zip(found, expected, strict=True):
                 assert (mine.dtype, mine.shape, mine.stride()) == (other.dtype, other.shape, other.stride())
-                torch.testing.assert_close(mine, other)
+                rough = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {}
+                torch.testing.assert_close(mine, other, **rough)
 
 
 @entries
@@ -128,13 +150,17 @@ def test_values_dtypes_and_strides(entry: Entry) -> None:
 def test_dtypes_under_autocast(entry: Entry, dtype: torch.dtype, grad: bool) -> None:
     for of_input in (torch.float32, torch.bfloat16):
         theirs, ours = entry.pair(torch.float32)
-        inputs = tuple(x.to(of_input) for x in entry.draw(torch.float32))
+        inputs = tuple(x.to(of_input).requires_grad_() for x in entry.draw(torch.float32))
         with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype):
             expected = outcome(functools.partial(theirs, *inputs))
-            found = tensors(ours(*inputs))
+            found = outcome(functools.partial(ours, *inputs))
+        if isinstance(found, Exception):  # packing itself is refused for some dtypes
+            assert type(found) is type(expected), found
+            continue
+        found = tensors(found)
         if grad:
             sum(result.double().sum() for result in found).backward()
-            assert all(p.grad is not None and p.grad.dtype == p.dtype for p in ours.parameters())
+            assert all(x.grad is not None and x.grad.dtype == x.dtype for x in leaves(ours, inputs))
         if isinstance(expected, Exception):
             continue  # this processor has no kernel of torch's for it
         for mine, other in zip(found, tensors(expected), strict=True):
@@ -173,7 +199,9 @@ def test_jacobian_and_hessian_vectorized(entry: Entry) -> None:
     inputs = entry.draw(torch.float64)
     functional = torch.autograd.functional
     for function, of in ((functional.jacobian, first_columns), (functional.hessian, weighted)):
-        found, expected = (function(called(module, of), inputs, vectorize=True) for module in (ours, theirs))
+        found = function(called(ours, of), inputs, vectorize=True)
+        with exactly():
+            expected = function(called(theirs, of), inputs, vectorize=True)
         flat = [
             [t for row in result for t in (row if isinstance(row, tuple) else (row,))] for result in (found, expected)
         ]
@@ -189,7 +217,9 @@ def test_double_backward(entry: Entry) -> None:
         first = torch.autograd.grad(weighted(tensors(module(*inputs))), inputs, create_graph=True)
         return sum((grad**2).sum() for grad in first)  # type: ignore[return-value]
 
-    assert_same(gradients(ours, inputs, penalty), gradients(theirs, inputs, penalty))
+    with exactly():
+        right = gradients(theirs, inputs, penalty)
+    assert_same(gradients(ours, inputs, penalty), right)
 
 
 @entries
@@ -204,11 +234,10 @@ def test_checkpointed(entry: Entry, use_reentrant: bool) -> None:
     def plain(module: nn.Module, *inputs: Tensor) -> Tensor:
         return weighted(tensors(module(*inputs)))
 
-    for grads, module in ((gradients(theirs, inputs, plain), ours),):
-        given = tuple(x.detach().requires_grad_() for x in inputs)
-        run(module, *given).backward()
-        found = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves(module, given)]
-        assert_same(found, grads)
+    given = tuple(x.detach().requires_grad_() for x in inputs)
+    run(ours, *given).backward()
+    found = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves(ours, given)]
+    assert_same(found, gradients(theirs, inputs, plain))
 
 
 @entries
@@ -262,3 +291,18 @@ def test_nan_and_infinity_go_where_torchs_go(entry: Entry) -> None:
         )
         for mine, other in zip(found, expected, strict=True):
             torch.testing.assert_close(mine, other, equal_nan=True, rtol=1e-9, atol=1e-9)
+
+
+def test_input_edited_with_frozen_weights() -> None:
+    """torch's layer needs its input for the gradients of the weights alone; ours for double backward too."""
+    for module, allowed in ((nn.GRU(I, H), True), (dlkernels.nn.GRU(I, H), False)):
+        module.requires_grad_(False)
+        x = torch.randn(T, B, I, requires_grad=True)
+        copy = x * 1
+        loss = module(copy)[0].sum()
+        copy.mul_(2)
+        if allowed:
+            loss.backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()

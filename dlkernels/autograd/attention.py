@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
 from dlkernels import _native, reference
-from dlkernels.autograd import batching
+from dlkernels.autograd import batching, legacy
 from dlkernels.autograd.config import AttentionConfig, AttentionWanted
-from dlkernels.autograd.gradients import differentiate, pullback
+from dlkernels.autograd.gradients import differentiate, private, pullback
 from dlkernels.autograd.routing import attention_route
 from dlkernels.ops import attention as ops
 
@@ -31,17 +31,13 @@ def attention(
     if path == "reference":
         _native.announce_reference()
         return _reference(cfg, (cu_q, cu_k, rng), q, k, v, mask, slopes, sinks)
-    args: tuple[Any, ...] = (cfg, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng)
-    compiling = torch.compiler.is_compiling()
-    if compiling:
-        # Compiled code does not check the versions of what a Function has saved, so nobody else may hold it. (And
-        # Dynamo refuses a Function that is given one tensor twice.)
-        args = (cfg, *(x if x is None else x.clone() for x in args[1:]))
+    # Here and not where they are saved: Dynamo refuses a Function that is given one tensor twice.
+    args = (cfg, *private(q, k, v, mask, slopes, sinks, cu_q, cu_k, rng))
     if path == "eager":
         o, lse, _ = _apply(*unwrap_dead_wrappers(args))
     else:
         o, lse, _ = Attention.apply(*args)  # type: ignore[no-untyped-call]
-    return o.clone() if compiling or cfg.contiguous else o, lse
+    return o.clone() if cfg.contiguous or torch.compiler.is_compiling() else o, lse
 
 
 def attention_map(
@@ -92,6 +88,8 @@ class Attention(torch.autograd.Function):
         args = (ctx.cfg, wanted, do, dlse, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, stats)
         if torch.compiler.is_compiling():
             grads = AttentionBackward.forward(*args)
+        elif legacy.is_batched(do, dlse):
+            grads = legacy.map_samples(AttentionBackward.apply, args)
         elif torch._C._are_functorch_transforms_active():
             grads = AttentionBackward.apply(*args)  # type: ignore[no-untyped-call]
         elif torch.is_grad_enabled():
@@ -157,7 +155,7 @@ class AttentionBackward(torch.autograd.Function):
 
             return pullback(forward, variable, tensors[:2])
 
-        grads = differentiate(gradients, tensors, needs[2:10], cotangents)
+        grads = legacy.differentiate(lambda *given: differentiate(gradients, tensors, needs[2:10], given), cotangents)
         return (None, None, *grads, None, None, None, None, None)
 
     @staticmethod
