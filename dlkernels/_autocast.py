@@ -38,8 +38,8 @@ def recurrent_types(
 ) -> Types:  # fmt: skip
     """The dtypes of a recurrent call under autocast, SAME outside of it or where nothing differs.
 
-    On CUDA torch casts all arguments. On the CPU it casts those of the matrix products; what the gates make of the state
-    before has the dtype to which the two promote, and the first state is in the dtype of the input.
+    On CUDA torch casts all arguments. On the CPU it casts those of the matrix products; what the gates make of the
+    state before has the dtype to which the two promote, and the first state is in the dtype of the input.
     """
     dtype = autocast_dtype(x)
     if dtype is None or dtype not in DTYPES or not x.is_floating_point() or x.dtype == torch.float64:

@@ -58,8 +58,8 @@ def same_kind(
     x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None],
     mismatch: type[Exception] = ValueError, mixed: bool = False,
 ) -> None:  # fmt: skip
-    """One floating dtype, or with `mixed` any but float64, and one device. `mismatch`: what torch.nn raises for an input
-    of another dtype."""
+    """One floating dtype, or with `mixed` any but float64, and one device. `mismatch`: what torch.nn raises for an
+    input of another dtype."""
     dtype, device = x.dtype, x.device
     first = weights[0]
     if first is not None and not _fits(first.dtype, dtype, mixed):

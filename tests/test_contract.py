@@ -68,6 +68,26 @@ def test_result_edited_in_place(entry: Entry, edit: str, which: int) -> None:
 
 
 @entries
+def test_input_edited_after_the_call(entry: Entry) -> None:
+    """As in `x += attention(x)`."""
+    theirs, ours = entry.pair(torch.float64)
+    inputs = entry.draw(torch.float64)
+
+    def edited(module: nn.Module, *inputs: Tensor) -> Tensor:
+        copies = [x * 1 for x in inputs]
+        results = tensors(module(*copies))
+        for x in copies:
+            x.mul_(2)
+        return weighted([*results, *copies])
+
+    def pure(module: nn.Module, *inputs: Tensor) -> Tensor:
+        return weighted([*tensors(module(*(x * 1 for x in inputs))), *(x * 2 for x in inputs)])
+
+    right = gradients(theirs, inputs, pure)
+    compare(entry, lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right)
+
+
+@entries
 @pytest.mark.parametrize("how", ["data", "numpy"])
 def test_result_overwritten_behind_autograd(entry: Entry, how: str) -> None:
     """Nobody can notice such a write: the gradients are those of the values as they were, or torch's."""

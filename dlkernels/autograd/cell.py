@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import unwrap_dead_wrappers
 
-from dlkernels import _native, ops, reference
+from dlkernels import _native, ops
 from dlkernels.autograd import batching, legacy
 from dlkernels.autograd.config import CellConfig, Wanted
 from dlkernels.autograd.gradients import cell_gradients, differentiate, private, run_cell

@@ -16,9 +16,9 @@ Tensors = tuple[Tensor, ...]
 
 
 def private(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What a Function saves of its inputs. Compiled code checks no versions: an input that it edits after the call would
-    be read edited in the backward. There the Function saves copies, which the compiler leaves out where nothing is
-    edited."""
+    """What a Function saves of its inputs. Compiled code checks no versions: an input that it edits after the call
+    would be read edited in the backward. There the Function saves copies, which the compiler leaves out where nothing
+    is edited."""
     if not torch.compiler.is_compiling():
         return tensors
     return tuple(None if tensor is None else tensor.clone() for tensor in tensors)
@@ -66,7 +66,13 @@ def run_cell(
 ) -> tuple[Tensor, Tensor | None]:
     """The same of one step."""
     return reference.cell(
-        cfg.mode, x, h, c, *weights, h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x)  # type: ignore[arg-type]
+        cfg.mode,
+        x,
+        h,
+        c,
+        *weights,
+        h_dtype=dtype_of(cfg.types.h, x),
+        c_dtype=dtype_of(cfg.types.c, x),  # type: ignore[arg-type]
     )
 
 

@@ -31,7 +31,9 @@ def map_samples(call: Callable[..., Sequence[Tensor]], args: Sequence[Any]) -> t
     torch._C._vmapmode_decrement_nesting()
     size = _batch_size(args, level)
     batched = [isinstance(arg, Tensor) and _is_legacy(arg) for arg in args]
-    plain = [torch._remove_batch_dim(arg, level, size, 0) if is_it else arg for arg, is_it in zip(args, batched, strict=True)]
+    plain = [
+        torch._remove_batch_dim(arg, level, size, 0) if is_it else arg for arg, is_it in zip(args, batched, strict=True)
+    ]
     if is_batched(*plain):
         raise NotImplementedError("dlkernels: gradients that are batched twice (is_grads_batched within itself)")
     mapped = [arg for arg, is_it in zip(plain, batched, strict=True) if is_it]

@@ -53,6 +53,7 @@ def dtype_of(number: int, x: Tensor) -> torch.dtype:
     """The dtype that a number of a `Types` means in a call with this x."""
     return x.dtype if number < 0 else DTYPES[number]
 
+
 if _native.HAVE_NATIVE:
     from dlkernels.ops import fakes, flops
 

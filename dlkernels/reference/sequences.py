@@ -30,8 +30,8 @@ def sequence(
     h0 [D, B, O] and c0 [D, B, H], None for zeros. `lengths` [B] of 0..T: y is 0 after a sequence's end, the states are
     its last ones and the reverse direction starts at its end. Every `bptt_steps` steps (0: never) the state goes
     through `cut`. Returns y (the layout of x, D*O features), h_n [D, B, O] and c_n [D, B, H], which is empty for gru
-    and rnn. A projection is h' = W_hr h (Sak et al. 2014). Computed in float32 at least; h_dtype: of y and h_n, c_dtype:
-    of c_n, None for that of x.
+    and rnn. A projection is h' = W_hr h (Sak et al. 2014). Computed in float32 at least; h_dtype is that of y and h_n,
+    c_dtype that of c_n, None for that of x.
     """
     if batch_sizes is not None:
         present = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # [T, B]
