@@ -69,7 +69,19 @@ def test_random_calls() -> None:
     property_holds()
     counts = {
         field: collections.Counter(str(getattr(case, field)) for case, _, _ in passed)
-        for field in ("dtype", "mask", "causal", "slopes", "sinks", "sink", "offset", "softcap", "dropout", "layout", "dlse")
+        for field in (
+            "dtype",
+            "mask",
+            "causal",
+            "slopes",
+            "sinks",
+            "sink",
+            "offset",
+            "softcap",
+            "dropout",
+            "layout",
+            "dlse",
+        )
     }
     print(f"\n{len(passed)} distinct calls, {len(second_looks) - doubts} results after a second look; {counts}")
     assert len(passed) >= REQUIRED
