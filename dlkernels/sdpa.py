@@ -21,6 +21,7 @@ from dlkernels.autograd import AttentionConfig, attention_route
 __all__ = ["Call", "arrange", "scaled_dot_product_attention"]
 
 _theirs: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
+_flash_enabled: Callable[[], bool] = torch.backends.cuda.flash_sdp_enabled
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
@@ -112,7 +113,7 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: f
         and all(size > 0 for size in (*q.shape, k.shape[-2]))
         and all(x.stride(-1) == 1 for x in (q, k, v))
         and (mask is None or (mask.dim() in (2, 4) and not mask.requires_grad))
-        and (torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled())  # Dynamo cannot ask
+        and (torch.compiler.is_compiling() or _flash_enabled())  # Dynamo cannot ask
     )
 
 

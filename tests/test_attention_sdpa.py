@@ -190,7 +190,9 @@ def test_autocast(mixed: bool) -> None:
 
 
 def test_the_way_back_from_the_heads_is_free() -> None:
-    assert ours(Q, K, V).transpose(1, 2).is_contiguous()
+    """Where the heads came out of a projection; strides in general: test_attention_strides.py."""
+    q, k, v = (torch.randn(2, 5, 3, 8).transpose(1, 2) for _ in range(3))
+    assert ours(q, k, v).transpose(1, 2).is_contiguous()
 
 
 # Mistakes: torch's own errors, word for word

@@ -81,6 +81,8 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
         batch_dim, seq_dim = (0, 1) if batch_first else (1, 0)
         batch, queries, keys = query.size(batch_dim), query.size(seq_dim), key.size(seq_dim)
         hint = bool(is_causal) and not need_weights
+        if self.batch_first and batch_first:
+            query, key, value = self._private(query, key, value)
         q, k, v = self._project(query, key, value)
         if attn_mask is not None and (padding_mask is not None or not hint):
             masks.check_attn_mask(attn_mask, batch, self.num_heads, queries, keys)
@@ -154,6 +156,15 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
                 raise AssertionError(
                     f"expecting {name} weights shape of {(features, x.size(-1))}, but got {tuple(weight.shape)}"
                 )
+
+    def _private(self, query: Tensor, key: Tensor, value: Tensor) -> Triple:
+        """Copies for the gradients of the projections: as in torch.nn, which brings batch_first input into another
+        order, a program may edit its input after the call (`x += attention(x)`)."""
+        if not torch.is_grad_enabled() or not self.out_proj.weight.requires_grad:
+            return query, key, value
+        own_query = query.clone()
+        own_key = own_query if key is query else key.clone()
+        return own_query, own_key, own_query if value is query else own_key if value is key else value.clone()
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Triple:
         """q, k and v [.., E] in as few products as the identities among the inputs allow."""

@@ -322,10 +322,13 @@ def test_strided_and_expanded_inputs() -> None:
 
 
 def test_layouts_of_results() -> None:
-    o, lse, gradients = ours(build(PLAIN, 12))
-    for x in (o, gradients["dq"], gradients["dk"], gradients["dv"]):
-        assert x.transpose(1, 2).is_contiguous()
-    assert lse.is_contiguous()
+    """o as q, unless its width is another; the gradients row by row."""
+    for order, widths in (("BHMD", (16, 16)), ("BMHD", (16, 16)), ("BMHD", (16, 8))):
+        o, lse, gradients = ours(build(PLAIN | {"order": order, "widths": widths}, 12))
+        assert (o.transpose(1, 2) if (order, widths[1]) == ("BMHD", 16) else o).is_contiguous()
+        for x in (gradients["dq"], gradients["dk"], gradients["dv"]):
+            assert x.transpose(1, 2).is_contiguous()
+        assert lse.is_contiguous()
 
 
 def test_refusals() -> None:
@@ -336,3 +339,52 @@ def test_refusals() -> None:
     q = torch.randn(1, 1, 4, 257)
     with pytest.raises(NotImplementedError, match="257"):
         host.attention_forward(q, q, q, *rest)
+
+
+FAR = {
+    "rows": {"mask": "float full", "lengths": (7, 97)},
+    "keys": {"mask": "float keys", "lengths": (7, 97), "causal": 2},
+    "everything": {"mask": "float HMN", "lengths": (33, 97), "sinks": True, "alibi": "H", "dropout": 0.3, "group": 2},
+}
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name, offset", [("rows", "least"), ("keys", -1e30), ("everything", 1e20)])
+def test_a_large_offset(
+    name: str, offset: str | float, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most rows of a mask are one large number, beside which the logarithm of a sum is nothing."""
+    plan = heuristics.forward_plan
+    monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
+    inputs = build(PLAIN | FAR[name] | {"dtype": dtype}, 15)
+    mask = inputs.features["mask"]
+    rows = torch.rand(*mask.shape[:3], 1, generator=torch.Generator().manual_seed(15)) < 0.7
+    rows = rows & (mask != float("-inf"))
+
+    def with_far(value: float) -> Inputs:
+        return inputs._replace(features=inputs.features | {"mask": mask.masked_fill(rows, value)})
+
+    if not isinstance(offset, str):
+        compare(with_far(offset), dtype)
+        return
+    # In base 2 a float32 ends at 2.36e38 nats: from there on the log-sum-exp of 16-bit operands says no more than that.
+    compare(with_far(-2e38), dtype)
+    expected, found = ours(with_far(-2e38)), ours(with_far(torch.finfo(dtype).min))
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(found[2][name], expected[2][name]) for name in GRADIENTS)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sink", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max, -1e30, 1e38])
+def test_extreme_sinks(sink: float, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite sink is a number like any other, and rows that see nothing else have it for their log-sum-exp."""
+    plan = heuristics.forward_plan
+    monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
+    inputs = build(PLAIN | {"mask": "bool queries", "lengths": (7, 97), "dlse": True, "dtype": dtype}, 16)
+    inputs = inputs._replace(features=inputs.features | {"sinks": torch.tensor([sink, 0.5])})
+    compare(inputs, dtype)
+    _, lse, _ = ours(inputs)
+    hidden = ~inputs.features["mask"].expand(2, 2, 7, 1)[:, 0, :, 0]
+    assert hidden.any() and torch.equal(lse[:, 0][hidden], torch.full_like(lse[:, 0][hidden], sink))

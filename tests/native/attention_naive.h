@@ -96,7 +96,7 @@ struct Attention {
     const double most = s.dtype == DType::f64 ? 0x1p1023 : 0x1p127;
     for (int64_t h = 0; in.sinks && h < s.H; ++h)
       scaled = scaled || (std::isfinite(in.sinks[h]) && std::fabs(in.sinks[h]) > 0.999 * most * in.scale);
-    return scaled ? 1 : in.scale;
+    return scaled ? 1 : s.dtype == DType::f64 ? in.scale : static_cast<double>(static_cast<float>(in.scale));
   }
 
   // The statistics of a row.

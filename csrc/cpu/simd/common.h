@@ -1,17 +1,6 @@
 // What is the same for every Vec: storage conversions by type, and block transposes.
 // No include guard: each ISA's header ends with it.
 
-// a, so that the compiler makes no fma of the product that it is.
-template <class C>
-DLK_INLINE Vec<C> rounded(Vec<C> a) {
-#ifdef DLK_X86
-  asm("" : "+v"(a.v));
-#else
-  asm("" : "+m"(a.v));
-#endif
-  return a;
-}
-
 // n lanes of S in memory as C lanes; S is C, or bf16 or f16 with C = float.
 template <class C, class S>
 DLK_INLINE Vec<C> load_as(const S* p, int n) {
