@@ -151,13 +151,8 @@ def _edited_inputs(inside: bool, edits: bool, factor: Tensor, *given: Tensor) ->
 @pytest.mark.heavy
 @pytest.mark.parametrize(
     "backend, inside",
-    [
-        *itertools.product(BACKENDS, [True]), ("eager", False), ("aot_eager", False),
-        pytest.param("inductor", False, marks=pytest.mark.xfail(
-            strict=True, reason="inductor drops the copy of a graph input that is written to, as of x.clone() in torch"
-        )),
-    ],
-)  # fmt: skip
+    [*itertools.product(BACKENDS, [True, False])],
+)
 def test_compiled_inputs(backend: str, inside: bool) -> None:
     """Where torch raises, since it kept what was edited, the gradients are right here."""
     generator = torch.Generator().manual_seed(1)

@@ -64,7 +64,9 @@ def test_result_edited_in_place(entry: Entry, edit: str, which: int) -> None:
         return weighted(results)
 
     right = gradients(theirs, inputs, not_edited)
-    compare(lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right, entry.keeps_result)
+    compare(
+        lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right, entry.keeps_result
+    )
 
 
 @entries
@@ -84,7 +86,9 @@ def test_input_edited_after_the_call(entry: Entry) -> None:
         return weighted([*tensors(module(*(x * 1 for x in inputs))), *(x * 2 for x in inputs)])
 
     right = gradients(theirs, inputs, pure)
-    compare(lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right, entry.keeps_input)
+    compare(
+        lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right, entry.keeps_input
+    )
 
 
 @entries
@@ -145,7 +149,7 @@ def test_states_of_a_loop_are_reset_in_place(entry: Entry) -> None:
         x = x.detach()
     right = gradients(theirs, (x,), lambda module, x: loop(module, x, pure))
     compare(
-        entry, lambda: gradients(ours, (x,), lambda module, x: loop(module, x, in_place)),
+        lambda: gradients(ours, (x,), lambda module, x: loop(module, x, in_place)),
         lambda: gradients(theirs, (x,), lambda module, x: loop(module, x, in_place)), right,
     )  # fmt: skip
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
 # torch.nn's layers are no match for a compiler, so the oracle is their eager run without edits.
-COMPILED = [
-    *((entry, "eager") for entry in ENTRIES),
+DEEPER = [
     *((BY_NAME[name], "aot_eager") for name in ("RNN", "LSTM", "GRU", "LSTMCell", "sdpa", "sdpa learned mask")),
     *((BY_NAME[name], "inductor") for name in ("LSTM", "GRUCell", "sdpa")),
 ]
+COMPILED = [*((entry, "eager") for entry in ENTRIES), *DEEPER]
 every = pytest.mark.parametrize("entry, backend", COMPILED, ids=[f"{entry}-{backend}" for entry, backend in COMPILED])
+deeper = pytest.mark.parametrize("entry, backend", DEEPER, ids=[f"{entry}-{backend}" for entry, backend in DEEPER])
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +74,31 @@ def test_inputs_edited(entry: Entry, backend: str) -> None:
         return weighted([*tensors(module(*(x * 1 for x in inputs))), *(x * 2 for x in inputs)])
 
     check(entry, backend, edited, pure, fullgraph="packed" not in entry.name)
+
+
+@deeper
+@pytest.mark.parametrize("follow", [False, True], ids=["data", "activations"])
+def test_inputs_of_the_graph_edited(entry: Entry, backend: str, follow: bool) -> None:
+    """Right where they are data; where autograd follows them it may be refused, and is never wrong."""
+    theirs, ours = entry.pair(torch.float64)
+    weights = list(ours.parameters()) or [torch.ones((), dtype=torch.float64, requires_grad=True)]
+
+    def program(module: nn.Module, edit: bool, *inputs: Tensor) -> Tensor:
+        given = inputs if list(ours.parameters()) else (weights[0] * inputs[0], *inputs[1:])
+        results = tensors(module(*given))
+        if edit:
+            for x in inputs:
+                x.mul_(2)
+        return weighted([result * result.detach() for result in results])
+
+    def drawn() -> list[Tensor]:
+        return [(x.requires_grad_() * 1) if follow else x for x in entry.draw(torch.float64)]
+
+    right = torch.autograd.grad(program(ours, False, *drawn()), weights)
+    compiled = torch.compile(program, backend=backend, fullgraph="packed" not in entry.name)
+    found = outcome(lambda: list(torch.autograd.grad(compiled(ours, True, *drawn()), weights)))
+    if isinstance(found, Exception):
+        assert "modified by an inplace operation" in str(found), found
+        assert follow or isinstance(outcome(lambda: program(theirs, True, *drawn()).backward()), RuntimeError), found
+        return
+    assert_same(found, list(right))

@@ -51,7 +51,7 @@ class Cell(torch.autograd.Function):
         saved = output[-1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved)
-        ctx.save_for_backward(*private(*tensors), saved)
+        ctx.save_for_backward(*private(*tensors[:3]), *private(*tensors[3:], weights=True), saved)
         ctx.cfg = cfg
 
     @staticmethod

@@ -75,7 +75,9 @@ class Sequence(torch.autograd.Function):
             ctx.mark_non_differentiable(saved)
         else:
             ctx.mark_non_differentiable(c_n, saved)
-        ctx.save_for_backward(*private(x, h0, c0), saved, *private(batch_sizes, lengths, *weights))
+        ctx.save_for_backward(
+            *private(x, h0, c0), saved, *private(batch_sizes, lengths), *private(*weights, weights=True)
+        )
         ctx.cfg = cfg
 
     @staticmethod
