@@ -34,6 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 import dlkernels
 
+pytestmark = pytest.mark.o0_skip(reason="what autograd and Python do around the kernels is the same")
+
 # What is done to a result, in place and the same without.
 EDITS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Tensor]]] = {
     "relu_": (lambda y: y.relu_(), torch.relu),
