@@ -220,3 +220,17 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], right: Any, kept
         assert type(mine) is type(other), (mine, other)
         return
     assert_same(mine, right)
+
+
+def doubles_its_inputs(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """A program that edits what it gave to a module, in place, after the call."""
+    copies = [x * 1 for x in inputs]
+    results = tensors(module(*copies))
+    for x in copies:
+        x.mul_(2)
+    return weighted([*results, *copies])
+
+
+def uses_doubled_inputs(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """The same without an edit."""
+    return weighted([*tensors(module(*(x * 1 for x in inputs))), *(x * 2 for x in inputs)])

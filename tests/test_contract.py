@@ -22,11 +22,13 @@ from contract import (
     T,
     assert_same,
     compare,
+    doubles_its_inputs,
     exactly,
     gradients,
     leaves,
     outcome,
     tensors,
+    uses_doubled_inputs,
     weighted,
 )
 from torch import Tensor, nn
@@ -77,20 +79,9 @@ def test_input_edited_after_the_call(entry: Entry) -> None:
     theirs, ours = entry.pair(torch.float64)
     inputs = entry.draw(torch.float64)
 
-    def edited(module: nn.Module, *inputs: Tensor) -> Tensor:
-        copies = [x * 1 for x in inputs]
-        results = tensors(module(*copies))
-        for x in copies:
-            x.mul_(2)
-        return weighted([*results, *copies])
-
-    def pure(module: nn.Module, *inputs: Tensor) -> Tensor:
-        return weighted([*tensors(module(*(x * 1 for x in inputs))), *(x * 2 for x in inputs)])
-
-    right = gradients(theirs, inputs, pure)
-    compare(
-        lambda: gradients(ours, inputs, edited), lambda: gradients(theirs, inputs, edited), right, entry.keeps_input
-    )
+    right = gradients(theirs, inputs, uses_doubled_inputs)
+    runs = [functools.partial(gradients, module, inputs, doubles_its_inputs) for module in (ours, theirs)]
+    compare(*runs, right, entry.keeps_input)
 
 
 @entries

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from contract import ENTRIES, Entry, assert_same, gradients, outcome, tensors, weighted
+from contract import (
+    ENTRIES,
+    Entry,
+    assert_same,
+    doubles_its_inputs,
+    gradients,
+    outcome,
+    tensors,
+    uses_doubled_inputs,
+    weighted,
+)
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.o0_skip(reason="what compilers and autograd do around the kernels is the same")
@@ -65,17 +75,7 @@ def test_results_edited(entry: Entry, backend: str) -> None:
 
 @every
 def test_inputs_edited(entry: Entry, backend: str) -> None:
-    def edited(module: nn.Module, *inputs: Tensor) -> Tensor:
-        copies = [x * 1 for x in inputs]
-        results = tensors(module(*copies))
-        for x in copies:
-            x.mul_(2)
-        return weighted([*results, *copies])
-
-    def pure(module: nn.Module, *inputs: Tensor) -> Tensor:
-        return weighted([*tensors(module(*(x * 1 for x in inputs))), *(x * 2 for x in inputs)])
-
-    check(entry, backend, edited, pure, fullgraph="packed" not in entry.name)
+    check(entry, backend, doubles_its_inputs, uses_doubled_inputs, fullgraph="packed" not in entry.name)
 
 
 @deeper

@@ -123,7 +123,7 @@ def sequence_weight_grads(
     directions = split_directions(weights, dgates.shape[0])
     grads: list[Tensor] = []
     for d, w in enumerate(directions):
-        record = saved[d].split(dgates.shape[-1], -1)
+        record = torch.split(saved[d], dgates.shape[-1], -1)
         h = record[-1] if w.w_hr is not None else _hidden(mode, record)
         first = torch.zeros_like(h[:1]) if h0 is None else h0[d : d + 1].to(h.dtype)
         if d == 0:

@@ -71,14 +71,9 @@ def run_cell(
 ) -> tuple[Tensor, Tensor | None]:
     """The same of one step."""
     return reference.cell(
-        cfg.mode,
-        x,
-        h,
-        c,
-        *weights,
-        h_dtype=dtype_of(cfg.types.h, x),
-        c_dtype=dtype_of(cfg.types.c, x),  # type: ignore[arg-type]
-    )
+        cfg.mode, x, h, c, *weights, h_dtype=dtype_of(cfg.types.h, x),  # type: ignore[arg-type]
+        c_dtype=dtype_of(cfg.types.c, x),
+    )  # fmt: skip
 
 
 def sequence_gradients(
