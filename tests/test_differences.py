@@ -1,0 +1,47 @@
+"""docs/differences.md: each line names the test that pins it, and that test is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import dlkernels
+
+TESTS = Path(__file__).parent
+TABLE = TESTS.parent / "docs" / "differences.md"
+LINES = [line for line in TABLE.read_text().splitlines() if line.startswith("| ") and "`" in line]
+ROWS = [line for line in LINES if re.search(r"\b\w+\.py", line)]
+
+
+def named_tests(line: str) -> list[tuple[str, str]]:
+    """(file, function) pairs; `::function` alone belongs to the file named before it."""
+    found, file = [], ""
+    for text in re.findall(r"`((?:\w+\.py)?(?:::\w+)?)`", line):
+        name, _, function = text.partition("::")
+        file = name or file
+        if file:
+            found.append((file, function))
+    return found
+
+
+@pytest.mark.parametrize("line", ROWS, ids=lambda line: line.split("|")[1].strip()[:40])
+def test_every_line_names_a_test_that_exists(line: str) -> None:
+    named = [(file, function) for file, function in named_tests(line.rsplit("|", 2)[1])]
+    assert named, "no test is named"
+    for file, function in named:
+        path = next(iter(TESTS.rglob(file)), None)
+        assert path is not None, f"{file} is not there"
+        assert re.search(rf"^def {function}\(", path.read_text(), re.M) or not function, f"{file} has no {function}"
+
+
+def test_there_are_lines() -> None:
+    assert len(ROWS) >= 20
+
+
+def test_layers_derive_from_rnnbase() -> None:
+    for name in ("LSTM", "GRU", "RNN"):
+        layer = getattr(dlkernels.nn, name)(4, 6)
+        assert isinstance(layer, torch.nn.RNNBase) and not isinstance(layer, getattr(torch.nn, name))
