@@ -116,9 +116,10 @@ def make_data(case: Case) -> Data:
         if c.mask_kind == "bool":
             mask = visible
         else:
-            mask = draw(*shape, dtype=torch.float32 if c.mask_kind == "float32" else c.dtype)
+            of_mask = torch.float32 if c.mask_kind == "float32" else c.dtype
+            mask = draw(*shape, dtype=of_mask)
             if c.offset:
-                far = torch.tensor(max(c.offset, torch.finfo(c.dtype).min), dtype=c.dtype).double()
+                far = torch.tensor(max(c.offset, torch.finfo(c.dtype).min), dtype=of_mask).double()
                 mask = torch.where(torch.rand(*shape[:3], 1, generator=g) < 0.7, far, mask)
             mask = mask.masked_fill(~visible, -math.inf)
     slopes = None

@@ -37,6 +37,9 @@ def cases(draw: st.DrawFn) -> Case:
     mask_kind = draw(st.sampled_from(["bool", "own", "float32"]))
     # Beside the most that float16 holds, float64 still tells scores apart that float32 does not.
     offset = draw(st.sampled_from([0.0] if dtype == torch.float16 else OFFSETS))
+    # With everything dropped only lse has a gradient: in float32, while the exponentials of 16-bit attention are within
+    # 3e-6.
+    dropouts = [0.0, 0.0, 0.1, 0.5, 0.5 if dtype in (torch.bfloat16, torch.float16) else 1.0]
     return Case(
         B=B, H=Hkv * group, Hkv=Hkv, M=draw(LENGTHS), N=draw(LENGTHS), D=draw(WIDTHS), Dv=draw(WIDTHS),
         dtype=dtype,
@@ -44,7 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
         mask_kind=mask_kind, offset=offset, sink=draw(st.sampled_from(SINKS)), causal=draw(st.integers(0, 2)),
         window=(draw(edge), draw(edge)), slopes=draw(st.sampled_from([None, "h", "bh"])), sinks=draw(st.booleans()),
         softcap=draw(st.sampled_from([0.0, 0.0, 3.0, 30.0])), scale=draw(st.sampled_from([None, None, 0.3, -0.2])),
-        dropout=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5, 1.0])), lengths_q=lengths[0], lengths_k=lengths[1],
+        dropout=draw(st.sampled_from(dropouts)), lengths_q=lengths[0], lengths_k=lengths[1],
         layout=draw(st.sampled_from(["bhmd", "bmhd", "strided"])), dlse=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)),
     )  # fmt: skip
