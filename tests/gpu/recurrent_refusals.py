@@ -37,7 +37,7 @@ def forward(gates: int = 4) -> dict[str, Any]:
 def backward(gates: int = 4, slots: int = 5) -> dict[str, Any]:
     return {
         "dy": torch.zeros(T, B, H), "dh_n": None, "dc_n": None, "x": torch.zeros(T, B, I), "h0": None, "c0": None,
-        "weights": weights(gates), "y": torch.zeros(T, B, H), "saved": torch.zeros(1, T, B, slots, H),
+        "weights": weights(gates), "saved": torch.zeros(1, T, B, slots * H),
         "batch_sizes": None, "lengths": None, "bidirectional": False, "batch_first": False, "bptt_steps": 0,
         "deterministic": False, "need_x": True, "need_state": True, "need_weights": True, "gate_grads": False,
     }  # fmt: skip
@@ -52,15 +52,15 @@ def step(gates: int = 4) -> dict[str, Any]:
 def step_backward(gates: int = 4, slots: int = 5) -> dict[str, Any]:
     inputs = {name: value for name, value in step(gates).items() if name not in ("save", "deterministic")}
     return {
-        "dh": torch.zeros(B, H), "dc": None, **inputs, "h_new": torch.zeros(B, H), "saved": torch.zeros(B, slots, H),
+        "dh": torch.zeros(B, H), "dc": None, **inputs, "saved": torch.zeros(B, slots * H),
         "deterministic": False, "need_x": True, "need_state": True, "need_weights": True, "gate_grads": False,
     }  # fmt: skip
 
 
 CALLS = {
-    "lstm": forward(), "gru": forward(3), "lstm_backward": backward(), "gru_backward": backward(3, 4),
+    "lstm": forward(), "gru": forward(3), "lstm_backward": backward(), "gru_backward": backward(3),
     "lstm_cell": step(), "gru_cell": step(3), "lstm_cell_backward": step_backward(),
-    "gru_cell_backward": step_backward(3, 4),
+    "gru_cell_backward": step_backward(3), "rnn_relu_cell_backward": step_backward(1, 1),
 }  # fmt: skip
 LAYER = ("lstm", "lstm_backward")
 
@@ -114,13 +114,12 @@ MISTAKES: dict[str, Mistake] = {
     "gru, c0": ("gru", {"c0": torch.zeros(1, B, H)}),
     "gru_backward, c0": ("gru_backward", {"c0": torch.zeros(1, B, H)}),
     "gru_backward, dc_n": ("gru_backward", {"dc_n": torch.zeros(1, B, H)}),
-    "lstm_backward, y of another size": ("lstm_backward", {"y": torch.zeros(T, B + 1, H)}),
     "lstm_backward, dy of another dtype": ("lstm_backward", {"dy": torch.zeros(T, B, H, dtype=torch.bfloat16)}),
     "lstm_backward, dh_n of another size": ("lstm_backward", {"dh_n": torch.zeros(1, B, H + 1)}),
     "lstm_backward, saved of nothing": ("lstm_backward", {"saved": torch.zeros(0)}),
-    "lstm_backward, saved of another order": ("lstm_backward", {"saved": torch.zeros(1, B, T, 5, H)}),
+    "lstm_backward, saved of another order": ("lstm_backward", {"saved": torch.zeros(1, B, T, 5 * H)}),
     "lstm_backward, saved of bfloat16": (
-        "lstm_backward", {"saved": torch.zeros(1, T, B, 5, H, dtype=torch.bfloat16)},
+        "lstm_backward", {"saved": torch.zeros(1, T, B, 5 * H, dtype=torch.bfloat16)},
     ),
     "lstm_backward, bptt_steps": ("lstm_backward", {"bptt_steps": -1}),
     **{
@@ -137,11 +136,10 @@ MISTAKES: dict[str, Mistake] = {
     },
     "gru_cell, c": ("gru_cell", {"c": torch.zeros(B, H)}),
     "gru_cell_backward, dc": ("gru_cell_backward", {"dc": torch.zeros(B, H)}),
-    "lstm_cell_backward, h_new": ("lstm_cell_backward", {"h_new": torch.zeros(B, H + 1)}),
     "lstm_cell_backward, dh": ("lstm_cell_backward", {"dh": torch.zeros(B, H, dtype=torch.float64)}),
-    "lstm_cell_backward, saved": ("lstm_cell_backward", {"saved": torch.zeros(B, 4, H)}),
+    "lstm_cell_backward, saved": ("lstm_cell_backward", {"saved": torch.zeros(B, 4 * H)}),
     "lstm_cell_backward, saved of bfloat16": (
-        "lstm_cell_backward", {"saved": torch.zeros(B, 5, H, dtype=torch.bfloat16)},
+        "lstm_cell_backward", {"saved": torch.zeros(B, 5 * H, dtype=torch.bfloat16)},
     ),
 }  # fmt: skip
 
