@@ -123,6 +123,24 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "lstm_backward, bptt_steps": ("lstm_backward", {"bptt_steps": -1}),
     **{
+        f"{operator}, {name}": (operator, changes) for operator in ("lstm", "lstm_cell")
+        for name, changes in {
+            "product_dtype of float64": {"product_dtype": 1},
+            "product_dtype of nothing": {"product_dtype": 7},
+            "product_dtype far below": {"product_dtype": -(2**40)},
+            "h_dtype without product_dtype": {"product_dtype": -1, "h_dtype": 2},
+            "c_dtype of float64": {"product_dtype": 2, "h_dtype": 2, "c_dtype": 1},
+        }.items()
+    },
+    "lstm, weights of two dtypes": ("lstm", {"weights": [*weights(4)[:3], torch.zeros(8).half()], "product_dtype": 2}),
+    "lstm_cell, weights of two dtypes": ("lstm_cell", {"w_hh": torch.zeros(8, H).half(), "product_dtype": 2}),
+    "lstm, h0 of float64": ("lstm", {"h0": torch.zeros(1, B, H).double(), "product_dtype": 2}),
+    "lstm_backward, product_dtype of float64": ("lstm_backward", {"product_dtype": 1}),
+    "lstm_cell_backward, product_dtype of float64": ("lstm_cell_backward", {"product_dtype": 1}),
+    "lstm_backward, dy of another dtype, mixed": (
+        "lstm_backward", {"dy": torch.zeros(T, B, H).double(), "product_dtype": 2},
+    ),
+    **{
         f"{operator}, {name}": (operator, changes) for operator in ("lstm_cell", "lstm_cell_backward")
         for name, changes in {
             "x of one dimension": {"x": torch.zeros(I)},
