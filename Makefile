@@ -18,15 +18,16 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 O0_NATIVE := build/O0/_C.so
 
 .PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test cuda-test abi-check gpuless \
-	gpu-check wheel clean
+	gpu-check mutants wheel clean
 
 help:
 	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
 	@echo "make test         the tests; ARGS='-k lstm' narrows them"
 	@echo "make build        compile csrc/ in place, incrementally"
 	@echo "make lint         ruff, mypy, clang-format; make format puts right what can be"
-	@echo "make native-test  the kernels without torch, under the address and undefined-behaviour sanitizers"
+	@echo "make native-test  the kernels without torch, under the address, undefined-behaviour and thread sanitizers"
 	@echo "make cuda-test    the CUDA kernels without a GPU: emulation, sanitizers, nvcc"
+	@echo "make mutants      plants bugs one at a time: the tests have to notice (hours; ARGS='--only gru' narrows it)"
 	@echo "make test-O0      the tests on an -O0 build of the kernels"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
@@ -77,8 +78,14 @@ format: $(DEV_STAMP)
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+# The thread sanitizer sees a missing barrier whether or not a result is wrong.
 native-test:
-	bash tests/native/run.sh
+	bash tests/native/run.sh asan
+	ISAS=scalar bash tests/native/run.sh tsan
+
+# Hours for all; ARGS='--only gru' narrows it, ARGS=--list shows them.
+mutants: build
+	$(PY) tests/mutants/run.py $(ARGS)
 
 cuda-test: build
 	$(PY) tests/cuda/run.py $(ARGS)

@@ -4,6 +4,7 @@
 
 #include "boxing.h"
 #include "cpu/isa/dispatch.h"
+#include "cpu/patience.h"
 #include "cpu/rnn_ops.h"
 #include "cpu/rnn_reason.h"
 #include "cpu/threads.h"
@@ -228,6 +229,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name").none(true));
   m.def("set_poison", &dlk::set_poison, py::arg("on"));
+  m.def("set_least_patience", &dlk::set_least_patience,
+        "Microseconds that teams of threads wait for their members at least; 0: as planned. For tests.", py::arg("us"));
   dlk::bind_attention(m);
   m.def(
       "plan",

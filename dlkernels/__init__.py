@@ -18,7 +18,7 @@ from dlkernels._version import __version__
 from dlkernels.explain import explain
 from dlkernels.info import info
 from dlkernels.patch import patch, patch_report, unpatch
-from dlkernels.sdpa import patch_attention
+from dlkernels.sdpa_operator import patch_attention
 
 __all__ = [
     "__version__",

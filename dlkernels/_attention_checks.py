@@ -74,6 +74,24 @@ def causal(value: Any) -> int:
     return _CAUSAL[value]
 
 
+def is_bias(mask: Any) -> bool:
+    """Whether it is a CausalBias, a subclass of Tensor that stands for an alignment and holds no values. It goes by the
+    name: importing that module takes a second."""
+    return type(mask).__name__ == "CausalBias" and type(mask).__module__ == "torch.nn.attention.bias"
+
+
+def bias_alignment(bias: Any, causal: Any, queries: int, keys: int) -> str:
+    """`causal` for what a CausalBias as attn_mask means."""
+    if causal is not False:
+        raise ValueError(f"causal: expected False, as attn_mask is a CausalBias, got {causal!r}")
+    if (bias.seq_len_q, bias.seq_len_kv) != (queries, keys):
+        raise RuntimeError(
+            f"attn_mask: expected a CausalBias for {queries} queries and {keys} keys, got one for {bias.seq_len_q} and "
+            f"{bias.seq_len_kv}"
+        )
+    return "top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right"
+
+
 def window(value: Any) -> tuple[int, int]:
     """(left, right), -1 for unbounded."""
     if not isinstance(value, (tuple, list)):

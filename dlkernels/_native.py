@@ -91,10 +91,31 @@ def _load() -> tuple[ModuleType | None, str]:
         ) from error
     sys.modules[_MODULE] = module
     setattr(torch.ops.dlkernels, _FILE_ATTRIBUTE, str(file))
+    if os.environ.get("DLKERNELS_CPU_ISA"):
+        module.isa()  # ValueError for a name that is none
     return module, ""
 
 
-native, why_not = _load()
+def _runs_as_command() -> bool:
+    """Whether this import is the beginning of `python -m dlkernels` or of a module in it: Python imports the package
+    with "-m" in place of the program's name before it runs any of the program."""
+    if sys.argv[:1] != ["-m"]:
+        return False
+    module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    return module.partition(".")[0] == "dlkernels"
+
+
+def _load_or_exit() -> tuple[ModuleType | None, str]:
+    try:
+        return _load()
+    except (ImportError, ValueError) as error:
+        if not _runs_as_command():
+            raise
+        print(f"dlkernels: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+native, why_not = _load_or_exit()
 HAVE_NATIVE: bool = native is not None
 HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
 why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not

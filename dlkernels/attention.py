@@ -49,7 +49,8 @@ def attention(
     q: [B, H, M, D], k: [B, Hkv, N, D], v: [B, Hkv, N, Dv] of one dtype and device, any strides; query head h reads the
         head h // (H // Hkv) of k and v. With cu_seqlens [rows, heads, width], see there.
     attn_mask: bool (True = may attend) or added to the scores (the dtype of q, or float32; it may require grad), of 2
-        to 4 dimensions, broadcastable to [B, H, M, N].
+        to 4 dimensions, broadcastable to [B, H, M, N]. Or what torch.nn.attention.bias.causal_upper_left(M, N) or
+        causal_lower_right(M, N) gives, which means `causal`.
     causal: True or "top_left": query i sees the keys j <= i; "bottom_right": j <= i + N - M. The right side is the
         position p(i) of a query, which the window and ALiBi go by as well; without "bottom_right" it is i.
     dropout_p: probability with which a weight is zeroed; always active. The mask is drawn from torch's CPU generator.
@@ -120,10 +121,14 @@ def checked(
     dtype = autocast_dtype(q)
     if dtype is not None:
         q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
-        attn_mask = cast(attn_mask, dtype) if isinstance(attn_mask, Tensor) else attn_mask
+        attn_mask = (
+            cast(attn_mask, dtype) if isinstance(attn_mask, Tensor) and not checks.is_bias(attn_mask) else attn_mask
+        )
     checks.same_kind(q, k, v)
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     checks.heads(q, k, v, packed, checks.flag("enable_gqa", enable_gqa))
+    if checks.is_bias(attn_mask) and not packed:
+        causal, attn_mask = checks.bias_alignment(attn_mask, causal, q.shape[2], k.shape[2]), None
     left, right = checks.window(window)
     longest = checks.max_seqlen("max_seqlen_q", max_seqlen_q), checks.max_seqlen("max_seqlen_k", max_seqlen_k)
     cfg = AttentionConfig(

@@ -40,6 +40,9 @@ def attention_calls(layer: Module, *args: Any, **kwargs: Any) -> list[AttentionC
     if isinstance(layer, MultiheadAttention):
         return [_asked("attention", layer, wanted, a)]
     first = "src" if isinstance(layer, TransformerEncoderLayer) else "tgt"
+    if isinstance(layer, TransformerEncoderLayer):
+        masks = layer._masks(a["src"].dtype, a["src_mask"], a["src_key_padding_mask"])
+        a["src_mask"], a["src_key_padding_mask"] = masks
     hint = a["is_causal" if first == "src" else "tgt_is_causal"]
     calls = [_inner(layer, "self_attn", wanted, a[first], a[first], a, first, hint)]
     if isinstance(layer, TransformerDecoderLayer):

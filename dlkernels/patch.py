@@ -27,6 +27,7 @@ from dlkernels.nn import (
     TransformerDecoderLayer,
     TransformerEncoderLayer,
 )
+from dlkernels.nn.tools import mark_as_leaf
 
 __all__ = ["PatchEntry", "PatchReport", "patch", "patch_report", "unpatch"]
 
@@ -51,6 +52,10 @@ _NAMES = {theirs.__name__ for theirs in _SWAPS}
 
 # Tells a patched layer from one that was built with dlkernels, which unpatch leaves alone.
 _MARK = "_dlkernels_patched"
+_NOTE = (
+    "note: tools that look a layer up by its exact type, such as torch.ao.quantization, opacus and operation counters, "
+    "do not find these layers in their tables and pass them by; call dlkernels.unpatch(model) before such a tool"
+)
 # What torch's layers keep for cuDNN and ours do without.
 _CUDNN_STATE = ("_flat_weights", "_flat_weight_refs")
 
@@ -86,10 +91,15 @@ class PatchReport:
     def skipped(self) -> list[PatchEntry]:
         return [entry for entry in self.entries if entry.state == "skipped"]
 
+    @property
+    def note(self) -> str:
+        """What holds for all layers of dlkernels in the model; empty where there is none."""
+        return _NOTE if any(entry.state in ("patched", "native") for entry in self.entries) else ""
+
     def __str__(self) -> str:
         if not self.entries:
             return "no layers that dlkernels has"
-        return "\n".join(map(str, self.entries))
+        return "\n".join([*map(str, self.entries), *([self.note] if self.note else [])])
 
 
 def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
@@ -99,6 +109,9 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
     Works in place, on the root too, unless `copy` asks for a deep copy. Layers that cannot be swapped (a subclass, a
     scripted module, an instance with its own `forward`) stay as they are, and a warning names them and the reason.
     `verbose` prints the report, which `patch_report(model)` gives at any time. Patching twice changes nothing.
+
+    Tools that look a layer up by its exact type (torch.ao.quantization, opacus, operation counters) pass patched layers
+    by, and torch.jit.script refuses them: `unpatch` the model first. docs/tools.md tells what each tool sees.
     """
     _check_module("patch", model)
     if copy:
@@ -107,10 +120,13 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
         target = _SWAPS.get(type_before_parametrizations(module))
         if target is None or _obstacle(module):
             continue
+        assigned = _assigned_weights(module)
         for name in _CUDNN_STATE:
             module.__dict__.pop(name, None)
         _set_class(module, target)
         module.__dict__[_MARK] = True
+        if assigned is not None:
+            module._flat_weights = assigned  # type: ignore[assignment]
     report = patch_report(model)
     if report.skipped:
         skips = "; ".join(map(str, report.skipped))
@@ -126,10 +142,14 @@ def unpatch(model: M) -> M:
     for module in model.modules():
         if not module.__dict__.pop(_MARK, False):
             continue
+        assigned = _assigned_weights(module)
+        for name in ("_prepacked", "_flat"):
+            module.__dict__.pop(name, None)
         _set_class(module, _OURS[type_before_parametrizations(module)])
         if isinstance(module, torch.nn.RNNBase):
-            module.__dict__.pop("_prepacked", None)
             module._init_flat_weights()
+            if assigned is not None:
+                module._flat_weights = assigned
     return model
 
 
@@ -177,6 +197,17 @@ def _obstacle(module: Module) -> str:
     return ""
 
 
+def _assigned_weights(module: Module) -> list[Any] | None:
+    """What a program put into `_flat_weights` in place of the weights under their names, where it counts."""
+    if not isinstance(module, torch.nn.RNNBase):
+        return None
+    module._update_flat_weights()
+    named = [getattr(module, name, None) for name in module._flat_weights_names]
+    flat: list[Any] = module._flat_weights
+    same = len(flat) == len(named) and all(a is b for a, b in zip(flat, named, strict=True))
+    return None if same or is_parametrized(module) else flat
+
+
 def _set_class(module: Module, target: type[Module]) -> None:
     """`module.__class__ = target`, keeping what parametrize injected into a class of the module's own."""
     current = type(module)
@@ -184,3 +215,4 @@ def _set_class(module: Module, target: type[Module]) -> None:
         injected = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}
         target = type(f"Parametrized{target.__name__}", (target,), injected)
     module.__class__ = target
+    mark_as_leaf(module)

@@ -1,4 +1,4 @@
-"""F.scaled_dot_product_attention on our kernels: the function, and a switch for models that call torch's."""
+"""F.scaled_dot_product_attention on our kernels; `sdpa_operator` has the switch for models that call torch's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from dlkernels import autograd
 from dlkernels._attention_checks import scale as scale_of
@@ -19,7 +18,7 @@ from dlkernels._autocast import autocast_dtype, cast
 from dlkernels.attention import draw_seed, unexpanded
 from dlkernels.autograd import AttentionConfig, attention_route
 
-__all__ = ["AttentionMode", "Call", "arrange", "patch_attention", "scaled_dot_product_attention"]
+__all__ = ["Call", "arrange", "scaled_dot_product_attention"]
 
 _theirs: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
 _PLAIN = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -48,22 +47,6 @@ def scaled_dot_product_attention(
     if call.batch:
         return torch.unflatten(o, 0, call.batch)
     return o.squeeze(0) if call.has_heads else o.squeeze((0, 1))
-
-
-class AttentionMode(TorchFunctionMode):
-    """While it is active, calls of F.scaled_dot_product_attention come here."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _theirs:
-            func = scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
-
-
-def patch_attention() -> AttentionMode:
-    """`with dlkernels.patch_attention():` runs models that call torch.nn.functional.scaled_dot_product_attention on our
-    kernels, however they imported it, in eager mode and under torch.compile. For torch.nn's own attention layers, which
-    hide their calls from such a switch, there is `dlkernels.patch`."""
-    return AttentionMode()
 
 
 class Call(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,10 @@ import torch  # noqa: E402
 
 from dlkernels import _native  # noqa: E402
 
+# Seconds for one test, its fixtures included; `--timeout` and the marker `timeout` say otherwise.
+LIMIT, HEAVY_LIMIT = 300.0, 900.0
+# Until the threads of a call come, on a machine that does much else meanwhile.
+PATIENCE_US = 1_000_000
 BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -42,7 +47,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     )
 
 
+_stderr = pytest.StashKey[int]()
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):
+        raise pytest.UsageError("the tests need pytest-timeout: pip install -e '.[test]'")
+    config.stash[_stderr] = os.dup(2)  # while tests run, 2 is captured
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
     config.addinivalue_line("markers", "heavy: takes more than a few seconds")
     config.addinivalue_line("markers", "o0_skip(reason): would say no more in an -O0 build than in the other")
@@ -53,14 +64,37 @@ def _optimised() -> bool:
     return "-O0" not in flags
 
 
+def _limit(item: pytest.Item) -> float:
+    marker, option = item.get_closest_marker("timeout"), item.config.getoption("timeout")
+    if marker is not None:
+        return float(marker.args[0] if marker.args else marker.kwargs["timeout"])
+    if option is not None:
+        return float(option)
+    return HEAVY_LIMIT if item.get_closest_marker("heavy") else LIMIT
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if _optimised():
-        return
     for item in items:
+        # A signal's handler is Python: it would wait until the loop in the kernel has ended.
+        item.add_marker(pytest.mark.timeout(_limit(item), method="thread"), append=False)
         marker = item.get_closest_marker("o0_skip")
-        if marker is not None:
+        if marker is not None and not _optimised():
             reason = marker.args[0] if marker.args else marker.kwargs.get("reason", "")
             item.add_marker(pytest.mark.skip(reason=f"-O0 build: {reason}"))
+    # torch's own checks of an operator take the longest and say the least about values: they come last.
+    items.sort(key=lambda item: "opcheck" in item.name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """pytest-timeout's thread is Python and cannot end what keeps the interpreter's lock; this one is not."""
+    limit = _limit(item)
+    if limit > 0:
+        faulthandler.dump_traceback_later(limit + max(1.0, limit / 10), exit=True, file=item.config.stash[_stderr])
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -107,10 +141,13 @@ def poison() -> Iterator[None]:
         yield
         return
     _native.native.set_poison(True)
+    # Else a test of several threads has one of them on a busy machine.
+    _native.native.set_least_patience(PATIENCE_US)
     try:
         yield
     finally:
         _native.native.set_poison(False)
+        _native.native.set_least_patience(0)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 T, B, I, H, P = 5, 3, 4, 6, 2
 LENGTHS = (5, 2, 4)
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-SLOTS = {"lstm": 5, "gru": 4, "rnn_tanh": 0, "rnn_relu": 0}
+SLOTS = {"lstm": 5, "gru": 5, "rnn_tanh": 1, "rnn_relu": 1}
 
 
 def op(name: str) -> Any:
@@ -61,7 +61,7 @@ class Call:
         args = {
             "dy": torch.randn_like(y), "dh_n": torch.randn_like(h_n),
             "dc_n": torch.randn_like(c_n) if self.mode == "lstm" else None, "x": a["x"], "h0": a["h0"], "c0": a["c0"],
-            "weights": a["weights"], "y": y, "saved": saved, "batch_sizes": a["batch_sizes"], "lengths": a["lengths"],
+            "weights": a["weights"], "saved": saved, "batch_sizes": a["batch_sizes"], "lengths": a["lengths"],
             "bidirectional": a["bidirectional"], "batch_first": a["batch_first"], "bptt_steps": 0,
             "deterministic": False, "need_x": True, "need_state": True, "need_weights": True, "gate_grads": False,
         }  # fmt: skip
@@ -94,8 +94,8 @@ class CellCall:
         inputs = dict(list(self.args.items())[:7])
         args = {
             "dh": torch.randn_like(h), "dc": torch.randn_like(others[0]) if self.mode == "lstm" else None, **inputs,
-            "h_new": h, "saved": others[-1] if SLOTS[self.mode] else h.new_empty(0), "deterministic": False,
-            "need_x": True, "need_state": True, "need_weights": True, "gate_grads": True,
+            "saved": others[-1], "deterministic": False, "need_x": True, "need_state": True,
+            "need_weights": True, "gate_grads": True,
         }  # fmt: skip
         return {**args, **changes}
 

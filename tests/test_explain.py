@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,6 +47,43 @@ def test_the_kernel_named_is_the_kernel_that_ran(name: str, isa: str) -> None:
     ran = _native.native.last_run()
     assert ran["backward"]
     assert {key: ran[key] for key in explanation.layers[0].backward} == explanation.layers[0].backward
+
+
+@pytest.mark.parametrize("threads_count", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [(5,) * 70, (60, 2, 1, 1), (9, 9, 8, 1, 1, 1, 1, 1), (40, *[1] * 60)], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_the_plan_of_packed_input_is_what_runs(
+    name: str, lengths: tuple[int, ...], threads_count: int, isa: str, threads: Callable[[int], None]
+) -> None:
+    """A packed call has the rows that its lengths sum to, not steps times sequences: the plan goes by the former."""
+    if isa == "reference":
+        pytest.skip("nothing is planned on the reference path")
+    threads(threads_count)
+    layer = getattr(dlkernels.nn, name)(24, 40)
+    packed = pack_sequence([torch.randn(n, 24) for n in lengths])
+    with torch.no_grad():
+        inference = dlkernels.explain(layer, packed).layers[0].forward
+        layer(packed)
+    ran = _native.native.last_run()
+    assert {key: ran[key] for key in inference} == inference
+    training = dlkernels.explain(layer, packed).layers[0]
+    y, _ = layer(packed)
+    ran = _native.native.last_run()
+    assert {key: ran[key] for key in training.forward} == training.forward
+    y.data.sum().backward()
+    ran = _native.native.last_run()
+    assert ran["backward"] and {key: ran[key] for key in training.backward} == training.backward
+
+
+def test_packed_and_padded_plans_differ_somewhere(isa: str, threads: Callable[[int], None]) -> None:
+    """Else the test above could not tell by which rows the plan goes."""
+    if isa == "reference":
+        pytest.skip("nothing is planned on the reference path")
+    threads(2)
+    layer, lengths = dlkernels.nn.LSTM(24, 40), (60, 2, 1, 1)
+    packed, padded = pack_sequence([torch.randn(n, 24) for n in lengths]), torch.randn(60, 4, 24)
+    plans = [dlkernels.explain(layer, x).layers[0].backward for x in (packed, padded)]
+    assert plans[0] != plans[1]
 
 
 def test_one_entry_for_each_layer_of_the_stack() -> None:

@@ -85,7 +85,7 @@ def test_dropout_mask_is_torchs_bit_for_bit(batch_first: bool) -> None:
         x, None, weights, nonlinearity="relu", num_layers=2, batch_first=batch_first, dropout=0.3, training=True
     )[0]
     assert torch.equal(got == 0, expected == 0) and 0 < (got == 0).sum() < got.numel()
-    assert got.is_contiguous()
+    assert got.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("mode", LAYERS)
@@ -142,9 +142,11 @@ def test_autocast_decides_the_dtype(mode: str) -> None:
     x = torch.randn(T, B, I, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flat(function(x, None, layer._flat_weights, num_layers=2, **own))
-    assert {tensor.dtype for tensor in out} == {torch.bfloat16}
+    # As torch: by oneDNN, and behind the relu or tanh of a sum, autocast's; what the gru makes of its state, the state's.
+    assert {tensor.dtype for tensor in out} == {torch.float32 if mode == "gru" else torch.bfloat16}
     cast = [weight.bfloat16() for weight in layer._flat_weights]
-    assert torch.equal(out[0], function(x.bfloat16(), None, cast, num_layers=2, **own)[0])
+    rounded = function(x.bfloat16(), None, cast, num_layers=2, **own)[0]
+    torch.testing.assert_close(out[0].float(), rounded.float(), rtol=0.02, atol=0.02)
     out[0].sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
     assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
@@ -158,7 +160,7 @@ def test_autocast_of_cells() -> None:
     x = torch.randn(B, I)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         h, c = functional.lstm_cell(x, (torch.randn(B, H), torch.randn(B, H)), *cell.parameters())
-    assert h.dtype == c.dtype == torch.bfloat16
+    assert h.dtype == c.dtype == torch.float32  # as the state
     (h.sum() + c.sum()).backward()
     assert cell.weight_hh.grad is not None and cell.weight_hh.grad.dtype == torch.float32
 

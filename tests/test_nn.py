@@ -380,12 +380,14 @@ def test_prepacked_layers_say_so() -> None:
 
 
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])
-def test_autocast_computes_in_the_autocast_dtype(name: str) -> None:
-    module = getattr(dlkernels.nn, name)(4, 6)
-    x = torch.randn(3, 2, 4) if name in LAYERS else torch.randn(2, 4)
+def test_autocast_with_everything_in_its_dtype(name: str) -> None:
+    module = getattr(dlkernels.nn, name)(4, 6, dtype=torch.bfloat16)
+    x = torch.randn(3, 2, 4).bfloat16() if name in LAYERS else torch.randn(2, 4).bfloat16()
+    expected = flatten(module(x))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = flatten(module(x))
-    assert {tensor.dtype for tensor in results} == {torch.bfloat16}
+    for result, other in zip(results, expected, strict=True):
+        assert result.dtype == torch.bfloat16 and torch.equal(result, other)
 
 
 def test_prepacked_layer_compiles_and_sees_writes() -> None:

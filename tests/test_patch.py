@@ -91,7 +91,10 @@ def test_whole_model_in_place_or_copied() -> None:
 
 def test_verbose_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     dlkernels.patch(nn.Sequential(nn.GRU(2, 3)), verbose=True)
-    assert capsys.readouterr().out == "0: GRU patched\n"
+    printed = capsys.readouterr().out
+    assert printed.startswith("0: GRU patched\nnote: tools that look a layer up by its exact type")
+    assert printed == f"{dlkernels.patch_report(dlkernels.patch(nn.Sequential(nn.GRU(2, 3))))}\n"
+    assert "note" not in str(dlkernels.patch_report(nn.Sequential(nn.GRU(2, 3))))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -287,3 +287,40 @@ def test_padding_is_not_left_to_chance(mode: str, dtype: torch.dtype) -> None:
         _native.native.set_poison(poison)
         buffers.append(ops.pack(mode, weights, False))
     assert torch.equal(*buffers)
+
+
+def test_a_weight_of_another_layer_takes_the_copy_out_of_use(native, isa: str) -> None:
+    """A tensor that was packed elsewhere, or that stands in another place: the copy is of these, in this order."""
+    case = case_for("gru", layers=1, bidirectional=False)
+    data = make_data(case)
+    one, other = new_layer(case, data, case.dtype), new_layer(case, data, case.dtype)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    theirs = new_layer(case, data, case.dtype, torch.nn)
+    one.prepack(), other.prepack()
+    for name in ("weight_hh_l0", "bias_ih_l0", "weight_ih_l0"):
+        setattr(one, name, getattr(other, name))
+        theirs.load_state_dict(one.state_dict())
+        expected = run_layer(case, data, case.dtype, torch.nn, grad=False, layer=theirs)
+        for key, value in infer(one, case).items():
+            torch.testing.assert_close(value, expected[key], msg=lambda m, at=(name, key): f"{at}: {m}")
+    # Both biases have the same shape, so only who they are tells them apart.
+    one.prepack()
+    one.bias_ih_l0, one.bias_hh_l0 = one.bias_hh_l0, one.bias_ih_l0
+    theirs.load_state_dict(one.state_dict())
+    expected = run_layer(case, data, case.dtype, torch.nn, grad=False, layer=theirs)
+    torch.testing.assert_close(infer(one, case)["y"], expected["y"])
+
+
+@pytest.mark.parametrize("layer_index", [0, 1])
+def test_every_layer_of_the_stack_is_watched(layer_index: int, native) -> None:
+    for direction in ("", "_reverse"):
+        case = case_for("lstm")
+        data = make_data(case)
+        one, theirs = new_layer(case, data, case.dtype).prepack(), new_layer(case, data, case.dtype, torch.nn)
+        name = f"weight_hh_l{layer_index}{direction}"
+        setattr(one, name, torch.nn.Parameter(getattr(one, name).detach() * 0.5))
+        theirs.load_state_dict(one.state_dict())
+        expected = run_layer(case, data, case.dtype, torch.nn, grad=False, layer=theirs)
+        torch.testing.assert_close(infer(one, case)["y"], expected["y"])

@@ -2,11 +2,14 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <chrono>
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
+
+#include "patience.h"
 
 namespace dlk {
 namespace {
@@ -16,6 +19,8 @@ void relax() {
   _mm_pause();
 #endif
 }
+
+std::atomic<int64_t> g_least_patience_us{0};
 
 constexpr int kSpins = 2000;  // some ten microseconds, then leave the core to whoever we wait for
 
@@ -78,6 +83,8 @@ void Barrier::wait(int size) {
   spin_then_yield([&] { return generation_.load(std::memory_order_acquire) != generation; });
 }
 
+void set_least_patience(int64_t us) { g_least_patience_us.store(us, std::memory_order_relaxed); }
+
 int run_team(const Runtime& runtime, int wanted, int64_t patience_us, void (*fn)(void*, int, int), void* ctx) {
   if (wanted <= 1) {
     fn(ctx, 0, 1);
@@ -85,7 +92,8 @@ int run_team(const Runtime& runtime, int wanted, int64_t patience_us, void (*fn)
   }
   Assembly assembly;
   assembly.wanted = wanted;
-  assembly.patience = std::chrono::microseconds(patience_us);
+  assembly.patience =
+      std::chrono::microseconds(std::max(patience_us, g_least_patience_us.load(std::memory_order_relaxed)));
   assembly.fn = fn;
   assembly.ctx = ctx;
   runtime.parallel(

@@ -34,6 +34,8 @@ COMPILED_TRANSFORM = Route(
     "reference", "a torch.func transform inside torch.compile: Dynamo would drop the Function's own backward"
 )
 
+RECORDED = Route("reference", "torch.jit.trace records torch's operators: a saved file may hold them, with gradients")
+
 
 def _no_kernel(reason: str) -> Route:
     return Route("reference", reason)
@@ -79,6 +81,8 @@ def _with_kernel(tensors: tuple[Tensor | None, ...]) -> Route:
     compiling = torch.compiler.is_compiling()
     if not compiling and forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
+    if not compiling and torch._C._is_tracing():
+        return RECORDED
     if torch._C._are_functorch_transforms_active():
         return COMPILED_TRANSFORM if compiling else TRANSFORMED
     if torch.is_grad_enabled():

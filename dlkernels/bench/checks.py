@@ -62,15 +62,38 @@ def compare(
 ) -> Agreement:
     if ours.keys() != reference.keys():
         missing = ", ".join(sorted(ours.keys() ^ reference.keys()))
-        return Agreement(False, f"not in both: {missing}", float("inf"), 0.0, 0.0)
+        return _refusal(f"not in both: {missing}")
     worst, verdict = "", Verdict(True, 0.0, 0.0, 0.0)
     share = -1.0
     for name, ref in reference.items():
-        try:
-            one = within_rule(ours[name], theirs[name], ref, dtype, grad=name.startswith("d"))
-        except AssertionError as problem:
-            return Agreement(False, f"{name} ({problem})", float("inf"), 0.0, 0.0)
+        if problem := _unusable(ours[name], ref, dtype):
+            return _refusal(f"{name} ({problem})")
+        one = within_rule(ours[name], theirs[name], ref, dtype, grad=name.startswith("d"))
+        one = _bounded(one, ref)
         part = one.ours / one.limit if one.limit > 0 else (0.0 if one.ours == 0 else float("inf"))
         if part > share:
             worst, verdict, share = name, one, part
     return Agreement(verdict.ok, worst, verdict.ours, verdict.theirs, verdict.limit)
+
+
+def _refusal(why: str) -> Agreement:
+    return Agreement(False, why, float("inf"), 0.0, 0.0)
+
+
+def _unusable(value: Tensor, ref: Tensor, dtype: torch.dtype) -> str:
+    """Why a result cannot be judged by its error: a case's numbers are ordinary, so each side's have to be finite."""
+    if value.shape != ref.shape:
+        return f"shape {tuple(value.shape)} where the reference has {tuple(ref.shape)}"
+    if value.dtype != dtype:
+        return f"{value.dtype} where the case is {dtype}"
+    for side, tensor in (("ours", value), ("the reference", ref)):
+        if not bool(tensor.isfinite().all()):
+            return f"{side} has NaN or infinity"
+    return ""
+
+
+def _bounded(verdict: Verdict, ref: Tensor) -> Verdict:
+    """A limit at which a tensor of zeros would pass shows nothing, however wrong the peer is: it is not granted."""
+    largest = ref.abs().max().item() if ref.numel() else 0.0
+    limit = min(verdict.limit, largest / 2)
+    return verdict._replace(ok=verdict.ours <= limit, limit=limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ SUITES = ("main", "grid", "attention", "targets", "attention-targets", "charlm",
 AnyCase = cases.Case | attention.AttentionCase
 # No case is started after this, so that a busy machine makes --quick measure less, not last longer.
 QUICK_SECONDS = 45.0
+MOST_THREADS = 1024
 DTYPES = tuple(cases.SHORT_DTYPE)
 
 
@@ -35,10 +37,20 @@ def _list_of(convert: Any, allowed: Sequence[str] | None = None) -> Any:
     return parse
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a positive number")
+def _thread_count(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    if not 1 <= value <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers of 1 to {MOST_THREADS}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a finite number of seconds above 0")
     return value
 
 
@@ -50,9 +62,9 @@ def parser() -> argparse.ArgumentParser:
     add("--suite", choices=SUITES, default="main", help="main (the default) is charlm and grid, all adds targets")
     add("--quick", action="store_true", help="a few cases and short training: under a minute")
     add("--only", metavar="PATTERN", action="append", default=[], help="cases whose name contains or matches this")
-    add("--threads", metavar="N,...", type=_list_of(_positive), help="thread counts (default: 1 and all cores)")
+    add("--threads", metavar="N,...", type=_list_of(_thread_count), help="thread counts (default: 1 and all cores)")
     add("--dtypes", metavar="NAME,...", type=_list_of(str, DTYPES), default=["float32", "bfloat16"])
-    add("--seconds", metavar="S", type=float, help="measuring time for each case")
+    add("--seconds", metavar="S", type=_seconds, help="measuring time for each case")
     add("--out", metavar="DIR", type=Path, help="where results go (default: benchmarks/results)")
     add("--no-plot", action="store_true", help="no pictures")
     add("--list", action="store_true", help="print the names of the cases and stop")
@@ -71,7 +83,12 @@ def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
         print("no case matches", file=sys.stderr)
         return 2
     runner = runner or Runner(_budget(args))
-    host = machine.describe()
+    host, root = machine.describe(), args.out or results.home()
+    try:
+        results.folder(root, host)
+    except OSError as error:
+        print(f"--out: results cannot be written to {root}: {error.strerror}", file=sys.stderr)
+        return 2
     print(machine.headline(host, machine.versions()), flush=True)
     deadline = time.monotonic() + QUICK_SECONDS if args.quick else float("inf")
     trained = _train(jobs, args)
@@ -79,7 +96,7 @@ def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
     doc = results.document(("quick-" if args.quick else "") + args.suite, measured, trained, host)
     if measured:
         print("\n" + tables.results_table(measured) + "\n\n" + tables.summary_text(doc["summary"]))
-    path = results.write(doc, args.out or results.home())
+    path = results.write(doc, root)
     print(f"\nresults: {path}")
     if not args.no_plot:
         _plot(doc, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ _TIMED: _Schema = dict.fromkeys(("theirs_ms", "ours_ms", "speedup", "ratio_of_al
 _TIMED |= dict.fromkeys(("spread", "quartiles", "calls"), list) | {"pairs": int}
 _CHARLM: _Schema = {"mode": str, "config": dict, "threads": int, "steps": int}
 _CHARLM |= {"seconds": dict, "losses": dict, "validation": dict, "agree": bool, "message": str}
+# What only a case whose results agree may carry.
+_CLAIMS = {"speedup": "a speed-up", "spread": "a spread", "ours_ms": "a time of ours", "ratio_of_all": "a ratio"}
 _CHARLM_CLAIM: _Schema = {"speedup": float, "spread": list}
 
 
@@ -54,8 +57,8 @@ def problems(doc: dict[str, Any]) -> list[str]:
 
 def _judge(entry: dict[str, Any], name: str, always: _Schema, claim: _Schema, agrees: bool) -> list[str]:
     found = _mismatches(entry, always | (claim if agrees else {}), name)
-    if not agrees and "speedup" in entry:
-        found.append(f"{name}: a speed-up without agreement")
+    if not agrees:
+        found += [f"{name}: {_CLAIMS[key]} without agreement" for key in sorted(_CLAIMS.keys() & entry.keys())]
     return found
 
 
@@ -73,11 +76,18 @@ def home() -> Path:
     return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "benchmarks" / "results"
 
 
+def folder(root: Path, host: dict[str, Any]) -> Path:
+    """<root>/<machine>, made where there is none. OSError where no file can be written to it."""
+    found = root / machine.slug(host["cpu"], host["isa"])
+    found.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=found):
+        pass
+    return found
+
+
 def write(doc: dict[str, Any], root: Path) -> Path:
     """<root>/<machine>/<date>-<suite>.json; one case a line, so that diffs read well."""
-    folder = root / machine.slug(doc["machine"]["cpu"], doc["machine"]["isa"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{doc['date'][:10]}-{doc['suite']}.json"
+    path = folder(root, doc["machine"]) / f"{doc['date'][:10]}-{doc['suite']}.json"
     lists = ("charlm", "results")
     head = json.dumps({k: v for k, v in doc.items() if k not in lists}, indent=1)
     for key in lists:

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 from dlkernels import functional
 from dlkernels.nn import attention_masks as masks
 from dlkernels.nn.nested import from_rows, to_rows
+from dlkernels.nn.tools import KnownLayer, is_tracing
 
 __all__ = ["MultiheadAttention"]
 
@@ -25,7 +26,7 @@ Triple = tuple[Tensor, Tensor, Tensor]
 Weighted = tuple[Tensor, Tensor | None]
 
 
-class MultiheadAttention(torch.nn.MultiheadAttention):
+class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
     """`torch.nn.MultiheadAttention` on fused attention kernels.
 
     Nested tensors, strided and jagged, are accepted in training and for cross attention too. Queries that may attend to
@@ -39,6 +40,10 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As in torch.nn. The fused kernels run with `need_weights=False`; with weights, PyTorch operations compute the
         M x N probabilities, and the output from them."""
+        if is_tracing():  # what is recorded are torch's own operators
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         for mask in (attn_mask, key_padding_mask):
             if mask is not None:
                 torch.is_floating_point(mask)  # TypeError for what is no tensor

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["check_attn_mask", "check_inputs", "check_key_padding_mask", "combine", "same_kind"]
+__all__ = ["additive", "check_attn_mask", "check_inputs", "check_key_padding_mask", "combine", "same_kind"]
 
 
 def same_kind(
@@ -29,11 +29,12 @@ def same_kind(
         f"Support for mismatched {padding_name} and {attn_name} is deprecated. Use same type for both instead.",
         stacklevel=3,
     )
-    return _additive(attn_mask, dtype), _additive(padding_mask, dtype)
+    return additive(attn_mask, dtype), additive(padding_mask, dtype)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype != torch.bool:
+def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask as 0 and -inf in `dtype`; others as they are."""
+    if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
 

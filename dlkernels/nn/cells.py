@@ -9,6 +9,7 @@ mistake.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.autograd import forward_ad
 from dlkernels import functional, ops
 from dlkernels._native import HAVE_NATIVE
 from dlkernels.autograd.cell import Refused, unchecked_cell
+from dlkernels.nn.tools import KnownLayer
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -83,7 +85,21 @@ def _check(name: str, input: Any, states: dict[str, Any], weights: Weights) -> N
         w_ih.size(0 if name == "RNNCell" else 1), w_hh.size(1)
 
 
-class RNNCell(torch.nn.RNNCell):
+class _Cell(KnownLayer):
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """torch.nn.Module's call comes here only while torch.jit.trace runs. It records the operator of torch.nn's own
+        cell, unless a subclass has another forward."""
+        theirs = _RECORDED.get(type(self).forward)
+        if theirs is None or "forward" in self.__dict__ or not _is_tracing():
+            return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
+        self.__dict__["forward"] = MethodType(theirs, self)
+        try:
+            return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            del self.__dict__["forward"]
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
     """`torch.nn.RNNCell` on a fused kernel."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -99,7 +115,7 @@ class RNNCell(torch.nn.RNNCell):
         return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(_Cell, torch.nn.GRUCell):
     """`torch.nn.GRUCell` on a fused kernel."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -111,7 +127,7 @@ class GRUCell(torch.nn.GRUCell):
         return functional.gru_cell(input, hx, *weights)
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(_Cell, torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on a fused kernel."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -129,3 +145,10 @@ class LSTMCell(torch.nn.LSTMCell):
         if hx is not None and input.dim() == 1:
             hx = hx[0], hx[1]
         return functional.lstm_cell(input, hx, *weights)
+
+
+_RECORDED: dict[Any, Any] = {
+    RNNCell.forward: torch.nn.RNNCell.forward,
+    GRUCell.forward: torch.nn.GRUCell.forward,
+    LSTMCell.forward: torch.nn.LSTMCell.forward,
+}

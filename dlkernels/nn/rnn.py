@@ -18,9 +18,12 @@ from typing_extensions import Self
 
 from dlkernels import functional, ops
 from dlkernels._native import HAVE_NATIVE, announce_reference
+from dlkernels.nn.tools import KnownLayer, is_tracing
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
 
+# What an instance may hold besides its state.
+_NO_STATE = ("_prepacked", "_flat")
 _PACKABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -47,28 +50,59 @@ class Prepacked:
         return ""
 
 
+@dataclass(frozen=True)
+class FlatWeights:
+    """The list that a program got from or gave to `_flat_weights`, and the weights under their names at that time."""
+
+    weights: list[Any]
+    named: tuple[Any, ...]
+
+    def why_not(self, named: tuple[Any, ...]) -> str:
+        """Why a call takes the weights of these names instead, as torch.nn does; empty when it takes the list."""
+        for now, then in zip(named, self.named, strict=True):
+            if now is not None and then is not None and now is not then:
+                return "a weight was replaced by name since"
+        return ""
+
+
 def _version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count of their writes
 
 
-class RecurrentLayer(RNNBase):
+class RecurrentLayer(KnownLayer, RNNBase):
     """What the three layers share. `hx` is one tensor, or for the LSTM a pair."""
 
     _prepacked: Prepacked | None = None
+    _flat: FlatWeights | None = None
 
     @property
     def op_mode(self) -> str:
         """The name of the layer's operators: "lstm", "gru", "rnn_tanh" or "rnn_relu"."""
         return self.mode.lower()
 
-    # torch keeps a list of the weights for cuDNN and has to keep it up to date; here it is a view of the attributes.
+    # torch.nn's forward reads the list `_flat_weights`, and programs that compute the weights anew assign to it or to
+    # its items. Here the list exists once somebody asked for it or assigned it, until a weight is replaced by name.
 
     @property
-    def _flat_weights(self) -> list[Any]:  # type: ignore[override]
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+    def _flat_weights(self) -> list[Any]:
+        named = self._named_weights()
+        if self._flat is None or self._flat.why_not(named):
+            self.__dict__["_flat"] = FlatWeights(list(named), named)
+        return self.__dict__["_flat"].weights  # type: ignore[no-any-return]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Any]) -> None:
+        self.__dict__["_flat"] = FlatWeights(weights, self._named_weights())
+
+    def _named_weights(self) -> tuple[Any, ...]:
+        parameters: dict[str, Any] = self._parameters
+        try:
+            return tuple([parameters[name] for name in self._flat_weights_names])
+        except KeyError:
+            return tuple([getattr(self, name, None) for name in self._flat_weights_names])
 
     def _init_flat_weights(self) -> None:
-        pass
+        self.__dict__.pop("_flat", None)
 
     def _update_flat_weights(self) -> None:
         pass
@@ -77,6 +111,8 @@ class RecurrentLayer(RNNBase):
         """Does nothing: the kernels read the weights where they lie."""
 
     def __setattr__(self, attr: str, value: Any) -> None:
+        if self._flat is not None and attr in self._flat_weights_names:
+            self._flat.weights[self._flat_weights_names.index(attr)] = value
         Module.__setattr__(self, attr, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -86,13 +122,12 @@ class RecurrentLayer(RNNBase):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
-        replica.__dict__.pop("_prepacked", None)
+        for name in _NO_STATE:
+            replica.__dict__.pop(name, None)
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_prepacked", None)
-        return state
+        return {name: value for name, value in self.__dict__.items() if name not in _NO_STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
@@ -102,6 +137,11 @@ class RecurrentLayer(RNNBase):
 
     def weight_list(self) -> list[Tensor]:
         """The weights as they are now, in the order of `_flat_weights_names`."""
+        flat = self._flat
+        if flat is not None:
+            if not flat.why_not(self._named_weights()):
+                return list(flat.weights)
+            del self.__dict__["_flat"]
         parameters: dict[str, Any] = self._parameters
         try:
             return [parameters[name] for name in self._flat_weights_names]
@@ -118,7 +158,7 @@ class RecurrentLayer(RNNBase):
         """
         self.unpack()
         weights = self.weight_list()
-        if any(self._parameters.get(name) is None for name in self._flat_weights_names):
+        if self._flat is None and any(self._parameters.get(name) is None for name in self._flat_weights_names):
             raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
         first = weights[0]
         if first.device.type != "cpu" or first.dtype not in _PACKABLE:
@@ -178,6 +218,9 @@ class RecurrentLayer(RNNBase):
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
+    # What torch.jit.trace records: torch's own operators, which a saved file may hold and which have gradients there.
+    _traced: Any
+
     def _check_states(self, input: Tensor, hx: Any) -> None:
         hx.dim()
 
@@ -204,6 +247,8 @@ class _OneState(RecurrentLayer):
         """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
         0, h_n is its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0: never).
         """
+        if is_tracing() and lengths is None and not bptt_steps:
+            return self._traced(input, hx)
         return self._run(input, hx, lengths, bptt_steps)
 
 
@@ -237,6 +282,8 @@ class RNN(_OneState):
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         return functional.rnn(input, hx, weights, nonlinearity=self.mode[4:].lower(), **options)
 
+    _traced: Any = torch.nn.RNN.forward
+
 
 class GRU(_OneState):
     """`torch.nn.GRU` on fused kernels."""
@@ -256,6 +303,8 @@ class GRU(_OneState):
 
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         return functional.gru(input, hx, weights, **options)
+
+    _traced: Any = torch.nn.GRU.forward
 
 
 class LSTM(RecurrentLayer):
@@ -290,11 +339,14 @@ class LSTM(RecurrentLayer):
         0, h_n and c_n are its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0:
         never).
         """
+        if is_tracing() and lengths is None and not bptt_steps:
+            return self._traced(input, hx)
         return self._run(input, hx, lengths, bptt_steps)
 
     def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
         return functional.lstm(input, hx, weights, **options)
 
+    _traced: Any = torch.nn.LSTM.forward
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
     check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]

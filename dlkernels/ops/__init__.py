@@ -54,9 +54,10 @@ def dtype_of(number: int, x: Tensor) -> torch.dtype:
     return x.dtype if number < 0 else DTYPES[number]
 
 if _native.HAVE_NATIVE:
-    from dlkernels.ops import fakes
+    from dlkernels.ops import fakes, flops
 
     fakes.register(MODES)
+    flops.register_layers(MODES)
 
 
 # Fetched once: a lookup through torch.ops costs as much as a good part of a short call.

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from dlkernels import triton
-from dlkernels.ops import attention_fakes
+from dlkernels.ops import attention_fakes, flops
 
 __all__ = ["attention", "attention_backward", "attention_map"]
 
 triton.register()
 attention_fakes.register()
+flops.register_attention()
 
 _forward: Callable[..., Any] = torch.ops.dlkernels.attention.default
 _backward: Callable[..., Any] = torch.ops.dlkernels.attention_backward.default

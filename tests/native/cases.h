@@ -137,6 +137,12 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
     s.T = 390 + int64_t(random() % 20), s.B = 1 + int64_t(random() % 2), s.H = std::min<int64_t>(s.H, 8);
     s.I = std::min<int64_t>(s.I, 8), s.P = s.P ? 1 : 0;
     if (s.H == 1) s.P = 0;
+  } else if (chance(random, 0.06)) {  // several chunks of time, and enough work in each step to split it
+    const bool by_rows = chance(random, 0.5);
+    s.H = pick(random, {33, 40}), s.I = pick(random, {3, 40});
+    s.B = by_rows ? pick(random, {33, 35}) : pick(random, {11, 13});
+    s.T = (800 + int64_t(random() % 100)) / s.B;
+    if (s.P) s.P = 17;
   } else if (chance(random, 0.25)) {  // enough work for every way to split it
     s.H = pick(random, {33, 40, 65}), s.B = pick(random, {3, 8, 17, 33, 70}), s.T = pick(random, {5, 13});
     if (s.P) s.P = 17;
@@ -154,6 +160,7 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
        {&c.bias, &c.h0, &c.c0, &c.save, &c.dy, &c.dh_n, &c.dc_n, &c.need_x, &c.need_state, &c.need_weights}) {
     *flag = chance(random, 0.75);
   }
+  if (s.T * s.B > 2 * 384) c.need_weights = chance(random, 0.5);  // frozen weights, chunk after chunk
   for (bool* flag : {&c.prepacked, &c.deterministic, &c.gate_grads}) *flag = chance(random, 0.3);
   c.prepacked = c.prepacked && c.types.weights == s.dtype;
   c.gap = pick(random, {0, 0, 0, 3});

@@ -1,11 +1,13 @@
 #!/bin/sh
 # Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan] [cases] [seed]
 # CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with UNITS= bf16 uses what
-# the machine has for it in place of the emulation.
+# the machine has for it in place of the emulation. ISAS=scalar compiles no other kernels: barriers stand in the code that
+# all instruction sets share.
 set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}
-build=${BUILD:-/tmp/dlkernels-native-$mode}
+ISAS=${ISAS:-all}
+build=${BUILD:-/tmp/dlkernels-native-$mode-$ISAS}
 case $mode in
   asan) sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all" cases=500 ;;
   tsan) sanitizers="-fsanitize=thread" cases=250 ;;
@@ -21,30 +23,33 @@ export CXX FLAGS FEW build
 mkdir -p "$build"
 
 csrc=../../csrc/cpu
-# The slowest to compile first.
-kernels="isa/avx512 isa/avx512_bf16 isa/avx2 isa/attention_avx512_bf16 isa/attention_amx
-  isa/attention_avx512 isa/attention_avx2 isa/scalar isa/attention_scalar
-  isa/dispatch plan rnn_kernels team attention_plan attention_kernels"
+kernels="isa/scalar isa/attention_scalar isa/dispatch plan rnn_kernels team attention_plan attention_kernels"
+tests="kernels_test attention_test"
+case $ISAS in
+  all)  # the slowest to compile first
+    kernels="isa/avx512 isa/avx512_bf16 isa/avx2 isa/attention_avx512_bf16 isa/attention_amx isa/attention_avx512
+      isa/attention_avx2 $kernels"
+    tests="$tests simd_test bf16_test" ;;
+  scalar) FLAGS="$FLAGS -DDLK_NO_X86" ;;
+  *) echo "ISAS is all or scalar" >&2; exit 2 ;;
+esac
 objects=
 for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
 {
   for name in $kernels; do echo "$csrc/$name.cpp"; done
-  echo kernels_test.cpp
-  echo attention_test.cpp
-  echo simd_test.cpp
-  echo bf16_test.cpp
-} | xargs -P 2 -I{} sh -c 'case {} in *avx* | *amx*) few=$FEW ;; *) few= ;; esac
+  for name in $tests; do echo "$name.cpp"; done
+} | xargs -P "${JOBS:-2}" -I{} sh -c 'case {} in *avx* | *amx*) few=$FEW ;; *) few= ;; esac
   $CXX $FLAGS $few -c {} -o "$build/$(basename {} .cpp).o"'
-# shellcheck disable=SC2086
-$CXX $FLAGS $objects "$build/kernels_test.o" -o "$build/kernels_test"
-# shellcheck disable=SC2086
-$CXX $FLAGS $objects "$build/attention_test.o" -o "$build/attention_test"
-# shellcheck disable=SC2086
-$CXX $FLAGS "$build/simd_test.o" -o "$build/simd_test"
-# shellcheck disable=SC2086
-$CXX $FLAGS "$build/bf16_test.o" -o "$build/bf16_test"
+for name in $tests; do
+  case $name in simd_test | bf16_test) kernels_of= ;; *) kernels_of=$objects ;; esac
+  # shellcheck disable=SC2086
+  $CXX $FLAGS $kernels_of "$build/$name.o" -o "$build/$name"
+done
 
-[ "$mode" = tsan ] || "$build/simd_test"
-[ "$mode" = tsan ] || "$build/bf16_test"
-"$build/kernels_test" "${2:-$cases}" "${3:-0}"
-"$build/attention_test" "${2:-$cases}" "${3:-0}"
+for name in $tests; do
+  case $mode-$name in
+    tsan-simd_test | tsan-bf16_test) ;;
+    *-simd_test | *-bf16_test) "$build/$name" ;;
+    *) "$build/$name" "${2:-$cases}" "${3:-0}" ;;
+  esac
+done

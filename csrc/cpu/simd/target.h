@@ -25,7 +25,8 @@
 #define DLK_TARGET_AVX2 "avx2,fma,f16c"
 #define DLK_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
 
-#if defined(__x86_64__) || defined(_M_X64)
+// DLK_NO_X86 leaves the scalar kernels alone, as on another processor.
+#if (defined(__x86_64__) || defined(_M_X64)) && !defined(DLK_NO_X86)
 #define DLK_X86 1
 #endif
 

@@ -1,0 +1,200 @@
+"""The drop-in contract as a table: the entries of torch.nn that a program may call. Each has torch's module and ours
+with the same weights; test_contract*.py puts every entry through every use. A new layer, cell or operator is held to
+the contract by a line here."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import dlkernels
+
+T, B, I, H = 5, 3, 4, 6
+LENGTHS = (5, 2, 4)
+
+
+def _patched(module: nn.Module) -> nn.Module:
+    return dlkernels.patch(module, copy=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`theirs(dtype)` is a module of torch's, `swap` makes ours of it, `inputs` draws what both are called with."""
+
+    name: str
+    theirs: Callable[[torch.dtype], nn.Module]
+    inputs: Callable[[torch.dtype], tuple[Tensor, ...]]
+    swap: Callable[[nn.Module], nn.Module] = _patched
+
+    def pair(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(7)
+        theirs = self.theirs(dtype)
+        return theirs, self.swap(theirs)
+
+    def draw(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        torch.manual_seed(11)
+        return self.inputs(dtype)
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The floating-point tensors of a result, in order."""
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    if isinstance(result, Tensor):
+        return [result]
+    return [] if result is None else [t for part in result for t in tensors(part)]
+
+
+class Packed(nn.Module):
+    """A layer that is called with a PackedSequence."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.layer(pack_padded_sequence(x, torch.tensor(LENGTHS), enforce_sorted=False))
+
+
+class Attend(nn.Module):
+    """scaled_dot_product_attention; `learned` adds a mask that is a parameter."""
+
+    def __init__(self, dtype: torch.dtype, learned: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.mask = nn.Parameter(torch.randn(T, T, dtype=dtype)) if learned else None
+        self.options = options
+        self.attend: Callable[..., Tensor] = nn.functional.scaled_dot_product_attention
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attend(q, k, v, attn_mask=self.mask, **self.options)
+
+
+def _swap_attend(attend: Callable[..., Tensor], module: nn.Module) -> nn.Module:
+    swapped = copy.deepcopy(module)
+    swapped.attend = attend  # type: ignore[assignment]
+    return swapped
+
+
+_sdpa = functools.partial(_swap_attend, dlkernels.functional.scaled_dot_product_attention)
+_attention = functools.partial(_swap_attend, dlkernels.functional.attention)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def _draw(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
+    return lambda dtype: tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
+
+
+def _layer(name: str, cls: Any, *, packed: bool = False, **options: Any) -> Entry:
+    def theirs(dtype: torch.dtype) -> nn.Module:
+        layer = cls(I, H, dtype=dtype, **options)
+        return Packed(layer) if packed else layer
+
+    state = (options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1), B, H)
+    shapes = [(B, T, I) if options.get("batch_first") else (T, B, I)]
+    if cls is not nn.LSTM and not packed:
+        shapes.append(state)
+    return Entry(name, theirs, _draw(*shapes))
+
+
+LAYERS = [
+    _layer("RNN", nn.RNN),
+    _layer("RNN relu", nn.RNN, nonlinearity="relu", batch_first=True),
+    _layer("LSTM", nn.LSTM),
+    _layer("LSTM batch_first bidirectional", nn.LSTM, batch_first=True, bidirectional=True),
+    _layer("LSTM projected", nn.LSTM, proj_size=2),
+    _layer("LSTM packed", nn.LSTM, packed=True),
+    _layer("GRU", nn.GRU),
+    _layer("GRU two layers", nn.GRU, num_layers=2, bidirectional=True),
+    _layer("GRU packed", nn.GRU, packed=True),
+]
+CELLS = [
+    Entry("RNNCell", lambda dtype: nn.RNNCell(I, H, dtype=dtype), _draw((B, I), (B, H))),
+    Entry("RNNCell relu", lambda dtype: nn.RNNCell(I, H, nonlinearity="relu", dtype=dtype), _draw((B, I), (B, H))),
+    Entry("LSTMCell", lambda dtype: nn.LSTMCell(I, H, dtype=dtype), _draw((B, I))),
+    Entry("GRUCell", lambda dtype: nn.GRUCell(I, H, dtype=dtype), _draw((B, I), (B, H))),
+]
+_HEADS = (2, 3, T, 8)
+ATTENTION = [
+    Entry("sdpa", Attend, _draw(_HEADS, _HEADS, _HEADS), _sdpa),
+    Entry(
+        "sdpa causal, q transposed",
+        functools.partial(Attend, is_causal=True),
+        lambda dtype: tuple(torch.randn(2, T, 3, 8, dtype=dtype).transpose(1, 2) for _ in range(3)),
+        _sdpa,
+    ),
+    Entry("sdpa 3-D", Attend, _draw(*[_HEADS[1:]] * 3), _sdpa),
+    Entry("sdpa 5-D", Attend, _draw(*[(2, *_HEADS)] * 3), _sdpa),
+    Entry("sdpa, wide values", Attend, _draw(_HEADS, _HEADS, (*_HEADS[:3], 4)), _sdpa),
+    Entry("sdpa learned mask", functools.partial(Attend, learned=True), _draw(_HEADS, _HEADS, _HEADS), _sdpa),
+    Entry("attention", Attend, _draw(_HEADS, _HEADS, _HEADS), _attention),
+    Entry("attention learned mask", functools.partial(Attend, learned=True), _draw(_HEADS, _HEADS, _HEADS), _attention),
+    Entry("MultiheadAttention", SelfAttention, _draw((2, T, 8))),
+    Entry(
+        "TransformerEncoderLayer",
+        lambda dtype: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, dtype=dtype),
+        _draw((2, T, 8)),
+    ),
+]
+ENTRIES = [*LAYERS, *CELLS, *ATTENTION]
+
+
+def leaves(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    return [*inputs, *module.parameters()]
+
+
+def gradients(module: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[..., Tensor]) -> list[Tensor]:
+    inputs = tuple(x.detach().requires_grad_() for x in inputs)
+    grads = torch.autograd.grad(loss(module, *inputs), leaves(module, inputs), allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves(module, inputs), strict=True)]
+
+
+def weighted(results: list[Tensor]) -> Tensor:
+    """A scalar to which every element of every result counts differently."""
+    total = results[0].new_zeros(())
+    for result in results:
+        weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape)
+        total = total + (result * weights).sum()
+    return total
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-9)
+
+
+def outcome(run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except Exception as error:
+        return error
+
+
+def compare(ours: Callable[[], Any], theirs: Callable[[], Any], right: Any) -> None:
+    """`ours()` is `right`; or both raise the same."""
+    mine, other = outcome(ours), outcome(theirs)
+    if isinstance(mine, Exception):
+        if not isinstance(other, Exception):
+            raise AssertionError("torch allows it") from mine
+        assert type(mine) is type(other), (mine, other)
+        return
+    assert_same(mine, right)

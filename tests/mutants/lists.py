@@ -1,0 +1,10 @@
+"""All mutants, in the order in which they are tried: those that need no compiler first."""
+
+from __future__ import annotations
+
+from attention import ATTENTION
+from mutant import Mutant
+from python import PYTHON
+from recurrent import RECURRENT
+
+MUTANTS: tuple[Mutant, ...] = (*PYTHON, *RECURRENT, *ATTENTION)

@@ -1,0 +1,39 @@
+"""A bug to plant: what stands in a file, what takes its place, why somebody might write it, and who should notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` stands in `file` exactly once. `tests`: arguments of pytest, the likeliest first, or "native tsan" and
+    "native asan" for tests/native/run.sh."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    why: str
+    tests: tuple[str, ...]
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith("csrc/")
+
+    def problem(self, root: Path = ROOT) -> str:
+        """Why it cannot be planted; empty if it can."""
+        path = root / self.file
+        if not path.is_file():
+            return f"{self.file} does not exist"
+        count = path.read_text().count(self.old)
+        if count != 1:
+            return f"its text stands {count} times in {self.file}"
+        return "" if self.old != self.new else "it changes nothing"
+
+    def plant(self, root: Path) -> None:
+        path = root / self.file
+        path.write_text(path.read_text().replace(self.old, self.new))

@@ -1,0 +1,262 @@
+"""Plants the bugs of this folder's lists one at a time in a copy of the tree, and says which of them the tests notice.
+
+    python tests/mutants/run.py [--only PATTERN ...] [--jobs N] [--list] [--full]
+
+Each job has a copy of its own. Bugs in Python meet the module of the working tree; those in C++ an unoptimised build up
+to AVX2, where only what a mutant touches is compiled anew.
+A mutant's own tests run first, then (--full: all, else as many as --budget seconds allow) the rest of the suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from lists import MUTANTS
+from mutant import ROOT, Mutant
+
+KILLED, SURVIVED, ERROR = "killed", "SURVIVED", "ERROR"
+# Cheap files first; what is left out needs a network, a compiler, or says nothing about values.
+LEFT_OUT = ("test_packaging.py", "test_cuda_build.py", "test_mutants.py", "test_time_limit.py", "test_memory.py")
+NOTHING_COLLECTED = 5
+# Kernels above AVX2 take most of the time to compile and are not mutated: empty tables, which DLKERNELS_CPU_ISA hides.
+STUB = '#include "{header}"\nnamespace dlk::{space} {{\nconst {table} k{name}{{}};\n}}\n'
+STUBS = {
+    "avx512.cpp": STUB.format(header="kernels.h", space="avx512", table="KernelTable", name="Kernels"),
+    "attention_avx512.cpp": STUB.format(
+        header="attention_kernels.h", space="avx512", table="AttentionTable", name="Attention"
+    ),
+}
+
+
+@dataclass
+class Outcome:
+    mutant: Mutant
+    verdict: str
+    by: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.verdict:8} {self.mutant.name:32} {self.seconds:5.0f} s  {self.by}"
+
+
+class Scratch:
+    """A copy of the working tree with a build of its own."""
+
+    def __init__(self, folder: Path, timeout: int) -> None:
+        self.folder, self.tree, self.timeout = folder, folder / "tree", timeout
+        self.tree.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "log.txt"
+        self.module = ""  # the working tree's, or that of this copy
+
+    def prepare(self) -> None:
+        """Brings the copy up to date with the working tree, file by file, so that little is compiled again."""
+        listed = subprocess.run(
+            ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        for name in listed:
+            self._put(name, (ROOT / name).read_bytes()) if (ROOT / name).is_file() else None
+        for name, text in STUBS.items():
+            self._put(f"csrc/cpu/isa/{name}", text.encode())
+
+    def _put(self, name: str, data: bytes) -> None:
+        path = self.tree / name
+        if path.is_file() and path.read_bytes() == data:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+    def environment(self) -> dict[str, str]:
+        settings = {
+            "PYTHONPATH": str(self.tree), "DLKERNELS_CPU_ISA": "avx2", "OMP_WAIT_POLICY": "passive",
+            "CXXFLAGS": "-DDLK_OLD_ASSEMBLER", "DLKERNELS_CUDA": "0", "MAX_JOBS": os.environ.get("MAX_JOBS", "1"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }  # fmt: skip
+        if self.module:
+            settings["DLKERNELS_NATIVE"] = self.module
+        return {**{k: v for k, v in os.environ.items() if k != "DLKERNELS_NATIVE"}, **settings}
+
+    def command(self, command: list[str], limit: float) -> tuple[int, str]:
+        """Status and output; 124 after `limit` seconds."""
+        with self.log.open("w+", errors="replace") as log:
+            process = subprocess.Popen(
+                command, cwd=self.tree, env=self.environment(), stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                status = process.wait(timeout=limit)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                status = 124
+            log.seek(0)
+            return status, log.read()
+
+    def build(self) -> str:
+        """The compiler's last words if it fails."""
+        status, output = self.command([sys.executable, "csrc/setup/native.py", "--opt", "0"], 3600)
+        return "" if status == 0 else output[-1500:]
+
+    def test(self, arguments: str, limit: float) -> tuple[str, str]:
+        """(verdict, which test) of one entry of a mutant's list."""
+        kind, _, mode = arguments.partition(" ")
+        if kind == "native":
+            status, output = self.command(
+                ["env", f"BUILD={self.folder / mode}", "sh", "tests/native/run.sh", mode], 3600
+            )
+            return (SURVIVED, "") if status == 0 else (KILLED, f"native {mode}: {_first_complaint(output)}")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+        command += [f"--timeout={self.timeout}", *shlex.split(arguments)]
+        status, output = self.command(command, limit)
+        if status in (0, NOTHING_COLLECTED):
+            return SURVIVED, ""
+        if status == 124:
+            return SURVIVED, "out of time"
+        if status == 4:
+            return ERROR, output[-500:]
+        return KILLED, _killing_test(output) or f"status {status}: {output[-200:]!r}"
+
+    def try_out(self, mutant: Mutant, budget: float, full: bool) -> Outcome:
+        begin = time.monotonic()
+
+        def outcome(verdict: str, by: str = "") -> Outcome:
+            return Outcome(mutant, verdict, by, time.monotonic() - begin)
+
+        self.prepare()
+        if problem := mutant.problem(self.tree):
+            return outcome(ERROR, problem)
+        mutant.plant(self.tree)
+        self.module = "" if mutant.compiled else built_module()
+        if mutant.compiled and (words := self.build()):
+            return outcome(ERROR, f"it does not compile: {words}")
+        rest = _everything_else(mutant) if full or budget > 0 else []
+        for number, arguments in enumerate([*mutant.tests, *rest]):
+            left = float("inf") if number < len(mutant.tests) or full else begin + budget - time.monotonic()
+            if left < 5:
+                break
+            verdict, by = self.test(arguments, min(left, 3600))
+            if verdict != SURVIVED:
+                return outcome(verdict, by)
+        return outcome(SURVIVED)
+
+
+def _everything_else(mutant: Mutant) -> list[str]:
+    own = {word for arguments in mutant.tests if "-k" not in arguments for word in shlex.split(arguments)}
+    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: ("fuzz" in path.name, path.name))
+    names = [f"tests/{path.name}" for path in files if path.name not in LEFT_OUT]
+    return [name for name in names if name not in own]
+
+
+def _killing_test(output: str) -> str:
+    found = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    if found:
+        return str(found[0])
+    ended = re.findall(r'File ".*/(tests/test_\w+\.py)", line (\d+) in (test_\w+)', output)
+    if ended:
+        return f"{ended[-1][0]}::{ended[-1][2]} (the process ended)"
+    return ""
+
+
+def _first_complaint(output: str) -> str:
+    lines = [line for line in output.splitlines() if re.search("ERROR|WARNING|runtime error|FAILED|want|alone", line)]
+    return lines[0][:160] if lines else output[-160:]
+
+
+def built_module() -> str:
+    """Of the working tree: optimised, so that no test is left out."""
+    name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not (ROOT / "dlkernels" / name).is_file():
+        raise SystemExit(f"dlkernels/{name} is missing: make build")
+    return str(ROOT / "dlkernels" / name)
+
+
+def check_unmutated(scratch: Scratch, chosen: list[Mutant]) -> None:
+    """A test that fails anyhow would kill every mutant."""
+    for compiled, arguments in dict.fromkeys((m.compiled, a) for m in chosen for a in m.tests):
+        scratch.module = "" if compiled else built_module()
+        verdict, by = scratch.test(arguments, 3600)
+        if verdict != SURVIVED or by:
+            raise SystemExit(f"without any mutant {arguments!r} fails: {by}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="names or files, with * and ?")
+    parser.add_argument("--jobs", type=int, default=1, help="copies of the tree that work side by side")
+    parser.add_argument("--list", action="store_true", help="print the mutants and whether each can be planted")
+    parser.add_argument("--full", action="store_true", help="the whole suite for each mutant that its own tests miss")
+    parser.add_argument("--budget", type=float, default=0, help="seconds of other tests for such a mutant (0)")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds for one test (120)")
+    parser.add_argument("--unchecked", action="store_true", help="do not first run the tests without a mutant")
+    parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "mutants", help="where the copies lie")
+    options = parser.parse_args()
+    chosen = [
+        m for m in MUTANTS
+        if not options.only or any(fnmatch(m.name, p) or p in m.name or p in m.file for p in options.only)
+    ]  # fmt: skip
+    if not chosen:
+        raise SystemExit("no mutant has such a name")
+    if options.list:
+        for mutant in chosen:
+            print(f"{mutant.name:32} {mutant.file:44} {mutant.why}")
+            if problem := mutant.problem():
+                print(f"    ERROR: {problem}")
+        return int(any(mutant.problem() for mutant in chosen))
+    copies: queue.Queue[Scratch] = queue.Queue()
+    for number in range(options.jobs):
+        copies.put(Scratch(options.scratch / str(number), options.timeout))
+    for scratch in list(copies.queue):
+        scratch.prepare()
+        if any(mutant.compiled for mutant in chosen) and (words := scratch.build()):
+            raise SystemExit(f"without any mutant the tree does not compile: {words}")
+    if not options.unchecked:
+        check_unmutated(copies.queue[0], chosen)
+    outcomes: list[Outcome] = []
+    printing = threading.Lock()
+
+    def one(mutant: Mutant) -> None:
+        scratch = copies.get()
+        try:
+            outcome = scratch.try_out(mutant, options.budget, options.full)
+        finally:
+            copies.put(scratch)
+        with printing:
+            outcomes.append(outcome)
+            print(outcome, flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(one, chosen))
+    return summarize(outcomes)
+
+
+def summarize(outcomes: list[Outcome]) -> int:
+    count = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in (KILLED, SURVIVED, ERROR)}
+    judged = count[KILLED] + count[SURVIVED]
+    share = 100 * count[KILLED] / judged if judged else 0
+    print(f"{count[KILLED]} of {judged} killed ({share:.0f}%), {count[ERROR]} could not be planted or judged")
+    for outcome in outcomes:
+        if outcome.verdict != KILLED:
+            print(f"  {outcome.verdict} {outcome.mutant.name}: {outcome.mutant.why}. {outcome.by}")
+    return int(count[SURVIVED] + count[ERROR] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
