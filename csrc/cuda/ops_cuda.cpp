@@ -19,10 +19,10 @@ struct GpuOps {
                                 {product_dtype, h_dtype, c_dtype});
   }
   static TensorList backward(const Opt& dy, const Opt& dh_n, const Opt& dc_n, const Tensor& x, const Opt& h0,
-                             const Opt& c0, const TensorList& weights, const Tensor& saved,
-                             const Opt& batch_sizes, const Opt& lengths, bool bidirectional, bool batch_first,
-                             int64_t bptt_steps, bool /*deterministic*/, bool need_x, bool need_state,
-                             bool need_weights, bool gate_grads, int64_t product_dtype) {
+                             const Opt& c0, const TensorList& weights, const Tensor& saved, const Opt& batch_sizes,
+                             const Opt& lengths, bool bidirectional, bool batch_first, int64_t bptt_steps,
+                             bool /*deterministic*/, bool need_x, bool need_state, bool need_weights, bool gate_grads,
+                             int64_t product_dtype) {
     return gpu_sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, bidirectional,
                                  batch_first, bptt_steps, need_x, need_state, need_weights, gate_grads,
                                  {product_dtype});

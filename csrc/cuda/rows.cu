@@ -103,9 +103,8 @@ int launch_add_states(const AddStates& params, DType dtype, void* stream) {
   LaunchShape shape;
   shape.grid_x = gpu::blocks(params.count);
   shape.threads = gpu::kThreads;
-  return gpu::with_item(dtype, [&](auto item) {
-    return launch(&gpu::add_states<decltype(item)>, shape, stream, params);
-  });
+  return gpu::with_item(dtype,
+                        [&](auto item) { return launch(&gpu::add_states<decltype(item)>, shape, stream, params); });
 }
 
 int launch_offsets(const int64_t* batch_sizes, int64_t T, int* offsets, void* stream) {

@@ -76,11 +76,10 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     const int t = d == 0 ? steps - 1 - s : s;
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
-      float record[kTurns][Cell::kSaved], state[kTurns], dh[kTurns];
+      float record[kTurns][Cell::kSaved] = {}, state[kTurns] = {}, dh[kTurns] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int b = chunk + thread / kUnits + i * kRowsApart;
-        dh[i] = state[i] = 0.0f;
         if (!exists || b >= p.tile || s == steps || t >= lengths[b]) continue;
         const int64_t row = row_number(p.offsets, p.B, t, first + b);
         DLK_UNROLL

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         turn_parity ^= 1;
       }
 
-      float h_new[kTurns] = {}, out[kTurns][Cell::kSaved];
+      float h_new[kTurns] = {}, out[kTurns][Cell::kSaved] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;

@@ -187,8 +187,16 @@ class Test : Case {
         }
       }
       Array rows_before(o.dtype, elements(o.H, gap));
-      const HiddenBefore hidden{o.cell, o.T, o.B, o.H, q.offsets, q.lengths, d == 1, q.saved + d * rows * S * o.H,
-                                at(h0, static_cast<size_t>(d) * o.B * o.H), view<void*>(rows_before, o.H, gap)};
+      const HiddenBefore hidden{o.cell,
+                                o.T,
+                                o.B,
+                                o.H,
+                                q.offsets,
+                                q.lengths,
+                                d == 1,
+                                q.saved + d * rows * S * o.H,
+                                at(h0, static_cast<size_t>(d) * o.B * o.H),
+                                view<void*>(rows_before, o.H, gap)};
       check(launch_hidden_before(hidden, o.dtype, nullptr));
       for (double v : packed_or_padded(rows_before, o.H, gap)) before.push_back(v);
       if (!o.has('b')) continue;
