@@ -23,6 +23,7 @@ from dlkernels.testing import within_rule
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+FORMS = ("padded", "batch_first", "lengths", "packed")
 # Of the products, x, h0, c0 and the weights.
 MIXED = (
     (BF16, F32, F32, F32, F32), (F16, F32, F16, F32, F32), (BF16, BF16, F32, BF16, F32), (F16, F16, BF16, F32, BF16),
@@ -150,7 +151,7 @@ def judge(named: dict[str, tuple[Tensor, Tensor, Tensor, torch.dtype]], product:
 
 @first_shard
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["padded", "batch_first", "lengths", "packed"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", MODES)
 def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str, kind: str) -> None:
     case = a_case(mode, dtype=BF16, batch_first=form == "batch_first")
@@ -195,8 +196,9 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str, kind
     exact = [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
     names = ["y", "h_n", *(["c_n"] if mode == "lstm" else []), "dx", "dh0", *(["dc0"] if mode == "lstm" else [])]
     names += [f"d{name}" for name in data.params]
+    turn = MODES.index(mode) + FORMS.index(form) + KINDS.index(kind)
     with best_plan(kind):
-        for product, *dtypes in MIXED:
+        for product, *dtypes in MIXED[turn % 3 :: 3]:
             ours, plain = run(numbers(product), dtypes, product), run(ops.SAME, [product] * 4, product)
             states_of = dtypes[:3] if mode == "lstm" else dtypes[:2]
             expected = [*[product] * len(outputs), *states_of, *[dtypes[3]] * len(data.params)]
