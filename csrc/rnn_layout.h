@@ -35,12 +35,11 @@ class Dtypes {
 
  private:
   DType wanted(int64_t number, const char* what) const {
-    const auto dtype = static_cast<DType>(number);
-    const bool known = dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16;
-    DLK_CHECK(mixed_ && known && of_x_ != DType::f64, what,
-              " must be -1, or in a call of float32, bfloat16 and float16 ", "with a product_dtype 0, 2 or 3, got ",
-              number);
-    return dtype;
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      if (mixed_ && of_x_ != DType::f64 && number == static_cast<int64_t>(dtype)) return dtype;
+    }
+    throw std::runtime_error(concat(what, " must be -1, or in a call of float32, bfloat16 and float16 with a ",
+                                    "product_dtype 0, 2 or 3, got ", number));
   }
 
   DType of_x_ = DType::f32, product_ = DType::f32;

@@ -1,5 +1,6 @@
 // Launchers of the cell kernels.
 #include "cell_kernels.h"
+#include "types.h"
 
 namespace dlk {
 namespace gpu {
@@ -44,37 +45,14 @@ int start(const CellBackward& p, void* stream) {
   return launch(&cell_backward<Cell, S, kWidth>, shape, stream, p);
 }
 
-// Calls `run(Cell(), S())` with the types that the arguments name.
-template <class S, class Run>
-int with_cell(CellKind cell, const Run& run) {
-  switch (cell) {
-    case CellKind::lstm:
-      return run(LstmCell(), S());
-    case CellKind::gru:
-      return run(GruCell(), S());
-    default:
-      return run(RnnCell(), S());
-  }
-}
-
-template <class Run>
-int with_types(CellKind cell, DType dtype, const Run& run) {
-  switch (dtype) {
-    case DType::bf16:
-      return with_cell<bf16_t>(cell, run);
-    case DType::f16:
-      return with_cell<f16_t>(cell, run);
-    default:
-      return with_cell<float>(cell, run);
-  }
-}
-
 template <class Params>
 int start_any(const Params& p, DType dtype, void* stream) {
-  return with_types(p.cell, dtype, [&](auto cell, auto item) {
-    using Cell = decltype(cell);
-    using S = decltype(item);
-    return in_fours(p) ? start<Cell, S, 4>(p, stream) : start<Cell, S, 1>(p, stream);
+  return with_cell(p.cell, [&](auto cell) {
+    return with_item(dtype, [&](auto item) {
+      using Cell = decltype(cell);
+      using S = decltype(item);
+      return in_fours(p) ? start<Cell, S, 4>(p, stream) : start<Cell, S, 1>(p, stream);
+    });
   });
 }
 
@@ -86,13 +64,15 @@ int launch_cell(const CellForward& params, DType dtype, void* stream) { return g
 int launch_cell(const CellBackward& params, DType dtype, void* stream) { return gpu::start_any(params, dtype, stream); }
 
 int launch_bias_sums(const BiasSums& params, DType dtype, void* stream) {
-  return gpu::with_types(params.cell, dtype, [&](auto cell, auto item) {
-    using Cell = decltype(cell);
-    using S = decltype(item);
-    LaunchShape shape;
-    shape.grid_x = gpu::blocks(Cell::kGates * params.H, gpu::kCellThreads);
-    shape.threads = gpu::kCellThreads;
-    return launch(&gpu::add_bias_sums<Cell, S>, shape, stream, params);
+  return gpu::with_cell(params.cell, [&](auto cell) {
+    return gpu::with_item(dtype, [&](auto item) {
+      using Cell = decltype(cell);
+      using S = decltype(item);
+      LaunchShape shape;
+      shape.grid_x = gpu::blocks(Cell::kGates * params.H, gpu::kCellThreads);
+      shape.threads = gpu::kCellThreads;
+      return launch(&gpu::add_bias_sums<Cell, S>, shape, stream, params);
+    });
   });
 }
 

@@ -33,7 +33,7 @@ struct CellForward {
   StateRows<void*> new_state;       // the same after it; may be `state`; data null = not wanted
   StateRows<void*> h, y;            // h' twice, either may be absent; y is 0 in rows that are not alive, h untouched
   StateRows<void*> c_n;             // c' once more, or absent
-  StateRows<float*> saved;          // S*H a row, or absent
+  StateRows<float*> saved;          // R a row, or absent
 };
 
 struct CellBackward {
@@ -41,9 +41,9 @@ struct CellBackward {
   int B, H;
   StepRows rows;
   int64_t bptt_steps;
-  StateRows<const float*> saved;    // S*H a row
-  StateRows<const void*> state;     // c or h before the step, or the rnn's h after it
-  StateRows<const void*> first;     // c or h before a sequence's first step; data null = zeros
+  StateRows<const float*> saved;    // R a row
+  StateRows<const void*> state;     // c (lstm) or h (gru) before the step; the rnn needs none
+  StateRows<const void*> first;     // the same before a sequence's first step; data null = zeros
   StateRows<const void*> dy;        // of the step's output, or absent
   StateRows<const float*> product;  // dgates(next) W_hh, or absent
   StateRows<float*> carry;          // what else comes from the next step; receives what goes past the gates, or absent

@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_consta
   }
   load_state<kWidth, S>(p.state, b, j, state);
 
-  float h[kWidth], out[Cell::kSaved + 1][kWidth];
+  float h[kWidth], out[Cell::kSaved][kWidth];
   DLK_UNROLL
   for (int i = 0; i < kWidth; ++i) {
-    float xs[kGates], hs[kGates], saved[Cell::kSaved + 1];
+    float xs[kGates], hs[kGates], saved[Cell::kSaved];
     DLK_UNROLL
     for (int g = 0; g < kGates; ++g) xs[g] = x[g][i], hs[g] = hidden[g][i];
     h[i] = step_forward<Cell>(p.cell == CellKind::rnn_relu, xs, hs, state[i], saved);
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_consta
 
   store_state<kWidth, S>(p.h, b, j, h);
   store_state<kWidth, S>(p.y, b, j, h);
-  store_state<kWidth, S>(p.new_state, b, j, Cell::kCellState ? out[Cell::kSaved - 1] : h);
+  store_state<kWidth, S>(p.new_state, b, j, out[Cell::kSaved - 1]);
   if constexpr (Cell::kCellState) store_state<kWidth, S>(p.c_n, b, j, out[Cell::kSaved - 1]);
   DLK_UNROLL
   for (int s = 0; s < Cell::kSaved; ++s) store_state<kWidth, S>(p.saved, b, static_cast<int64_t>(s) * p.H + j, out[s]);
@@ -135,19 +135,19 @@ __global__ void __launch_bounds__(kCellThreads) cell_backward(const __grid_const
     DLK_UNROLL
     for (int i = 0; i < kWidth; ++i) carry[i] += product[i];
     if (live) {
-      float saved[Cell::kSaved + 1][kWidth], state[kWidth], dy[kWidth], dc[kWidth];
+      float saved[Cell::kSaved][kWidth], state[kWidth], dy[kWidth], dc[kWidth];
       DLK_UNROLL
       for (int s = 0; s < Cell::kSaved; ++s) {
         load_state<kWidth, S>(p.saved, b, static_cast<int64_t>(s) * p.H + j, saved[s]);
       }
       const int own_step = p.rows.reverse ? length - 1 - p.rows.t : p.rows.t;
-      load_state<kWidth, S>(Cell::kSaved > 0 && own_step == 0 ? p.first : p.state, b, j, state);
+      load_state<kWidth, S>(own_step == 0 ? p.first : p.state, b, j, state);
       load_state<kWidth, S>(p.dy, b, j, dy);
       load_state<kWidth, S>(p.dc, b, j, dc);
       cut = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
       DLK_UNROLL
       for (int i = 0; i < kWidth; ++i) {
-        float one[Cell::kSaved + 1], dgates[kSlots];
+        float one[Cell::kSaved], dgates[kSlots];
         DLK_UNROLL
         for (int s = 0; s < Cell::kSaved; ++s) one[s] = saved[s][i];
         const float dh = carry[i] + dy[i];

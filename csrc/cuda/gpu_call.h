@@ -1,8 +1,8 @@
 // What the CUDA operators share: tensors on a device, its stream, torch's products, checks.
 #pragma once
 
-#include "../checks.h"
 #include "../cpu/rnn_ops.h"
+#include "../rnn_layout.h"
 #include "gpu_limits.h"
 
 // Absent where torch was built without CUDA, and then never called.
@@ -61,8 +61,43 @@ inline Tensor transposed(const Tensor& tensor) {
   return matrix(tensor, tensor.size(1), tensor.size(0), tensor.strides()[1], tensor.strides()[0]);
 }
 
-// out = a b. 16-bit factors may have a float32 product.
+inline void copy(const Tensor& to, const Tensor& from) { DLK_TORCH(aoti_torch_copy_, to.get(), from.get(), 1); }
+inline void zero(const Tensor& tensor) { DLK_TORCH(aoti_torch_zero_, tensor.get()); }
+
+// to = from in another dtype, or zeros.
+inline void copy_or_zero(const Tensor& to, const OptionalTensor& from) { from ? copy(to, from) : zero(to); }
+
+inline Tensor another_handle(const Tensor& tensor) {
+  AtenTensorHandle handle = nullptr;
+  DLK_TORCH(aoti_torch_new_tensor_handle, tensor.get(), &handle);
+  return Tensor(handle);
+}
+
+// The tensor once more, or a contiguous copy of it in this dtype.
+inline Tensor contiguous_as(const Tensor& tensor, int32_t dtype) {
+  if (tensor.contiguous() && tensor.dtype() == dtype) return another_handle(tensor);
+  Tensor made = empty(tensor.sizes(), tensor.dim(), dtype, tensor.device(), "the copy of an argument");
+  copy(made, tensor);
+  return made;
+}
+
+// A result of a kernel in the dtype in which it is returned.
+inline Tensor returned_as(Tensor result, int32_t dtype) {
+  if (result.dtype() == dtype) return result;
+  Tensor made = empty_strided(result.sizes(), result.strides(), result.dim(), dtype, result.device());
+  copy(made, result);
+  return made;
+}
+
+// out = a b, of factors of one dtype. 16-bit factors may have a float32 product; other dtypes of `out` are copies.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
+  const int32_t f32 = aoti_torch_dtype_float32();
+  if (out.dtype() != a.dtype() && out.dtype() != f32) {
+    const Tensor product = empty(out.sizes(), 2, f32, out.device(), "a product");
+    multiply(a, b, product);
+    copy(out, product);
+    return;
+  }
   const auto handle = [](const Tensor& t) {
     AtenTensorHandle copy = nullptr;
     DLK_TORCH(aoti_torch_new_tensor_handle, t.get(), &copy);
@@ -80,12 +115,6 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   Tensor result(torch::stable::detail::to<AtenTensorHandle>(stack[0]));
 }
 
-inline void copy(const Tensor& to, const Tensor& from) { DLK_TORCH(aoti_torch_copy_, to.get(), from.get(), 1); }
-inline void zero(const Tensor& tensor) { DLK_TORCH(aoti_torch_zero_, tensor.get()); }
-
-// to = from in another dtype, or zeros.
-inline void copy_or_zero(const Tensor& to, const OptionalTensor& from) { from ? copy(to, from) : zero(to); }
-
 inline void* offset_by(const Tensor& tensor, int64_t items, int64_t item_bytes) {
   return static_cast<char*>(tensor.data()) + items * item_bytes;
 }
@@ -102,37 +131,33 @@ inline DType check_gpu_float(const Tensor& x) {
   throw std::runtime_error(concat("x must be float32, bfloat16 or float16 on CUDA, got ", dtype_text(found)));
 }
 
-// What the operators have in common: tensors in the form that the kernels read, and copies that this took.
+// What the operators have in common: tensors in the form that the kernels read, and copies that this took. Kernels and
+// products run in one dtype: arguments of others are copied to it for the time of the call.
 class Call {
  public:
-  Call(CellKind cell, const Tensor& x) : on(x) {
+  Call(CellKind cell, const Tensor& x, const CallTypes& types) : on(x), dtypes(check_gpu_float(x), types.product) {
     shape.cell = cell;
-    shape.dtype = check_gpu_float(x);
-    dtype = x.dtype();
+    shape.dtype = dtypes.product();
+    dtype = torch_dtype(shape.dtype);
   }
 
   void check(const Tensor& tensor, const char* what, std::initializer_list<int64_t> sizes) const {
-    check_tensor(tensor, what, dtype, sizes, &on.device());
+    dtypes.check(tensor, what, sizes, &on.device());
   }
-  // The tensor once more, or its contiguous copy.
-  static Tensor contiguous(const Tensor& tensor) {
-    if (!tensor.contiguous()) return contiguous_copy(tensor);
-    AtenTensorHandle handle = nullptr;
-    DLK_TORCH(aoti_torch_new_tensor_handle, tensor.get(), &handle);
-    return Tensor(handle);
+  Tensor operand(const Tensor& tensor) const { return contiguous_as(tensor, dtype); }
+  OptionalTensor operand_or_absent(const OptionalTensor& tensor) const {
+    return tensor ? OptionalTensor(operand(tensor).release()) : OptionalTensor();
   }
-  static OptionalTensor contiguous_or_absent(const OptionalTensor& tensor) {
-    return tensor ? OptionalTensor(contiguous(tensor).release()) : OptionalTensor();
-  }
+  int32_t result_dtype(int64_t number, const char* what) const { return torch_dtype(dtypes.result(number, what)); }
   int64_t gates() const { return gate_count(shape.cell) * shape.H; }
   int64_t slots() const { return gate_grad_slots(shape.cell) * shape.H; }
-  int64_t saved() const { return saved_slots(shape.cell) * shape.H; }
   bool lstm() const { return shape.cell == CellKind::lstm; }
   bool f32() const { return shape.dtype == DType::f32; }
 
   LayerShape shape{};
   OnDevice on;
-  int32_t dtype;
+  Dtypes dtypes;
+  int32_t dtype;  // of kernels and products
 };
 
 }  // namespace dlk

@@ -12,28 +12,32 @@ template <CellKind cell>
 struct GpuOps {
   static SequenceOutputs forward(const Tensor& x, const Opt& h0, const Opt& c0, const TensorList& weights,
                                  const Opt& packed, const Opt& batch_sizes, const Opt& lengths, bool bidirectional,
-                                 bool batch_first, bool save, bool /*deterministic*/) {
+                                 bool batch_first, bool save, bool /*deterministic*/, int64_t product_dtype,
+                                 int64_t h_dtype, int64_t c_dtype) {
     DLK_CHECK(!packed, "prepacked weights are for the CPU");
-    return gpu_sequence_forward(cell, x, h0, c0, weights, batch_sizes, lengths, bidirectional, batch_first, save);
+    return gpu_sequence_forward(cell, x, h0, c0, weights, batch_sizes, lengths, bidirectional, batch_first, save,
+                                {product_dtype, h_dtype, c_dtype});
   }
   static TensorList backward(const Opt& dy, const Opt& dh_n, const Opt& dc_n, const Tensor& x, const Opt& h0,
-                             const Opt& c0, const TensorList& weights, const Tensor& y, const Tensor& saved,
-                             const Opt& batch_sizes, const Opt& lengths, bool bidirectional, bool batch_first,
-                             int64_t bptt_steps, bool /*deterministic*/, bool need_x, bool need_state,
-                             bool need_weights, bool gate_grads) {
-    return gpu_sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, y, saved, batch_sizes, lengths,
-                                 bidirectional, batch_first, bptt_steps, need_x, need_state, need_weights, gate_grads);
+                             const Opt& c0, const TensorList& weights, const Tensor& saved, const Opt& batch_sizes,
+                             const Opt& lengths, bool bidirectional, bool batch_first, int64_t bptt_steps,
+                             bool /*deterministic*/, bool need_x, bool need_state, bool need_weights, bool gate_grads,
+                             int64_t product_dtype) {
+    return gpu_sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, bidirectional,
+                                 batch_first, bptt_steps, need_x, need_state, need_weights, gate_grads,
+                                 {product_dtype});
   }
   static TensorList step(const Tensor& x, const Opt& h, const Opt& c, const Tensor& w_ih, const Tensor& w_hh,
-                         const Opt& b_ih, const Opt& b_hh, bool save, bool /*deterministic*/) {
-    return gpu_cell_forward(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save);
+                         const Opt& b_ih, const Opt& b_hh, bool save, bool /*deterministic*/, int64_t product_dtype,
+                         int64_t h_dtype, int64_t c_dtype) {
+    return gpu_cell_forward(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save, {product_dtype, h_dtype, c_dtype});
   }
   static TensorList step_backward(const Opt& dh, const Opt& dc, const Tensor& x, const Opt& h, const Opt& c,
                                   const Tensor& w_ih, const Tensor& w_hh, const Opt& b_ih, const Opt& b_hh,
-                                  const Tensor& h_new, const Tensor& saved, bool /*deterministic*/, bool need_x,
-                                  bool need_state, bool need_weights, bool gate_grads) {
-    return gpu_cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, h_new, saved, need_x, need_state,
-                             need_weights, gate_grads);
+                                  const Tensor& saved, bool /*deterministic*/, bool need_x, bool need_state,
+                                  bool need_weights, bool gate_grads, int64_t product_dtype) {
+    return gpu_cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, need_x, need_state, need_weights,
+                             gate_grads, {product_dtype});
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "device.h"
 
@@ -33,39 +34,40 @@ DLK_DEVICE Real relu(Real a) { return {a.v < 0.0f ? 0.0f : a.v}; }
 
 // tanh or relu by a flag of the call: one kernel for both.
 struct RnnCell : ElmanCell<false> {
-  static DLK_DEVICE Real forward(bool use_relu, Real x, Real h) {
-    Real nothing{};
-    return use_relu ? ElmanCell<true>::forward(&x, &h, nothing, &nothing)
-                    : ElmanCell<false>::forward(&x, &h, nothing, &nothing);
+  static DLK_DEVICE Real forward(bool use_relu, const Real* x, const Real* h, Real* saved) {
+    return use_relu ? ElmanCell<true>::forward(x, h, Real{}, saved) : ElmanCell<false>::forward(x, h, Real{}, saved);
   }
   static DLK_DEVICE Real backward(bool use_relu, Real h_new, Real dh) {
     return use_relu ? ElmanCell<true>::backward(h_new, dh) : ElmanCell<false>::backward(h_new, dh);
   }
 };
 
+template <class Cell>
+constexpr bool kIsRnn = std::is_same_v<Cell, RnnCell>;
+
 // One cell's step forward. x: input products with biases, hidden: recurrent products (gru's n with its bias),
-// state: c for the lstm, h for the gru. Returns h'; for the lstm saved[4] is c'.
+// state: c for the lstm, h for the gru. Returns h'; the last slot of `saved` is the state after the step.
 template <class Cell>
 DLK_DEVICE float step_forward(bool use_relu, const float* x, const float* hidden, float state, float* saved) {
-  if constexpr (Cell::kSaved == 0) {
-    return RnnCell::forward(use_relu, Real{x[0]}, Real{hidden[0]}).v;
+  Real xs[Cell::kGates], hs[Cell::kGates], out[Cell::kSaved], h;
+  DLK_UNROLL
+  for (int g = 0; g < Cell::kGates; ++g) xs[g] = {x[g]}, hs[g] = {hidden[g]};
+  if constexpr (kIsRnn<Cell>) {
+    h = Cell::forward(use_relu, xs, hs, out);
   } else {
-    Real xs[Cell::kGates], hs[Cell::kGates], out[Cell::kSaved];
-    DLK_UNROLL
-    for (int g = 0; g < Cell::kGates; ++g) xs[g] = {x[g]}, hs[g] = {hidden[g]};
-    const float h = Cell::forward(xs, hs, Real{state}, out).v;
-    DLK_UNROLL
-    for (int s = 0; s < Cell::kSaved; ++s) saved[s] = out[s].v;
-    return h;
+    h = Cell::forward(xs, hs, Real{state}, out);
   }
+  DLK_UNROLL
+  for (int s = 0; s < Cell::kSaved; ++s) saved[s] = out[s].v;
+  return h.v;
 }
 
 // One cell's step back: the gate gradients as gate_grads has them, and the part of dh that passes the gates by.
-// state: the c (lstm) or h (gru) before the step, or the rnn's h after it. *dc: in the gradient of c', out that of c.
+// state: the c (lstm) or h (gru) before the step; the rnn needs none. *dc: in the gradient of c', out that of c.
 template <class Cell>
 DLK_DEVICE float step_backward(bool use_relu, const float* saved, float state, float dh, float* dc, float* dgates) {
-  if constexpr (Cell::kSaved == 0) {
-    dgates[0] = RnnCell::backward(use_relu, Real{state}, Real{dh}).v;
+  if constexpr (kIsRnn<Cell>) {
+    dgates[0] = Cell::backward(use_relu, Real{saved[0]}, Real{dh}).v;
     return 0.0f;
   } else {
     Real in[Cell::kSaved], out[Cell::kGateGrads];
@@ -83,6 +85,12 @@ DLK_DEVICE float step_backward(bool use_relu, const float* saved, float state, f
     for (int g = 0; g < Cell::kGateGrads; ++g) dgates[g] = out[g].v;
     return direct;
   }
+}
+
+// h' of a saved record of float32 whose slots lie `distance` apart.
+template <class Cell>
+DLK_DEVICE float hidden_of(const float* record, int64_t distance) {
+  return Cell::hidden([&](int slot) { return Real{record[slot * distance]}; }).v;
 }
 
 // Which of the gate gradients belong to the hidden side: all, but gru's third is the input half of n.

@@ -1,5 +1,4 @@
 // The cell operators on CUDA tensors: two products by torch, one kernel for everything else.
-#include "../rnn_layout.h"
 #include "cell.h"
 #include "gpu_ops.h"
 #include "rows.h"
@@ -10,8 +9,8 @@ namespace {
 struct CellCall : Call {
   CellCall(CellKind cell, const Tensor& x_given, const OptionalTensor& h_given, const OptionalTensor& c_given,
            const Tensor& w_ih_given, const Tensor& w_hh_given, const OptionalTensor& b_ih_given,
-           const OptionalTensor& b_hh_given)
-      : Call(cell, x_given) {
+           const OptionalTensor& b_hh_given, const CallTypes& types)
+      : Call(cell, x_given, types) {
     DLK_CHECK(x_given.dim() == 2, "x must have shape [B, input_size], got ", shape_text(x_given));
     DLK_CHECK(w_hh_given.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(w_hh_given));
     DLK_CHECK(!b_ih_given == !b_hh_given, "b_ih and b_hh must both be given or both be None");
@@ -21,21 +20,31 @@ struct CellCall : Call {
     shape.I = x_given.size(1);
     shape.H = w_hh_given.size(1);
     DLK_CHECK(shape.B < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.B);
-    check(w_ih_given, "w_ih", {gates(), shape.I});
-    check(w_hh_given, "w_hh", {gates(), shape.H});
+    of_weights = dtypes.of(w_ih_given);
+    const int32_t weights_dtype = torch_dtype(of_weights);
+    check_tensor(w_ih_given, "w_ih", weights_dtype, {gates(), shape.I}, &on.device());
+    check_tensor(w_hh_given, "w_hh", weights_dtype, {gates(), shape.H}, &on.device());
+    if (b_ih_given) {
+      check_tensor(b_ih_given, "b_ih", weights_dtype, {gates()}, &on.device());
+      check_tensor(b_hh_given, "b_hh", weights_dtype, {gates()}, &on.device());
+    }
     check_states(h_given, "h");
     check_states(c_given, "c");
-    if (b_ih_given) {
-      check(b_ih_given, "b_ih", {gates()});
-      check(b_hh_given, "b_hh", {gates()});
-    }
-    x = contiguous(x_given);
-    w_ih = contiguous(w_ih_given);
-    w_hh = contiguous(w_hh_given);
-    h = contiguous_or_absent(h_given);
-    c = contiguous_or_absent(c_given);
-    b_ih = contiguous_or_absent(b_ih_given);
-    b_hh = contiguous_or_absent(b_hh_given);
+    of_x = x_given.dtype();
+    of_h = h_given ? h_given.dtype() : of_x;
+    of_c = c_given ? c_given.dtype() : of_x;
+  }
+  // After the last check, so that nothing is copied for a call that is refused.
+  void take(const Tensor& x_given, const OptionalTensor& h_given, const OptionalTensor& c_given,
+            const Tensor& w_ih_given, const Tensor& w_hh_given, const OptionalTensor& b_ih_given,
+            const OptionalTensor& b_hh_given) {
+    x = operand(x_given);
+    w_ih = operand(w_ih_given);
+    w_hh = operand(w_hh_given);
+    h = operand_or_absent(h_given);
+    c = operand_or_absent(c_given);
+    b_ih = operand_or_absent(b_ih_given);
+    b_hh = operand_or_absent(b_hh_given);
   }
   void check_states(const OptionalTensor& state, const char* what) const {
     if (state) check(state, what, {shape.B, shape.H});
@@ -53,21 +62,29 @@ struct CellCall : Call {
 
   Tensor x, w_ih, w_hh;
   OptionalTensor h, c, b_ih, b_hh;
+  DType of_weights;
+  int32_t of_x, of_h, of_c;  // the dtypes of x and the states as they came, and of their gradients
 };
 
 }  // namespace
 
 TensorList gpu_cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
                             const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                            const OptionalTensor& b_hh, bool save) {
-  const CellCall call(cell, x, h, c, w_ih, w_hh, b_ih, b_hh);
+                            const OptionalTensor& b_hh, bool save, const CallTypes& types) {
+  CellCall call(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types);
   const LayerShape& shape = call.shape;
+  const int32_t of_new_h = call.result_dtype(types.h, "h_dtype"), of_new_c = call.result_dtype(types.c, "c_dtype");
+  call.take(x, h, c, w_ih, w_hh, b_ih, b_hh);
   TensorList results;
   results.push_back(call.on.empty({shape.B, shape.H}, call.dtype));
   if (call.lstm()) results.push_back(call.on.empty({shape.B, shape.H}, call.dtype));
-  save = save && call.saved() > 0;
-  if (save) results.push_back(call.on.floats({shape.B, saved_slots(cell), shape.H}));
-  if (!call.has_work()) return results;
+  if (save) results.push_back(call.on.floats({shape.B, shape.record()}));
+  const auto returned = [&] {
+    results[0] = returned_as(std::move(results[0]), of_new_h);
+    if (call.lstm()) results[1] = returned_as(std::move(results[1]), of_new_c);
+    return std::move(results);
+  };
+  if (!call.has_work()) return returned();
 
   const Tensor gates_x = call.on.floats({shape.B, call.gates()}), gates_h = call.on.floats({shape.B, call.gates()});
   multiply(call.x, transposed(call.w_ih), gates_x);
@@ -84,48 +101,52 @@ TensorList gpu_cell_forward(CellKind cell, const Tensor& x, const OptionalTensor
   p.gates_h = call.float_rows<const float>(gates_h, call.gates());
   p.b_ih = pointer(call.b_ih);
   p.b_hh = pointer(call.b_hh);
-  if (call.saved() > 0) p.state = call.state_rows(pointer(call.lstm() ? call.c : call.h));
+  p.state = call.state_rows(pointer(call.lstm() ? call.c : call.h));
   p.h = call.state_rows(results[0].data());
   if (call.lstm()) p.new_state = call.state_rows(results[1].data());
-  if (save) p.saved = call.float_rows<float>(results.back(), call.saved());
+  if (save) p.saved = call.float_rows<float>(results.back(), shape.record());
   check_launch(launch_cell(p, shape.dtype, call.on.stream()));
-  return results;
+  return returned();
 }
 
 TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, const OptionalTensor& dc_given,
                              const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, const Tensor& w_ih,
                              const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                             const Tensor& h_new_given, const Tensor& saved_given, bool need_x, bool need_state,
-                             bool need_weights, bool gate_grads) {
-  const CellCall call(cell, x, h, c, w_ih, w_hh, b_ih, b_hh);
+                             const Tensor& saved_given, bool need_x, bool need_state, bool need_weights,
+                             bool gate_grads, const CallTypes& types) {
+  CellCall call(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types);
   const LayerShape& shape = call.shape;
   const int64_t B = shape.B, H = shape.H, gates = call.gates(), slots = call.slots();
-  const bool lstm = call.lstm(), bias = need_weights && call.b_ih;
+  const bool lstm = call.lstm(), bias = need_weights && b_ih;
+  const int32_t f32 = aoti_torch_dtype_float32(), of_weights = torch_dtype(call.of_weights);
+  check_cell_state(cell, dc_given, "dc");
+  check_tensor(saved_given, "saved", f32, {B, shape.record()}, &call.on.device());
   call.check_states(dh_given, "dh");
   call.check_states(dc_given, "dc");
-  call.check(h_new_given, "h_new", {B, H});
-  check_cell_state(cell, dc_given, "dc");
-  if (call.saved() > 0) {
-    check_tensor(saved_given, "saved", aoti_torch_dtype_float32(), {B, saved_slots(cell), H}, &call.on.device());
-  }
-  const OptionalTensor dh = Call::contiguous_or_absent(dh_given), dc = Call::contiguous_or_absent(dc_given);
-  const Tensor h_new = Call::contiguous(h_new_given), saved = Call::contiguous(saved_given);
+  call.take(x, h, c, w_ih, w_hh, b_ih, b_hh);
+  const OptionalTensor dh = call.operand_or_absent(dh_given), dc = call.operand_or_absent(dc_given);
+  const Tensor saved = contiguous_as(saved_given, f32);
 
   TensorList grads;
-  const auto output = [&](bool wanted, std::initializer_list<int64_t> sizes) {
-    grads.push_back(wanted ? call.on.empty(sizes, call.dtype) : call.on.absent(call.dtype));
+  const auto output = [&](bool wanted, std::initializer_list<int64_t> sizes, int32_t dtype) {
+    grads.push_back(wanted ? call.on.empty(sizes, dtype) : call.on.absent(dtype));
   };
-  output(need_x, {B, shape.I});
-  output(need_state, {B, H});
-  output(need_state && lstm, {B, H});
-  output(need_weights, {gates, shape.I});
-  output(need_weights, {gates, H});
-  output(bias, {gates});
-  output(bias, {gates});
+  output(need_x, {B, shape.I}, call.of_x);
+  output(need_state, {B, H}, call.of_h);
+  output(need_state && lstm, {B, H}, call.dtype);
+  output(need_weights, {gates, shape.I}, of_weights);
+  output(need_weights, {gates, H}, of_weights);
+  output(bias, {gates}, of_weights);
+  output(bias, {gates}, of_weights);
   if (gate_grads) grads.push_back(call.on.floats({B, gate_grad_slots(cell), H}));
+  // Of all gradients only dc comes from a kernel that knows but one dtype.
+  const auto returned = [&] {
+    grads[2] = returned_as(std::move(grads[2]), call.of_c);
+    return std::move(grads);
+  };
   if (!call.has_work()) {
     for (const Tensor& grad : grads) zero(grad);
-    return grads;
+    return returned();
   }
 
   const Tensor dgates = call.on.empty({B, slots}, call.dtype);
@@ -136,12 +157,8 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
   p.cell = cell;
   p.B = static_cast<int>(B), p.H = static_cast<int>(H);
   p.rows = call.rows();
-  if (call.saved() > 0) {
-    p.saved = call.float_rows<const float>(saved, call.saved());
-    p.first = call.state_rows(pointer(lstm ? call.c : call.h));
-  } else {
-    p.state = call.state_rows(static_cast<const void*>(h_new.data()));
-  }
+  p.saved = call.float_rows<const float>(saved, shape.record());
+  p.first = call.state_rows(pointer(lstm ? call.c : call.h));
   p.dy = call.state_rows(pointer(dh));
   if (direct) {
     carry = call.on.floats({B, H});
@@ -170,7 +187,7 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
     multiply(hidden_side, call.w_hh, product);
     const AddStates sum{B * H, static_cast<const float*>(carry.data()), static_cast<const float*>(product.data()),
                         grads[1].data()};
-    check_launch(launch_add_states(sum, shape.dtype, call.on.stream()));
+    check_launch(launch_add_states(sum, h ? call.dtypes.of(h) : call.dtypes.of(x), call.on.stream()));
   }
   if (need_weights) {
     multiply(transposed(input_side), call.x, grads[3]);
@@ -182,9 +199,9 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
   }
   if (bias) {
     const BiasSums sums{cell, p.H, segments, slots, p.bias_sums, grads[5].data(), grads[6].data()};
-    check_launch(launch_bias_sums(sums, shape.dtype, call.on.stream()));
+    check_launch(launch_bias_sums(sums, call.of_weights, call.on.stream()));
   }
-  return grads;
+  return returned();
 }
 
 }  // namespace dlk

@@ -2,108 +2,13 @@
 // around the kernels of this folder. Arguments and results are those of the schemas in ops.cpp.
 //
 // Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
-#include "../rnn_layout.h"
 #include "gpu_ops.h"
 #include "plan_cap.h"
-#include "rows.h"
+#include "sequence_call.h"
 #include "steps.h"
 
 namespace dlk {
 namespace {
-
-struct GpuWeights {
-  Tensor w_ih, w_hh, b_ih, b_hh;  // contiguous; the biases may be absent
-  bool bias = false;
-};
-
-struct SequenceCall : Call {
-  using Call::Call;
-
-  bool is_packed() const { return !batch_sizes.empty(); }
-  const int64_t* host_sizes() const { return is_packed() ? batch_sizes.data() : nullptr; }
-
-  // In x's own order: of padded input [T, B] or [B, T], of packed input the rows of its data.
-  template <class Pointer>
-  RowTensor<Pointer> rows(Pointer data, int64_t features) const {
-    if (is_packed()) return {data, features, 0};
-    return batch_first ? RowTensor<Pointer>{data, features, shape.T * features}
-                       : RowTensor<Pointer>{data, shape.B * features, features};
-  }
-  Tensor empty_like_x(int64_t features) const {
-    if (is_packed()) return on.empty({shape.rows, features}, dtype);
-    return batch_first ? on.empty({shape.B, shape.T, features}, dtype) : on.empty({shape.T, shape.B, features}, dtype);
-  }
-  void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
-    if (is_packed()) {
-      check(tensor, what, {shape.rows, features});
-    } else if (batch_first) {
-      check(tensor, what, {shape.B, shape.T, features});
-    } else {
-      check(tensor, what, {shape.T, shape.B, features});
-    }
-  }
-  // Time-major records of the compute type.
-  Tensor records(bool wanted, int64_t slots_of_record) const {
-    if (!wanted) return on.absent(aoti_torch_dtype_float32());
-    if (is_packed()) return on.floats({shape.D, shape.rows, slots_of_record, shape.H});
-    return on.floats({shape.D, shape.T, shape.B, slots_of_record, shape.H});
-  }
-  void check_saved(const Tensor& saved) const {
-    const int64_t record = saved_slots(shape.cell);
-    if (record == 0) return;
-    const int32_t type = aoti_torch_dtype_float32();
-    if (is_packed()) {
-      check_tensor(saved, "saved", type, {shape.D, shape.rows, record, shape.H}, &on.device());
-    } else {
-      check_tensor(saved, "saved", type, {shape.D, shape.T, shape.B, record, shape.H}, &on.device());
-    }
-  }
-  void check_state(const OptionalTensor& state, const char* what) const {
-    if (state) check(state, what, {shape.D, shape.B, shape.H});
-  }
-
-  GpuWeights weights[2];
-  std::vector<int64_t> batch_sizes;  // the call's own, empty for padded x
-  Tensor offsets, lengths, x;        // x: contiguous
-  bool has_lengths = false, batch_first = false;
-};
-
-void read_sequence(const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
-                   const OptionalTensor& lengths, bool bidirectional, bool batch_first, SequenceCall* call) {
-  LayerShape& shape = call->shape;
-  const Device& device = call->on.device();
-  shape.D = bidirectional ? 2 : 1;
-  call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, &device, &shape);
-  call->batch_first = batch_first;
-  call->has_lengths = static_cast<bool>(lengths);
-  shape.I = x.size(x.dim() - 1);
-  call->weights[0].bias = call->weights[1].bias = check_weights(weights, call->dtype, &device, &shape) >= 4;
-  DLK_CHECK(shape.P == 0, "weights: there are no CUDA kernels for projections");
-  DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
-}
-
-// After the last check, so that nothing is copied for a call that is refused.
-void take_arguments(const Tensor& x, const TensorList& weights, const OptionalTensor& lengths, SequenceCall* call) {
-  const LayerShape& shape = call->shape;
-  const size_t count = weights.size() / static_cast<size_t>(shape.D);
-  for (int d = 0; d < shape.D; ++d) {
-    const Tensor* w = &weights[static_cast<size_t>(d) * count];
-    GpuWeights& into = call->weights[d];
-    into.w_ih = Call::contiguous(w[0]);
-    into.w_hh = Call::contiguous(w[1]);
-    if (!into.bias) continue;
-    into.b_ih = Call::contiguous(w[2]);
-    into.b_hh = Call::contiguous(w[3]);
-  }
-  call->x = Call::contiguous(x);
-  // Blocks that meet at barriers must see the same lengths, whoever writes to the caller's.
-  if (lengths) call->lengths = contiguous_copy(lengths);
-  if (call->is_packed() && shape.B > 0) {
-    call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
-    check_launch(
-        launch_offsets(call->batch_sizes.data(), shape.T, static_cast<int*>(call->offsets.data()), call->on.stream()));
-  }
-}
 
 // What a plan of groups needs besides; lives until its kernel is in the stream.
 struct GroupMemory {
@@ -147,22 +52,22 @@ void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data()
 SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const OptionalTensor& h0_given,
                                      const OptionalTensor& c0_given, const TensorList& weights,
                                      const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                                     bool bidirectional, bool batch_first, bool save) {
-  SequenceCall call(cell, x);
+                                     bool bidirectional, bool batch_first, bool save, const CallTypes& types) {
+  SequenceCall call(cell, x, types);
   read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
   check_cell_state(cell, c0_given, "c0");
   call.check_state(h0_given, "h0");
   call.check_state(c0_given, "c0");
-  take_arguments(x, weights, lengths, &call);
-  const OptionalTensor h0 = Call::contiguous_or_absent(h0_given), c0 = Call::contiguous_or_absent(c0_given);
+  const int32_t of_h = call.result_dtype(types.h, "h_dtype"), of_c = call.result_dtype(types.c, "c_dtype");
+  take_arguments(x, weights, lengths, true, &call);
+  const OptionalTensor h0 = call.operand_or_absent(h0_given), c0 = call.operand_or_absent(c0_given);
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm();
 
-  Tensor y = call.empty_like_x(shape.D * shape.H);
+  Tensor y = call.empty_rows(shape.D * shape.H);
   Tensor h_n = call.on.empty({shape.D, shape.B, shape.H}, call.dtype);
-  Tensor c_n = lstm ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(call.dtype);
-  save = save && call.saved() > 0;
-  Tensor saved = call.records(save, saved_slots(cell));
+  Tensor c_n = lstm ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(of_h);
+  Tensor saved = save ? call.empty_saved() : call.on.absent(aoti_torch_dtype_float32());
   if (shape.B > 0) {
     const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), false);
     SequenceForward p = common_params<SequenceForward>(call, h0, c0, plan);
@@ -171,13 +76,13 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
     for (int d = 0; d < shape.D; ++d) {
       gates[d] = call.on.floats({shape.rows, call.gates()});
       multiply(inputs, transposed(call.weights[d].w_ih), gates[d]);
-      p.gates[d] = call.rows(static_cast<const float*>(gates[d].data()), call.gates());
+      p.gates[d] = call.rows(static_cast<const float*>(gates[d].data()), call.gates(), DType::f32);
       if (call.weights[d].bias) {
         p.b_ih[d] = call.weights[d].b_ih.data();
         p.b_hh[d] = call.weights[d].b_hh.data();
       }
     }
-    p.y = call.rows(y.data(), shape.D * shape.H);
+    p.y = call.strided_rows<void*>(y);
     p.h_n = h_n.data();
     if (lstm) p.c_n = c_n.data();
     if (save) p.saved = static_cast<float*>(saved.data());
@@ -190,7 +95,7 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
       if (lstm) copy_or_zero(c_n, c0);
       const Tensor gates_h = call.on.floats({shape.B, call.gates()});
       const Tensor state = call.on.floats({shape.D, shape.B, shape.H});
-      if (call.saved() > 0) copy(state, lstm ? c_n : h_n);
+      copy(state, lstm ? c_n : h_n);
       const ForwardSteps steps{call.host_sizes(), static_cast<float*>(gates_h.data()),
                                static_cast<float*>(state.data())};
       const auto product = [&](int d) {
@@ -201,14 +106,15 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
       check_launch(run_forward_steps(p, steps, shape.dtype, product, call.on.stream()));
     }
   }
-  return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved)};
+  return {returned_as(std::move(y), of_h), returned_as(std::move(h_n), of_h),
+          returned_as(std::move(c_n), lstm ? of_c : of_h), std::move(saved)};
 }
 
 namespace {
 
 // dx and the gradients of the weights, from those of the gates. dgates[d]: [rows, slots * H] in x's order.
-void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tensor& y, const OptionalTensor& h0,
-                            const Tensor* dx, Tensor* const* dweights) {
+void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tensor& saved, const OptionalTensor& h0,
+                            const Tensor* dx, DType of_dx, Tensor* const* dweights) {
   const LayerShape& shape = call->shape;
   const int64_t gates = call->gates(), slots = call->slots(), H = shape.H;
   // The first slots are those of the input side, in the order of w_ih's rows.
@@ -224,36 +130,38 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
       }
       const AddStates sum{shape.rows * shape.I, static_cast<const float*>(parts[0].data()),
                           static_cast<const float*>(parts[1].data()), dx->data()};
-      check_launch(launch_add_states(sum, shape.dtype, call->on.stream()));
+      check_launch(launch_add_states(sum, of_dx, call->on.stream()));
     }
   }
   if (!dweights) return;
 
-  CopyRows rows{};
-  rows.T = static_cast<int>(shape.T), rows.B = static_cast<int>(shape.B);
-  rows.item_bytes = item_bytes(shape.dtype);
-  if (call->is_packed()) rows.offsets = static_cast<const int*>(call->offsets.data());
-  if (call->has_lengths) rows.lengths = static_cast<const int64_t*>(call->lengths.data());
-
   Tensor inputs = matrix(call->x, shape.rows, shape.I);
+  const int T = static_cast<int>(shape.T), B = static_cast<int>(shape.B);
   if (call->has_lengths) {
     Tensor masked = call->on.empty({shape.rows, shape.I}, call->dtype);
-    rows.features = shape.I;
-    rows.step = CopyRows::same;
-    rows.from = call->rows(static_cast<const void*>(call->x.data()), shape.I);
-    rows.to = call->rows(masked.data(), shape.I);
+    const CopyRows rows{T,
+                        B,
+                        shape.I,
+                        item_bytes(shape.dtype),
+                        static_cast<const int64_t*>(call->lengths.data()),
+                        call->rows(static_cast<const void*>(call->x.data()), shape.I, shape.dtype),
+                        call->rows(masked.data(), shape.I, shape.dtype)};
     check_launch(launch_copy_rows(rows, call->on.stream()));
     inputs = std::move(masked);
   }
   const Tensor before = call->on.empty({shape.rows, H}, call->dtype);
+  HiddenBefore hidden{};
+  hidden.cell = shape.cell;
+  hidden.T = T, hidden.B = B, hidden.H = static_cast<int>(H);
+  if (call->is_packed()) hidden.offsets = static_cast<const int*>(call->offsets.data());
+  if (call->has_lengths) hidden.lengths = static_cast<const int64_t*>(call->lengths.data());
+  hidden.to = call->rows(before.data(), H, shape.dtype);
   for (int d = 0; d < shape.D; ++d) {
     multiply(transposed(input_side(d)), inputs, *dweights[2 * d]);
-    rows.features = H;
-    rows.step = d == 0 ? CopyRows::before : CopyRows::before_reverse;
-    rows.from = call->rows(static_cast<const void*>(offset_by(y, d * H, rows.item_bytes)), shape.D * H);
-    rows.first = h0 ? offset_by(h0, d * shape.B * H, rows.item_bytes) : nullptr;
-    rows.to = call->rows(before.data(), H);
-    check_launch(launch_copy_rows(rows, call->on.stream()));
+    hidden.reverse = d == 1;
+    hidden.saved = static_cast<const float*>(saved.data()) + d * shape.rows * shape.record();
+    hidden.h0 = h0 ? offset_by(h0, d * shape.B * H, item_bytes(shape.dtype)) : nullptr;
+    check_launch(launch_hidden_before(hidden, shape.dtype, call->on.stream()));
     // Of the gru's n the hidden side has a slot of its own, the last.
     const int64_t together = slots > gates ? gates - H : gates;
     const Tensor& dw_hh = *dweights[2 * d + 1];
@@ -269,11 +177,11 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
 
 TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, const OptionalTensor& dh_n_given,
                                  const OptionalTensor& dc_n_given, const Tensor& x, const OptionalTensor& h0_given,
-                                 const OptionalTensor& c0_given, const TensorList& weights, const Tensor& y_given,
-                                 const Tensor& saved_given, const OptionalTensor& batch_sizes,
-                                 const OptionalTensor& lengths, bool bidirectional, bool batch_first,
-                                 int64_t bptt_steps, bool need_x, bool need_state, bool need_weights, bool gate_grads) {
-  SequenceCall call(cell, x);
+                                 const OptionalTensor& c0_given, const TensorList& weights, const Tensor& saved_given,
+                                 const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
+                                 bool batch_first, int64_t bptt_steps, bool need_x, bool need_state, bool need_weights,
+                                 bool gate_grads, const CallTypes& types) {
+  SequenceCall call(cell, x, types);
   read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm(), bias = call.weights[0].bias;
@@ -285,48 +193,52 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
   call.check_state(c0_given, "c0");
   call.check_state(dh_n_given, "dh_n");
   call.check_state(dc_n_given, "dc_n");
-  call.check_rows(y_given, "y", shape.D * shape.H);
   if (dy_given) call.check_rows(dy_given, "dy", shape.D * shape.H);
   call.check_saved(saved_given);
-  take_arguments(x, weights, lengths, &call);
-  const OptionalTensor h0 = Call::contiguous_or_absent(h0_given), c0 = Call::contiguous_or_absent(c0_given);
-  const OptionalTensor dy = Call::contiguous_or_absent(dy_given), dh_n = Call::contiguous_or_absent(dh_n_given);
-  const OptionalTensor dc_n = Call::contiguous_or_absent(dc_n_given);
-  const Tensor y = Call::contiguous(y_given), saved = Call::contiguous(saved_given);
+  take_arguments(x, weights, lengths, !need_x, &call);
+  const OptionalTensor h0 = call.operand_or_absent(h0_given), c0 = call.operand_or_absent(c0_given);
+  const OptionalTensor dh_n = call.operand_or_absent(dh_n_given), dc_n = call.operand_or_absent(dc_n_given);
+  const Tensor saved = contiguous_as(saved_given, aoti_torch_dtype_float32());
+  Tensor dy;
+  if (dy_given) dy = call.row_operand(dy_given);
 
   TensorList grads;
   grads.reserve(weights.size() + 5);
-  const auto output = [&](bool wanted, std::initializer_list<int64_t> sizes) -> void* {
-    grads.push_back(wanted ? call.on.empty(sizes, call.dtype) : call.on.absent(call.dtype));
+  const auto state_grad = [&](bool wanted) -> void* {
+    grads.push_back(wanted ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(call.dtype));
     return data_if(wanted, grads.back());
   };
-  grads.push_back(need_x ? call.empty_like_x(shape.I) : call.on.absent(call.dtype));
-  void* dh0 = output(need_state, {shape.D, shape.B, shape.H});
-  void* dc0 = output(need_state && lstm, {shape.D, shape.B, shape.H});
-  for (const Tensor& w : weights) grads.push_back(need_weights ? empty_like(w) : call.on.absent(call.dtype));
+  grads.push_back(need_x ? empty_like(x) : call.on.absent(x.dtype()));
+  void* dh0 = state_grad(need_state);
+  void* dc0 = state_grad(need_state && lstm);
+  for (const Tensor& w : weights) grads.push_back(need_weights ? empty_like(w) : call.on.absent(w.dtype()));
   const size_t record = grads.size();
   if (gate_grads) {
-    grads.push_back(call.records(true, gate_grad_slots(cell)));
+    grads.push_back(call.empty_gate_grads());
     grads.push_back(call.on.absent(aoti_torch_dtype_float32()));
   }
+  const auto returned = [&] {
+    grads[1] = returned_as(std::move(grads[1]), (h0_given ? h0_given : x).dtype());
+    grads[2] = returned_as(std::move(grads[2]), (c0_given ? c0_given : x).dtype());
+    return std::move(grads);
+  };
   if (shape.B == 0) {
     for (const Tensor& grad : grads) zero(grad);
-    return grads;
+    return returned();
   }
 
   const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), true);
   const bool by_steps = plan.kind == SequencePlan::steps;
   SequenceBackward p = common_params<SequenceBackward>(call, h0, c0, plan);
-  p.y = call.rows(static_cast<const void*>(y.data()), shape.D * shape.H);
-  if (dy) p.dy = call.rows(static_cast<const void*>(dy.data()), shape.D * shape.H);
-  if (call.saved() > 0) p.saved = static_cast<const float*>(saved.data());
+  if (dy_given) p.dy = call.strided_rows<const void*>(dy);
+  p.saved = static_cast<const float*>(saved.data());
   p.dh_n = pointer(dh_n);
   p.dc_n = pointer(dc_n);
   p.bptt_steps = bptt_steps;
   Tensor dgates[2];
   for (int d = 0; d < shape.D; ++d) {
     dgates[d] = call.on.empty({shape.rows, slots}, call.dtype);
-    p.dgates[d] = call.rows(dgates[d].data(), slots);
+    p.dgates[d] = call.rows(dgates[d].data(), slots, shape.dtype);
   }
   if (gate_grads) p.gate_grads = static_cast<float*>(grads[record].data());
   p.dh0 = dh0;
@@ -370,10 +282,11 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
                         p.bias_sums + d * slots,
                         dweights[2 * d][2].data(),
                         dweights[2 * d][3].data()};
-    check_launch(launch_bias_sums(sums, shape.dtype, call.on.stream()));
+    check_launch(launch_bias_sums(sums, call.dtypes.of(weights[0]), call.on.stream()));
   }
-  products_of_gate_grads(&call, dgates, y, h0, need_x ? &grads[0] : nullptr, need_weights ? dweights : nullptr);
-  return grads;
+  products_of_gate_grads(&call, dgates, saved, h0, need_x ? &grads[0] : nullptr, call.dtypes.of(x),
+                         need_weights ? dweights : nullptr);
+  return returned();
 }
 
 }  // namespace dlk

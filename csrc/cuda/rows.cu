@@ -1,6 +1,7 @@
 // Moving rows: one warp a row.
 #include "rows.h"
 
+#include "types.h"
 #include "walk.h"
 
 namespace dlk {
@@ -14,22 +15,35 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ Co
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
   if (row >= static_cast<int64_t>(p.T) * p.B) return;
   const int t = static_cast<int>(row / p.B), b = static_cast<int>(row % p.B);
-  const int length = sequence_length(p.offsets, p.lengths, p.T, p.B, b);
-  if (p.offsets && t >= length) return;
+  const bool live = t < sequence_length(nullptr, p.lengths, p.T, p.B, b);
 
   // Strides count the caller's items, of which one of ours may be several.
   const int64_t size = static_cast<int64_t>(sizeof(Item)) / p.item_bytes;
-  const Item* from = nullptr;
-  if (t < length) {
-    const int source = p.step == CopyRows::same ? t : p.step == CopyRows::before ? t - 1 : t + 1;
-    if (source >= 0 && source < length) {
-      from = static_cast<const Item*>(p.from.data) + row_offset(p.from, p.offsets, source, b) / size;
-    } else if (p.first) {
-      from = static_cast<const Item*>(p.first) + b * p.features / size;
-    }
+  const Item* from = static_cast<const Item*>(p.from.data) + row_offset(p.from, nullptr, t, b) / size;
+  Item* to = static_cast<Item*>(p.to.data) + row_offset(p.to, nullptr, t, b) / size;
+  for (int64_t i = threadIdx.x % 32; i < p.features / size; i += 32) to[i] = live ? from[i] : Item{};
+}
+
+template <class Cell, class S>
+__global__ void __launch_bounds__(kThreads) hidden_before(const __grid_constant__ HiddenBefore p) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  if (row >= static_cast<int64_t>(p.T) * p.B) return;
+  const int t = static_cast<int>(row / p.B), b = static_cast<int>(row % p.B);
+  const int length = sequence_length(p.offsets, p.lengths, p.T, p.B, b);
+  if (p.offsets && t >= length) return;
+
+  const int before = p.reverse ? t + 1 : t - 1;
+  const float* record = nullptr;
+  const S* first = nullptr;
+  if (t < length && before >= 0 && before < length) {
+    record = p.saved + row_number(p.offsets, p.B, before, b) * Cell::kSaved * p.H;
+  } else if (t < length && p.h0) {
+    first = static_cast<const S*>(p.h0) + static_cast<int64_t>(b) * p.H;
   }
-  Item* to = static_cast<Item*>(p.to.data) + row_offset(p.to, p.offsets, t, b) / size;
-  for (int64_t i = threadIdx.x % 32; i < p.features / size; i += 32) to[i] = from ? from[i] : Item{};
+  S* to = static_cast<S*>(p.to.data) + row_offset(p.to, p.offsets, t, b);
+  for (int j = static_cast<int>(threadIdx.x) % 32; j < p.H; j += 32) {
+    to[j] = from_float<S>(record ? hidden_of<Cell>(record + j, p.H) : first ? to_float(first[j]) : 0.0f);
+  }
 }
 
 template <class S>
@@ -53,7 +67,7 @@ unsigned blocks(int64_t n) { return static_cast<unsigned>((n + kThreads - 1) / k
 
 // Whether all rows begin at a multiple of `bytes` and have a multiple of it.
 bool in_pieces(const CopyRows& p, int64_t bytes) {
-  for (const void* data : {p.from.data, p.first, static_cast<const void*>(p.to.data)}) {
+  for (const void* data : {p.from.data, static_cast<const void*>(p.to.data)}) {
     if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes)) return false;
   }
   for (int64_t n : {p.features, p.from.t, p.from.b, p.to.t, p.to.b}) {
@@ -74,18 +88,23 @@ int launch_copy_rows(const CopyRows& params, void* stream) {
   return launch(&gpu::copy_rows<uint16_t>, shape, stream, params);
 }
 
+int launch_hidden_before(const HiddenBefore& params, DType dtype, void* stream) {
+  LaunchShape shape;
+  shape.grid_x = gpu::blocks(static_cast<int64_t>(params.T) * params.B * 32);
+  shape.threads = gpu::kThreads;
+  return gpu::with_cell(params.cell, [&](auto cell) {
+    return gpu::with_item(dtype, [&](auto item) {
+      return launch(&gpu::hidden_before<decltype(cell), decltype(item)>, shape, stream, params);
+    });
+  });
+}
+
 int launch_add_states(const AddStates& params, DType dtype, void* stream) {
   LaunchShape shape;
   shape.grid_x = gpu::blocks(params.count);
   shape.threads = gpu::kThreads;
-  switch (dtype) {
-    case DType::bf16:
-      return launch(&gpu::add_states<bf16_t>, shape, stream, params);
-    case DType::f16:
-      return launch(&gpu::add_states<f16_t>, shape, stream, params);
-    default:
-      return launch(&gpu::add_states<float>, shape, stream, params);
-  }
+  return gpu::with_item(dtype,
+                        [&](auto item) { return launch(&gpu::add_states<decltype(item)>, shape, stream, params); });
 }
 
 int launch_offsets(const int64_t* batch_sizes, int64_t T, int* offsets, void* stream) {

@@ -5,20 +5,32 @@
 
 namespace dlk {
 
-// to(t, b) = from(t, b), or that of the step before in the direction's own order; rows that are not alive become 0, so
-// that what the padding holds reaches no product.
+// to(t, b) = from(t, b) of padded input; rows that are not alive become 0, so that what the padding holds reaches no
+// product.
 struct CopyRows {
   int T, B;
   int64_t features, item_bytes;
-  const int* offsets;      // [T + 1], null = padded
   const int64_t* lengths;  // [B], clamped; null = T
-  enum Step : int { same, before, before_reverse } step;
   RowTensor<const void*> from;
-  const void* first;  // [B, features]: what lies before a sequence's first step; null = zeros
   RowTensor<void*> to;
 };
 
 int launch_copy_rows(const CopyRows& params, void* stream);
+
+// to(t, b) = h before step t of one direction, from what the forward saved: the other factor of W_hh's gradient. Rows
+// that are not alive become 0.
+struct HiddenBefore {
+  CellKind cell;
+  int T, B, H;
+  const int* offsets;      // [T + 1], null = padded
+  const int64_t* lengths;  // [B], clamped; null = T
+  bool reverse;            // time runs from the end
+  const float* saved;      // [rows, R], time-major
+  const void* h0;          // [B, H] in the layer's dtype: before a sequence's first step; null = zeros
+  RowTensor<void*> to;     // features H, in the layer's dtype
+};
+
+int launch_hidden_before(const HiddenBefore& params, DType dtype, void* stream);
 
 // to = a + b, [count]; either may be null for zeros.
 struct AddStates {

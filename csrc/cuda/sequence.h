@@ -97,7 +97,7 @@ struct SequenceForward {
   const void *h0, *c0;               // [D, B, H] or null
   RowTensor<void*> y;                // features D*H
   void *h_n, *c_n;                   // [D, B, H]
-  float* saved;                      // [D, rows, S, H], time-major, or null
+  float* saved;                      // [D, rows, R], time-major, or null
   int64_t saved_rows;                // rows of one direction in `saved`
   void* exchange;                    // grid: 2 * groups * tile * stride elements, need not be initialised
   unsigned* counters;                // grid: [groups], zero
@@ -112,8 +112,8 @@ struct SequenceBackward {
   const int64_t* lengths;
   const void* w_hh[2];
   const void *h0, *c0;
-  RowTensor<const void*> y, dy;  // features D*H; dy.data null = zeros
-  const float* saved;            // as the forward wrote it
+  RowTensor<const void*> dy;  // features D*H; data null = zeros
+  const float* saved;         // as the forward wrote it
   int64_t saved_rows;
   const void *dh_n, *dc_n;  // [D, B, H] or null
   int64_t bptt_steps;
@@ -139,9 +139,12 @@ int launch_sequence(const Params& params, DType dtype, const SequencePlan& plan,
       return launch_sequence<DType::bf16>(params, plan, stream);
     case DType::f16:
       return launch_sequence<DType::f16>(params, plan, stream);
-    default:
+    case DType::f32:
       return launch_sequence<DType::f32>(params, plan, stream);
+    case DType::f64:
+      break;
   }
+  return 1;  // cudaErrorInvalidValue: float64 has no kernels
 }
 
 }  // namespace dlk

@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   group.begin([](int, int) { return from_float<S>(0.0f); });
 
   const int64_t rows0 = d * p.saved_rows;
-  const float* saved = p.saved ? p.saved + rows0 * Cell::kSaved * p.H + j : nullptr;
-  const S* y = static_cast<const S*>(p.y.data) + d * p.H + j;
+  const float* saved = p.saved + rows0 * Cell::kSaved * p.H + j;
   const S* dy = p.dy.data ? static_cast<const S*>(p.dy.data) + d * p.H + j : nullptr;
   const RowTensor<void*>& dgates = p.dgates[d];
   float* gate_grads = p.gate_grads ? p.gate_grads + rows0 * kSlots * p.H + j : nullptr;
@@ -77,28 +76,21 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     const int t = d == 0 ? steps - 1 - s : s;
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
-      float record[kTurns][Cell::kSaved + 1], state[kTurns], dh[kTurns];
+      float record[kTurns][Cell::kSaved] = {}, state[kTurns] = {}, dh[kTurns] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int b = chunk + thread / kUnits + i * kRowsApart;
-        dh[i] = state[i] = 0.0f;
         if (!exists || b >= p.tile || s == steps || t >= lengths[b]) continue;
         const int64_t row = row_number(p.offsets, p.B, t, first + b);
         DLK_UNROLL
         for (int k = 0; k < Cell::kSaved; ++k) record[i][k] = saved[(row * Cell::kSaved + k) * p.H];
         if (dy) dh[i] = to_float(dy[row_offset(p.dy, p.offsets, t, first + b)]);
-        const bool is_first = t == (d == 0 ? 0 : lengths[b] - 1);
-        const int before = d == 0 ? t - 1 : t + 1;
-        const int64_t at = (state0 + b) * p.H + j;
-        if constexpr (Cell::kSaved == 0) {
-          state[i] = to_float(y[row_offset(p.y, p.offsets, t, first + b)]);
-        } else if (is_first) {
-          state[i] = load_or_zero<S>(Cell::kCellState ? p.c0 : p.h0, at);
-        } else if constexpr (Cell::kCellState) {
-          const int64_t row_before = row_number(p.offsets, p.B, before, first + b);
-          state[i] = saved[(row_before * Cell::kSaved + Cell::kSaved - 1) * p.H];
+        if constexpr (kIsRnn<Cell>) continue;
+        if (t == (d == 0 ? 0 : lengths[b] - 1)) {
+          state[i] = load_or_zero<S>(Cell::kCellState ? p.c0 : p.h0, (state0 + b) * p.H + j);
         } else {
-          state[i] = to_float(y[row_offset(p.y, p.offsets, before, first + b)]);
+          const int64_t before = row_number(p.offsets, p.B, d == 0 ? t - 1 : t + 1, first + b);
+          state[i] = saved[(before * Cell::kSaved + Cell::kSaved - 1) * p.H];
         }
       }
       if (chunk == 0) group.wait();

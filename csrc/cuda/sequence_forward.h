@@ -5,7 +5,7 @@
 // Grid: x = slice of the units, y = tile of the sequences, z = direction. Time runs from the end in the second
 // direction, where a sequence joins at its own last step; until then its h stays h_0. c, and h for the gru, stay in
 // shared memory in float32, each element touched by one thread only. Saved for the backward: what the cell saves
-// (csrc/cells), in float32.
+// (csrc/cells), in float32; the last slot is the state after the step.
 #pragma once
 
 #include "group.h"
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         turn_parity ^= 1;
       }
 
-      float h_new[kTurns] = {}, out[kTurns][Cell::kSaved + 1];
+      float h_new[kTurns] = {}, out[kTurns][Cell::kSaved] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;
@@ -122,9 +122,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         if constexpr (Cell::kHiddenBias) hidden[kGates - 1] += bias[kGates * kUnits + unit];
         float* state = states + b * kUnits + unit;
         h_new[i] = step_forward<Cell>(relu, x[i], hidden, *state, out[i]);
-        if (!exists) h_new[i] = 0.0f;
-        if (live) *state = Cell::kCellState ? out[i][Cell::kSaved - 1] : h_new[i];
-        group.send(s, b, j, from_float<S>(h_new[i]), live);
+        if (live) *state = out[i][Cell::kSaved - 1];
+        group.send(s, b, j, from_float<S>(exists ? h_new[i] : 0.0f), live);
       }
       if (last_chunk) group.arrive();
 

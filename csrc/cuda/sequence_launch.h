@@ -3,6 +3,7 @@
 
 #include "sequence_backward.h"
 #include "sequence_forward.h"
+#include "types.h"
 
 namespace dlk {
 namespace gpu {
@@ -50,14 +51,7 @@ int launch_kind(const Params& params, const SequencePlan& plan, void* stream) {
 
 template <class S, class Params>
 int launch_dtype(const Params& params, const SequencePlan& plan, void* stream) {
-  switch (params.cell) {
-    case CellKind::lstm:
-      return launch_kind<LstmCell, S>(params, plan, stream);
-    case CellKind::gru:
-      return launch_kind<GruCell, S>(params, plan, stream);
-    default:
-      return launch_kind<RnnCell, S>(params, plan, stream);
-  }
+  return with_cell(params.cell, [&](auto cell) { return launch_kind<decltype(cell), S>(params, plan, stream); });
 }
 
 }  // namespace gpu

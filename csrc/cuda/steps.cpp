@@ -39,6 +39,19 @@ class StepPlaces {
   std::vector<int64_t> first_;
 };
 
+// Whether a step takes a state in float32 from the one before: c of the lstm, h of the gru.
+bool has_state(CellKind cell) {
+  switch (cell) {
+    case CellKind::lstm:
+    case CellKind::gru:
+      return true;
+    case CellKind::rnn_tanh:
+    case CellKind::rnn_relu:
+      return false;
+  }
+  return false;
+}
+
 template <class Pointer>
 Pointer at(Pointer data, int64_t bytes) {
   using Bytes = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
@@ -67,7 +80,7 @@ int run_forward_steps(const SequenceForward& p, const ForwardSteps& steps, DType
       cell.gates_h = {steps.gates_h, gates, true};
       cell.b_ih = p.b_ih[d];
       cell.b_hh = p.b_hh[d];
-      if (slots) {
+      if (has_state(p.cell)) {
         cell.state = {steps.state + d * states, H, true};
         cell.new_state = {steps.state + d * states, H, true};
       }
@@ -100,18 +113,12 @@ int run_backward_steps(const SequenceBackward& p, const BackwardSteps& steps, DT
       cell.H = p.H;
       cell.rows = {t, p.T, p.offsets, p.lengths, d == 1};
       cell.bptt_steps = p.bptt_steps;
-      if (saved) {
-        const float* records = p.saved + d * p.saved_rows * saved;
-        cell.saved = places.records(records, t, saved);
-        if (lstm) {
-          const StateRows<const float*> c = places.records(records + (saved - H), before, saved);
-          cell.state = {c.data, c.stride, true};
-        } else {
-          cell.state = places.rows<const void*>(p.y, before, d * H, size, f32);
-        }
+      const float* records = p.saved + d * p.saved_rows * saved;
+      cell.saved = places.records(records, t, saved);
+      if (has_state(p.cell)) {
+        const StateRows<const float*> state = places.records(records + (saved - H), before, saved);
+        cell.state = {state.data, state.stride, true};
         cell.first = {at(lstm ? p.c0 : p.h0, d * states * size), H, f32};
-      } else {
-        cell.state = places.rows<const void*>(p.y, t, d * H, size, f32);
       }
       cell.dy = places.rows<const void*>(p.dy, t, d * H, size, f32);
       if (s > 0) cell.product = {steps.product, H, true};

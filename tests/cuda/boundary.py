@@ -15,7 +15,7 @@ OWN = (
     ROOT / "csrc" / "cpu" / "rnn_boundary.cpp", HERE / "boundary.cpp",
 )  # fmt: skip
 KERNELS = tuple(source for source in SOURCES if source != "kernels_test.cpp")
-TESTS = tuple(ROOT / "tests" / "gpu" / f"{name}_cuda.py" for name in ("recurrent", "recurrent_torch"))
+TESTS = sorted((ROOT / "tests" / "gpu").glob("recurrent*_cuda.py"))
 LIBRARY = BUILD / "boundary.so"
 SHARDS = 4
 

@@ -33,6 +33,7 @@ class Test : Case {
     }
     ok &= compare("dh0", dh0.values(), exact.dh0, peer.dh0, true, o.dtype);
     if (o.cell == CellKind::lstm) ok &= compare("dc0", dc0.values(), exact.dc0, peer.dc0, true, o.dtype);
+    ok &= compare("h before", before, hidden_before(exact.y), hidden_before(peer.y), false, o.dtype);
     if (o.has('b')) {
       ok &= compare("db_ih", db_ih, exact.db_ih, peer.db_ih, true, o.dtype);
       ok &= compare("db_hh", db_hh, exact.db_hh, peer.db_hh, true, o.dtype);
@@ -52,7 +53,7 @@ class Test : Case {
     h_n = Array(o.dtype, states);
     if (o.cell == CellKind::lstm) c_n = Array(o.dtype, states);
     y = Array(o.dtype, elements(o.D * o.H, gap));
-    if (S) saved = Array(DType::f32, static_cast<size_t>(o.D) * rows * S * o.H);
+    saved = Array(DType::f32, static_cast<size_t>(o.D) * rows * S * o.H);
     offsets = std::make_unique<int[]>(static_cast<size_t>(o.T) + 1);
     if (packed) {
       check(launch_offsets(batch_sizes.data(), o.T, offsets.get(), nullptr));
@@ -131,7 +132,6 @@ class Test : Case {
     q.offsets = packed ? offsets.get() : nullptr;
     q.lengths = lengths.empty() ? nullptr : lengths.data();
     q.h0 = h0.data(), q.c0 = c0.data();
-    q.y = view<const void*>(y, o.D * o.H, gap);
     q.dy = view<const void*>(dy, o.D * o.H, gap);
     q.saved = static_cast<const float*>(saved.data());
     q.saved_rows = rows;
@@ -171,7 +171,7 @@ class Test : Case {
       };
       check(run_backward_steps(q, steps, o.dtype, multiply, nullptr));
     }
-    db_ih.clear(), db_hh.clear();
+    db_ih.clear(), db_hh.clear(), before.clear();
     dgates_rounded.assign(static_cast<size_t>(o.D) * o.T * o.B * features, 0.0);
     dgates_exact = dgates_rounded;
     for (int d = 0; d < o.D; ++d) {
@@ -186,6 +186,19 @@ class Test : Case {
           }
         }
       }
+      Array rows_before(o.dtype, elements(o.H, gap));
+      const HiddenBefore hidden{o.cell,
+                                o.T,
+                                o.B,
+                                o.H,
+                                q.offsets,
+                                q.lengths,
+                                d == 1,
+                                q.saved + d * rows * S * o.H,
+                                at(h0, static_cast<size_t>(d) * o.B * o.H),
+                                view<void*>(rows_before, o.H, gap)};
+      check(launch_hidden_before(hidden, o.dtype, nullptr));
+      for (double v : packed_or_padded(rows_before, o.H, gap)) before.push_back(v);
       if (!o.has('b')) continue;
       Array ih(o.dtype, GH), hh(o.dtype, GH);
       const BiasSums bias{o.cell, o.H, tiles, o.D * features, q.bias_sums + d * features, ih.data(), hh.data()};
@@ -193,6 +206,28 @@ class Test : Case {
       for (double v : ih.values()) db_ih.push_back(v);
       for (double v : hh.values()) db_hh.push_back(v);
     }
+  }
+
+  // [D, T, B, H]: the h before each step, given those after it; 0 where a sequence is not alive.
+  Values hidden_before(const Values& after) const {
+    Values all;
+    for (int d = 0; d < o.D; ++d) {
+      for (int t = 0; t < o.T; ++t) {
+        for (int b = 0; b < o.B; ++b) {
+          const int from = d == 0 ? t - 1 : t + 1, length = p.lengths[b];
+          for (int j = 0; j < o.H; ++j) {
+            double h = 0;
+            if (t < length && from >= 0 && from < length) {
+              h = after[((static_cast<size_t>(from) * o.B + b) * o.D + d) * o.H + j];
+            } else if (t < length && !p.h0.empty()) {
+              h = p.h0[(static_cast<size_t>(d) * o.B + b) * o.H + j];
+            }
+            all.push_back(h);
+          }
+        }
+      }
+    }
+    return all;
   }
 
   void make_exchange(const SequencePlan& plan) {
@@ -226,7 +261,7 @@ class Test : Case {
   Array w_hh, b_ih, b_hh, h0, c0, y, h_n, c_n, saved, dh0, dc0, exchange;
   std::unique_ptr<int[]> offsets;
   std::unique_ptr<unsigned[]> counters;
-  Values dgates_rounded, dgates_exact, db_ih, db_hh;
+  Values dgates_rounded, dgates_exact, before, db_ih, db_hh;
 };
 
 }  // namespace

@@ -28,6 +28,8 @@ MUTANTS = (
     # What is sent overwrites what is still being read.
     Mutant("group.h", "vectors_ + (step + 1) % 2 * half_ + b * stride_ + term - lane",
            "vectors_ + step % 2 * half_ + b * stride_ + term - lane", "plain"),
+    # The state before a step is taken from the step's own record.
+    Mutant("sequence_backward.h", "saved[(before * Cell::kSaved", "saved[(row * Cell::kSaved", "plain"),
     # Uneven lengths, cuts, padding.
     Mutant("sequence_forward.h", "t == (d == 0 ? lengths[b] - 1 : 0)", "t == lengths[b] - 1", "plain"),
     Mutant("sequence_backward.h", "if (cut) *dc = 0.0f;", "", "plain"),

@@ -22,7 +22,7 @@ LAUNCH_SECONDS = 2.0e-6  # of a product or a cell kernel in a stream
 SIZES = (128, 256, 512, 1024, 2048)
 BATCHES = (1, 16, 64, 128)
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1}
-_SAVED = {"lstm": 5, "gru": 4, "rnn_tanh": 0}
+_SAVED = {"lstm": 5, "gru": 5, "rnn_tanh": 1}
 
 
 def predict(plan: dict[str, Any], mode: str, batch: int, hidden: int, training: bool = True) -> dict[str, float]:

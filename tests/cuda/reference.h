@@ -86,7 +86,7 @@ Result run(const Problem& p, const Round& round) {
             h = (C(1) - now.f[j]) * now.g[j] + now.f[j] * before.h[j];
           } else {
             const C sum = x[0] + hidden[0];
-            h = p.cell == CellKind::rnn_tanh ? std::tanh(sum) : sum > C(0) ? sum : C(0);
+            h = p.cell == CellKind::rnn_tanh ? std::tanh(sum) : sum < C(0) ? C(0) : sum;
           }
           now.h.push_back(h);
           r.y[(static_cast<size_t>(time(s)) * p.B + b) * p.D * H + static_cast<size_t>(d) * H + j] = h;
@@ -124,7 +124,7 @@ Result run(const Problem& p, const Round& round) {
           } else if (p.cell == CellKind::rnn_tanh) {
             out[0] = grad * (C(1) - now.h[j] * now.h[j]);
           } else {
-            out[0] = now.h[j] > C(0) ? grad : C(0);
+            out[0] = now.h[j] <= C(0) ? C(0) : grad;
           }
           for (int k = 0; k < slots; ++k) r.dgates[(row * slots + k) * H + j] = out[k];
           for (int g = 0; g < G; ++g) {

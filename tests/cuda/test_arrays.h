@@ -23,6 +23,7 @@ class Array {
     for (size_t i = 0; i < values.size(); ++i) set(i, values[i]);
   }
   size_t item() const { return dtype_ == DType::f32 ? 4 : 2; }
+  DType dtype() const { return dtype_; }
   size_t count() const { return count_; }
   void* data() const { return bytes_.get(); }
   double operator[](size_t i) const { return naive::load(data(), static_cast<int64_t>(i), dtype_); }

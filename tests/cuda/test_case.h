@@ -143,23 +143,26 @@ class Case {
   }
 
   // A tensor of rows with these features: where row (t, b) begins, and how many elements it has in all.
-  RowTensor<int64_t> strides(int64_t features, int64_t row_gap) const {
+  struct Strides {
+    int64_t t, b;
+  };
+  Strides strides(int64_t features, int64_t row_gap) const {
     const int64_t row = features + row_gap;
-    if (packed) return {0, row, 0};
-    return o.has('f') ? RowTensor<int64_t>{0, row, row * o.T} : RowTensor<int64_t>{0, row * o.B, row};
+    if (packed) return {row, 0};
+    return o.has('f') ? Strides{row, row * o.T} : Strides{row * o.B, row};
   }
   size_t elements(int64_t features, int64_t row_gap) const {
     return static_cast<size_t>((rows - 1) * (features + row_gap) + features);
   }
   size_t place(int64_t features, int64_t row_gap, int t, int b) const {
-    const RowTensor<int64_t> s = strides(features, row_gap);
+    const Strides s = strides(features, row_gap);
     return static_cast<size_t>(packed ? (first_row[t] + b) * s.t : t * s.t + b * s.b);
   }
   bool exists(int t, int b) const { return !packed || t < p.lengths[b]; }
   template <class Pointer>
   RowTensor<Pointer> view(const Array& array, int64_t features, int64_t row_gap) const {
-    const RowTensor<int64_t> s = strides(features, row_gap);
-    return {static_cast<Pointer>(array.data()), s.t, s.b};
+    const Strides s = strides(features, row_gap);
+    return {static_cast<Pointer>(array.data()), s.t, s.b, array.dtype()};
   }
 
   // From [T, B, features] to rows and back; rows that must not be read are NaN.

@@ -128,8 +128,9 @@ def pytest_process(name: str, file: str, shard: str, deadline: float) -> tuple[s
 def tests() -> dict[str, Any]:
     """In several processes: most of the time goes into compiling, and into float64 on the CPU."""
     cores = os.cpu_count() or 2
-    shards = {"attention": 1, "recurrent": 1, "recurrent_torch": 1} if REHEARSE else {
-        "attention": max(1, min(10, cores - 6)), "recurrent": max(1, min(3, cores - 3)), "recurrent_torch": 1,
+    shards = {"attention": 1, "recurrent": 1, "recurrent_torch": 1, "recurrent_dropin": 1} if REHEARSE else {
+        "attention": max(1, min(10, cores - 7)), "recurrent": max(1, min(3, cores - 4)), "recurrent_torch": 1,
+        "recurrent_dropin": 1,
     }  # fmt: skip
     deadline = BEGIN + UNTIL["tests"] - 15
     waiting = [

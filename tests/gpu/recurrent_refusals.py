@@ -37,7 +37,7 @@ def forward(gates: int = 4) -> dict[str, Any]:
 def backward(gates: int = 4, slots: int = 5) -> dict[str, Any]:
     return {
         "dy": torch.zeros(T, B, H), "dh_n": None, "dc_n": None, "x": torch.zeros(T, B, I), "h0": None, "c0": None,
-        "weights": weights(gates), "y": torch.zeros(T, B, H), "saved": torch.zeros(1, T, B, slots, H),
+        "weights": weights(gates), "saved": torch.zeros(1, T, B, slots * H),
         "batch_sizes": None, "lengths": None, "bidirectional": False, "batch_first": False, "bptt_steps": 0,
         "deterministic": False, "need_x": True, "need_state": True, "need_weights": True, "gate_grads": False,
     }  # fmt: skip
@@ -52,15 +52,15 @@ def step(gates: int = 4) -> dict[str, Any]:
 def step_backward(gates: int = 4, slots: int = 5) -> dict[str, Any]:
     inputs = {name: value for name, value in step(gates).items() if name not in ("save", "deterministic")}
     return {
-        "dh": torch.zeros(B, H), "dc": None, **inputs, "h_new": torch.zeros(B, H), "saved": torch.zeros(B, slots, H),
+        "dh": torch.zeros(B, H), "dc": None, **inputs, "saved": torch.zeros(B, slots * H),
         "deterministic": False, "need_x": True, "need_state": True, "need_weights": True, "gate_grads": False,
     }  # fmt: skip
 
 
 CALLS = {
-    "lstm": forward(), "gru": forward(3), "lstm_backward": backward(), "gru_backward": backward(3, 4),
+    "lstm": forward(), "gru": forward(3), "lstm_backward": backward(), "gru_backward": backward(3),
     "lstm_cell": step(), "gru_cell": step(3), "lstm_cell_backward": step_backward(),
-    "gru_cell_backward": step_backward(3, 4),
+    "gru_cell_backward": step_backward(3), "rnn_relu_cell_backward": step_backward(1, 1),
 }  # fmt: skip
 LAYER = ("lstm", "lstm_backward")
 
@@ -114,15 +114,32 @@ MISTAKES: dict[str, Mistake] = {
     "gru, c0": ("gru", {"c0": torch.zeros(1, B, H)}),
     "gru_backward, c0": ("gru_backward", {"c0": torch.zeros(1, B, H)}),
     "gru_backward, dc_n": ("gru_backward", {"dc_n": torch.zeros(1, B, H)}),
-    "lstm_backward, y of another size": ("lstm_backward", {"y": torch.zeros(T, B + 1, H)}),
     "lstm_backward, dy of another dtype": ("lstm_backward", {"dy": torch.zeros(T, B, H, dtype=torch.bfloat16)}),
     "lstm_backward, dh_n of another size": ("lstm_backward", {"dh_n": torch.zeros(1, B, H + 1)}),
     "lstm_backward, saved of nothing": ("lstm_backward", {"saved": torch.zeros(0)}),
-    "lstm_backward, saved of another order": ("lstm_backward", {"saved": torch.zeros(1, B, T, 5, H)}),
+    "lstm_backward, saved of another order": ("lstm_backward", {"saved": torch.zeros(1, B, T, 5 * H)}),
     "lstm_backward, saved of bfloat16": (
-        "lstm_backward", {"saved": torch.zeros(1, T, B, 5, H, dtype=torch.bfloat16)},
+        "lstm_backward", {"saved": torch.zeros(1, T, B, 5 * H, dtype=torch.bfloat16)},
     ),
     "lstm_backward, bptt_steps": ("lstm_backward", {"bptt_steps": -1}),
+    **{
+        f"{operator}, {name}": (operator, changes) for operator in ("lstm", "lstm_cell")
+        for name, changes in {
+            "product_dtype of float64": {"product_dtype": 1},
+            "product_dtype of nothing": {"product_dtype": 7},
+            "product_dtype far below": {"product_dtype": -(2**40)},
+            "h_dtype without product_dtype": {"product_dtype": -1, "h_dtype": 2},
+            "c_dtype of float64": {"product_dtype": 2, "h_dtype": 2, "c_dtype": 1},
+        }.items()
+    },
+    "lstm, weights of two dtypes": ("lstm", {"weights": [*weights(4)[:3], torch.zeros(8).half()], "product_dtype": 2}),
+    "lstm_cell, weights of two dtypes": ("lstm_cell", {"w_hh": torch.zeros(8, H).half(), "product_dtype": 2}),
+    "lstm, h0 of float64": ("lstm", {"h0": torch.zeros(1, B, H).double(), "product_dtype": 2}),
+    "lstm_backward, product_dtype of float64": ("lstm_backward", {"product_dtype": 1}),
+    "lstm_cell_backward, product_dtype of float64": ("lstm_cell_backward", {"product_dtype": 1}),
+    "lstm_backward, dy of another dtype, mixed": (
+        "lstm_backward", {"dy": torch.zeros(T, B, H).double(), "product_dtype": 2},
+    ),
     **{
         f"{operator}, {name}": (operator, changes) for operator in ("lstm_cell", "lstm_cell_backward")
         for name, changes in {
@@ -137,11 +154,10 @@ MISTAKES: dict[str, Mistake] = {
     },
     "gru_cell, c": ("gru_cell", {"c": torch.zeros(B, H)}),
     "gru_cell_backward, dc": ("gru_cell_backward", {"dc": torch.zeros(B, H)}),
-    "lstm_cell_backward, h_new": ("lstm_cell_backward", {"h_new": torch.zeros(B, H + 1)}),
     "lstm_cell_backward, dh": ("lstm_cell_backward", {"dh": torch.zeros(B, H, dtype=torch.float64)}),
-    "lstm_cell_backward, saved": ("lstm_cell_backward", {"saved": torch.zeros(B, 4, H)}),
+    "lstm_cell_backward, saved": ("lstm_cell_backward", {"saved": torch.zeros(B, 4 * H)}),
     "lstm_cell_backward, saved of bfloat16": (
-        "lstm_cell_backward", {"saved": torch.zeros(B, 5, H, dtype=torch.bfloat16)},
+        "lstm_cell_backward", {"saved": torch.zeros(B, 5 * H, dtype=torch.bfloat16)},
     ),
 }  # fmt: skip
 
