@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import threading
+import zlib
 from typing import Any
 
 import torch
@@ -28,8 +29,12 @@ __all__ = ["AttentionPatch", "patch_attention"]
 _OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 # With and without autograd: inference mode skips the autograd keys.
 _KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
-# Part of the key of Inductor's caches, which see torch's operator and not what it is traced to.
-_TAG = f"[dlkernels {__version__} attention {_native.HAVE_NATIVE}]"
+# Part of the key of Inductor's caches, which see torch's operator and not what it is traced to: a call of ours, whose
+# arguments may change from one build to the next.
+_SCHEMAS = "".join(
+    str(getattr(torch.ops.dlkernels, name).default._schema) for name in ("attention", "attention_backward")
+)
+_TAG = f"[dlkernels {__version__} attention {_native.HAVE_NATIVE} {zlib.crc32(_SCHEMAS.encode())}]"
 # More than any model has of calls that wait for their backward; 100 bytes each.
 _MOST_DRAWS = 2**16
 

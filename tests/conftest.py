@@ -76,7 +76,9 @@ def _limit(item: pytest.Item) -> float:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         # A signal's handler is Python: it would wait until the loop in the kernel has ended.
-        item.add_marker(pytest.mark.timeout(_limit(item), method="thread"), append=False)
+        marker = item.get_closest_marker("timeout")
+        method = marker.kwargs.get("method", "thread") if marker else "thread"
+        item.add_marker(pytest.mark.timeout(_limit(item), method=method), append=False)
         marker = item.get_closest_marker("o0_skip")
         if marker is not None and not _optimised():
             reason = marker.args[0] if marker.args else marker.kwargs.get("reason", "")

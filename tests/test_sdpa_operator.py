@@ -32,6 +32,10 @@ X = draw(2, 5, E)
 BACKWARD = f"{OURS}_backward"
 
 
+# The kernels go when no other thread may be calling them. pytest-timeout's own thread would be one.
+no_other_thread = pytest.mark.timeout(300, method="signal")
+
+
 def is_registered() -> bool:
     name = "aten::scaled_dot_product_attention"
     return torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradCPU")
@@ -73,6 +77,7 @@ def in_thread(function: Callable[[], Any]) -> Any:
 # When it is on
 
 
+@no_other_thread
 def test_nested_and_entered_again() -> None:
     switch = dlkernels.patch_attention()
     for _ in range(2):
@@ -130,6 +135,7 @@ def test_two_threads_at_once() -> None:
     assert not is_served()
 
 
+@no_other_thread
 def test_calls_while_another_thread_enters_and_leaves() -> None:
     """The dispatcher's tables are read without a lock: a kernel is only taken away where nobody can be calling it."""
     stop, failed = threading.Event(), []
@@ -422,6 +428,7 @@ def test_dropout_of_torch_recomputed_inside_of_the_block(reentrant: bool) -> Non
     assert torch.equal(gradient(0.4, reentrant, None, dlkernels.patch_attention()), expected)
 
 
+@no_other_thread
 def test_without_dropout_after_the_block() -> None:
     """The one kind of checkpoint compares what is saved with what was, the other needs no more than the values."""
     for contexts in ((dlkernels.patch_attention(), None), (None, dlkernels.patch_attention())):
