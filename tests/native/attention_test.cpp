@@ -154,6 +154,8 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
   AttentionInputs& in = c->in;
   AttentionShape& s = in.shape;
   s.dtype = static_cast<DType>(random() % 4);
+  c->isa = isas[random() % isas.size()];
+  if (c->isa > Isa::avx512 && chance(random, 0.8)) s.dtype = DType::bf16;  // what it has kernels for
   s.B = 1 + int64_t(random() % 3), s.Hkv = 1 + int64_t(random() % 2), s.H = s.Hkv * (1 + int64_t(random() % 3));
   s.M = pick(random, lengths), s.N = pick(random, lengths), s.D = pick(random, widths), s.Dv = pick(random, widths);
   if (chance(random, 0.1)) s.Dv = 0;
@@ -188,8 +190,6 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
     if (chance(random, 0.2)) c->sinks[0] = pick(random, {-largest, largest, -1e30, 1e30});
     in.sinks = c->sinks.data();
   }
-  c->isa = isas[random() % isas.size()];
-  if (c->isa > Isa::avx512 && chance(random, 0.8)) s.dtype = DType::bf16;  // what it has kernels for
   c->threads = 1 + int(random() % 4);
   c->grad_lse = chance(random, 0.5), c->need_q = chance(random, 0.8), c->need_kv = chance(random, 0.8);
   c->map_rows = 1 + int64_t(random() % 9), c->map_cols = 1 + int64_t(random() % 9);

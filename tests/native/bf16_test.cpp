@@ -108,14 +108,15 @@ bool has_bit(unsigned leaf, unsigned subleaf, int word, int index) {  // words: 
   __asm__("cpuid" : "+a"(r[0]), "=b"(r[1]), "+c"(r[2]), "=d"(r[3]));
   return r[word] >> index & 1;
 }
-bool has_tiles() { return has_bit(7, 0, 3, 22) && has_bit(7, 0, 3, 24) && syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
-bool has_dots() { return has_bit(7, 1, 0, 5); }
+[[maybe_unused]] bool has_tiles() {
+  return has_bit(7, 0, 3, 22) && has_bit(7, 0, 3, 24) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+}
+[[maybe_unused]] bool has_dots() { return has_bit(7, 1, 0, 5); }
 
 }  // namespace
 
 int main() {
-  if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vl")) {
+  if (!has_avx512()) {
     std::printf("bf16_test: nothing tested, the emulation is written for AVX-512\n");
     return 0;
   }

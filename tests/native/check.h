@@ -18,6 +18,18 @@ inline int& failures() {
     }                                                             \
   } while (0)
 
+#if defined(__x86_64__)
+inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// Or what emulates it.
+inline bool has_avx512() {
+#ifdef DLK_EMULATE_AVX512
+  return has_avx2();
+#else
+  return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+#endif
+
 inline int report(const char* name) {
   std::printf("%s: %s (%d failures)\n", name, failures() ? "FAILED" : "ok", failures());
   return failures() ? 1 : 0;

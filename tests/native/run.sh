@@ -1,22 +1,29 @@
 #!/bin/sh
-# Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan] [cases] [seed]
+# Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan|avx512] [cases] [seed]
 # CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with UNITS= bf16 uses what
 # the machine has for it in place of the emulation. ISAS=scalar compiles no other kernels: barriers stand in the code that
-# all instruction sets share.
+# all instruction sets share. avx512 is without sanitizers: it runs the kernels for AVX-512 where there is AVX2 alone,
+# by avx512_emulation.h (GCC).
 set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}
 ISAS=${ISAS:-all}
 build=${BUILD:-/tmp/dlkernels-native-$mode-$ISAS}
 case $mode in
-  asan) sanitizers="-fsanitize=address,undefined -fno-sanitize-recover=all" cases=500 ;;
-  tsan) sanitizers="-fsanitize=thread" cases=250 ;;
-  *) echo "usage: run.sh [asan|tsan] [cases] [seed]" >&2; exit 2 ;;
+  asan) extra="-fsanitize=address,undefined -fno-sanitize-recover=all" cases=500 ;;
+  tsan) extra="-fsanitize=thread" cases=250 ;;
+  avx512)
+    if ! grep -q avx2 /proc/cpuinfo || grep -q avx512bw /proc/cpuinfo; then
+      echo "run.sh avx512: nothing is emulated, that is for machines that have AVX2 and no AVX-512"
+      exit
+    fi
+    extra="-DDLK_EMULATE_AVX512 -include avx512_emulation.h -Wno-psabi" cases=1000 ;;
+  *) echo "usage: run.sh [asan|tsan|avx512] [cases] [seed]" >&2; exit 2 ;;
 esac
 CXX=${CXX:-g++}
 # Products of bf16 in plain C++, so that their kernels run on any machine with AVX-512.
 UNITS=${UNITS--DDLK_EMULATE_BF16}
-FLAGS="$UNITS -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $sanitizers"
+FLAGS="$UNITS -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $extra"
 # The scalar build checks these for the same source; with them the others take half as long again to compile.
 FEW=-fno-sanitize=null,alignment,object-size
 export CXX FLAGS FEW build

@@ -98,10 +98,8 @@ DLK_TARGET_END
 int main() {
   dlk::scalar::test_isa("scalar");
 #ifdef DLK_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) dlk::avx2::test_isa("avx2");
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    dlk::avx512::test_isa("avx512");
-  }
+  if (has_avx2()) dlk::avx2::test_isa("avx2");
+  if (has_avx512()) dlk::avx512::test_isa("avx512");
 #endif
   return report("simd_test");
 }

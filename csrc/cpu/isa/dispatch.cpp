@@ -95,7 +95,11 @@ Cpu detect() {
                   {"amx_granted", amx_granted}};
   if (os_ymm && avx && avx2 && fma && f16c) {
     cpu.best = Isa::avx2;
+#if defined(DLK_EMULATE_AVX512)
+    cpu.best = Isa::avx512;
+#else
     if (os_zmm && avx512f && avx512dq && avx512bw && avx512vl) cpu.best = Isa::avx512;
+#endif
 #if defined(DLK_EMULATE_BF16)
     const bool dots = true, tiles = true;
 #else

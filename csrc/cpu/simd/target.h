@@ -23,7 +23,11 @@
 #define DLK_NOINLINE __attribute__((noinline))
 
 #define DLK_TARGET_AVX2 "avx2,fma,f16c"
+#ifdef DLK_EMULATE_AVX512  // by tests/native/avx512_emulation.h
+#define DLK_TARGET_AVX512 DLK_TARGET_AVX2
+#else
 #define DLK_TARGET_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
+#endif
 
 // DLK_NO_X86 leaves the scalar kernels alone, as on another processor.
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(DLK_NO_X86)
@@ -33,7 +37,7 @@
 // What multiplies bf16, where the compiler knows it; DLK_OLD_ASSEMBLER is for an assembler that does not.
 // DLK_EMULATE_BF16 puts plain C++ in its place (bf16_pairs.h), for machines without.
 #ifdef DLK_X86
-#ifndef DLK_OLD_ASSEMBLER
+#if !defined(DLK_OLD_ASSEMBLER) && !defined(DLK_EMULATE_AVX512)
 #if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
 #define DLK_TARGET_DOTS "avx512bf16," DLK_TARGET_AVX512
 #endif
