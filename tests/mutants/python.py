@@ -54,7 +54,7 @@ PYTHON: tuple[Mutant, ...] = (
            "1.0", "padding counts as work", ("tests/test_bench.py -k padded", *GATE)),
     Mutant("charlm-nan", BENCH + "charlm.py", "agree = early <= EARLY_LIMIT and drift <= FINAL_LIMIT",
            "agree = not (early > EARLY_LIMIT or drift > FINAL_LIMIT)", "a loss of NaN agrees",
-           ("tests/test_bench_gate.py -k bad_value", *GATE)),
+           ("tests/test_bench.py -k curves", *GATE)),
     # Autograd.
     Mutant("needs-state", AUTOGRAD + "sequence.py", "Wanted(needs[1], needs[2] or needs[3], any(needs[_WEIGHTS:]))",
            "Wanted(needs[1], needs[2], any(needs[_WEIGHTS:]))", "c0 alone wants a gradient",
@@ -85,15 +85,15 @@ PYTHON: tuple[Mutant, ...] = (
     # Gradients of batched gradients.
     Mutant("legacy-places", AUTOGRAD + "legacy.py", "for at, result in enumerate(results) if result is not None]",
            "for at, _ in enumerate(result for result in results if result is not None)]",
-           "gradients move to the places of absent ones", BATCHED),
+           "gradients move to the places of absent ones", ("tests/test_contract.py -k jacobian", *BATCHED)),
     Mutant("legacy-state-alone", AUTOGRAD + "sequence.py", "elif legacy.is_batched(dy, dh_n, dc_n):",
            "elif legacy.is_batched(dy):", "only the gradient of y is asked", BATCHED),
     Mutant("legacy-cell-state", AUTOGRAD + "cell.py", "elif legacy.is_batched(dh, dc):",
            "elif legacy.is_batched(dh):", "only the gradient of h is asked", BATCHED),
     Mutant("legacy-lse-alone", AUTOGRAD + "attention.py", "elif legacy.is_batched(do, dlse):",
            "elif legacy.is_batched(do):", "only the gradient of o is asked", BATCHED),
-    Mutant("legacy-size", AUTOGRAD + "legacy.py", "level, size, 0) if is_it else arg",
-           "level, size - 1, 0) if is_it else arg", "the last sample is lost", BATCHED),
+    Mutant("legacy-order", AUTOGRAD + "legacy.py", "rest = iter(samples)", "rest = iter(samples[::-1])",
+           "the gradients of two results exchanged", BATCHED),
     Mutant("legacy-twice", AUTOGRAD + "legacy.py", "    if is_batched(*plain):\n", "    if False:\n",
            "batched gradients within batched gradients", BATCHED),
     # What the backward needs and a caller may edit.
