@@ -304,3 +304,14 @@ def test_nothing_is_recorded_beyond_the_function() -> None:
     assert {name for name in seen.names if name.startswith("dlkernels")} == {
         "dlkernels::attention", "dlkernels::attention_backward",
     }  # fmt: skip
+
+
+def test_batched_gradients_of_lse_alone() -> None:
+    """torch.autograd.grad(is_grads_batched=True), the vmap of before torch.func."""
+    q, k, v = (torch.randn(1, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5))
+    _, lse = attention(q, k, v, return_lse=True)
+    vectors = torch.randn(4, *lse.shape, dtype=lse.dtype)
+    found = torch.autograd.grad(lse, (q, k), vectors, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(lse, (q, k), vector, retain_graph=True) for vector in vectors]
+    for mine, rows in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(rows))

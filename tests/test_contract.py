@@ -196,10 +196,28 @@ def test_batched_gradients(entry: Entry) -> None:
         results = tensors(module(*given))
         torch.manual_seed(3)
         vectors = [torch.randn(4, *r.shape, dtype=r.dtype) for r in results]
-        grads.append(
-            torch.autograd.grad(results, leaves(module, given), vectors, is_grads_batched=True, allow_unused=True)
-        )
+        pairs = list(zip(results, vectors, strict=True))
+        found = []
+        for some in (pairs, *([pair] for pair in pairs)):  # all results, and each alone
+            found += torch.autograd.grad(
+                [result for result, _ in some], leaves(module, given), [vector for _, vector in some],
+                is_grads_batched=True, allow_unused=True, retain_graph=True,
+            )  # fmt: skip
+        grads.append(found)
     assert_same(*([g for g in found if g is not None] for found in grads))
+
+
+def test_gradients_batched_twice_are_refused() -> None:
+    layer, x = dlkernels.nn.GRU(I, H), torch.randn(T, B, I, requires_grad=True)
+    y = layer(x)[0]
+    vmap = torch._vmap_internals._vmap
+    vectors = torch.randn(2, *y.shape)
+
+    def inner(outer: Tensor) -> Tensor:
+        return vmap(lambda v: torch.autograd.grad(y, x, v * outer, retain_graph=True)[0])(vectors)
+
+    with pytest.raises(NotImplementedError, match="batched twice"):
+        vmap(inner)(vectors)
 
 
 def first_columns(results: list[Tensor]) -> Tensor:

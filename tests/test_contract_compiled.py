@@ -20,6 +20,8 @@ from contract import (
 )
 from torch import Tensor, nn
 
+from dlkernels import functional
+
 pytestmark = pytest.mark.o0_skip(reason="what compilers and autograd do around the kernels is the same")
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
@@ -104,3 +106,27 @@ def test_inputs_of_the_graph_edited(entry: Entry, backend: str, follow: bool) ->
         assert follow or isinstance(outcome(lambda: program(theirs, True, *drawn()).backward()), RuntimeError), found
         return
     assert_same(found, list(right))
+
+
+def _all_edited(of_cell: bool, edits: bool, *given: Tensor) -> Tensor:
+    """An LSTM whose arguments are edited behind the call."""
+    args = [value * 1 for value in given]
+    x, h0, c0, *weights, lengths = args
+    if of_cell:
+        results = list(functional.lstm_cell(x[0], (h0[0], c0[0]), *weights))
+    else:
+        y, state = functional.lstm(x, (h0, c0), weights, lengths=lengths)
+        results = [y, *state]
+    for value in args if edits else ():
+        value.zero_()
+    return weighted(results)
+
+
+@pytest.mark.parametrize("of_cell", [False, True], ids=["layer", "cell"])
+def test_states_lengths_and_weights_edited(of_cell: bool) -> None:
+    shapes = ((4, 3, 5), (1, 3, 6), (1, 3, 6), (24, 5), (24, 6), (24,), (24,))
+    leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    given = [*leaves, torch.tensor([4, 1, 2])]
+    right = torch.autograd.grad(_all_edited(of_cell, False, *given), leaves)
+    compiled = torch.compile(_all_edited, backend="aot_eager", fullgraph=True)
+    assert_same(list(torch.autograd.grad(compiled(of_cell, True, *given), leaves)), list(right))

@@ -7,6 +7,7 @@ from mutant import Mutant
 GENERIC, CPU = "csrc/cpu/generic/", "csrc/cpu/"
 VALUES = ("tests/test_attention_cpu.py", "tests/test_attention_interactions.py", "tests/test_attention_fuzz.py")
 PAIRS = ("tests/test_attention_interactions.py", "tests/test_attention_cpu.py")
+RANGE = ("tests/test_attention_range.py", "tests/test_attention_cpu.py")
 BITS = ("tests/test_attention_interactions.py", "tests/test_attention_cpu.py -k same_bits")
 
 ATTENTION: tuple[Mutant, ...] = (
@@ -63,7 +64,23 @@ ATTENTION: tuple[Mutant, ...] = (
            BITS),
     Mutant("headroom", GENERIC + "attention_state.h", "static constexpr C kHeadroom = 8;",
            "static constexpr C kHeadroom = 200;", "exponentials overflow", VALUES),
+    Mutant("stats-top", GENERIC + "attention_forward.h",
+           "C>::infinity() : state.m[i]);\n      put(p_.stats.weight, i, state.l[i]);",
+           "C>::infinity() : static_cast<C>(state.m[i] - std::log(state.l[i]) / state.to_natural));\n"
+           "      put(p_.stats.weight, i, empty ? C(0) : C(1));", "maximum and sum in one number", RANGE),
+    Mutant("stats-empty", GENERIC + "attention_forward.h", "empty ? std::numeric_limits<C>::infinity() : state.m[i]",
+           "state.m[i]", "a row that sees nothing has a maximum of -inf", VALUES),
+    Mutant("sink-rounding", GENERIC + "attention_scores.h",
+           "std::abs(lost) > 1 ? C(1) : static_cast<C>(std::exp(lost))", "C(1)", "what a sink lost by rounding", RANGE),
+    Mutant("sink-exceeds", GENERIC + "attention_scores.h", "std::abs(in.sinks[h]) > kMost * in.scale) return true;",
+           "std::abs(in.sinks[h]) > kMost) return true;", "a sink divided by the scale overflows", RANGE),
     # Backward.
+    Mutant("lse-gradient", GENERIC + "attention_backward.h",
+           "delta -= static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];",
+           "delta += static_cast<const C*>(p_.grad_lse.data)[lanes.offset(p_.grad_lse, l)];",
+           "the sign of dlse", VALUES),
+    Mutant("backward-finite", GENERIC + "attention_backward.h", "const bool finite = !hides_ || (chunk.finite &&",
+           "const bool finite = !hides_ || (", "NaN in keys that are hidden", VALUES),
     Mutant("slope-parts", GENERIC + "attention_backward.h",
            "slope_parts_[(lanes.b * s_.H + lanes.head[l]) * plan_.splits + split] -=",
            "slope_parts_[(lanes.b * s_.H + lanes.head[l]) * plan_.splits] -=",
@@ -90,6 +107,21 @@ ATTENTION: tuple[Mutant, ...] = (
            "values[b] <= rows", "cu_seqlens that fall", ("tests/test_attention_cpu_refusals.py",)),
     Mutant("rng-offset", CPU + "attention_boundary.cpp", "in.offset = static_cast<uint32_t>(seed[1]);",
            "in.offset = 0;", "the second number of the seed", VALUES),
+    Mutant("sink-clamp", CPU + "attention_boundary.cpp", "sink = std::clamp(sink, -largest, largest);", "continue;",
+           "a float64 sink beyond float32", RANGE),
+    Mutant("softcap-limit", CPU + "attention_boundary.cpp", "a.softcap >= 0 && a.softcap <= softcap_limit",
+           "a.softcap >= 0", "a softcap whose reciprocal is no number",
+           ("tests/test_attention_range.py -k softcap", "tests/test_attention_cpu_refusals.py")),
+    Mutant("result-strides", CPU + "attention_boundary.cpp", "if (!contiguous && s.Dv == s.D && q.strides()[3] == 1)",
+           "if (s.Dv == s.D && q.strides()[3] == 1)", "a result that torch makes contiguous",
+           ("tests/test_attention_strides.py",)),
+    Mutant("result-dense", CPU + "attention_boundary.cpp", "if (covered == q.numel() || q.numel() == 0)",
+           "if (true)", "a result with the gaps of q", ("tests/test_attention_strides.py",)),
+    Mutant("max-seqlen", CPU + "attention_boundary.cpp",
+           "max_seqlen == 0 || values[b] - values[b - 1] <= max_seqlen", "max_seqlen >= 0",
+           "a sequence longer than max_seqlen", ("tests/test_attention_cpu_refusals.py",)),
+    Mutant("mask-dtype", CPU + "attention_boundary.cpp", 'boolean ? s.dtype : check_float(mask, "mask")', "s.dtype",
+           "a float32 mask for 16-bit q", VALUES),
     Mutant("uncovered-lse", CPU + "attention.cpp", "for (int64_t i = call.in.cu_q[s.B]; i < s.M; ++i)",
            "for (int64_t i = call.in.cu_q[s.B] + 1; i < s.M; ++i)", "the first row that no sequence covers",
            ("tests/test_attention_cpu.py", "tests/test_attention_function.py")),

@@ -4,7 +4,8 @@
 
 Each job has a copy of its own. Bugs in Python meet the module of the working tree; those in C++ an unoptimised build up
 to AVX2, where only what a mutant touches is compiled anew.
-A mutant's own tests run first, then (--full: all, else as many as --budget seconds allow) the rest of the suite.
+A mutant's own tests run first, then (--full: all, else as many as --budget seconds allow) the rest of the suite. At the
+end each test that failed runs once more without a mutant: one that fails there too has noticed nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ STUBS = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Outcome:
     mutant: Mutant
     verdict: str
@@ -134,6 +135,18 @@ class Scratch:
             return ERROR, output[-500:]
         return KILLED, _killing_test(output) or f"status {status}: {output[-200:]!r}"
 
+    def failing(self, names: list[str]) -> set[str]:
+        """Which of the tests that killed mutants fail in this tree as it is."""
+        failing = {name for name in names if name.startswith("native") and self.test(name, 3600)[0] != SURVIVED}
+        tests = [name for name in names if "::" in name]
+        if tests:
+            command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
+            status, output = self.command(command, 3600)
+            if status not in (0, 1):
+                return failing.union(tests)
+            failing.update(_runnable(name) for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE))
+        return failing
+
     def try_out(self, mutant: Mutant, budget: float, full: bool) -> Outcome:
         begin = time.monotonic()
 
@@ -188,13 +201,24 @@ def built_module() -> str:
     return str(ROOT / "dlkernels" / name)
 
 
-def check_unmutated(scratch: Scratch, chosen: list[Mutant]) -> None:
-    """A test that fails anyhow would kill every mutant."""
-    for compiled, arguments in dict.fromkeys((m.compiled, a) for m in chosen for a in m.tests):
+def confirm(scratch: Scratch, outcomes: list[Outcome]) -> None:
+    """A test that fails without a mutant too says nothing: what it killed comes back as an error."""
+    scratch.prepare()
+    for compiled in (False, True):
+        killed = {o: _runnable(o.by) for o in outcomes if o.verdict == KILLED and o.mutant.compiled == compiled}
+        if killed and compiled and (words := scratch.build()):
+            raise SystemExit(f"without any mutant the tree does not compile: {words}")
         scratch.module = "" if compiled else built_module()
-        verdict, by = scratch.test(arguments, 3600)
-        if verdict != SURVIVED or by:
-            raise SystemExit(f"without any mutant {arguments!r} fails: {by}")
+        failing = scratch.failing(sorted(set(killed.values())))
+        for outcome, name in killed.items():
+            if name in failing:
+                outcome.verdict, outcome.by = ERROR, f"{outcome.by} fails without it too"
+
+
+def _runnable(by: str) -> str:
+    """A test to run again. Ids with spaces come cut from pytest's summary: then all parameters of the test."""
+    name = by.partition(":")[0] if by.startswith("native") else by.split(" ")[0]
+    return name if name.endswith("]") else name.partition("[")[0]
 
 
 def main() -> int:
@@ -205,7 +229,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the whole suite for each mutant that its own tests miss")
     parser.add_argument("--budget", type=float, default=0, help="seconds of other tests for such a mutant (0)")
     parser.add_argument("--timeout", type=int, default=120, help="seconds for one test (120)")
-    parser.add_argument("--unchecked", action="store_true", help="do not first run the tests without a mutant")
+    parser.add_argument("--unconfirmed", action="store_true", help="do not run what failed without a mutant too")
     parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "mutants", help="where the copies lie")
     options = parser.parse_args()
     chosen = [
@@ -227,8 +251,6 @@ def main() -> int:
         scratch.prepare()
         if any(mutant.compiled for mutant in chosen) and (words := scratch.build()):
             raise SystemExit(f"without any mutant the tree does not compile: {words}")
-    if not options.unchecked:
-        check_unmutated(copies.queue[0], chosen)
     outcomes: list[Outcome] = []
     printing = threading.Lock()
 
@@ -244,6 +266,8 @@ def main() -> int:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(one, chosen))
+    if not options.unconfirmed:
+        confirm(copies.queue[0], outcomes)
     return summarize(outcomes)
 
 
