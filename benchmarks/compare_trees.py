@@ -1,6 +1,6 @@
 """Two trees of dlkernels against each other, in alternating blocks of one run:
 
-    python benchmarks/compare_trees.py OLD NEW [--only PATTERN] [--attention] [--seconds 0.2] [--rounds 5] [--out FILE]
+    python benchmarks/compare_trees.py OLD NEW [--only PART ...] [--attention] [--seconds 0.2] [--rounds 5] [--out FILE]
 
 OLD and NEW are checkouts with a compiled module each. Every tree has a process of its own, which waits while the other
 measures. Prints new time over old for each training case of the grid (median of the rounds), then their geometric mean
@@ -95,7 +95,7 @@ def ask(process: subprocess.Popen[str], index: int, seconds: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs="*", type=Path, metavar="TREE", help="the old one and the new one")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name has one of these in it")
     parser.add_argument("--attention", action="store_true", help="attention instead of the recurrent layers")
     parser.add_argument("--seconds", type=float, default=0.2, help="of a block")
     parser.add_argument("--rounds", type=int, default=5, help="blocks of each tree for a case")
@@ -109,7 +109,7 @@ def main() -> None:
     old, new = (start(tree.resolve(), arguments.attention) for tree in arguments.trees)
     ratios: dict[str, dict[str, float]] = {}
     for index, entry in enumerate(cases(arguments.attention)):
-        if arguments.only not in entry["name"]:
+        if not any(part in entry["name"] for part in arguments.only):
             continue
         rounds = [
             (ask(old, index, arguments.seconds), ask(new, index, arguments.seconds)) for _ in range(arguments.rounds)
