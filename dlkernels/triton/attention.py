@@ -286,11 +286,11 @@ def attention_backward(
         else:
             stat_strides = (call.H * (call.M + spare), call.M + spare)
             stat_shape = (call.B, call.H, call.M + spare)
-        row_stats = _new((*stat_shape, elements.ROW_STATS.value), stats)
+        top, weight, delta = (_new(stat_shape, stats) for _ in range(3))
         tiles = _cdiv(call.M + spare, _PREPROCESS_ROWS)
         sink_part = _new((call.B * call.H * tiles,), stats) if need_sinks else None
         preprocess[(call.B * call.H * tiles,)](
-            o, do, stats, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, row_stats,
+            o, do, stats, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, top, weight, delta,
             sink_part, *_strides(o), *_strides(do), *_row_strides(call, q), *stat_strides, call.M, call.H, tiles,
             call.features, dlse is not None, need_sinks, call.DV, padded(call.DV), _PREPROCESS_ROWS,
         )  # fmt: skip
@@ -308,7 +308,7 @@ def attention_backward(
             slope_part = _new((call.B * call.H * tiles,), stats) if need_slopes else None
             mask_part = _new((call.B, call.H, call.M, 1), stats) if by_row else None
             backward_query[(call.B * call.H * tiles,)](
-                q, k, v, do, row_stats, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part,
+                q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part,
                 mask_part, *inputs, *_strides(dq), call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
                 call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features, need_slopes,
                 by_row, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
@@ -326,7 +326,7 @@ def attention_backward(
             mask_part = _new((call.B, call.H, 1, call.N), stats) if by_key else None
             if tiles:
                 backward_key[(call.B * (call.H // call.GROUP) * tiles,)](
-                    q, k, v, do, row_stats, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv, mask_part,
+                    q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv, mask_part,
                     *inputs, *_strides(dk), *_strides(dv), call.M, call.N, call.H, call.GROUP, tiles, call.left,
                     call.right, call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features,
                     by_key, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
@@ -341,7 +341,7 @@ def attention_backward(
             per_batch, per_head = mask.size(0) > 1, mask.size(1) > 1
             if tiles_n:
                 mask_gradient[(tiles_m * tiles_n * mask.size(0) * mask.size(1),)](
-                    q, k, v, do, row_stats, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
+                    q, k, v, do, top, weight, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
                     call.GROUP, tiles_m, tiles_n, call.left, call.right, call.scale, call.cap, *call.dropout,
                     call.keep_scale, call.features, per_batch, per_head, *call.widths, block_m, block_n, 1,
                     call.precision, **call.options(warps, 1),

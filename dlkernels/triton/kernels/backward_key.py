@@ -10,7 +10,6 @@ from dlkernels.triton.kernels.elements import (
     DROPOUT,
     HIDES,
     RIGHT,
-    ROW_STATS,
     SOFTCAP,
     has_nan,
     kept,
@@ -27,11 +26,11 @@ from dlkernels.triton.kernels.elements import (
 
 @triton.jit
 def _walk(
-    dk, dv, mask_grad, k, v, begin, end, q_base, do_base, stats, stride_qm, stride_gm, j, first_j, head, M, N, shift,
-    left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n, seed, offset, threshold, keep_scale,
-    FEATURES: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-    MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, mask_grad, k, v, begin, end, q_base, do_base, top_base, weight_base, delta_base, stride_qm, stride_gm, j,
+    first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n, seed, offset,
+    threshold, keep_scale, FEATURES: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr, MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles lie as [keys, queries]: p and ds are then the left factors of dv and dk as they are."""
     EXACT: tl.constexpr = k.dtype == tl.float32
@@ -41,8 +40,8 @@ def _walk(
         q = load_rows(q_base, start, rows, stride_qm, M, D, BLOCK_D, EDGE)
         i = start + rows
         live = i < M
-        # Unmasked: SPARE rows lie behind each sequence. Each value is loaded where it is used, for the registers' sake.
-        at = stats + ROW_STATS * i
+        # The row's statistics are loaded unmasked, for SPARE rows lie behind each sequence, and where they are used,
+        # which spares registers: 2 spills in the loop at a width of 256 on 9.0, where 24 were.
         mask_rows = mask_base
         if ANY_MASK & FEATURES:
             mask_rows = (mask_base + i.to(tl.int64) * stride_mask_m)[None, :]
@@ -50,7 +49,7 @@ def _walk(
             tl.dot(k, tl.trans(q), input_precision=PRECISION), i[None, :], j, live[None, :], N, shift, left, right,
             scale, cap, slope, mask_rows, stride_mask_n, FEATURES, EDGE, EXACT,
         )  # fmt: skip
-        p = power(s - tl.load(at)[None, :], EXACT) * tl.load(at + 1)[None, :]
+        p = power(s - tl.load(top_base + i)[None, :], EXACT) * tl.load(weight_base + i)[None, :]
         seen = s != float("-inf")
         if EDGE or (ANY_MASK & FEATURES):
             p = tl.where(seen, p, 0.0)  # both are NaN for a query of NaN
@@ -66,7 +65,7 @@ def _walk(
             dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
             if DROPOUT & FEATURES:
                 dp = tl.where(keep, dp * keep_scale, 0.0)
-            ds = p * (dp - tl.load(at + 2)[None, :])
+            ds = p * (dp - tl.load(delta_base + i)[None, :])
             if EDGE or (ANY_MASK & FEATURES):
                 ds = tl.where(seen, ds, 0.0)
             if MASK_GRAD:
@@ -81,12 +80,12 @@ def _walk(
 
 @triton.jit
 def _heads(
-    dk, dv, k, v, q_ptr, do_ptr, row_stats_ptr, mask_ptr, slopes_ptr, mask_part_ptr, stride_qb, stride_qh, stride_qm,
-    stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b,
-    stride_sb, stride_sh, b, kv_head, row0, first_j, M, N, shift, H, GROUP, left, right, scale, cap, seed, offset,
-    threshold, keep_scale, FEATURES: tl.constexpr, CAREFUL: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
-    MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, q_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, mask_part_ptr, stride_qb,
+    stride_qh, stride_qm, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_slope_b, stride_sb, stride_sh, b, kv_head, row0, first_j, M, N, shift, H, GROUP, left, right, scale, cap,
+    seed, offset, threshold, keep_scale, FEATURES: tl.constexpr, CAREFUL: tl.constexpr, WANT_DK: tl.constexpr,
+    WANT_DV: tl.constexpr, MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All query heads of the key head, one after the other."""
     EXACT: tl.constexpr = k.dtype == tl.float32
@@ -102,7 +101,10 @@ def _heads(
         head = b * H + h
         q_base = q_ptr + b64 * stride_qb + h64 * stride_qh + row0.to(tl.int64) * stride_qm
         do_base = do_ptr + b64 * stride_gb + h64 * stride_gh + row0.to(tl.int64) * stride_gm
-        stats = row_stats_ptr + stats_start(b, h, row0, stride_sb, stride_sh, FEATURES)
+        stats = stats_start(b, h, row0, stride_sb, stride_sh, FEATURES)
+        top_base = top_ptr + stats
+        weight_base = weight_ptr + stats
+        delta_base = delta_ptr + stats
         slope = 0.0
         if ALIBI & FEATURES:
             slope = tl.load(slopes_ptr + b64 * stride_slope_b + h64).to(tl.float32) * unit(EXACT)
@@ -112,31 +114,31 @@ def _heads(
         mask_grad = tl.zeros([BLOCK_N], tl.float32)
         if CAREFUL:
             dk, dv, mask_grad = _walk(
-                dk, dv, mask_grad, k, v, begin, end, q_base, do_base, stats, stride_qm, stride_gm, j, first_j, head, M,
-                N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n, seed, offset,
-                threshold, keep_scale, FEATURES, True, True, WANT_DK, WANT_DV, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, 1, PRECISION,
+                dk, dv, mask_grad, k, v, begin, end, q_base, do_base, top_base, weight_base, delta_base, stride_qm,
+                stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m,
+                stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, True, WANT_DK, WANT_DV, False, D,
+                DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
         else:
             # Tiles at an edge are few, and their bounds take the registers that loading ahead would need.
             if RIGHT & FEATURES:
                 dk, dv, mask_grad = _walk(
-                    dk, dv, mask_grad, k, v, begin, full_begin, q_base, do_base, stats, stride_qm, stride_gm, j,
-                    first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n,
-                    seed, offset, threshold, keep_scale, FEATURES, True, False, True, True, MASK_GRAD, D, DV, BLOCK_D,
-                    BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
+                    dk, dv, mask_grad, k, v, begin, full_begin, q_base, do_base, top_base, weight_base, delta_base,
+                    stride_qm, stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base,
+                    stride_mask_m, stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, False, True,
+                    True, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
                 )  # fmt: skip
             dk, dv, mask_grad = _walk(
-                dk, dv, mask_grad, k, v, full_begin, full_end, q_base, do_base, stats, stride_qm, stride_gm, j, first_j,
-                head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n, seed,
-                offset, threshold, keep_scale, FEATURES, False, False, True, True, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV,
-                BLOCK_M, BLOCK_N, STAGES, PRECISION,
+                dk, dv, mask_grad, k, v, full_begin, full_end, q_base, do_base, top_base, weight_base, delta_base,
+                stride_qm, stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base,
+                stride_mask_m, stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, False, False, True, True,
+                MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
             )  # fmt: skip
             dk, dv, mask_grad = _walk(
-                dk, dv, mask_grad, k, v, full_end, end, q_base, do_base, stats, stride_qm, stride_gm, j, first_j, head,
-                M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n, seed, offset,
-                threshold, keep_scale, FEATURES, True, False, True, True, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-                BLOCK_N, 1, PRECISION,
+                dk, dv, mask_grad, k, v, full_end, end, q_base, do_base, top_base, weight_base, delta_base, stride_qm,
+                stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m,
+                stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, False, True, True, MASK_GRAD, D, DV,
+                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
             if MASK_GRAD:
                 tl.store(mask_part_ptr + head.to(tl.int64) * N + cols, mask_grad, mask=cols < N)
@@ -145,11 +147,11 @@ def _heads(
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "tiles_n", "left", "right", "seed", "offset", "threshold"])
 def backward_key(
-    q_ptr, k_ptr, v_ptr, do_ptr, row_stats_ptr, mask_ptr, slopes_ptr, cu_q, cu_k, dk_ptr, dv_ptr, mask_part_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb,
-    stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb,
-    stride_sh, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, M, N, H, GROUP, tiles_n, left,
-    right, softmax_scale, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, cu_q, cu_k, dk_ptr, dv_ptr,
+    mask_part_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b,
+    stride_sb, stride_sh, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, M, N, H, GROUP,
+    tiles_n, left, right, softmax_scale, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
     MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -172,31 +174,31 @@ def backward_key(
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     dk, dv = _heads(
-        dk, dv, k, v, q_ptr, do_ptr, row_stats_ptr, mask_ptr, slopes_ptr, mask_part_ptr, stride_qb, stride_qh,
-        stride_qm, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-        stride_slope_b, stride_sb, stride_sh, b, kv_head, row0, first_j, M, N, shift, H, GROUP, left, right, scale, cap,
-        seed, offset, threshold, keep_scale, FEATURES, False, True, True, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M,
-        BLOCK_N, STAGES, PRECISION,
+        dk, dv, k, v, q_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, mask_part_ptr, stride_qb,
+        stride_qh, stride_qm, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m,
+        stride_mask_n, stride_slope_b, stride_sb, stride_sh, b, kv_head, row0, first_j, M, N, shift, H, GROUP, left,
+        right, scale, cap, seed, offset, threshold, keep_scale, FEATURES, False, True, True, MASK_GRAD, D, DV, BLOCK_D,
+        BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
     )  # fmt: skip
     if HIDES & FEATURES:
         # Perhaps from a query that does not see the key. One at a time, for the registers' sake.
         if has_nan(dv):
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             dk, dv = _heads(
-                dk, dv, k, v, q_ptr, do_ptr, row_stats_ptr, mask_ptr, slopes_ptr, mask_part_ptr, stride_qb, stride_qh,
-                stride_qm, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-                stride_slope_b, stride_sb, stride_sh, b, kv_head, row0, first_j, M, N, shift, H, GROUP, left, right,
-                scale, cap, seed, offset, threshold, keep_scale, FEATURES, True, False, True, False, D, DV, BLOCK_D,
-                BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
+                dk, dv, k, v, q_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, mask_part_ptr,
+                stride_qb, stride_qh, stride_qm, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h,
+                stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, b, kv_head, row0, first_j, M, N,
+                shift, H, GROUP, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES, True, False,
+                True, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
         if has_nan(dk):
             dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
             dk, dv = _heads(
-                dk, dv, k, v, q_ptr, do_ptr, row_stats_ptr, mask_ptr, slopes_ptr, mask_part_ptr, stride_qb, stride_qh,
-                stride_qm, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
-                stride_slope_b, stride_sb, stride_sh, b, kv_head, row0, first_j, M, N, shift, H, GROUP, left, right,
-                scale, cap, seed, offset, threshold, keep_scale, FEATURES, True, True, False, False, D, DV, BLOCK_D,
-                BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
+                dk, dv, k, v, q_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, mask_part_ptr,
+                stride_qb, stride_qh, stride_qm, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h,
+                stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, b, kv_head, row0, first_j, M, N,
+                shift, H, GROUP, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES, True, True,
+                False, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
     live = (first_j + cols < N)[:, None]
     j64 = col0.to(tl.int64) + first_j + cols

@@ -11,7 +11,6 @@ from dlkernels.triton.kernels.elements import (
     HIDES,
     LEFT,
     RIGHT,
-    ROW_STATS,
     SOFTCAP,
     SPARE,
     VARLEN,
@@ -31,9 +30,10 @@ from dlkernels.triton.kernels.elements import (
 
 @triton.jit(do_not_specialize=["M", "H", "tiles_m"])
 def preprocess(
-    o_ptr, do_ptr, stats_ptr, dlse_ptr, sinks_ptr, cu_q, row_stats_ptr, sink_part_ptr, stride_ob, stride_oh, stride_om,
-    stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_sb, stride_sh, M, H, tiles_m, FEATURES: tl.constexpr,
-    DLSE: tl.constexpr, SINK_GRAD: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    o_ptr, do_ptr, stats_ptr, dlse_ptr, sinks_ptr, cu_q, top_ptr, weight_ptr, delta_ptr, sink_part_ptr, stride_ob,
+    stride_oh, stride_om, stride_gb, stride_gh, stride_gm, stride_lb, stride_lh, stride_sb, stride_sh, M, H, tiles_m,
+    FEATURES: tl.constexpr, DLSE: tl.constexpr, SINK_GRAD: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(o * do) - dlse, and for each tile its part of the sinks' gradient, -sum(p_sink * delta).
 
@@ -65,11 +65,11 @@ def preprocess(
     stats_rows = stats_ptr + 2 * of_head + i64
     top = tl.load(stats_rows, mask=live, other=float("inf"))
     weight = tl.load(stats_rows + stride_lh, mask=live, other=0.0)
-    at = row_stats_ptr + stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + ROW_STATS * rows
+    stats = stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + rows
     inside = rows < M + SPARE
-    tl.store(at, top, mask=inside)
-    tl.store(at + 1, weight, mask=inside)
-    tl.store(at + 2, delta, mask=inside)
+    tl.store(top_ptr + stats, top, mask=inside)
+    tl.store(weight_ptr + stats, weight, mask=inside)
+    tl.store(delta_ptr + stats, delta, mask=inside)
     if SINK_GRAD:
         sink = sink_score(tl.load(sinks_ptr + h64).to(tl.float32), EXACT)
         p_sink = power(sink - top, EXACT) * weight
@@ -118,13 +118,13 @@ def _walk(
 
 @triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "tiles_m", "left", "right", "seed", "offset", "threshold"])
 def backward_query(
-    q_ptr, k_ptr, v_ptr, do_ptr, row_stats_ptr, mask_ptr, slopes_ptr, cu_q, cu_k, dq_ptr, slope_part_ptr, mask_part_ptr,
-    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb,
-    stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb,
-    stride_sh, stride_dqb, stride_dqh, stride_dqm, M, N, H, GROUP, tiles_m, left, right, softmax_scale, scale, cap,
-    seed, offset, threshold, keep_scale, FEATURES: tl.constexpr, SLOPE_GRAD: tl.constexpr, MASK_GRAD: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, cu_q, cu_k, dq_ptr,
+    slope_part_ptr, mask_part_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb,
+    stride_vh, stride_vn, stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n,
+    stride_slope_b, stride_sb, stride_sh, stride_dqb, stride_dqh, stride_dqm, M, N, H, GROUP, tiles_m, left, right,
+    softmax_scale, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr, SLOPE_GRAD: tl.constexpr,
+    MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """slope_part: [B * H * tiles_m]. mask_part: [B, H, M], the sum over the keys."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
@@ -150,10 +150,10 @@ def backward_query(
     q = tl.load(q_rows[:, None] + dims[None, :], mask=live[:, None] & (dims < D)[None, :], other=0.0)
     do_rows = do_ptr + b64 * stride_gb + h64 * stride_gh + i64 * stride_gm
     do = tl.load(do_rows[:, None] + dims_v[None, :], mask=live[:, None] & (dims_v < DV)[None, :], other=0.0)
-    at = row_stats_ptr + stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + ROW_STATS * rows
-    top = tl.load(at)[:, None]
-    weight = tl.load(at + 1)
-    delta = tl.load(at + 2)[:, None]
+    stats = stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + rows
+    top = tl.load(top_ptr + stats)[:, None]
+    weight = tl.load(weight_ptr + stats)
+    delta = tl.load(delta_ptr + stats)[:, None]
     k_base = k_ptr + b64 * stride_kb + kv64 * stride_kh + col0.to(tl.int64) * stride_kn
     v_base = v_ptr + b64 * stride_vb + kv64 * stride_vh + col0.to(tl.int64) * stride_vn
     slope = 0.0
@@ -181,13 +181,14 @@ def backward_query(
     dq, slope_grad, mask_grad = _walk(
         dq, slope_grad, mask_grad, q, do, top, delta, full_begin, full_end, k_base, v_base, stride_kn, stride_vn, i,
         alive, head, N, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset, threshold,
-        keep_scale, FEATURES, False, False, SLOPE_GRAD, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES,
-        PRECISION,
+        keep_scale, FEATURES, False, False, SLOPE_GRAD, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        STAGES, PRECISION,
     )  # fmt: skip
     dq, slope_grad, mask_grad = _walk(
-        dq, slope_grad, mask_grad, q, do, top, delta, full_end, end, k_base, v_base, stride_kn, stride_vn, i, alive,
-        head, N, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset, threshold, keep_scale,
-        FEATURES, True, False, SLOPE_GRAD, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
+        dq, slope_grad, mask_grad, q, do, top, delta, full_end, end, k_base, v_base, stride_kn, stride_vn, i,
+        alive, head, N, shift, left, right, scale, cap, slope, mask_rows, stride_mask_n, seed, offset, threshold,
+        keep_scale, FEATURES, True, False, SLOPE_GRAD, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        STAGES, PRECISION,
     )  # fmt: skip
     if HIDES & FEATURES:
         if has_nan(dq):

@@ -28,10 +28,7 @@ VARLEN = tl.constexpr(256)
 BOTTOM_RIGHT = tl.constexpr(512)  # the last query stands at the last key
 SIGNED_SCALE = tl.constexpr(1024)  # the scale is negative: the largest product is not the largest score
 
-# What the backward passes know of a row, side by side: the largest score, the weight 1 / sum, delta, and one left free.
-# One array for each would cost registers for three addresses.
-ROW_STATS = tl.constexpr(4)
-# Rows of them behind each sequence, for the backward passes to read ahead without a bound: two tiles.
+# Rows of statistics and delta behind each sequence, for the backward passes to read ahead without a bound: two tiles.
 SPARE = tl.constexpr(256)
 
 ANY_MASK = tl.constexpr(4 | 8)
@@ -239,11 +236,11 @@ def sequence(cu_q, cu_k, b, M, N, FEATURES: tl.constexpr):
 
 @triton.jit
 def stats_start(b, h, row0, stride_b, stride_h, FEATURES: tl.constexpr):
-    """Where the sequence's row statistics begin, in the layout that `preprocess` writes."""
+    """Where the sequence's rows of statistics and delta begin, in the layout that `preprocess` writes."""
     start = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
     if VARLEN & FEATURES:
         start += row0
-    return start * ROW_STATS
+    return start
 
 
 @triton.jit

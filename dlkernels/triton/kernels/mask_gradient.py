@@ -10,7 +10,6 @@ from dlkernels.triton.kernels.elements import (
     DROPOUT,
     LEFT,
     RIGHT,
-    ROW_STATS,
     kept,
     load_rows,
     power,
@@ -38,10 +37,10 @@ from dlkernels.triton.kernels.elements import (
     ]
 )
 def mask_gradient(
-    q_ptr, k_ptr, v_ptr, do_ptr, row_stats_ptr, mask_ptr, slopes_ptr, dmask_ptr, stride_qb, stride_qh, stride_qm,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm, stride_mask_b,
-    stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, M, N, B, H, GROUP, tiles_m,
-    tiles_n, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, dmask_ptr, stride_qb, stride_qh,
+    stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, M, N, B, H, GROUP,
+    tiles_m, tiles_n, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
     PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -98,8 +97,8 @@ def mask_gradient(
                 tl.dot(q, tl.trans(k), input_precision=PRECISION), i, j, live[:, None], N, shift, left, right, scale,
                 cap, slope, mask_rows, stride_mask_n, FEATURES, True, EXACT,
             )  # fmt: skip
-            at = row_stats_ptr + stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + ROW_STATS * rows
-            p = power(s - tl.load(at)[:, None], EXACT) * tl.load(at + 1)[:, None]
+            stats = stats_start(b, h, row0, stride_sb, stride_sh, FEATURES) + rows
+            p = power(s - tl.load(top_ptr + stats)[:, None], EXACT) * tl.load(weight_ptr + stats)[:, None]
             do = load_rows(
                 do_ptr + b64 * stride_gb + h64 * stride_gh, i_first, tile_rows, stride_gm, M, DV, BLOCK_DV, True
             )
@@ -110,6 +109,7 @@ def mask_gradient(
             if DROPOUT & FEATURES:
                 keep = kept(i, first_j, b * H + h, seed, offset, threshold, BLOCK_M, BLOCK_N)
                 dp = tl.where(keep, dp * keep_scale, 0.0)
-            dmask += tl.where(s == float("-inf"), 0.0, p * (dp - tl.load(at + 2)[:, None]))
+            delta = tl.load(delta_ptr + stats)[:, None]
+            dmask += tl.where(s == float("-inf"), 0.0, p * (dp - delta))
     out = dmask_ptr + slab.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N + cols[None, :]
     tl.store(out, dmask, mask=live[:, None] & (cols < N)[None, :])
