@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from kinds import KINDS, LAYERS, B, F, T, flat, inputs_of
+from settings import run_python
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -118,3 +119,17 @@ def test_flops_of_attention_modules(name: str) -> None:
     # Of the backward's five products the unfused attention has kept one, the scores.
     attentions = 2 if name == "TransformerDecoderLayer" else 1
     assert counts[1] == (counts[0][0], counts[0][1] + attentions * 2 * B * 2 * T * T * (F // 2))
+
+
+def test_the_counter_may_be_imported_before_the_package_or_after_it() -> None:
+    for order in ("import dlkernels; from torch.utils import flop_counter",
+                  "from torch.utils import flop_counter; import dlkernels"):  # fmt: skip
+        run_python(f"""
+import sys, torch
+{order}
+with flop_counter.FlopCounterMode(display=False) as counter:
+    dlkernels.nn.RNNCell(3, 5)(torch.zeros(2, 3))
+    dlkernels.functional.attention(*torch.zeros(3, 1, 1, 4, 8))
+assert counter.get_total_flops() == 2 * 2 * (3 * 5 + 5 * 5) + 2 * 2 * 4 * 4 * 8
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("dlkernels")]
+""")

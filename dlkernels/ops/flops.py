@@ -4,40 +4,78 @@ and masked scores are."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import flop_counter
 
 __all__ = ["register_attention", "register_layers"]
 
 Formula = Callable[..., int]
 
-sdpa_flop_count: Formula = flop_counter.sdpa_flop_count
-sdpa_backward_flop_count: Formula = flop_counter.sdpa_backward_flop_count
+COUNTER = "torch.utils.flop_counter"
 
 
 def register_layers(modes: Iterable[str]) -> None:
-    for mode in modes:
-        for suffix, formula in (
-            ("", _sequence),
-            ("_backward", _sequence_backward),
-            ("_cell", _cell),
-            ("_cell_backward", _cell_backward),
-        ):
-            _register(mode + suffix, formula)
+    """Formulas of the recurrent operators, from the moment that somebody imports torch's counter."""
+    of_suffix: dict[str, Formula] = {
+        "": _sequence,
+        "_backward": _sequence_backward,
+        "_cell": _cell,
+        "_cell_backward": _cell_backward,
+    }
+    _once_counted({mode + suffix: formula for mode in modes for suffix, formula in of_suffix.items()})
 
 
 def register_attention() -> None:
-    for name, formula in (("attention", _attention), ("attention_backward", _backward), ("attention_map", _map)):
-        _register(name, formula)
+    """Formulas of attention's operators, likewise."""
+    _once_counted({"attention": _attention, "attention_backward": _backward, "attention_map": _map})
+
+
+def _once_counted(formulas: dict[str, Formula]) -> None:
+    def register() -> None:
+        for name, formula in formulas.items():
+            _register(name, formula)
+
+    if COUNTER in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _AfterImport(register))
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs `action` once the counter has been imported. The package does not import it: the counter imports triton,
+    which takes longer than all of this package."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != COUNTER or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                self.action()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def _register(name: str, formula: Formula) -> None:
     """`formula` takes the arguments of dlkernels::`name` by name, those that it does not want in `others`."""
+    flop_counter = sys.modules[COUNTER]
     packet = getattr(torch.ops.dlkernels, name)
     names = [argument.name for argument in packet.default._schema.arguments]
 
@@ -106,7 +144,7 @@ def _attention(
     max_seqlen_k: int, **others: Any,
 ) -> int:  # fmt: skip
     shapes = _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return sum(sdpa_flop_count(*of_each) for of_each in shapes)
+    return sum(sys.modules[COUNTER].sdpa_flop_count(*of_each) for of_each in shapes)
 
 
 def _backward(
@@ -114,7 +152,8 @@ def _backward(
     max_seqlen_k: int, **others: Any,
 ) -> int:  # fmt: skip
     shapes = _shapes(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return sum(sdpa_backward_flop_count((*of_q[:3], of_v[3]), of_q, of_k, of_v) for of_q, of_k, of_v in shapes)
+    count = sys.modules[COUNTER].sdpa_backward_flop_count
+    return sum(count((*of_q[:3], of_v[3]), of_q, of_k, of_v) for of_q, of_k, of_v in shapes)
 
 
 def _map(q: Tensor, k: Tensor, **others: Any) -> int:
