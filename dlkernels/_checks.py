@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dlkernels.reference import GATES, split_directions
 
+# What one call may mix under autocast.
+_MIXED = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -61,8 +63,9 @@ def same_kind(
     """One floating dtype, or with `mixed` any but float64, and one device. `mismatch`: what torch.nn raises for an
     input of another dtype."""
     dtype, device = x.dtype, x.device
+    allowed = _MIXED if mixed else ()
     first = weights[0]
-    if first is not None and not _fits(first.dtype, dtype, mixed):
+    if first is not None and first.dtype != dtype and first.dtype not in allowed:
         raise mismatch(
             f"RNN input dtype ({dtype}) does not match weight dtype ({first.dtype}). "
             f"Convert input: input.to({first.dtype}), or convert model: model.to({dtype})"
@@ -78,15 +81,11 @@ def same_kind(
                     f"Input and {kind} tensors are not at the same device, found input tensor at {device} and "
                     f"{kind} tensor at {other.device}"
                 )
-            if not _fits(other.dtype, dtype, mixed):
+            if other.dtype != dtype and other.dtype not in allowed:
                 raise RuntimeError(
                     f"Input and {kind} tensors are not the same dtype, found input tensor with {dtype} and "
                     f"{kind} tensor with {other.dtype}"
                 )
-
-
-def _fits(dtype: torch.dtype, of_x: torch.dtype, mixed: bool) -> bool:
-    return dtype == of_x or (mixed and dtype in (torch.float32, torch.bfloat16, torch.float16))
 
 
 def weight_count(function: str, mode: str, weights: Any, num_layers: int, directions: int) -> int:
@@ -94,7 +93,8 @@ def weight_count(function: str, mode: str, weights: Any, num_layers: int, direct
     if not isinstance(weights, (tuple, list)):
         raise TypeError(f"{function}(): argument 'weights' must be tuple of Tensors, not {type(weights).__name__}")
     for weight in weights:
-        tensor(function, "weights", weight)
+        if not isinstance(weight, Tensor):
+            tensor(function, "weights", weight)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int):
         raise TypeError(f"num_layers should be of type int, got: {type(num_layers).__name__}")
     if num_layers <= 0:

@@ -173,10 +173,12 @@ def _layers(
 
     projected = count // directions % 2 == 1
     types = recurrent_types(mode, x, h0, c0, weights, projected=projected, batch_sizes=batch_sizes)
-    weights = _of_one_dtype(types, weights)
-    if types != SAME and packed is not None and DTYPES[types.product] != weights[0].dtype:
-        packed = None
-    _checks.same_kind(x, (h0, c0), weights, mixed=types != SAME)
+    mixed = types != SAME
+    if mixed:
+        weights = _of_one_dtype(types, weights)
+        if packed is not None and DTYPES[types.product] != weights[0].dtype:
+            packed = None
+    _checks.same_kind(x, (h0, c0), weights, mixed=mixed)
     _checks.input_size(x, weights[0])
     if dropout:
         _checks.dropout(dropout)
@@ -218,7 +220,7 @@ def _layers(
 
 def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """The operators take weights of another dtype than the rest, but of one."""
-    if types == SAME or all(weight.dtype == weights[0].dtype for weight in weights):
+    if all(weight.dtype == weights[0].dtype for weight in weights):
         return weights
     return [cast(weight, DTYPES[types.product]) for weight in weights]
 
@@ -278,9 +280,10 @@ def _cell(
         b_hh = torch.zeros_like(b_ih)
     weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
     types = recurrent_types(mode, x, h, c, weights, layer=False)
-    weights = _of_one_dtype(types, weights)
-    w_ih, w_hh, *biases = weights
-    b_ih, b_hh = biases or (None, None)
+    if types != SAME:
+        weights = _of_one_dtype(types, weights)
+        w_ih, w_hh, *biases = weights
+        b_ih, b_hh = biases or (None, None)
     _checks.same_kind(x, (h, c), weights, RuntimeError, mixed=types != SAME)
     _checks.cell(name, x, h, c, w_ih, w_hh, gates)
     if b_ih is not None:

@@ -32,7 +32,7 @@ def attention(
         _native.announce_reference()
         return _reference(cfg, (cu_q, cu_k, rng), q, k, v, mask, slopes, sinks)
     # Here and not where they are saved: Dynamo refuses a Function that is given one tensor twice.
-    args = (cfg, *private(q, k, v, mask, slopes, sinks, cu_q, cu_k, rng))
+    args = (cfg, *private((q, k, v, mask, slopes, sinks, cu_q, cu_k, rng)))
     if path == "eager":
         o, lse, _ = _apply(*unwrap_dead_wrappers(args))
     else:
@@ -86,16 +86,7 @@ class Attention(torch.autograd.Function):
             do = torch.zeros_like(o)
         wanted = AttentionWanted(needs[1], needs[2] or needs[3], *needs[4:7])
         args = (ctx.cfg, wanted, do, dlse, q, k, v, mask, slopes, sinks, cu_q, cu_k, rng, o, stats)
-        if torch.compiler.is_compiling():
-            grads = AttentionBackward.forward(*args)
-        elif legacy.is_batched(do, dlse):
-            grads = legacy.map_samples(AttentionBackward.apply, args)
-        elif torch._C._are_functorch_transforms_active():
-            grads = AttentionBackward.apply(*args)  # type: ignore[no-untyped-call]
-        elif torch.is_grad_enabled():
-            grads = _apply_backward(*unwrap_dead_wrappers(args))
-        else:
-            grads = AttentionBackward.forward(*args)
+        grads = legacy.run_backward(AttentionBackward, (do, dlse), args, _apply_backward)
         wanted_grads = (grad if need else None for grad, need in zip(grads, needs[1:7], strict=True))
         return (None, *wanted_grads, None, None, None)
 

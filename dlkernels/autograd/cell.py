@@ -51,7 +51,7 @@ class Cell(torch.autograd.Function):
         saved = output[-1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved)
-        ctx.save_for_backward(*private(*tensors[:3]), *private(*tensors[3:], weights=True), saved)
+        ctx.save_for_backward(*private(tensors, first_weight=3), saved)
         ctx.cfg = cfg
 
     @staticmethod
@@ -62,16 +62,7 @@ class Cell(torch.autograd.Function):
             return (None,) * len(needs)
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[4:]))
         args = (ctx.cfg, wanted, dh, dc, *ctx.saved_tensors)
-        if torch.compiler.is_compiling():
-            grads = CellBackward.forward(*args)
-        elif legacy.is_batched(dh, dc):
-            grads = legacy.map_samples(CellBackward.apply, args)
-        elif torch._C._are_functorch_transforms_active():
-            grads = CellBackward.apply(*args)  # type: ignore[no-untyped-call]
-        elif torch.is_grad_enabled():
-            grads = _apply_backward(*unwrap_dead_wrappers(args))
-        else:
-            grads = CellBackward.forward(*args)
+        grads = legacy.run_backward(CellBackward, (dh, dc), args, _apply_backward)
         return (None, *(grad if need else None for grad, need in zip(grads, needs[1:], strict=True)))
 
     @staticmethod

@@ -16,17 +16,18 @@ from dlkernels.ops.private_copy import private_copy
 Tensors = tuple[Tensor, ...]
 
 
-def private(*tensors: Tensor | None, weights: bool = False) -> tuple[Tensor | None, ...]:
+def private(tensors: Sequence[Tensor | None], first_weight: int | None = None) -> Sequence[Tensor | None]:
     """What a Function saves of its inputs. Compiled code checks no versions: an input that it edits after the call
     would be read edited in the backward. There the Function saves copies. Those of tensors that autograd follows are
     clones, which the compiler leaves out where nothing is edited, and so are those of weights, which would be dear to
-    copy; others may be inputs of the graph (`private_copy`)."""
+    copy (all from `first_weight` on); others may be inputs of the graph (`private_copy`)."""
     if not torch.compiler.is_compiling():
         return tensors
-    return tuple(
-        None if tensor is None else tensor.clone() if weights or tensor.requires_grad else private_copy(tensor)
-        for tensor in tensors
-    )
+    weights_at = len(tensors) if first_weight is None else first_weight
+    return [
+        None if tensor is None else tensor.clone() if at >= weights_at or tensor.requires_grad else private_copy(tensor)
+        for at, tensor in enumerate(tensors)
+    ]
 
 
 def pullback(

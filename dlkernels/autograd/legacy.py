@@ -13,12 +13,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 _is_legacy: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 
 
-def is_batched(*tensors: Any) -> bool:
-    return any(isinstance(tensor, Tensor) and _is_legacy(tensor) for tensor in tensors)
+def is_batched(tensors: Sequence[Any]) -> bool:
+    for tensor in tensors:  # noqa: SIM110  # in every backward; a generator costs more than the loop
+        if isinstance(tensor, Tensor) and _is_legacy(tensor):
+            return True
+    return False
+
+
+def run_backward(
+    function: Any, cotangents: Sequence[Tensor | None], args: tuple[Any, ...], apply: Callable[..., Any]
+) -> Sequence[Tensor]:
+    """`function`, the Function of a backward, in the way that suits the moment. `apply`: its C++ apply alone."""
+    if torch.compiler.is_compiling():
+        return function.forward(*args)  # type: ignore[no-any-return]
+    if is_batched(cotangents):
+        return map_samples(function.apply, args)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        return apply(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return]
+    return function.forward(*args)  # type: ignore[no-any-return]
 
 
 def map_samples(call: Callable[..., Sequence[Tensor]], args: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -34,7 +53,7 @@ def map_samples(call: Callable[..., Sequence[Tensor]], args: Sequence[Any]) -> t
     plain = [
         torch._remove_batch_dim(arg, level, size, 0) if is_it else arg for arg, is_it in zip(args, batched, strict=True)
     ]
-    if is_batched(*plain):
+    if is_batched(plain):
         raise NotImplementedError("dlkernels: gradients that are batched twice (is_grads_batched within itself)")
     mapped = [arg for arg, is_it in zip(plain, batched, strict=True) if is_it]
 
@@ -50,7 +69,7 @@ def differentiate(
     call: Callable[..., Sequence[Tensor | None]], cotangents: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
     """`call(*cotangents)`, by `map_samples` where they are batched. Some of the results may be None."""
-    if torch.compiler.is_compiling() or not is_batched(*cotangents):
+    if torch.compiler.is_compiling() or not is_batched(cotangents):
         return call(*cotangents)
     present: list[int] = []
 

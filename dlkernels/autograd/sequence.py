@@ -75,9 +75,7 @@ class Sequence(torch.autograd.Function):
             ctx.mark_non_differentiable(saved)
         else:
             ctx.mark_non_differentiable(c_n, saved)
-        ctx.save_for_backward(
-            *private(x, h0, c0), saved, *private(batch_sizes, lengths), *private(*weights, weights=True)
-        )
+        ctx.save_for_backward(saved, *private((x, h0, c0, batch_sizes, lengths, *weights), first_weight=5))
         ctx.cfg = cfg
 
     @staticmethod
@@ -87,19 +85,10 @@ class Sequence(torch.autograd.Function):
             dc_n = None  # Dynamo makes zeros of it
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(needs)
-        x, h0, c0, saved, batch_sizes, lengths, *weights = ctx.saved_tensors
+        saved, x, h0, c0, batch_sizes, lengths, *weights = ctx.saved_tensors
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[_WEIGHTS:]))
         args = (ctx.cfg, wanted, dy, dh_n, dc_n, x, h0, c0, saved, batch_sizes, lengths, *weights)
-        if torch.compiler.is_compiling():
-            grads = SequenceBackward.forward(*args)
-        elif legacy.is_batched(dy, dh_n, dc_n):
-            grads = legacy.map_samples(SequenceBackward.apply, args)
-        elif torch._C._are_functorch_transforms_active():
-            grads = SequenceBackward.apply(*args)  # type: ignore[no-untyped-call]
-        elif torch.is_grad_enabled():
-            grads = _apply_backward(*unwrap_dead_wrappers(args))
-        else:
-            grads = SequenceBackward.forward(*args)
+        grads = legacy.run_backward(SequenceBackward, (dy, dh_n, dc_n), args, _apply_backward)
         dx, dh0, dc0, *dweights = grads
         return (
             None, dx if needs[1] else None, dh0 if needs[2] else None, dc0 if needs[3] else None, None, None, None,

@@ -55,9 +55,9 @@ class FlatWeights:
     """The list that a program got from or gave to `_flat_weights`, and the weights under their names at that time."""
 
     weights: list[Any]
-    named: tuple[Any, ...]
+    named: list[Any]
 
-    def why_not(self, named: tuple[Any, ...]) -> str:
+    def why_not(self, named: list[Any]) -> str:
         """Why a call takes the weights of these names instead, as torch.nn does; empty when it takes the list."""
         for now, then in zip(named, self.named, strict=True):
             if now is not None and then is not None and now is not then:
@@ -85,21 +85,22 @@ class RecurrentLayer(KnownLayer, RNNBase):
 
     @property
     def _flat_weights(self) -> list[Any]:
-        named = self._named_weights()
+        named = self._named_weights(None)
         if self._flat is None or self._flat.why_not(named):
             self.__dict__["_flat"] = FlatWeights(list(named), named)
         return self.__dict__["_flat"].weights  # type: ignore[no-any-return]
 
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Any]) -> None:
-        self.__dict__["_flat"] = FlatWeights(weights, self._named_weights())
+        self.__dict__["_flat"] = FlatWeights(weights, self._named_weights(None))
 
-    def _named_weights(self) -> tuple[Any, ...]:
+    def _named_weights(self, *missing: None) -> list[Any]:
+        """The weights under their names; `missing` for those that were deleted, without it an AttributeError."""
         parameters: dict[str, Any] = self._parameters
         try:
-            return tuple([parameters[name] for name in self._flat_weights_names])
-        except KeyError:
-            return tuple([getattr(self, name, None) for name in self._flat_weights_names])
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, weight-normed or replicated: an attribute of another kind
+            return [getattr(self, name, *missing) for name in self._flat_weights_names]
 
     def _init_flat_weights(self) -> None:
         self.__dict__.pop("_flat", None)
@@ -139,14 +140,10 @@ class RecurrentLayer(KnownLayer, RNNBase):
         """The weights as they are now, in the order of `_flat_weights_names`."""
         flat = self._flat
         if flat is not None:
-            if not flat.why_not(self._named_weights()):
+            if not flat.why_not(self._named_weights(None)):
                 return list(flat.weights)
             del self.__dict__["_flat"]
-        parameters: dict[str, Any] = self._parameters
-        try:
-            return [parameters[name] for name in self._flat_weights_names]
-        except KeyError:  # parametrized, weight-normed or replicated: an attribute of another kind
-            return [getattr(self, name) for name in self._flat_weights_names]
+        return self._named_weights()
 
     def prepack(self) -> Self:
         """Packs the weights for inference on the CPU; calls that want no weight gradients then use the packed copy.
