@@ -21,7 +21,7 @@ from dlkernels import _native  # noqa: E402
 
 # Seconds for one test, its fixtures included; `--timeout` and the marker `timeout` say otherwise.
 LIMIT, HEAVY_LIMIT = 300.0, 900.0
-# Until the threads of a call come, on a machine that does much else meanwhile.
+# Microseconds that a call waits for its worker threads before it goes on without them.
 PATIENCE_US = 1_000_000
 BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -143,7 +143,7 @@ def poison() -> Iterator[None]:
         yield
         return
     _native.native.set_poison(True)
-    # Else a test of several threads has one of them on a busy machine.
+    # Without this a call on a busy machine would go on alone, and a test of several threads would be one of one.
     _native.native.set_least_patience(PATIENCE_US)
     try:
         yield

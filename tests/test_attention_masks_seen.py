@@ -163,13 +163,11 @@ def test_global_hooks() -> None:
     for layer in (theirs, twin(theirs)):
         seen: list[Any] = []
         handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args, seen=seen: seen.append(args))
-        spy_on(layer.self_attn, "forward", seen)
-        del layer.self_attn.__dict__["forward"]
-        seen.clear()
         out = layer(torch.ones(B, S, E, dtype=torch.float64), src_key_padding_mask=PADDING)
         handle.remove()
         found.append((len(seen), out))
-    assert found[0][0] == found[1][0]
+    # A global hook gets no keyword arguments, and masks are such: what can be compared is the number of calls.
+    assert found[0][0] == found[1][0] > 1
     torch.testing.assert_close(found[1][1], found[0][1])
 
 

@@ -38,7 +38,8 @@ def test_a_large_offset_changes_no_gradient(offset: str | float, dtype: torch.dt
     q, do = (torch.randn(1, 2, rows, 8, generator=generator).to(dtype) for _ in range(2))
     mask = torch.full((rows, length), far, dtype=dtype)
     o, dq, dk, dv = gradients(functional.scaled_dot_product_attention, q, k, v, mask, do)
-    like = {"rtol": 2**-6 if dtype == BF16 else 1e-5, "atol": 2e-2 if dtype == BF16 else 1e-6}
+    # The more keys, the smaller the gradients; so is the bound.
+    like = {"rtol": 2**-6, "atol": 0.4 / length} if dtype == BF16 else {"rtol": 1e-5, "atol": 1e-6}
     mean = v.mean(2, keepdim=True)
     torch.testing.assert_close(o, mean.expand(1, 2, rows, 8), **like)
     torch.testing.assert_close(dv, (do.sum(2, keepdim=True) / length).expand_as(v), **like)

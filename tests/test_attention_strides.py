@@ -138,7 +138,7 @@ def test_fakes_know_the_strides() -> None:
 
 
 def test_the_output_projection_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What MultiheadAttention takes its result apart into is a view, for both of its layouts and in both modes."""
+    """MultiheadAttention merges the heads of its result without a copy, in both layouts and in both modes."""
     for batch_first, training in itertools.product((False, True), repeat=2):
         layer = dlkernels.nn.MultiheadAttention(8, 2, batch_first=batch_first).train(training)
         heads: list[Tensor] = []

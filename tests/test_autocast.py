@@ -4,6 +4,7 @@ weights that outlives a call."""
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_results_have_torchs_dtypes(kind: str, autocast: torch.dtype) -> None:
     cls, options = KINDS[kind]
     is_cell, compared = "Cell" in kind, 0
+    refused: list[str] = []
     states = (None, *FLOATS)
     for of_weights, of_x, of_state, packed, grad in itertools.product(
         FLOATS[:2], FLOATS, states, (False,) if is_cell else (False, True), (True, False)
@@ -53,9 +55,14 @@ def test_results_have_torchs_dtypes(kind: str, autocast: torch.dtype) -> None:
                 torch.testing.assert_close(
                     mine, other, rtol=0.05, atol=0.05, msg=lambda text, at=where: f"{at}: {text}"
                 )
+        else:
+            refused.append(f"{where}: {expected}")
         if grad:
             sum(t.double().sum() for t in found).backward()
             assert all(p.grad is not None and p.grad.dtype == of_weights for p in ours.parameters())
+    if refused:
+        calls = compared + len(refused)
+        warnings.warn(f"{kind}: {len(refused)} of {calls} not compared, torch raises: {refused[0]}", stacklevel=1)
     assert compared > 10
 
 
@@ -115,7 +122,9 @@ def test_operators_take_each_tensor_in_its_dtype(isa: str, mode: str, product: t
         for mine, other in [*results, *zip(found, expected, strict=True)]:
             other = other.detach()
             unit = max(torch.finfo(mine.dtype).eps, torch.finfo(product).eps)
-            assert (mine.double() - other).abs().max() <= 8 * unit * max(1.0, float(other.abs().max()))
+            top, off = float(other.abs().max()), float((mine.double() - other).abs().max())
+            # The second bound: zeros in the place of a small gradient are no rounding.
+            assert off <= min(8 * unit * max(1.0, top), 0.5 * top + 8 * torch.finfo(torch.float32).eps)
         assert [g.dtype for g in found] == [t.dtype for t in (x, h0, c0, *weights) if t is not None]
         assert (y.dtype, h_n.dtype) == (of_h, of_h) and (c0 is None or c_n.dtype == torch.float32)
 
@@ -173,8 +182,9 @@ def bytes_held(cell: nn.Module, steps: int, batch: int, size: int) -> int:
 def test_a_loop_of_cells_holds_no_copies_of_the_weights(kind: str) -> None:
     theirs = getattr(nn, kind)(256, 256)
     ours = dlkernels.patch(theirs, copy=True)
-    for batch in (1, 16):
-        assert bytes_held(ours, 30, batch, 256) <= 2 * bytes_held(theirs, 30, batch, 256)
+    copy = 2 * sum(p.numel() for p in ours.parameters())  # bytes of the weights in bfloat16
+    assert 0 < bytes_held(ours, 30, 1, 256) < copy
+    assert bytes_held(ours, 30, 16, 256) <= 2 * bytes_held(theirs, 30, 16, 256)
 
 
 def test_within_rule_is_asked_of_autocast_too() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from contract import (
+    ATTENTION,
     CELLS,
     ENTRIES,
     LAYERS,
@@ -107,8 +108,8 @@ def test_result_overwritten_behind_autograd(entry: Entry, how: str) -> None:
     right, found = gradients(theirs, inputs, untouched), gradients(theirs, inputs, overwritten)
     if entry.keeps_result:
         pytest.skip("ours keeps the result for its backward, as torch's fused attention does")
-    if not all(torch.allclose(a, b) for a, b in zip(right, found, strict=True)):
-        pytest.skip("torch's own gradients are wrong after it: it keeps the result for its backward")
+    if entry in ATTENTION and not all(torch.allclose(a, b) for a, b in zip(right, found, strict=True)):
+        pytest.skip("torch's own gradients are wrong after it: its attention keeps the result for its backward")
     assert_same(gradients(ours, inputs, overwritten), right)
 
 
@@ -164,25 +165,25 @@ def test_values_dtypes_and_strides(entry: Entry) -> None:
 @entries
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("grad", [True, False])
-def test_dtypes_under_autocast(entry: Entry, dtype: torch.dtype, grad: bool) -> None:
-    for of_input in (torch.float32, torch.bfloat16):
-        theirs, ours = entry.pair(torch.float32)
-        inputs = tuple(x.to(of_input).requires_grad_() for x in entry.draw(torch.float32))
-        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype):
-            expected = outcome(functools.partial(theirs, *inputs))
-            found = outcome(functools.partial(ours, *inputs))
-        if isinstance(found, Exception):  # packing itself is refused for some dtypes
-            assert type(found) is type(expected), found
-            continue
-        found = tensors(found)
-        if grad:
-            sum(result.double().sum() for result in found).backward()
-            assert all(x.grad is not None and x.grad.dtype == x.dtype for x in leaves(ours, inputs))
-        if isinstance(expected, Exception):
-            continue  # this processor has no kernel of torch's for it
-        for mine, other in zip(found, tensors(expected), strict=True):
-            assert (mine.dtype, mine.stride()) == (other.dtype, other.stride())
-            torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05)
+@pytest.mark.parametrize("of_input", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes_under_autocast(entry: Entry, of_input: torch.dtype, dtype: torch.dtype, grad: bool) -> None:
+    theirs, ours = entry.pair(torch.float32)
+    inputs = tuple(x.to(of_input).requires_grad_() for x in entry.draw(torch.float32))
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype):
+        expected = outcome(functools.partial(theirs, *inputs))
+        found = outcome(functools.partial(ours, *inputs))
+    if isinstance(found, Exception):  # packing itself is refused for some dtypes
+        assert type(found) is type(expected), found
+        return
+    found = tensors(found)
+    if grad:
+        sum(result.double().sum() for result in found).backward()
+        assert all(x.grad is not None and x.grad.dtype == x.dtype for x in leaves(ours, inputs))
+    if isinstance(expected, Exception):
+        pytest.skip(f"ours ran; there is nothing to compare it with, as torch raises here: {expected}")
+    for mine, other in zip(found, tensors(expected), strict=True):
+        assert (mine.dtype, mine.stride()) == (other.dtype, other.stride())
+        torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05)
 
 
 @entries

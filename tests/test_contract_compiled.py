@@ -25,7 +25,7 @@ from dlkernels import functional
 pytestmark = pytest.mark.o0_skip(reason="what compilers and autograd do around the kernels is the same")
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
-# torch.nn's layers are no match for a compiler, so the oracle is their eager run without edits.
+# Dynamo does not compile torch.nn's recurrent layers, so the oracle is their eager run without edits.
 DEEPER = [
     *((BY_NAME[name], "aot_eager") for name in ("RNN", "LSTM", "GRU", "LSTMCell", "sdpa", "sdpa learned mask")),
     *((BY_NAME[name], "inductor") for name in ("LSTM", "GRUCell", "sdpa")),

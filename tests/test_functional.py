@@ -142,7 +142,7 @@ def test_autocast_decides_the_dtype(mode: str) -> None:
     x = torch.randn(T, B, I, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flat(function(x, None, layer._flat_weights, num_layers=2, **own))
-    # As torch: autocast's by oneDNN and behind the tanh of a sum; what the gru makes of its state has the state's.
+    # As in torch: LSTM (by oneDNN) and RNN return autocast's dtype, GRU that of its state, here float32.
     assert {tensor.dtype for tensor in out} == {torch.float32 if mode == "gru" else torch.bfloat16}
     cast = [weight.bfloat16() for weight in layer._flat_weights]
     rounded = function(x.bfloat16(), None, cast, num_layers=2, **own)[0]

@@ -368,7 +368,8 @@ def test_a_large_offset(
     if not isinstance(offset, str):
         compare(with_far(offset), dtype)
         return
-    # In base 2 a float32 ends at 2.36e38 nats: from there on the log-sum-exp of 16-bit operands says no more than that.
+    # The kernels keep scores in base 2, where float32 ends at 2.36e38 nats. finfo.min is beyond that: its results are
+    # compared with those of -2e38.
     compare(with_far(-2e38), dtype)
     expected, found = ours(with_far(-2e38)), ours(with_far(torch.finfo(dtype).min))
     assert torch.equal(found[0], expected[0])

@@ -133,12 +133,15 @@ class Scratch:
             return SURVIVED, "out of time"
         if status == 4:
             return ERROR, output[-500:]
-        return KILLED, _killing_test(output) or f"status {status}: {output[-200:]!r}"
+        by = _killing_test(output)
+        if not by and status > 0:
+            return ERROR, f"pytest ended with status {status} and named no test: {output[-200:]!r}"
+        return KILLED, by or f"the process died: status {status}"
 
     def failing(self, names: list[str]) -> set[str]:
         """Which of the tests that killed mutants fail in this tree as it is."""
         failing = {name for name in names if name.startswith("native") and self.test(name, 3600)[0] != SURVIVED}
-        tests = [name for name in names if "::" in name]
+        tests = [name for name in names if name.startswith("tests/")]
         if tests:
             command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
             status, output = self.command(command, 3600)

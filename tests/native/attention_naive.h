@@ -90,7 +90,8 @@ struct Attention {
     return x[j % 4] >= static_cast<uint32_t>(in.dropout_p * 4294967296.0) ? 1 / (1 - in.dropout_p) : 0;
   }
 
-  // What a score in the kernels' units is in logits: they leave the scale to the exponential where it is all there is.
+  // The factor from the kernels' scores to logits. Where the scale is all that is done to a score, the kernels apply it
+  // inside the exponential and keep unscaled scores; else the factor is 1.
   double unit() const {
     bool scaled = in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > 1e-20);
     const double most = s.dtype == DType::f64 ? 0x1p1023 : 0x1p127;
@@ -105,7 +106,7 @@ struct Attention {
     Row(const Attention& a, const SoftmaxStatistics<const void*>& stats, int64_t b, int64_t h, int64_t i)
         : top(load(stats.top.data, a.query_at(stats.top, b, h, i), a.compute()) * a.unit()),
           weight(load(stats.weight.data, a.query_at(stats.weight, b, h, i), a.compute())) {}
-    // A logit that the rounding of `top` cannot be told from is the top.
+    // `top` was rounded when it was stored: a logit within that rounding counts as equal to it.
     double probability(double logit) const {
       const double below = logit - top;
       return std::exp(std::fabs(top) > 1e8 && std::fabs(below) < 1e-6 * std::fabs(top) ? 0 : below) * weight;
