@@ -10,9 +10,11 @@ from torch import Tensor
 
 from dlkernels.ops import DTYPES, SAME, Types
 
-# On the CPU torch runs an LSTM by oneDNN, wholly in autocast's dtype, or step by step, where states stay what they are.
-_ONEDNN_TAKES_BF16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-_ONEDNN_TAKES_F16 = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+# On the CPU torch runs an LSTM either by oneDNN, wholly in autocast's dtype, or step by step, where c has the dtype
+# that autocast's and its own promote to. A torch that was built without oneDNN has no such operators.
+_HAS_ONEDNN = bool(torch._C._has_mkldnn)
+_ONEDNN_TAKES_BF16 = _HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+_ONEDNN_TAKES_F16 = _HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -57,7 +59,7 @@ def recurrent_types(
 
 
 def _runs_by_onednn(x: Tensor, batch_sizes: Tensor | None) -> bool:
-    if x.numel() == 0 or not torch._C._has_mkldnn:
+    if x.numel() == 0 or not _HAS_ONEDNN:
         return False
     if not torch.compiler.is_compiling() and not torch._C._get_mkldnn_enabled():
         return False

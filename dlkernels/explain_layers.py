@@ -87,6 +87,9 @@ class _Follower:
     embed_dim: int
     _dropout_p: Callable[[], float]
 
+    def _private(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return inputs
+
     def _project(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.new_empty((*x.shape[:-1], self.embed_dim), dtype=_projected_dtype(x)) for x in inputs)
 

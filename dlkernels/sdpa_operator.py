@@ -40,8 +40,9 @@ _MOST_DRAWS = 2**16
 
 
 class _State:
-    """Of the process. `draws` has the states of the generator from which our kernels drew a dropout mask that a
-    backward may have to draw again: False until one did, then True; None if torch drew from the same state meanwhile.
+    """Of the process. `draws` maps a state of the generator (hashed) to what is known of the mask drawn from it. False:
+    our kernel drew it, and no backward has drawn it again. True: a backward has. None: torch drew from the same state
+    too, so nobody can tell whose mask is to be drawn again.
     """
 
     def __init__(self) -> None:
@@ -56,7 +57,11 @@ class _State:
 
 
 class _Running(threading.local):
+    """Of this thread. `depth`: blocks that it entered and did not leave; torch's configuration, which has the tag, is
+    the thread's own too."""
+
     inside = False
+    depth = 0
 
 
 _state = _State()
@@ -72,6 +77,7 @@ class AttentionPatch(contextlib.ContextDecorator):
             if _state.library is None:
                 _state.library = _register()
             _state.users += 1
+        _running.depth += 1
         if not _is_tagged():
             torch.compiler.config.cache_key_tag += _TAG
         return self
@@ -85,8 +91,9 @@ class AttentionPatch(contextlib.ContextDecorator):
             if off and _state.library is not None and not _thread._count() and not _state.draws:
                 _state.library._destroy()  # type: ignore[no-untyped-call]
                 _state.library = None
-        if off:
-            torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_TAG, "")
+        _running.depth = 0 if off else max(_running.depth - 1, 0)
+        if _running.depth == 0:
+            _untag()
 
     def _recreate_cm(self) -> Any:
         return patch_attention()
@@ -152,6 +159,8 @@ def _is_ours(query: Tensor, dropout_p: float) -> bool:
         return False
     if type(query) not in (Tensor, torch.nn.Parameter):
         # Traced: what comes out may be kept in a cache under a key with the tag of this thread.
+        if not on:
+            _untag()  # another thread left the block that this one entered
         return on and _is_tagged()
     if dropout_p <= 0:
         return on
@@ -165,28 +174,30 @@ def _is_ours(query: Tensor, dropout_p: float) -> bool:
 def _remember(ours: bool) -> None:
     """A call whose dropout mask checkpoint may have to draw again: of either kind, or within a Function of the user."""
     draws, draw = _state.draws, _draw()
-    if ours:
-        draws[draw] = False
-        if len(draws) > _MOST_DRAWS:
-            draws.pop(next(iter(draws)), None)
-    elif draws.get(draw, True):
-        draws.pop(draw, None)
-    else:
-        draws[draw] = None
+    with _state.lock:
+        if ours:
+            draws[draw] = False
+            if len(draws) > _MOST_DRAWS:
+                draws.pop(next(iter(draws)))
+        elif draws.get(draw, True):
+            draws.pop(draw, None)
+        else:
+            draws[draw] = None
 
 
 def _was_ours() -> bool:
     """Whether the mask that a backward draws again was drawn by our kernel."""
     draws, draw = _state.draws, _draw()
-    if draw not in draws:
-        return False
-    if draws[draw] is None:
-        raise RuntimeError(
-            "scaled_dot_product_attention: cannot tell whether a dropout mask that is to be drawn again was drawn "
-            "inside or outside of dlkernels.patch_attention(), as calls of both kinds started from the same state of "
-            "the random number generator; run the backward of checkpointed calls inside of the block"
-        )
-    draws[draw] = True
+    with _state.lock:
+        if draw not in draws:
+            return False
+        if draws[draw] is None:
+            raise RuntimeError(
+                "scaled_dot_product_attention: cannot tell whether a dropout mask that is to be drawn again was drawn "
+                "inside or outside of dlkernels.patch_attention(), as calls of both kinds started from the same state "
+                "of the random number generator; run the backward of checkpointed calls inside of the block"
+            )
+        draws[draw] = True
     return True
 
 
@@ -198,6 +209,10 @@ def _draw() -> int:
 
 def _is_tagged() -> bool:
     return _TAG in torch.compiler.config.cache_key_tag
+
+
+def _untag() -> None:
+    torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_TAG, "")
 
 
 # Dynamo must not trace the kernel where a compiled program calls the operator outside of its graphs.

@@ -113,6 +113,18 @@ def test_refusals(name: str) -> None:
 
 BACKWARD_MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "do of another shape": ({"do": torch.zeros(2, 4, 5, 8)}, "do must have shape"),
+    "do of the packed layout": ({"do": torch.zeros(5, 4, 3)}, "do must have shape"),
+    "do of the padded layout": (
+        {
+            **PACKED,
+            "cu_seqlens_q": CU,
+            "cu_seqlens_k": CU,
+            "do": torch.zeros(2, 4, 9, 3),
+            "o": torch.zeros(9, 4, 3),
+            "stats": torch.zeros(4, 2, 9),
+        },
+        "do must have shape",
+    ),
     "do of another dtype": ({"do": torch.zeros(2, 4, 5, 3).double()}, "do must be float32"),
     "o of another shape": ({"o": torch.zeros(2, 4, 6, 3)}, "o must have shape"),
     "stats of another shape": ({"stats": torch.zeros(2, 4, 5)}, "stats must have shape"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+import dlkernels
 from dlkernels import functional
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -161,3 +164,50 @@ def test_compiled_inputs(backend: str, inside: bool) -> None:
     expected = torch.autograd.grad(_edited_inputs(inside, False, factor, *values), factor)
     loss = _compiled(_edited_inputs, backend)(inside, True, factor, *(x.clone() for x in values))
     torch.testing.assert_close(torch.autograd.grad(loss, factor), expected)
+
+
+@pytest.mark.parametrize("frozen", ["out_proj.weight", "in_proj_weight", ""])
+@pytest.mark.parametrize("same_sizes", [True, False])
+def test_input_of_multihead_attention(frozen: str, same_sizes: bool) -> None:
+    """torch brings batch_first input into another order, which copies it, so a program may edit it; whichever weights
+    are trained."""
+    sizes = {} if same_sizes else {"kdim": 8, "vdim": 8}
+    theirs = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64, **sizes)
+    if not same_sizes:
+        theirs._qkv_same_embed_dim = False
+        for part in "qkv":
+            setattr(theirs, f"{part}_proj_weight", nn.Parameter(torch.randn(8, 8, dtype=torch.float64)))
+        theirs.register_parameter("in_proj_weight", None)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(name != frozen)
+    ours = dlkernels.patch(theirs, copy=True)
+    found = []
+    for layer in (theirs, ours):
+        x = torch.linspace(-1, 1, 2 * 3 * 8, dtype=torch.float64).view(2, 3, 8)
+        y = layer(x, x, x, need_weights=False)[0]
+        x.mul_(2)
+        found.append(torch.autograd.grad(y.square().sum(), [p for p in layer.parameters() if p.requires_grad]))
+    for mine, other in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("which", ["out_proj", "in_proj_weight"])
+def test_a_parametrized_weight_is_computed_once(which: str) -> None:
+    counts = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            counts[-1] += 1
+            return weight * 1
+
+    theirs = nn.MultiheadAttention(8, 2, batch_first=True)
+    owner, name = (theirs.out_proj, "weight") if which == "out_proj" else (theirs, which)
+    counts.append(0)
+    parametrize.register_parametrization(owner, name, Counted())
+    ours = dlkernels.patch(copy.deepcopy(theirs))
+    x = torch.randn(2, 3, 8)
+    counts.clear()
+    for layer in (theirs, ours):
+        counts.append(0)
+        layer(x, x, x, need_weights=False)
+    assert counts[1] == 1 or counts[1] <= counts[0], counts

@@ -111,6 +111,16 @@ def test_sinks_beyond_the_compute_type(sink: float) -> None:
     torch.testing.assert_close(o[:, 0], expected)
 
 
+def test_sinks_beyond_the_compute_type_in_the_reference() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    sinks = torch.tensor([1e300, -1e300], dtype=F64, requires_grad=True)
+    o, lse = reference.attention(q, q, q, sinks=sinks, softmax_scale=1.0)
+    assert o[0, 0].eq(0).all() and lse.isfinite().all()
+    torch.testing.assert_close(o[:, 1], reference.attention(q, q, q, softmax_scale=1.0)[0][:, 1])
+    lse.sum().backward()
+    torch.testing.assert_close(sinks.grad, torch.tensor([5.0, 0.0], dtype=F64))
+
+
 def test_minus_infinity_is_still_no_sink() -> None:
     case = Case(sinks=True, sink=-math.inf, mask="hm")
     assert run(case, make_data(case))["dsinks"][0] == 0

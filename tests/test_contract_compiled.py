@@ -4,6 +4,7 @@ and inputs, the gradients are those of the values at the call. What torch refuse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from contract import (
 )
 from torch import Tensor, nn
 
+import dlkernels
 from dlkernels import functional
 
 pytestmark = pytest.mark.o0_skip(reason="what compilers and autograd do around the kernels is the same")
@@ -130,3 +132,23 @@ def test_states_lengths_and_weights_edited(of_cell: bool) -> None:
     right = torch.autograd.grad(_all_edited(of_cell, False, *given), leaves)
     compiled = torch.compile(_all_edited, backend="aot_eager", fullgraph=True)
     assert_same(list(torch.autograd.grad(compiled(of_cell, True, *given), leaves)), list(right))
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "LSTM", "GRU", "sdpa"])
+def test_one_tensor_given_twice(name: str) -> None:
+    """As `hx = (zeros, zeros)`, or a cell that is fed its own state: one graph, and the gradients of both places."""
+    size = 6
+
+    def program(module: nn.Module | None, x: Tensor) -> Tensor:
+        if module is None:
+            return functional.scaled_dot_product_attention(x, x, x).square().sum()
+        state = x[:1] if name in ("LSTM", "GRU") else x[0]
+        hx: Any = (state, state) if "LSTM" in name else state
+        return weighted(tensors(module(state, hx)))
+
+    module = None if name == "sdpa" else getattr(dlkernels.nn, name)(size, size, dtype=torch.float64)
+    x = torch.randn(2, 3, size, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *(() if module is None else module.parameters())]
+    right = torch.autograd.grad(program(module, x), leaves)
+    compiled = torch.compile(program, backend="aot_eager", fullgraph=True)
+    assert_same(list(torch.autograd.grad(compiled(module, x), leaves)), list(right))

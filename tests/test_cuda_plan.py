@@ -118,6 +118,7 @@ def test_a_module_without_cuda_kernels_says_so(cuda: None, monkeypatch: pytest.M
     layer, x = dlkernels.nn.GRU(3, 5, device="cuda"), torch.empty(2, 4, 3, device="cuda")
     monkeypatch.setattr(_native, "HAVE_CUDA_KERNELS", False)
     monkeypatch.setattr(_native, "why_no_cuda", why)
+    monkeypatch.setattr(dlkernels.triton, "_device_reason", lambda index: "")  # a torch with CUDA would ask the driver
     reason = f"the compiled module has no CUDA kernels: {why}"
     assert route(x) == ("reference", reason)
     explained = dlkernels.explain(layer, x)

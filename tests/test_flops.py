@@ -132,3 +132,10 @@ with flop_counter.FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 2 * 2 * (3 * 5 + 5 * 5) + 2 * 2 * 4 * 4 * 8
 assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("dlkernels")]
 """)
+
+
+def test_flops_of_a_layer_without_input_features() -> None:
+    weights = [torch.zeros(16, 0), torch.zeros(16, 4)]
+    with FlopCounterMode(display=False) as counter:
+        dlkernels.functional.lstm(torch.zeros(5, 2, 0), None, weights)
+    assert counter.get_total_flops() == 2 * 5 * 2 * 16 * 4

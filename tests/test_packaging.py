@@ -211,6 +211,21 @@ print([name for name in asked_for if name.partition(".")[0] == "triton"])
     assert min(seconds) < 0.3, seconds
 
 
+def test_a_torch_without_onednn() -> None:
+    """It does not have the operators that tell what oneDNN can do."""
+    script = """
+import torch
+torch._C._has_mkldnn = False
+torch.ops.mkldnn = None
+import dlkernels
+with torch.autocast("cpu", torch.bfloat16):
+    y, (h, c) = dlkernels.nn.LSTM(3, 4)(torch.zeros(2, 1, 3))
+assert y.dtype == c.dtype == torch.float32
+"""
+    run = python("-c", script)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_second_copy_is_refused_by_name(tmp_path: Path) -> None:
     first = _native.native.__file__
     shutil.copytree(PACKAGE, tmp_path / "dlkernels", ignore=shutil.ignore_patterns("__pycache__", "_C.*"))

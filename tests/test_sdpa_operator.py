@@ -135,6 +135,44 @@ def test_two_threads_at_once() -> None:
     assert not is_served()
 
 
+def test_the_tag_belongs_to_the_thread_that_is_inside() -> None:
+    """Inductor's caches must not get a graph of torch's kernel under the key of ours."""
+
+    def tag() -> str:
+        return torch.compiler.config.cache_key_tag
+
+    with dlkernels.patch_attention():
+        seen: list[str] = []
+
+        def enter_and_leave() -> None:
+            with dlkernels.patch_attention():
+                with dlkernels.patch_attention():
+                    pass
+                seen.append(tag())
+            seen.append(tag())
+
+        in_thread(enter_and_leave)
+        assert "dlkernels" in seen[0] and seen[1] == ""
+        assert "dlkernels" in tag()
+    assert tag() == ""
+
+
+@no_other_thread
+def test_a_block_that_another_thread_leaves() -> None:
+    """The tag of the thread that entered goes when it next traces a call."""
+    block = dlkernels.patch_attention()
+    block.__enter__()
+    in_thread(lambda: block.__exit__(None, None, None))
+    torch._dynamo.reset()
+    compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
+    assert not is_served_compiled(lambda: compiled(X))
+    assert torch.compiler.config.cache_key_tag == ""
+    torch._dynamo.reset()
+    with dlkernels.patch_attention():
+        pass
+    assert not is_registered()
+
+
 @no_other_thread
 def test_calls_while_another_thread_enters_and_leaves() -> None:
     """The dispatcher's tables are read without a lock: a kernel is only taken away where nobody can be calling it."""

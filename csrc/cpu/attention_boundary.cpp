@@ -12,7 +12,8 @@ namespace {
 thread_local AttentionShape last_called{};
 thread_local bool has_called = false;
 
-// As torch has it, what cannot be told included.
+// Strides without gaps in the order of `given`, by the algorithm of torch.empty_like; its treatment of dimensions whose
+// order cannot be told (stride 0, equal strides) included.
 void dense_strides_in_order(const int64_t* sizes, const int64_t* given, int64_t* strides) {
   int order[] = {3, 2, 1, 0};                   // from the innermost out
   const auto comes_after = [&](int a, int b) {  // 0: cannot be told
@@ -125,7 +126,7 @@ AttentionCall::AttentionCall(const AttentionArguments& a) {
 }
 
 void AttentionCall::check_sizes(const AttentionArguments& a) {
-  const bool packed = static_cast<bool>(a.cu_seqlens_q);
+  const bool packed = packed_ = static_cast<bool>(a.cu_seqlens_q);
   DLK_CHECK(packed == static_cast<bool>(a.cu_seqlens_k),
             "cu_seqlens_q and cu_seqlens_k must be given together or not at all");
   AttentionShape& s = in.shape;
@@ -264,8 +265,7 @@ Tensor AttentionCall::empty_stats() const {
 
 void AttentionCall::check_heads(const Tensor& tensor, const char* what, int64_t heads, int64_t rows,
                                 int64_t width) const {
-  // check_sizes calls this before it has read the sequences: the rank tells.
-  if (tensor.dim() == 3) {
+  if (varlen()) {
     check_tensor(tensor, what, dtype, {rows, heads, width});
   } else {
     check_tensor(tensor, what, dtype, {in.shape.B, heads, rows, width});

@@ -36,7 +36,7 @@ class AttentionCall {
   int32_t dtype = 0, compute = 0;  // torch's numbers for the dtype and the compute type
   Inputs inputs;
 
-  bool varlen() const { return in.cu_q != nullptr; }
+  bool varlen() const { return packed_; }
 
   // [B, heads, rows, width] in memory as [B, rows, heads, width]; or [rows, heads, width].
   Tensor empty_heads(int64_t heads, int64_t rows, int64_t width) const;
@@ -66,6 +66,7 @@ class AttentionCall {
     return {{data, 2 * H * M, 2 * M, 1}, {data + M * item, 2 * H * M, 2 * M, 1}};
   }
 
+  bool packed_ = false;  // rows of all sequences behind each other, with cu_seqlens
   std::vector<double> slopes_, sinks_;
   std::vector<int32_t> cu_q_, cu_k_;  // the call's own: another thread may write to the caller's
 };

@@ -5,8 +5,8 @@
 
 namespace dlk {
 
-// On a busy machine the others come later than a call has patience for, and a test of several threads has one. 0: as
-// each plan says.
+// On a busy machine the other threads may come after the plan's patience has run out, and a test of several threads
+// would run on one. This is the least that a call waits; 0 leaves it to the plan.
 void set_least_patience(int64_t us);
 
 }  // namespace dlk

@@ -31,12 +31,11 @@ def attention(
     if path == "reference":
         _native.announce_reference()
         return _reference(cfg, (cu_q, cu_k, rng), q, k, v, mask, slopes, sinks)
-    # Here and not where they are saved: Dynamo refuses a Function that is given one tensor twice.
-    args = (cfg, *private((q, k, v, mask, slopes, sinks, cu_q, cu_k, rng)))
+    tensors = (q, k, v, mask, slopes, sinks, cu_q, cu_k, rng)
     if path == "eager":
-        o, lse, _ = _apply(*unwrap_dead_wrappers(args))
+        o, lse, _ = _apply(cfg, *unwrap_dead_wrappers(tensors))
     else:
-        o, lse, _ = Attention.apply(*args)  # type: ignore[no-untyped-call]
+        o, lse, _ = Attention.apply(cfg, *private(tensors))  # type: ignore[no-untyped-call]
     return o.clone() if cfg.contiguous or torch.compiler.is_compiling() else o, lse
 
 

@@ -28,10 +28,10 @@ def cell(
         _native.announce_reference()
         new_h, new_c = run_cell(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
         return (new_h,) if new_c is None else (new_h, new_c)
-    args = (cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
     if path == "eager":
-        return _apply(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return]
-    return Cell.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(cfg, *unwrap_dead_wrappers(tensors))  # type: ignore[no-any-return]
+    return Cell.apply(cfg, *private(tensors, first_weight=3))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Cell(torch.autograd.Function):
@@ -51,7 +51,7 @@ class Cell(torch.autograd.Function):
         saved = output[-1]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(saved)
-        ctx.save_for_backward(*private(tensors, first_weight=3), saved)
+        ctx.save_for_backward(*tensors, saved)
         ctx.cfg = cfg
 
     @staticmethod

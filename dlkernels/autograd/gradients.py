@@ -17,10 +17,12 @@ Tensors = tuple[Tensor, ...]
 
 
 def private(tensors: Sequence[Tensor | None], first_weight: int | None = None) -> Sequence[Tensor | None]:
-    """What a Function saves of its inputs. Compiled code checks no versions: an input that it edits after the call
-    would be read edited in the backward. There the Function saves copies. Those of tensors that autograd follows are
-    clones, which the compiler leaves out where nothing is edited, and so are those of weights, which would be dear to
-    copy (all from `first_weight` on); others may be inputs of the graph (`private_copy`)."""
+    """What a Function is given, in compiled code copies. Compiled code checks no versions: an input that it edits after
+    the call would be read edited in the backward. And Dynamo refuses a Function that is given one tensor twice.
+
+    There are two kinds of copies. Tensors that require a gradient and all weights (from `first_weight` on) are cloned,
+    and the compiler removes the clone if nothing edits them. All others may be inputs of the graph, whose clones
+    Inductor removes even if they are edited, so they go through `private_copy`."""
     if not torch.compiler.is_compiling():
         return tensors
     weights_at = len(tensors) if first_weight is None else first_weight

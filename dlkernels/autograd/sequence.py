@@ -44,11 +44,12 @@ def sequence(
     if path == "reference":
         _native.announce_reference()
         return run_sequence(cfg, x, h0, c0, weights, batch_sizes, lengths)
-    args = (cfg, x, h0, c0, packed, batch_sizes, lengths, *weights)
+    tensors = (x, h0, c0, packed, batch_sizes, lengths, *weights)
     if path == "eager":
-        y, h_n, c_n, _ = _apply(*unwrap_dead_wrappers(args))
+        y, h_n, c_n, _ = _apply(cfg, *unwrap_dead_wrappers(tensors))
     else:
-        y, h_n, c_n, _ = Sequence.apply(*args)  # type: ignore[no-untyped-call]
+        # Copied here and not where they are saved: Dynamo refuses a Function that is given one tensor twice.
+        y, h_n, c_n, _ = Sequence.apply(cfg, *private(tensors, first_weight=6))  # type: ignore[no-untyped-call]
     return y, h_n, c_n
 
 
@@ -75,7 +76,7 @@ class Sequence(torch.autograd.Function):
             ctx.mark_non_differentiable(saved)
         else:
             ctx.mark_non_differentiable(c_n, saved)
-        ctx.save_for_backward(saved, *private((x, h0, c0, batch_sizes, lengths, *weights), first_weight=5))
+        ctx.save_for_backward(x, h0, c0, saved, batch_sizes, lengths, *weights)
         ctx.cfg = cfg
 
     @staticmethod
@@ -85,7 +86,7 @@ class Sequence(torch.autograd.Function):
             dc_n = None  # Dynamo makes zeros of it
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(needs)
-        saved, x, h0, c0, batch_sizes, lengths, *weights = ctx.saved_tensors
+        x, h0, c0, saved, batch_sizes, lengths, *weights = ctx.saved_tensors
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[_WEIGHTS:]))
         args = (ctx.cfg, wanted, dy, dh_n, dc_n, x, h0, c0, saved, batch_sizes, lengths, *weights)
         grads = legacy.run_backward(SequenceBackward, (dy, dh_n, dc_n), args, _apply_backward)

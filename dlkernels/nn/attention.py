@@ -158,13 +158,24 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
                 )
 
     def _private(self, query: Tensor, key: Tensor, value: Tensor) -> Triple:
-        """Copies for the gradients of the projections: as in torch.nn, which brings batch_first input into another
-        order, a program may edit its input after the call (`x += attention(x)`)."""
-        if not torch.is_grad_enabled() or not self.out_proj.weight.requires_grad:
+        """Copies for the gradients of the in-projection's weights: as in torch.nn, which brings batch_first input into
+        another order, a program may edit its input after the call (`x += attention(x)`)."""
+        if not torch.is_grad_enabled() or not self._trains_in_projection():
             return query, key, value
         own_query = query.clone()
         own_key = own_query if key is query else key.clone()
         return own_query, own_key, own_query if value is query else own_key if value is key else value.clone()
+
+    def _trains_in_projection(self) -> bool:
+        """Without computing a parametrized weight, which may have effects (spectral norm's power iteration)."""
+        names = ("in_proj_weight",) if self._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        computed: Any = self._modules.get("parametrizations", {})
+        return any(
+            any(p.requires_grad for p in computed[name].parameters())
+            if name in computed
+            else getattr(self, name).requires_grad
+            for name in names
+        )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> Triple:
         """q, k and v [.., E] in as few products as the identities among the inputs allow."""

@@ -57,12 +57,10 @@ class FlatWeights:
     weights: list[Any]
     named: list[Any]
 
-    def why_not(self, named: list[Any]) -> str:
-        """Why a call takes the weights of these names instead, as torch.nn does; empty when it takes the list."""
-        for now, then in zip(named, self.named, strict=True):
-            if now is not None and then is not None and now is not then:
-                return "a weight was replaced by name since"
-        return ""
+    def holds(self, named: list[Any]) -> bool:
+        """Whether a call takes the list: no weight was replaced by name since, in which case torch.nn takes `named`."""
+        pairs = zip(named, self.named, strict=True)
+        return all(now is None or then is None or now is then for now, then in pairs)
 
 
 def _version(tensor: Tensor) -> int:
@@ -86,7 +84,7 @@ class RecurrentLayer(KnownLayer, RNNBase):
     @property
     def _flat_weights(self) -> list[Any]:
         named = self._named_weights(None)
-        if self._flat is None or self._flat.why_not(named):
+        if self._flat is None or not self._flat.holds(named):
             self.__dict__["_flat"] = FlatWeights(list(named), named)
         return self.__dict__["_flat"].weights  # type: ignore[no-any-return]
 
@@ -140,7 +138,7 @@ class RecurrentLayer(KnownLayer, RNNBase):
         """The weights as they are now, in the order of `_flat_weights_names`."""
         flat = self._flat
         if flat is not None:
-            if not flat.why_not(self._named_weights(None)):
+            if flat.holds(self._named_weights(None)):
                 return list(flat.weights)
             del self.__dict__["_flat"]
         return self._named_weights()

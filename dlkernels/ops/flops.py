@@ -95,7 +95,7 @@ def _per_row(weights: Sequence[Tensor]) -> tuple[int, int]:
 
 def _rows(x: Tensor) -> int:
     """Steps x sequences; of packed input the valid ones."""
-    return x.numel() // x.shape[-1] if x.dim() == 3 else x.shape[0]
+    return x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
 
 
 def _sequence(x: Tensor, weights: Sequence[Tensor], bidirectional: bool, **others: Any) -> int:

@@ -154,7 +154,7 @@ def _softmax(
         scores = scores + torch.where(sees, mask.to(dtype), 0.0)
     scores = torch.where(sees, scores, _NEVER)
 
-    sink = None if sinks is None else sinks.to(dtype)[:, None, None]
+    sink = None if sinks is None else within_range(sinks, dtype).to(dtype)[:, None, None]
     # Any finite number serves; the largest score keeps exp from overflowing.
     top = scores.detach().amax(-1, keepdim=True) if k.shape[2] else scores.new_full((*scores.shape[:-1], 1), _NEVER)
     if sink is not None:
@@ -170,6 +170,15 @@ def _softmax(
     total = torch.where(empty, 1.0, total)
     lse = torch.where(empty, _NEVER, torch.log(total) + top).squeeze(-1)
     return weights / total, lse, sees
+
+
+def within_range(sinks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Finite sinks that a wider dtype holds, as the nearest finite numbers of `dtype`; their gradients pass."""
+    if torch.finfo(sinks.dtype).max <= torch.finfo(dtype).max:
+        return sinks
+    limit = torch.finfo(dtype).max
+    beyond = (sinks.abs() > limit) & sinks.isfinite()
+    return torch.where(beyond, sinks.detach().clamp(-limit, limit) + (sinks - sinks.detach()), sinks)
 
 
 def _per_query_head(x: Tensor, heads: int) -> Tensor:

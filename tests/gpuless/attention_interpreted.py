@@ -389,3 +389,28 @@ def test_extreme_sinks(sink: float, dtype: torch.dtype, splits: int, monkeypatch
     _, lse, _ = ours(inputs)
     hidden = ~inputs.features["mask"].expand(2, 2, 7, 1)[:, 0, :, 0]
     assert hidden.any() and torch.equal(lse[:, 0][hidden], torch.full_like(lse[:, 0][hidden], sink))
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_numbers_that_float32_does_not_hold(
+    sign: int, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sinks of float64 count as the nearest number of float32, and so do masks in base 2."""
+    plan = heuristics.forward_plan
+    monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
+    inputs = build(PLAIN | {"mask": "float full", "lengths": (7, 97), "dlse": True, "dtype": dtype}, 17)
+    most = torch.finfo(torch.float32).max
+
+    def results(**features: Tensor) -> list[Tensor]:
+        o, lse, grads = ours(inputs._replace(features=inputs.features | features))
+        return [o, lse, *(grads[name] for name in GRADIENTS)]
+
+    beyond = results(sinks=torch.tensor([sign * 1e39, 0.5], dtype=torch.float64))
+    for found, expected in zip(beyond, results(sinks=torch.tensor([sign * most, 0.5])), strict=True):
+        assert torch.equal(found, expected) and not found.isnan().any()
+    mask = inputs.features["mask"].float()
+    far, near = (results(mask=torch.full_like(mask, sign * value)) for value in (3e38, 2e38))
+    for at, (found, expected) in enumerate(zip(far, near, strict=True)):
+        assert torch.equal(found, expected) or at == 1, at  # all but lse

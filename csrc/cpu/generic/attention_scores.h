@@ -50,8 +50,8 @@ class Scores {
     return {Exp2Down<C>(to_base2())};
   }
 
-  // What a row begins with: a sink is a key of probability but without value. `top` is its score, rounded, and `weight`
-  // makes up for the rounding, where that is less than all that exponentials can tell.
+  // What a row begins with: a sink is a key of probability but without value. `top` is its score rounded to C, and
+  // `weight` is e to what the rounding lost; or 1 where that is more than 1, as such a sink leaves nothing to the keys.
   struct Sink {
     C top, weight;
   };

@@ -25,7 +25,8 @@ DLK_INLINE bool collides(int64_t stride) {
   return stride * static_cast<int64_t>(sizeof(C)) % 2048 == 0;
 }
 
-// Copied side by side, as products take them. K counts values.
+// Rows copied into one block, converted to the operands of the products. K is the number of values in a row, not of
+// pairs.
 template <class C, class RowAt>
 struct CopiedRows {
   static constexpr int kRows = kBlockRows;

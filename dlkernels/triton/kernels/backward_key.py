@@ -40,8 +40,8 @@ def _walk(
         q = load_rows(q_base, start, rows, stride_qm, M, D, BLOCK_D, EDGE)
         i = start + rows
         live = i < M
-        # The row's statistics are loaded unmasked, for SPARE rows lie behind each sequence, and where they are used,
-        # which spares registers: 2 spills in the loop at a width of 256 on 9.0, where 24 were.
+        # The row's statistics are loaded unmasked, for SPARE rows lie behind each sequence, and where they are used:
+        # loaded here they would spill.
         mask_rows = mask_base
         if ANY_MASK & FEATURES:
             mask_rows = (mask_base + i.to(tl.int64) * stride_mask_m)[None, :]

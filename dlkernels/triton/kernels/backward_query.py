@@ -18,6 +18,7 @@ from dlkernels.triton.kernels.elements import (
     kept,
     key_range,
     load_rows,
+    load_sink,
     power,
     product,
     scores,
@@ -71,7 +72,7 @@ def preprocess(
     tl.store(weight_ptr + stats, weight, mask=inside)
     tl.store(delta_ptr + stats, delta, mask=inside)
     if SINK_GRAD:
-        sink = sink_score(tl.load(sinks_ptr + h64).to(tl.float32), EXACT)
+        sink = sink_score(load_sink(sinks_ptr + h64), EXACT)
         p_sink = power(sink - top, EXACT) * weight
         tl.store(sink_part_ptr + tl.program_id(0), -tl.sum(p_sink * delta, 0))
 

@@ -71,13 +71,22 @@ def power(x, EXACT: tl.constexpr):
 
 @triton.jit
 def bias(mask, EXACT: tl.constexpr):
-    """A mask's values in the units of the scores. In base 2 a float32 may have no room for them; what is not -inf must
-    not become it, since that hides."""
+    """A mask's values in the units of the scores. In base 2 a float32 may have no room for them; what is finite must
+    stay so, as -inf hides a key and inf makes NaN of its row."""
     if EXACT:
         return mask
     else:
-        scaled = mask * LOG2E
-        return tl.where(mask == float("-inf"), mask, tl.maximum(scaled, -LARGEST))
+        within = tl.minimum(tl.maximum(mask * LOG2E, -LARGEST), LARGEST)
+        return tl.where(tl.abs(mask) < float("inf"), within, mask)
+
+
+@triton.jit
+def load_sink(ptr):
+    """A sink of any dtype in float32, finite if it is."""
+    given = tl.load(ptr)
+    sink = given.to(tl.float32)
+    within = tl.minimum(tl.maximum(sink, -LARGEST), LARGEST)
+    return tl.where(tl.abs(given) < float("inf"), within, sink)
 
 
 @triton.jit
