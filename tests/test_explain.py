@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -132,6 +133,14 @@ def test_layers_of_torch_and_other_modules() -> None:
         dlkernels.explain(nn.Linear(8, 16), x)
 
 
+def test_later_layers_are_planned_for_the_width_of_the_one_below(isa: str, threads: Callable[[int], None]) -> None:
+    threads(2)
+    for batch, steps, hidden in itertools.product((1, 4, 64), (1, 5), (16, 64)):
+        stack = dlkernels.explain(dlkernels.nn.LSTM(4, hidden, 2), torch.zeros(steps, batch, 4)).layers[1]
+        alone = dlkernels.explain(dlkernels.nn.LSTM(hidden, hidden), torch.zeros(steps, batch, hidden)).layers[0]
+        assert (stack.forward, stack.backward) == (alone.forward, alone.backward), (batch, steps, hidden)
+
+
 @pytest.mark.skipif(not _native.HAVE_NATIVE, reason="nothing is packed on the reference path")
 def test_prepacked_weights_are_explained() -> None:
     layer, x = make("GRU")
@@ -139,6 +148,10 @@ def test_prepacked_weights_are_explained() -> None:
     assert "gradients" in dlkernels.explain(layer, x).layers[0].packed_weights
     with torch.no_grad():
         assert dlkernels.explain(layer, x).layers[0].packed_weights == "used"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert "autocast" in dlkernels.explain(layer, x).layers[0].packed_weights
+            assert dlkernels.explain(layer.bfloat16().prepack(), x).layers[0].packed_weights == "used"
+        layer.float().prepack()
         layer.weight_hh_l0.mul_(2)
         assert "written to" in dlkernels.explain(layer, x).layers[0].packed_weights
         layer.weight_hh_l0 = nn.Parameter(torch.zeros(48, 16))

@@ -3,6 +3,8 @@ applied to torch's layer and to ours."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +96,17 @@ USES = [
     _assign_then_to, _assign_then_functional_call, _assign_without_the_parameters, _weight_drop, _weight_drop_twice,
     _pruned, _assign_then_parametrize, _spectral_norm,
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_copies_forget_an_assigned_list(name: str) -> None:
+    x, same = torch.randn(T, B, F), []
+    for lib in (nn, dlkernels.nn):
+        layer = getattr(lib, name)(F, 6)
+        _assign(layer)
+        copies = (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer)))
+        same.append([torch.equal(other(x)[0], layer(x)[0]) for other in copies])
+    assert same[0] == same[1] == [False] * 3
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__.strip("_"))
