@@ -1,0 +1,90 @@
+"""Peak memory of a training step of ours and of torch.nn's, for the training cases of the grid:
+
+    python benchmarks/peak_memory.py [--out FILE]
+
+A forked child for each case and side measures how far the resident memory rises over what it was before the step.
+Prints MiB of both and ours over theirs, then the geometric mean and the largest of the cases in which torch needs a MiB
+or more. Linux.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Memory that is freed goes back to the system at once, so that what is resident is what is in use.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def status(field: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def rise(step: Callable[[], object]) -> int:
+    """Bytes by which memory rises while `step` runs for the second time."""
+    step()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+    before = status("VmRSS")
+    step()
+    return status("VmHWM") - before
+
+
+def in_child(measure: Callable[[], int]) -> int:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, str(measure()).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as file:
+        answer = file.read()
+    _, ended = os.waitpid(child, 0)
+    if ended != 0 or not answer:
+        raise RuntimeError(f"a measurement ended with status {ended}")
+    return int(answer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    arguments = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
+    import torch
+
+    from dlkernels.bench.cases import grid
+    from dlkernels.bench.machine import describe
+    from dlkernels.bench.workload import Inputs, Workload, ours, theirs
+
+    torch.set_num_threads(1)  # before the forks: a child has no threads of its parent
+    found: dict[str, dict[str, Any]] = {}
+    for case in grid([1], ["float32", "bfloat16"]):
+        if not case.training or case.against != "torch":
+            continue
+        inputs = Inputs.make(case)
+        steps = [functools.partial(Workload, case, inputs, build) for build in (ours, theirs)]
+        mine, other = (in_child(lambda make=make: rise(make())) for make in steps)  # type: ignore[misc]
+        found[case.name] = {"ours": mine, "torch": other, "ratio": mine / max(other, 1)}
+        print(f"{case.name:50} {mine / 2**20:9.2f} {other / 2**20:9.2f} MiB  {mine / max(other, 1):.3f}", flush=True)
+    # What takes less than a MiB is a matter of pages.
+    ratios = [row["ratio"] for row in found.values() if row["torch"] >= 2**20]
+    mean = math.exp(statistics.fmean(map(math.log, ratios)))
+    print(f"{len(ratios)} cases of a MiB or more, ours over torch's: mean {mean:.3f}, largest {max(ratios):.3f}")
+    if arguments.out:
+        arguments.out.write_text(json.dumps({"machine": describe(), "mean": mean, "cases": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
