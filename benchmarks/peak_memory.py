@@ -1,6 +1,6 @@
 """Peak memory of a training step of ours and of torch.nn's, for the training cases of the grid:
 
-    python benchmarks/peak_memory.py [--out FILE]
+    python benchmarks/peak_memory.py [--only PART ...] [--out FILE]
 
 A forked child for each case and side measures how far the resident memory rises over what it was before the step.
 Prints MiB of both and ours over theirs, then the geometric mean and the largest of the cases in which torch needs a MiB
@@ -58,6 +58,7 @@ def in_child(measure: Callable[[], int]) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name has one of these in it")
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
@@ -71,7 +72,7 @@ def main() -> None:
     torch.set_num_threads(1)  # before the forks: a child has no threads of its parent
     found: dict[str, dict[str, Any]] = {}
     for case in grid([1], ["float32", "bfloat16"]):
-        if not case.training or case.against != "torch":
+        if not case.training or case.against != "torch" or not any(part in case.name for part in arguments.only):
             continue
         inputs = Inputs.make(case)
         steps = [functools.partial(Workload, case, inputs, build) for build in (ours, theirs)]

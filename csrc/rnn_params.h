@@ -3,7 +3,7 @@
 // Layouts. T steps, B sequences, I input features, H hidden units, P projected
 // units (0 = no projection), O = P ? P : H outputs per direction, D directions
 // (1 or 2), G gates of W (lstm 4, gru 3, rnn 1), S saved slots (lstm 5, gru 5,
-// rnn 1), R = S * H + P values in a saved record. "Row" is one (t, b) pair:
+// rnn 1), R values in a saved record, S * H + P of them where none is narrow. "Row" is one (t, b) pair:
 // t * B + b for padded input, its position in PackedSequence.data for packed
 // input. All strides count elements.
 //
@@ -20,6 +20,8 @@ enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };
 
 constexpr int gate_count(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
 constexpr int saved_slots(CellKind cell) { return cell == CellKind::lstm || cell == CellKind::gru ? 5 : 1; }
+// Of these the last ones, which may be narrow: factors, and operands of products, not states or gates near 0 or 1.
+constexpr int narrow_slots(CellKind cell) { return cell == CellKind::lstm ? 0 : cell == CellKind::gru ? 2 : 1; }
 // Gate gradients per unit: gru keeps the input and the hidden half of n apart.
 constexpr int gate_grad_slots(CellKind cell) { return cell == CellKind::gru ? 4 : gate_count(cell); }
 
@@ -29,8 +31,12 @@ struct LayerShape {
   int64_t T, B, I, H, P;
   int D;
   int64_t rows;  // T * B when padded, the sum of the lengths when packed
+  bool narrow;   // a record's narrow slots have the 16 bits of `dtype`, two values in the place of one
   int64_t outputs() const { return P ? P : H; }
-  int64_t record() const { return saved_slots(cell) * H + P; }
+  int64_t record() const {
+    const int narrow_count = narrow ? narrow_slots(cell) : 0;
+    return (saved_slots(cell) - narrow_count) * H + (narrow_count * H + 1) / 2 + P;
+  }
 };
 
 // Contiguous; the biases are both there or both null, w_hr is null without projection.
@@ -74,7 +80,7 @@ struct ForwardParams {
   StateTensor<void*> c_n;      // [D, B, H], lstm only
   void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, and h' behind
                                // them where it is projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'.
-                               // Padding rows are not written.
+                               // Padding rows are not written. shape.narrow says in what the last ones lie.
   bool deterministic;          // a sequence's result must not depend on its batch
 };
 

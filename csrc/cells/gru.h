@@ -6,7 +6,7 @@
 // Saved for the backward: r, z, n, h_n, h'. No include guard: see docs/architecture.md.
 
 struct GruCell {
-  static constexpr int kGates = 3, kSaved = 5, kGateGrads = 4;
+  static constexpr int kGates = 3, kSaved = 5, kNarrow = 2, kGateGrads = 4;
   static constexpr bool kHiddenBias = true;
   static constexpr bool kCellState = false, kDirectPath = true;  // h reaches h' past the gates
 

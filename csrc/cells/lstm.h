@@ -6,7 +6,7 @@
 // Saved for the backward: i, f, g, o, c'. No include guard: see docs/architecture.md.
 
 struct LstmCell {
-  static constexpr int kGates = 4, kSaved = 5, kGateGrads = 4;
+  static constexpr int kGates = 4, kSaved = 5, kNarrow = 0, kGateGrads = 4;
   static constexpr bool kHiddenBias = false;  // b_hh may be added on the input side
   static constexpr bool kCellState = true, kDirectPath = false;
 

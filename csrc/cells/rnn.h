@@ -4,7 +4,7 @@
 
 template <bool kRelu>
 struct ElmanCell {
-  static constexpr int kGates = 1, kSaved = 1, kGateGrads = 1;
+  static constexpr int kGates = 1, kSaved = 1, kNarrow = 1, kGateGrads = 1;
   static constexpr bool kHiddenBias = false;
   static constexpr bool kCellState = false, kDirectPath = false;
 

@@ -10,4 +10,7 @@ namespace dlk {
 
 void remember_shape(const LayerShape& shape);
 
+// For LayerShape::narrow.
+inline bool has_narrow_slots(DType product) { return product == DType::bf16 || product == DType::f16; }
+
 }  // namespace dlk

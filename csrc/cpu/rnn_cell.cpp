@@ -36,6 +36,7 @@ void read_cell(CellKind cell, const Tensor& x, const OptionalTensor& h, const Op
   shape.cell = cell;
   call->dtypes = Dtypes(check_float(x, "x"), types.product);
   shape.dtype = call->dtypes.product();
+  shape.narrow = has_narrow_slots(shape.dtype);
   DLK_CHECK(x.dim() == 2, "x must have shape [B, input_size], got ", shape_text(x));
   DLK_CHECK(w_hh.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(w_hh));
   DLK_CHECK(!b_ih == !b_hh, "b_ih and b_hh must both be given or both be None");

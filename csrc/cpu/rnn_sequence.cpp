@@ -90,6 +90,7 @@ void read_sequence(CellKind cell, const Tensor& x, const TensorList& weights, co
   shape.cell = cell;
   call->dtypes = Dtypes(check_float(x, "x"), types.product);
   shape.dtype = call->dtypes.product();
+  shape.narrow = has_narrow_slots(shape.dtype);
   shape.D = bidirectional ? 2 : 1;
   call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, nullptr, &shape);
   if (!batch_sizes && batch_first) std::swap(call->t_dim, call->b_dim);

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels.ops import records
 from dlkernels.reference import DirectionWeights, split_directions
 
 
@@ -110,7 +111,7 @@ def _hidden(mode: str, record: Sequence[Tensor]) -> Tensor:
 
 def sequence_weight_grads(
     mode: str, batch_first: bool, groups: int, x: Tensor, h0: Tensor | None, saved: Tensor, lengths: Tensor | None,
-    weights: Sequence[Tensor], dgates: Tensor, dproj: Tensor,
+    weights: Sequence[Tensor], dgates: Tensor, dproj: Tensor, product_dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """Weight gradients [groups, *shape] of padded input whose batch is groups x B, from the gate gradients."""
     if batch_first:
@@ -123,7 +124,7 @@ def sequence_weight_grads(
     directions = split_directions(weights, dgates.shape[0])
     grads: list[Tensor] = []
     for d, w in enumerate(directions):
-        record = torch.split(saved[d], dgates.shape[-1], -1)
+        record = records.slots(mode, saved[d], dgates.shape[-1], product_dtype)
         h = record[-1] if w.w_hr is not None else _hidden(mode, record)
         first = torch.zeros_like(h[:1]) if h0 is None else h0[d : d + 1].to(h.dtype)
         if d == 0:

@@ -139,9 +139,10 @@ class SequenceBackward(torch.autograd.Function):
         return (
             *grads[:3],
             *batching.sequence_weight_grads(
-                cfg.mode, cfg.batch_first, wanted.groups, x, h0, saved, lengths, weights, dgates, dproj
+                cfg.mode, cfg.batch_first, wanted.groups, x, h0, saved, lengths, weights, dgates, dproj,
+                ops.dtype_of(cfg.types.product, x),
             ),
-        )
+        )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

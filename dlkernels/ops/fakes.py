@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dlkernels import _native
+from dlkernels.ops import records
 from dlkernels.ops.devices import register_fake
 
 # As in dlkernels.ops, which imports this module.
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-_SAVED_SLOTS = {"lstm": 5, "gru": 5, "rnn_tanh": 1, "rnn_relu": 1}
 _GATE_GRAD_SLOTS = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 
 
@@ -72,7 +72,7 @@ def _sequence(mode: str) -> Callable[..., Any]:
         directions = 2 if bidirectional else 1
         hidden, proj, out = _sizes(mode, weights, directions)
         batch = _batch(x, (h0, c0), batch_sizes, batch_first)
-        record = _SAVED_SLOTS[mode] * hidden + proj
+        record = records.size(mode, hidden, proj, _dtype(product_dtype, x), x.device)
         rows = _rows(x, batch_sizes, batch_first)
         saved = (directions, *rows, record) if save else (0,)
         of_h, of_c = _dtype(h_dtype, x), _dtype(c_dtype, x)
@@ -130,7 +130,8 @@ def _cell(mode: str) -> Callable[..., Any]:
         if mode == "lstm":
             results.append(x.new_empty((B, H), dtype=_dtype(c_dtype, x)))
         if save:
-            results.append(x.new_empty((B, _SAVED_SLOTS[mode] * H), dtype=_compute_dtype(x)))
+            record = records.size(mode, H, 0, _dtype(product_dtype, x), x.device)
+            results.append(x.new_empty((B, record), dtype=_compute_dtype(x)))
         return results
 
     return fake

@@ -107,12 +107,12 @@ struct Case {
     const LayerShape& s = shape;
     char line[500];
     std::snprintf(line, sizeof line,
-                  "%s %s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
+                  "%s %s%s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
                   "bias=%d h0=%d c0=%d save=%d prepacked=%d "
                   "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
-                  cells[int(s.cell)], dtypes[int(s.dtype)], dtypes[int(types.x)], dtypes[int(types.weights)],
-                  dtypes[int(types.h0)], dtypes[int(types.c0)], dtypes[int(types.h)], dtypes[int(types.c)],
-                  isas[int(isa)], int(s.T), int(s.B), int(s.I), int(s.H), int(s.P), s.D, threads,
+                  cells[int(s.cell)], dtypes[int(s.dtype)], s.narrow ? " narrow" : "", dtypes[int(types.x)],
+                  dtypes[int(types.weights)], dtypes[int(types.h0)], dtypes[int(types.c0)], dtypes[int(types.h)],
+                  dtypes[int(types.c)], isas[int(isa)], int(s.T), int(s.B), int(s.I), int(s.H), int(s.P), s.D, threads,
                   packed()          ? "packed"
                   : lengths.empty() ? "padded"
                                     : "lengths",
@@ -152,6 +152,7 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
     s.dtype = DType::bf16, s.P = 0;
     s.I += s.I % 2, s.H += s.H % 2;
   }
+  s.narrow = (s.dtype == DType::bf16 || s.dtype == DType::f16) && chance(random, 0.7);
   const bool mixed = s.dtype != DType::f64 && chance(random, 0.3);  // as under autocast
   const auto dtype = [&] { return mixed ? pick(random, {DType::f32, DType::bf16, DType::f16}) : s.dtype; };
   c.types = {dtype(), dtype(), dtype(), dtype(), dtype(), dtype()};
@@ -236,6 +237,28 @@ struct Outputs {
     h_n = Buffer(s.D * s.B * s.outputs(), c.types.h);
     if (s.cell == CellKind::lstm) c_n = Buffer(s.D * s.B * s.H, c.types.c);
     if (save) saved = Buffer(s.D * s.rows * s.record(), naive::compute_dtype(s.dtype));
+  }
+};
+
+// The slots of all records in the compute type, and those that are narrow.
+struct Records {
+  Buffer wide, narrow;
+
+  Records(const Case& c, const Buffer& saved) {
+    const LayerShape& s = c.shape;
+    if (!saved.get()) return;
+    const int64_t slots = s.narrow ? narrow_slots(s.cell) * s.H : 0, rows = s.D * s.rows;
+    const int64_t values = s.record() - (slots + 1) / 2, before = saved_slots(s.cell) * s.H - slots;
+    wide = Buffer(rows * values, saved.dtype());
+    narrow = Buffer(rows * slots, s.dtype);
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t at = row * s.record();
+      wide.copy(row * values, saved, at, before);
+      wide.copy(row * values + before, saved, at + s.record() - s.P, s.P);
+      if (slots)
+        std::memcpy(static_cast<char*>(narrow.get()) + row * slots * 2,
+                    static_cast<char*>(saved.get()) + (at + before) * 4, static_cast<size_t>(slots * 2));
+    }
   }
 };
 

@@ -47,11 +47,13 @@ using Name = std::array<const char*, 5>;
 constexpr Name kWeightNames = {"dw_ih", "dw_hh", "db_ih", "db_hh", "dw_hr"};
 
 template <class Compare>
-void each_output(const Outputs& a, const Outputs& b, Compare compare) {
+void each_output(const Case& c, const Outputs& a, const Outputs& b, Compare compare) {
   compare("y", a.y, b.y);
   compare("h_n", a.h_n, b.h_n);
   compare("c_n", a.c_n, b.c_n);
-  compare("saved", a.saved, b.saved);
+  const Records left(c, a.saved), right(c, b.saved);
+  compare("saved", left.wide, right.wide);
+  compare("saved, narrow", left.narrow, right.narrow);
 }
 
 template <class Compare>
@@ -196,7 +198,7 @@ void run_case(const Case& c, Random& random) {
   naive::forward(forward_params(c, in, oracle, nullptr), pairs);
   Outputs out = forward(c, in, c.save);
   if (!c.save) oracle.saved = Buffer();
-  each_output(out, oracle,
+  each_output(c, out, oracle,
               [&](const char* name, const Buffer& got, const Buffer& want) { compare(c, name, got, want, pairs); });
 
   // The backward starts from the oracle's forward, so that only its own error shows.
@@ -215,7 +217,7 @@ void run_case(const Case& c, Random& random) {
   serial.threads = 1;
   const auto equal = [&](const char* name, const Buffer& a, const Buffer& b) { same_bits(c, name, a, b); };
   if (c.threads > 1 || c.deterministic) {
-    each_output(forward(serial, in, c.save), out, equal);
+    each_output(c, forward(serial, in, c.save), out, equal);
     each_gradient(backward(serial, in, oracle), grads, equal);
   }
   if (!c.deterministic) return;

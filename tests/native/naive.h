@@ -152,6 +152,33 @@ struct Weights {
   }
 };
 
+// A saved record is S * H + P values, here all of one kind.
+inline void store_record(const LayerShape& s, void* saved, int64_t row, const Vector& values) {
+  if (!saved) return;
+  const DType compute = compute_dtype(s.dtype);
+  const int64_t slots = saved_slots(s.cell) * s.H, wide = slots - (s.narrow ? narrow_slots(s.cell) * s.H : 0);
+  char* narrow = static_cast<char*>(saved) + (row * s.record() + wide) * 4;
+  for (int64_t i = 0; i < slots + s.P; ++i) {
+    if (s.narrow && i >= wide && i < slots) {
+      store(narrow, i - wide, s.dtype, values[static_cast<size_t>(i)]);
+    } else {
+      store(saved, row * s.record() + i, compute, values[static_cast<size_t>(i)]);
+    }
+  }
+}
+
+inline Vector load_record(const LayerShape& s, const void* saved, int64_t row) {
+  const DType compute = compute_dtype(s.dtype);
+  const int64_t slots = saved_slots(s.cell) * s.H, wide = slots - (s.narrow ? narrow_slots(s.cell) * s.H : 0);
+  const char* narrow = static_cast<const char*>(saved) + (row * s.record() + wide) * 4;
+  Vector values;
+  for (int64_t i = 0; i < slots + s.P; ++i) {
+    values.push_back(s.narrow && i >= wide && i < slots ? load(narrow, i - wide, s.dtype)
+                                                        : load(saved, row * s.record() + i, compute));
+  }
+  return values;
+}
+
 // h' of a saved record: its projection, or what the cell made.
 inline Vector saved_h(const LayerShape& s, const Vector& record) {
   const auto slot = [&](int64_t k, int64_t j) { return record[k * s.H + j]; };
@@ -212,7 +239,6 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
   const LayerShape& s = p.shape;
   const int64_t H = s.H, O = s.outputs(), S = saved_slots(s.cell), GH = gate_count(s.cell) * H;
   const Walk walk{s, p.batch_sizes, p.lengths};
-  const DType compute = compute_dtype(s.dtype);
 
   for (int d = 0; d < s.D; ++d) {
     const Weights w(p.weights[d], s, pairs);
@@ -261,7 +287,7 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
           h = raw;
         }
         if (s.P) saved.insert(saved.end(), h.begin(), h.end());
-        store_vector(p.saved, (d * s.rows + walk.row(t, b)) * s.record(), saved, compute);
+        store_record(s, p.saved, d * s.rows + walk.row(t, b), saved);
         if (p.y.data) store_vector(p.y.data, walk.offset(p.y, t, b) + d * O, h, p.y.dtype);
       }
       store_vector(p.h_n.data, state * O, h, p.h_n.dtype);
@@ -349,9 +375,7 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
       for (int64_t step = length - 1; step >= 0; --step) {
         const int64_t t = walk.time(d, step, length), row = walk.row(t, b);
         const int64_t before = step > 0 ? walk.time(d, step - 1, length) : -1;
-        const auto record = [&](int64_t at) {
-          return load_vector(p.saved, (d * s.rows + walk.row(at, b)) * s.record(), s.record(), compute);
-        };
+        const auto record = [&](int64_t at) { return load_record(s, p.saved, d * s.rows + walk.row(at, b)); };
         const Vector x = operand(load_vector(p.x.data, walk.offset(p.x, t, b), s.I, p.x.dtype), pairs);
         const Vector saved = record(t), y = saved_h(s, saved);
         const Vector past = step > 0 ? record(before) : Vector();

@@ -9,6 +9,7 @@
 #include "../../cells/lstm.h"
 #include "../../cells/gru.h"
 #include "../../cells/rnn.h"
+#include "record.h"
 #include "weights.h"
 #include "forward.h"
 #include "forward_walk.h"

@@ -32,7 +32,8 @@ class Backward {
         hh_(PanelShape::plain(item_count(G_), O_, V::size)),
         ih_(PanelShape::plain(item_count(G_), s_.I, V::size)),
         hr_(PanelShape::plain(item_count(s_.P), s_.H, V::size)),
-        fresh_(layout.steps() <= 1) {}
+        fresh_(layout.steps() <= 1),
+        record_(s_) {}
 
   void carve(Scratch& scratch) {
     const bool weights = wants_weights();
@@ -219,7 +220,7 @@ class Backward {
   void chunk_products(const Member& team, int worker, int d, int64_t parity, bool first);
   const void* x_row(const Row& row) const;
   const C* saved_record(int d, int64_t t, int64_t b) const {
-    return static_cast<const C*>(p_.saved) + (d * s_.rows + layout_.row(t, b)) * s_.record();
+    return static_cast<const C*>(p_.saved) + (d * s_.rows + layout_.row(t, b)) * record_.size;
   }
   V past_h(int d, const Row& row, int64_t j, int n) const;
   void copy_gate_grads(const Member& team, int d, int64_t parity, int64_t rows) const;
@@ -234,5 +235,6 @@ class Backward {
   C* zeros_ = nullptr;
   Direction direction_[2] = {};
   const bool fresh_;  // panels of the weights are made when they are wanted
+  const Record<C, Cell> record_;
   C *block_[kMaxMembers] = {}, *panel_[kMaxMembers] = {};
 };

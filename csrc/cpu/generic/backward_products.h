@@ -101,7 +101,7 @@ DLK_INLINE Vec<C> Backward<C, Cell>::past_h(int d, const Row& row, int64_t j, in
   if (row.first) return load_state<C>(p_.h0, (d * s_.B + row.b) * O_ + j, n);
   const C* saved = saved_record(d, past(d, row.t), row.b);
   if (s_.P) return load_part(saved + Cell::kSaved * s_.H + j, n);
-  return Cell::hidden([&](int slot) __attribute__((always_inline)) { return load_part(saved + slot * s_.H + j, n); });
+  return Cell::hidden([&](int slot) __attribute__((always_inline)) { return record_.load(saved, slot, j, n); });
 }
 
 template <class C, class Cell>

@@ -147,9 +147,9 @@ struct Backward<C, Cell>::Walk {
   DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
     if (s().P || !step_rows) return;
     const Row& at = step_rows[in_step(i)];
-    const C* saved = f.saved_record(d, at.t, at.b) + j;
+    const C* saved = f.saved_record(d, at.t, at.b);
     for (int k = 0; k < Cell::kSaved; ++k)
-      for (int v = 0; v < vectors; ++v) __builtin_prefetch(saved + k * s().H + v * V::size);
+      for (int v = 0; v < vectors; ++v) f.record_.fetch(saved, k, j + v * V::size);
   }
 
   void through_projection(int64_t alive, int64_t first, int64_t parity) const {
@@ -173,11 +173,11 @@ struct Backward<C, Cell>::Walk {
     const int64_t H = s().H;
     V saved[Cell::kSaved], dgates[kSlots];
     const C* from = f.saved_record(d, at.t, at.b);
-    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = load_part(from + k * H + j, n);
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = f.record_.load(from, k, j, n);
     if constexpr (Cell::kCellState) {
       V previous = V::zero(), dc = V::zero();
       if (!at.first) {
-        previous = load_part(f.saved_record(d, f.past(d, at.t), at.b) + 4 * H + j, n);
+        previous = f.record_.load(f.saved_record(d, f.past(d, at.t), at.b), 4, j, n);
       } else {
         previous = load_state<C>(f.p_.c0, state(i, H) + j, n);
       }

@@ -8,8 +8,8 @@
 //
 // A team splits either the batch (each member walks alone with its sequences) or the
 // hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
-// With saving, a chunk's products are written where the activations will be saved, and the cell
-// equation overwrites them. Without, they and c lie in the order in which the cells want
+// With saving, a chunk's products are written where the activations will be saved, if there is room, and the cell
+// equation overwrites them. Else they lie as c does, in the order in which the cells want
 // them: a vector's width of units, then row by row, all gates together.
 
 template <class C, class Cell>
@@ -33,8 +33,8 @@ class Forward {
         ld_h_(block_ld<C>(O_)),
         ld_unit_(block_ld<C>(s_.H)),
         blocks_((s_.H + V::size - 1) / V::size),
-        record_(s_.record()),
-        in_place_(params.saved),
+        record_(s_),
+        in_place_(params.saved && record_.holds_products()),
         fused_(!Cell::kHiddenBias && !fresh_ && plan.chunk_steps == 0) {}
 
   void carve(Scratch& scratch) {
@@ -50,7 +50,7 @@ class Forward {
     }
     for (int m = 0; m < plan_.threads; ++m) {
       tables_[m].x = scratch.take<const void*>(chunk_rows_);
-      tables_[m].saved = scratch.take<C*>(in_place_ ? chunk_rows_ : 0);
+      tables_[m].saved = scratch.take<C*>(p_.saved ? chunk_rows_ : 0);
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
       tables_[m].block = scratch.take<C>(copies_x() && !fused_ ? kBlockRows * block_ld<C>(weights_.ih.K) : 0);
@@ -122,7 +122,7 @@ class Forward {
   const bool fresh_;  // panels of the weights are made when they are wanted
   const WeightLayout weights_;
   const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
-  const int64_t record_;  // of what is saved of a row
+  const Record<C, Cell> record_;
   const bool in_place_, fused_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
   C* x_rows_[2] = {};            // of a step, where it takes copies of them

@@ -93,7 +93,8 @@ struct Forward<C, Cell>::Walk {
         const int64_t b = subset.sequence(i);
         table.x[row] = advance(f.p_.x.data, f.p_.x.dtype, layout.at(f.p_.x, t, b));
         table.y[row] = layout.at(f.p_.y, t, b) + d * f.O_;
-        if (f.in_place_) table.saved[row] = static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * f.record_;
+        if (f.p_.saved)
+          table.saved[row] = static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * f.record_.size;
       }
     }
     table.first[count] = row;
@@ -343,10 +344,9 @@ struct Forward<C, Cell>::Walk {
 
   // Everything a cell leaves behind.
   DLK_INLINE void leave(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
-    if (f.in_place_) {
-      C* to = table.saved[u.row] + u.j;
+    if (f.p_.saved) {
       DLK_UNROLL
-      for (int k = 0; k < Cell::kSaved; ++k) store_part(to + k * s().H, saved[k], u.n);
+      for (int k = 0; k < Cell::kSaved; ++k) f.record_.store(table.saved[u.row], k, u.j, saved[k], u.n);
     }
     if constexpr (Cell::kCellState) {
       saved[4].store(c(u.i, u.j));
@@ -393,7 +393,7 @@ struct Forward<C, Cell>::Walk {
 
   // Nothing gives a projected h again, so it is saved.
   DLK_INLINE void emit_projected(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
-    if (f.in_place_) store_part(table.saved[row] + Cell::kSaved * s().H + j, out, n);
+    if (f.p_.saved) store_part(table.saved[row] + Cell::kSaved * s().H + j, out, n);
     emit(t, parity, row, i, j, n, out);
   }
 };
