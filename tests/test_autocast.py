@@ -149,6 +149,19 @@ def test_cells_with_weights_of_another_dtype_are_those_with_the_same_numbers(isa
         assert torch.equal(grad, twin.to(grad.dtype))
 
 
+@pytest.mark.parametrize("mode", CELL_MODES)
+def test_gradients_of_a_cell_have_the_dtypes_of_its_tensors(mode: str) -> None:
+    gates, B, I, H = {"lstm": 4, "gru": 3}.get(mode, 1), 3, 4, 6
+    x, h, dh = _random((B, I), torch.bfloat16), _random((B, H), torch.float16), _random((B, H), torch.bfloat16)
+    c = _random((B, H), torch.float32) if mode == "lstm" else None
+    weights = [_random(s, torch.float32) for s in ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))]
+    types = _numbers(torch.bfloat16, torch.bfloat16, torch.float32)
+    saved = ops.cell_forward(mode, x, h, c, *weights, True, False, types)[-1]
+    grads = ops.cell_backward(mode, dh, c, x, h, c, *weights, saved, False, True, True, True, False, types)
+    for grad, tensor in zip(grads, (x, h, c, *weights), strict=True):
+        assert tensor is None or (grad.dtype == tensor.dtype and grad.shape == tensor.shape and grad.isfinite().all())
+
+
 def test_float64_is_left_alone() -> None:
     layer = dlkernels.nn.LSTM(4, 6, dtype=torch.float64)
     x = torch.randn(3, 2, 4, dtype=torch.float64)

@@ -54,6 +54,7 @@ SHAPES = [
     (3, 2, 70, 256, 0),
     (40, 5, 1, 1, 0),
     (7, 9, 40, 48, 17),
+    (2, 5, 1100, 8, 0),  # deeper than one part of a product (kPanelDepth)
 ]
 
 

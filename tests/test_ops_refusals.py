@@ -56,6 +56,7 @@ FORWARD_MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "batch_sizes of 0": ({"x": zeros(5, I), "batch_sizes": torch.tensor([5, 0])}, RuntimeError, "must be positive"),
     "batch_sizes too large": ({"x": zeros(5, I), "batch_sizes": torch.tensor([2**62])}, RuntimeError, "batch_sizes"),
     "batch_sizes of another sum": ({"x": zeros(5, I), "batch_sizes": torch.tensor([3, 1])}, RuntimeError, "must sum"),
+    "batch_sizes of a larger sum": ({"x": zeros(5, I), "batch_sizes": torch.tensor([3, 3])}, RuntimeError, "must sum"),
     "no batch_sizes": ({"x": zeros(0, I), "batch_sizes": torch.tensor([]).long()}, RuntimeError, "must not be empty"),
     "lengths and batch_sizes": (
         {"x": zeros(3, I), "batch_sizes": torch.tensor([3]), "lengths": torch.tensor([1, 1, 1])}, RuntimeError,
@@ -76,6 +77,13 @@ def test_forward_refuses(name: str) -> None:
         args = {key: value for key, value in call.backward_args().items() if key not in changes}
         with pytest.raises(kind, match=message):
             op("lstm_backward")(**{**args, **changes})
+
+
+def test_panels_of_another_cell_are_refused() -> None:
+    call = Call("rnn_relu")
+    packed = ops.pack("rnn_tanh", call.args["weights"], False)
+    with pytest.raises(RuntimeError, match="it was packed for another cell"):
+        call.forward(packed=packed)
 
 
 BACKWARD_MISTAKES = {

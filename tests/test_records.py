@@ -47,6 +47,19 @@ def test_h_is_saved_as_y_has_it(mode: str, dtype: torch.dtype, hidden: int) -> N
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_the_dtype_of_products_decides(mode: str) -> None:
+    """As under autocast: x of float32, products of bfloat16 and the other way round."""
+    hidden = 5
+    for of_x, product in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        x, weights = torch.randn(T, B, I).to(of_x), weights_of(mode, hidden, product)
+        types = ops.Types(ops.DTYPES.index(product), 0, 0)
+        saved = ops.sequence_forward(
+            mode, x, None, None, weights, None, None, None, False, False, True, False, types
+        )[3]  # fmt: skip
+        assert saved.shape[-1] == records.size(mode, hidden, 0, product, x.device)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("hidden", (5, 16))
 def test_per_sample_gradients(mode: str, dtype: torch.dtype, hidden: int) -> None:

@@ -87,10 +87,10 @@ def sequence_forward(
     x: [T, B, I], or [B, T, I] if `batch_first`, or packed [rows, I] with `batch_sizes`, int64 [T]. h0: [D, B, O],
     c0: [D, B, H]; None is zeros. `weights`, per direction: w_ih, w_hh[, b_ih, b_hh][, w_hr]. `packed`: `pack(...)` of
     them. `lengths`: int64 [B] within 0..T. y lies in memory with time first, as torch's does. `save` keeps what the
-    backward needs: [D, rows, `records.size`] in float32 (float64 for float64), rows being [T, B] for padded input whatever
-    `batch_first` says; padding rows of it are not defined. A record holds S slots (lstm i, f, g, o, c'; gru r, z, n,
-    the hidden half of n, h'; rnn h'), and with a projection h' behind them. `records` reads them: on the CPU some slots
-    are narrow in a call of a 16-bit type.
+    backward needs: [D, rows, `records.size`] in float32 (float64 for float64), rows being [T, B] for padded input
+    whatever `batch_first` says; padding rows of it are not defined. A record holds S slots (lstm i, f, g, o, c'; gru
+    r, z, n, the hidden half of n, h'; rnn h'), and with a projection h' behind them. `records` reads them: on the CPU
+    some slots are narrow in a call of a 16-bit type.
     """
     return _forward[mode](  # type: ignore[no-any-return]
         x, h0, c0, weights, packed, batch_sizes, lengths, bidirectional, batch_first, save, deterministic, *types

@@ -16,4 +16,5 @@
 #include "backward.h"
 #include "backward_products.h"
 #include "backward_walk.h"
+#include "backward_cells.h"
 #include "entry.h"

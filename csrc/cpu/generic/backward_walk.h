@@ -1,6 +1,6 @@
-// The steps of the backward, for one member's sequences and units (see backward.h).
-// `q` counts steps in the order of the backward; "next" is the step before in that order,
-// which is the next one in the order of the forward.
+// The steps of the backward, for one member's sequences and units (see
+// backward.h). `q` counts steps in the order of the backward; "next" is the
+// step before in that order, which is the next one in the order of the forward.
 
 template <class C, class Cell>
 struct Backward<C, Cell>::Walk {
@@ -10,11 +10,14 @@ struct Backward<C, Cell>::Walk {
   SequenceSubset subset;
   C* panel_buffer;
   int d;
-  // The step before this one: where its gate gradients lie, and how many sequences it had.
+  // The step before this one: where its gate gradients lie, and how many
+  // sequences it had.
   const C* next_gates = nullptr;  // as items
   int64_t next_alive = 0;
   bool to_and_fro = false;         // see Forward
   const Row* step_rows = nullptr;  // this step's, null outside of it
+
+  struct CellRow;  // backward_cells.h
 
   const LayerShape& s() const { return f.s_; }
   int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
@@ -22,7 +25,8 @@ struct Backward<C, Cell>::Walk {
   // Row of the i-th sequence relative to its step's first row.
   int64_t in_step(int64_t i) const { return subset.global(i); }
 
-  // Sequences without a step hand the gradients of their last state to the first.
+  // Sequences without a step hand the gradients of their last state to the
+  // first.
   void begin() const {
     int64_t begin, end;
     member.share(subset.count, 1, &begin, &end);
@@ -41,7 +45,8 @@ struct Backward<C, Cell>::Walk {
     }
   }
 
-  // True if the gradient of the state between this step and the one after it is cut.
+  // True if the gradient of the state between this step and the one after it is
+  // cut.
   bool cut(int64_t i, int64_t t) const {
     if (f.p_.bptt_steps <= 0) return false;
     const int64_t next_step = d == 0 ? t + 1 : subset.length(i) - t;
@@ -54,18 +59,17 @@ struct Backward<C, Cell>::Walk {
     step_rows = x.rows + first;
     if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
       if (s().P) {
-        recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
-          V total = dh + incoming(i, t, j, n);
-          total.store(f.proj(d, parity) + row * f.ld_proj_ + j);
+        recurrent(t, alive, first, parity, [&](const CellRow& row, int64_t j, int n, V dh) {
+          V total = dh + row.incoming(j, n);
+          total.store(f.proj(d, parity) + row.row * f.ld_proj_ + j);
         });
         member.sync();
         through_projection(alive, first, parity);
       }
     }
     if (!s().P) {
-      recurrent(t, alive, first, [&](int64_t i, int64_t row, int64_t j, int n, V dh) {
-        cell(i, row, parity, j, n, dh + incoming(i, t, j, n));
-      });
+      recurrent(t, alive, first, parity,
+                [&](const CellRow& row, int64_t j, int n, V dh) { row.cell(j, n, dh + row.incoming(j, n)); });
     }
     next_gates = f.operand(d, parity) + first * item_count(f.ld_gates_);
     next_alive = alive;
@@ -77,28 +81,20 @@ struct Backward<C, Cell>::Walk {
 
   bool is_joining(int64_t i) const { return i >= next_alive; }
 
-  // What reaches h of step t from outside the recurrence.
-  DLK_INLINE V incoming(int64_t i, int64_t t, int64_t j, int n) const {
-    V sum = V::zero();
-    if (f.p_.dy.data)
-      sum = load_any<C>(f.p_.dy.dtype, f.p_.dy.data, f.layout_.at(f.p_.dy, t, subset.sequence(i)) + d * f.O_ + j, n);
-    if (is_joining(i)) {
-      if (f.p_.dh_n) sum = sum + load_state<C>(f.p_.dh_n, state(i, f.O_) + j, n);
-    } else if constexpr (Cell::kDirectPath) {
-      if (!cut(i, t)) sum = sum + V::load(carry(i) + j);
-    }
-    return sum;
-  }
-
-  // use(i, row, column, n, dgates(next) W_hh) for all `alive` sequences and this member's columns.
+  // use(row, column, n, dgates(next) W_hh) for all `alive` sequences and this
+  // member's columns.
   template <class Use>
-  void recurrent(int64_t t, int64_t alive, int64_t first, Use use) const {
+  void recurrent(int64_t t, int64_t alive, int64_t first, int64_t parity, Use use) const {
     products(
         0, alive, [&](int64_t i) { return is_joining(i) || cut(i, t); },
-        [&](int64_t i, int64_t j, int n, V dh) { use(i, first + in_step(i), j, n, dh); });
+        [&](int64_t i, auto each_vector) __attribute__((always_inline)) {
+          const CellRow row(*this, i, first + in_step(i), parity);
+          each_vector([&](int64_t j, int n, V dh) __attribute__((always_inline)) { use(row, j, n, dh); });
+        });
   }
 
-  // sink(i, column, n, dgates(next) W_hh) for sequences [begin, end); skip(i): zero instead.
+  // sink(i, each_vector) for sequences [begin, end), where each_vector(use)
+  // calls use(column, n, dgates(next) W_hh); skip(i): zero instead.
   template <class Skip, class Sink>
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = f.hh_;
@@ -130,15 +126,18 @@ struct Backward<C, Cell>::Walk {
           run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
           });
-          // gru: r and z, then n's hidden half, which lies behind its input half.
+          // gru: r and z, then n's hidden half, which lies behind its input
+          // half.
           if constexpr (Cell::kDirectPath)
             run_tile(rows, tail, item_count(H), panel.from(head), out.data, true, ahead, [](int, int) {});
         } else {
           std::fill_n(out.data, rows * width, C(0));
         }
         for (int r = 0; r < rows; ++r)
-          for (int v = 0; v < vectors; ++v)
-            sink(i0 + r, shape.column(p, v), shape.valid(p, v), V::load(out.data + r * width + v * V::size));
+          sink(i0 + r, [&](auto use) __attribute__((always_inline)) {
+            for (int v = 0; v < vectors; ++v)
+              use(shape.column(p, v), shape.valid(p, v), V::load(out.data + r * width + v * V::size));
+          });
       }
     }
   }
@@ -164,53 +163,23 @@ struct Backward<C, Cell>::Walk {
         [&](int64_t i, GemmColumn at) -> const void* {
           return dgates + (first + in_step(i)) * f.ld_gates_ + at.column;
         },
-        [&](int64_t i, GemmColumn at, V dh, int n) { cell(i, first + in_step(i), parity, at.column, n, dh); });
+        [&](int64_t i, GemmColumn at, V dh, int n) {
+          CellRow(*this, i, first + in_step(i), parity).cell(at.column, n, dh);
+        });
   }
 
-  // The cell's backward for n units from j on; dh is the whole gradient of its output.
-  DLK_INLINE void cell(int64_t i, int64_t row, int64_t parity, int64_t j, int n, V dh) const {
-    const Row& at = x.rows[row];
-    const int64_t H = s().H;
-    V saved[Cell::kSaved], dgates[kSlots];
-    const C* from = f.saved_record(d, at.t, at.b);
-    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = f.record_.load(from, k, j, n);
-    if constexpr (Cell::kCellState) {
-      V previous = V::zero(), dc = V::zero();
-      if (!at.first) {
-        previous = f.record_.load(f.saved_record(d, f.past(d, at.t), at.b), 4, j, n);
-      } else {
-        previous = load_state<C>(f.p_.c0, state(i, H) + j, n);
-      }
-      if (is_joining(i)) {
-        dc = load_state<C>(f.p_.dc_n, state(i, H) + j, n);
-      } else if (!cut(i, at.t)) {
-        dc = V::load(carry(i) + j);
-      }
-      const V out = Cell::backward(saved, previous, dh, &dc, dgates);
-      dc.store(carry(i) + j);
-      if (s().P) out.store(x.cell_out + row * f.ld_unit_ + j);
-    } else if constexpr (Cell::kDirectPath) {
-      Cell::backward(saved, f.past_h(d, at, j, n), dh, dgates).store(carry(i) + j);
-    } else {
-      dgates[0] = Cell::backward(saved[0], dh);
-    }
-    C* to = f.gates(d, parity) + row * f.ld_gates_ + j;
-    for (int k = 0; k < kSlots; ++k) store_part(to + k * H, dgates[k], n);
-    if constexpr (kPairs) {
-      Operand<C>* rounded = f.rounded(d, parity) + row * f.ld_gates_ + j;
-      for (int k = 0; k < kSlots; ++k) store_as(rounded + k * H, dgates[k], n);
-    }
-  }
-
-  // Sequences whose first step is behind us: what is left is the gradient of h0, c0.
+  // Sequences whose first step is behind us: what is left is the gradient of
+  // h0, c0.
   void leave(int64_t alive) const {
     if (alive >= next_alive) return;
     if (f.p_.dh0) {
       products(
           alive, next_alive, [](int64_t) { return false; },
-          [&](int64_t i, int64_t j, int n, V dh) {
-            if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
-            store_state<C>(f.p_.dh0, state(i, f.O_) + j, dh, n);
+          [&](int64_t i, auto each_vector) {
+            each_vector([&](int64_t j, int n, V dh) {
+              if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
+              store_state<C>(f.p_.dh0, state(i, f.O_) + j, dh, n);
+            });
           });
     }
     if (f.p_.dc0 && member.rank == 0) {
