@@ -93,7 +93,7 @@ LayerShape make_shape(const std::string& mode, const py::object& dtype, int64_t 
   if (T < 1 || B < 1 || I < 0 || H < 1 || P < 0 || D < 1 || D > 2) {
     throw std::invalid_argument("sizes must be positive, and D one or two");
   }
-  return {cell_from_mode(mode), dtype_from_name(py::str(dtype)), T, B, I, H, P, D, rows ? *rows : T * B};
+  return {cell_from_mode(mode), dtype_from_name(py::str(dtype)), T, B, I, H, P, D, rows ? *rows : T * B, false};
 }
 
 py::dict plan_dict(const Plan& plan, const LayerShape& shape) {

@@ -16,7 +16,7 @@ int main() {
         for (int B : {1, 16, 64, 128}) {
           for (int D : {1, 2}) {
             for (bool backward : {false, true}) {
-              const LayerShape shape{cell, dtype, 100, B, H, H, 0, D, int64_t{100} * B};
+              const LayerShape shape{cell, dtype, 100, B, H, H, 0, D, int64_t{100} * B, false};
               const SequencePlan plan = sequence_plan(shape, kH200, backward);
               std::printf("%s %s %d %d %d %s %s %d %d %d %d %d %d\n", cells[static_cast<int>(cell)],
                           dtypes[static_cast<int>(dtype)], H, B, D, backward ? "backward" : "forward", kinds[plan.kind],

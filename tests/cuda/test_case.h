@@ -122,7 +122,7 @@ class Case {
       // The kernel clamps: of these no value may be used as it is.
       for (int64_t& n : lengths) n = n == o.T ? n + 7 : n == 0 ? -3 : n;
     }
-    LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows};
+    LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows, false};
     GpuLimits gpu = kH200;
     // Room for a few groups only, so that each has several chunks of sequences to walk.
     const int units = slice_shape(G, o.dtype != DType::f32, false, false).units;
