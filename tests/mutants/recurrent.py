@@ -52,8 +52,6 @@ RECURRENT: tuple[Mutant, ...] = (
            "long products forget what was before the last part", ("tests/test_layers_grid.py -k 1100", *GRID)),
     Mutant("gemm-share-rows", GENERIC + "gemm.h", "member.share(M, kMaxRows, &m0, &m1);",
            "member.share(M - M % kMaxRows, kMaxRows, &m0, &m1);", "rows beyond whole tiles are nobody's", CHUNKS),
-    Mutant("gemm-last-part", GENERIC + "gemm.h", "if (whole || k + depth < shape.K) continue;", "if (whole) continue;",
-           "the sums of each part of a long product are results", ("tests/test_layers_grid.py -k 1100", *GRID)),
     # Forward.
     Mutant("forward-parity", GENERIC + "forward_walk.h", "const int64_t t = time(q), parity = q & 1;",
            "const int64_t t = time(q), parity = 0;", "the next h overwrites the one being read", GRID),
