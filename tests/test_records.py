@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_calls import GATES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -11,7 +12,6 @@ from dlkernels.ops import records
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
-GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 T, B, I = 4, 3, 6
 
 

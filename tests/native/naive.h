@@ -152,30 +152,33 @@ struct Weights {
   }
 };
 
-// A saved record is S * H + P values, here all of one kind.
-inline void store_record(const LayerShape& s, void* saved, int64_t row, const Vector& values) {
-  if (!saved) return;
-  const DType compute = compute_dtype(s.dtype);
+// A saved record is S * H + P values, here all of one kind. visit(address, index, dtype, i) tells where value i of it
+// lies.
+template <class Bytes, class Visit>
+void each_of_record(const LayerShape& s, Bytes* saved, int64_t row, Visit visit) {
   const int64_t slots = saved_slots(s.cell) * s.H, wide = slots - (s.narrow ? narrow_slots(s.cell) * s.H : 0);
-  char* narrow = static_cast<char*>(saved) + (row * s.record() + wide) * 4;
+  const int64_t first = row * s.record();
   for (int64_t i = 0; i < slots + s.P; ++i) {
     if (s.narrow && i >= wide && i < slots) {
-      store(narrow, i - wide, s.dtype, values[static_cast<size_t>(i)]);
+      visit(saved + (first + wide) * 4, i - wide, s.dtype, i);
     } else {
-      store(saved, row * s.record() + i, compute, values[static_cast<size_t>(i)]);
+      visit(saved, first + i, compute_dtype(s.dtype), i);
     }
   }
 }
 
+inline void store_record(const LayerShape& s, void* saved, int64_t row, const Vector& values) {
+  if (!saved) return;
+  each_of_record(s, static_cast<char*>(saved), row, [&](char* at, int64_t index, DType dtype, int64_t i) {
+    store(at, index, dtype, values[static_cast<size_t>(i)]);
+  });
+}
+
 inline Vector load_record(const LayerShape& s, const void* saved, int64_t row) {
-  const DType compute = compute_dtype(s.dtype);
-  const int64_t slots = saved_slots(s.cell) * s.H, wide = slots - (s.narrow ? narrow_slots(s.cell) * s.H : 0);
-  const char* narrow = static_cast<const char*>(saved) + (row * s.record() + wide) * 4;
   Vector values;
-  for (int64_t i = 0; i < slots + s.P; ++i) {
-    values.push_back(s.narrow && i >= wide && i < slots ? load(narrow, i - wide, s.dtype)
-                                                        : load(saved, row * s.record() + i, compute));
-  }
+  each_of_record(s, static_cast<const char*>(saved), row, [&](const char* at, int64_t index, DType dtype, int64_t) {
+    values.push_back(load(at, index, dtype));
+  });
   return values;
 }
 

@@ -1,7 +1,6 @@
 // One row's way through the cell's backward (see backward_walk.h).
 
-// Where the row's values lie is found once for all of its units: per vector it
-// took longer than the arithmetic.
+// Where the row's values lie is found once for all of its units: per vector it took longer than the arithmetic.
 template <class C, class Cell>
 struct Backward<C, Cell>::Walk::CellRow {
   const Walk& walk;
@@ -9,8 +8,7 @@ struct Backward<C, Cell>::Walk::CellRow {
   const int64_t i, row;  // sequence of the member, row of the chunk
   const Row& at;
   const bool is_joining, is_cut;
-  const C *saved, *past;  // the records of this step and, if it is not the
-                          // first, of the one before
+  const C *saved, *past;  // the records of this step and of the one before, null where this is the first
   const void* dy;
   C *carry, *gates;
   Operand<C>* rounded;

@@ -1,6 +1,6 @@
-// The steps of the backward, for one member's sequences and units (see
-// backward.h). `q` counts steps in the order of the backward; "next" is the
-// step before in that order, which is the next one in the order of the forward.
+// The steps of the backward, for one member's sequences and units (see backward.h).
+// `q` counts steps in the order of the backward; "next" is the step before in that order,
+// which is the next one in the order of the forward.
 
 template <class C, class Cell>
 struct Backward<C, Cell>::Walk {
@@ -10,8 +10,7 @@ struct Backward<C, Cell>::Walk {
   SequenceSubset subset;
   C* panel_buffer;
   int d;
-  // The step before this one: where its gate gradients lie, and how many
-  // sequences it had.
+  // The step before this one: where its gate gradients lie, and how many sequences it had.
   const C* next_gates = nullptr;  // as items
   int64_t next_alive = 0;
   bool to_and_fro = false;         // see Forward
@@ -25,8 +24,7 @@ struct Backward<C, Cell>::Walk {
   // Row of the i-th sequence relative to its step's first row.
   int64_t in_step(int64_t i) const { return subset.global(i); }
 
-  // Sequences without a step hand the gradients of their last state to the
-  // first.
+  // Sequences without a step hand the gradients of their last state to the first.
   void begin() const {
     int64_t begin, end;
     member.share(subset.count, 1, &begin, &end);
@@ -45,8 +43,7 @@ struct Backward<C, Cell>::Walk {
     }
   }
 
-  // True if the gradient of the state between this step and the one after it is
-  // cut.
+  // True if the gradient of the state between this step and the one after it is cut.
   bool cut(int64_t i, int64_t t) const {
     if (f.p_.bptt_steps <= 0) return false;
     const int64_t next_step = d == 0 ? t + 1 : subset.length(i) - t;
@@ -81,8 +78,7 @@ struct Backward<C, Cell>::Walk {
 
   bool is_joining(int64_t i) const { return i >= next_alive; }
 
-  // use(row, column, n, dgates(next) W_hh) for all `alive` sequences and this
-  // member's columns.
+  // use(row, column, n, dgates(next) W_hh) for all `alive` sequences and this member's columns.
   template <class Use>
   void recurrent(int64_t t, int64_t alive, int64_t first, int64_t parity, Use use) const {
     products(
@@ -93,8 +89,8 @@ struct Backward<C, Cell>::Walk {
         });
   }
 
-  // sink(i, each_vector) for sequences [begin, end), where each_vector(use)
-  // calls use(column, n, dgates(next) W_hh); skip(i): zero instead.
+  // sink(i, each_vector) for sequences [begin, end), where each_vector(use) calls use(column, n, dgates(next) W_hh);
+  // skip(i): zero instead.
   template <class Skip, class Sink>
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = f.hh_;
@@ -126,8 +122,7 @@ struct Backward<C, Cell>::Walk {
           run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
           });
-          // gru: r and z, then n's hidden half, which lies behind its input
-          // half.
+          // gru: r and z, then n's hidden half, which lies behind its input half.
           if constexpr (Cell::kDirectPath)
             run_tile(rows, tail, item_count(H), panel.from(head), out.data, true, ahead, [](int, int) {});
         } else {
@@ -168,8 +163,7 @@ struct Backward<C, Cell>::Walk {
         });
   }
 
-  // Sequences whose first step is behind us: what is left is the gradient of
-  // h0, c0.
+  // Sequences whose first step is behind us: what is left is the gradient of h0, c0.
   void leave(int64_t alive) const {
     if (alive >= next_alive) return;
     if (f.p_.dh0) {
