@@ -1,16 +1,18 @@
 """Plants the bugs of this folder's lists one at a time in a copy of the tree, and says which of them the tests notice.
 
-    python tests/mutants/run.py [--only PATTERN ...] [--jobs N] [--list] [--full]
+    python tests/mutants/run.py [--only PATTERN ...] [--jobs N] [--list] [--full] [--record]
 
 Each job has a copy of its own. Bugs in Python meet the module of the working tree; those in C++ an unoptimised build up
 to AVX2, where only what a mutant touches is compiled anew.
 A mutant's own tests run first, then (--full: all, else as many as --budget seconds allow) the rest of the suite. At the
-end each test that failed runs once more without a mutant: one that fails there too has noticed nothing.
+end each test that failed runs once more without a mutant: one that fails there too has noticed nothing. A test that
+reaches its time limit has failed. --record adds the verdicts to results.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import queue
 import re
@@ -185,9 +187,10 @@ def _killing_test(output: str) -> str:
     found = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     if found:
         return str(found[0])
-    ended = re.findall(r'File ".*/(tests/test_\w+\.py)", line (\d+) in (test_\w+)', output)
+    ended = re.findall(r'File ".*/(tests/test_\w+\.py)", line \d+,? in (test_\w+)', output)
     if ended:
-        return f"{ended[-1][0]}::{ended[-1][2]} (the process ended)"
+        how = "reached its time limit" if "+++ Timeout +++" in output or "Timeout >" in output else "the process ended"
+        return f"{ended[-1][0]}::{ended[-1][1]} ({how})"
     return ""
 
 
@@ -224,6 +227,20 @@ def _runnable(by: str) -> str:
     return name if name.endswith("]") else name.partition("[")[0]
 
 
+def record(outcomes: list[Outcome]) -> None:
+    """Adds verdicts to results.json: what a mutant met the last time that it was tried, and on which commit."""
+    path = Path(__file__).with_name("results.json")
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    for outcome in outcomes:
+        known[outcome.mutant.name] = {"verdict": outcome.verdict.lower(), "by": outcome.by, "commit": commit}
+    listed = {mutant.name for mutant in MUTANTS}
+    kept = {name: known[name] for name in sorted(known) if name in listed}
+    path.write_text(json.dumps(kept, indent=1) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="names or files, with * and ?")
@@ -233,6 +250,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=0, help="seconds of other tests for such a mutant (0)")
     parser.add_argument("--timeout", type=int, default=120, help="seconds for one test (120)")
     parser.add_argument("--unconfirmed", action="store_true", help="do not run what failed without a mutant too")
+    parser.add_argument("--record", action="store_true", help="add the verdicts to results.json beside this file")
     parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "mutants", help="where the copies lie")
     options = parser.parse_args()
     chosen = [
@@ -271,6 +289,8 @@ def main() -> int:
         list(pool.map(one, chosen))
     if not options.unconfirmed:
         confirm(copies.queue[0], outcomes)
+    if options.record:
+        record(outcomes)
     return summarize(outcomes)
 
 
