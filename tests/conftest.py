@@ -18,19 +18,12 @@ if not ALLOW_REFERENCE:
 import torch  # noqa: E402
 
 from dlkernels import _native  # noqa: E402
+from tests.support.instruction_sets import available_isas, isas_to_test  # noqa: E402
 
 # Seconds for one test, its fixtures included; `--timeout` and the marker `timeout` say otherwise.
 LIMIT, HEAVY_LIMIT = 300.0, 900.0
 # Microseconds that a call waits for its worker threads before it goes on without them.
 PATIENCE_US = 1_000_000
-BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-
-
-def available_isas() -> list[str]:
-    """What set_isa accepts here, weakest first; DLKERNELS_CPU_ISA caps it."""
-    if not _native.HAVE_NATIVE:
-        return ["reference"]
-    return sorted(_native.native.available_isas(), key=BEST_ISA_LAST.index)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -57,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
     config.addinivalue_line("markers", "heavy: takes more than a few seconds")
     config.addinivalue_line("markers", "o0_skip(reason): would say no more in an -O0 build than in the other")
+    config.addinivalue_line(
+        "markers", "layers_only: the fixture `isa` leaves out the instruction sets without kernels for recurrent layers"
+    )
 
 
 def _optimised() -> bool:
@@ -111,11 +107,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`isa`: once for each instruction set of this machine that has kernels of its own for what the module tests."""
+    """`isa`: once for each instruction set of this machine, but for those that the marker `layers_only` leaves out."""
     if "isa" in metafunc.fixturenames:
-        every = metafunc.module.__name__.startswith(("test_attention", "test_isa", "test_explain"))
-        isas = [isa for isa in available_isas() if every or isa != "amx"]
-        metafunc.parametrize("isa", isas, indirect=True)
+        marker = metafunc.definition.get_closest_marker("layers_only")
+        metafunc.parametrize("isa", isas_to_test(layers_only=marker is not None), indirect=True)
 
 
 @pytest.fixture

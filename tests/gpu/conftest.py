@@ -1,4 +1,4 @@
-"""The tests here use the modules of tests/ and of tests/gpuless; DLKERNELS_DEADLINE ends them in time."""
+"""The tests here use the modules of tests/support and of tests/gpuless; DLKERNELS_DEADLINE ends them in time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "gpuless"), str(TESTS)]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests" / "gpuless"), str(ROOT)]
 
 from timing import DEADLINE  # noqa: E402
 

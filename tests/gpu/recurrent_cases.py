@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from device import CUDA_KERNELS
-from helpers import Case
 from turns import ON_GPU
+
+from tests.support.layer_cases import Case
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

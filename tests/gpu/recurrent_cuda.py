@@ -14,7 +14,6 @@ import pytest
 import torch
 from cases import pairwise
 from device import KINDS, best_plan, plan_kind
-from helpers import Case, assert_same_results, check_case, error, make_data, new_layer, run_layer
 from recurrent_cases import DTYPES, a_case, uneven, with_cuda_kernels
 from timing import DEVICE
 from torch import Tensor
@@ -22,6 +21,7 @@ from turns import ON_GPU, first_shard, mine
 
 import dlkernels
 from dlkernels.testing import within_rule
+from tests.support.layer_cases import Case, assert_same_results, check_case, error, make_data, new_layer, run_layer
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 # T, B, I, H: one of everything; several slices, several tiles; nothing a multiple of anything.

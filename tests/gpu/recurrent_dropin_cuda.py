@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from device import CUDA_KERNELS, KINDS, best_plan
-from helpers import Case, assert_bit_equal, leaf, make_data, new_layer
 from recurrent_cases import a_case, uneven, with_cuda_kernels
 from timing import DEVICE
 from torch import Tensor
@@ -20,6 +19,7 @@ import dlkernels
 from dlkernels import ops, reference
 from dlkernels.ops import DTYPES
 from dlkernels.testing import within_rule
+from tests.support.layer_cases import Case, assert_bit_equal, leaf, make_data, new_layer
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from device import CUDA_KERNELS, EMULATED, KINDS, NAMES, best_plan, no_host_sync, other_stream
 from device import replayable as replayable_on_device
-from helpers import error, make_data, new_layer
 from recurrent_cases import a_case
 from recurrent_refusals import CALLS, MISTAKES, of_the_cpu, outcome
 from timing import DEVICE
@@ -18,6 +17,7 @@ from turns import ON_GPU, first_shard, on_a_gpu
 
 import dlkernels
 from dlkernels import _native
+from tests.support.layer_cases import error, make_data, new_layer
 
 
 def arguments(**changes: Any) -> tuple[Any, ...]:

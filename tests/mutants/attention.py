@@ -5,10 +5,10 @@ from __future__ import annotations
 from mutant import Mutant
 
 GENERIC, CPU = "csrc/cpu/generic/", "csrc/cpu/"
-VALUES = ("tests/test_attention_cpu.py", "tests/test_attention_interactions.py", "tests/test_attention_fuzz.py")
-PAIRS = ("tests/test_attention_interactions.py", "tests/test_attention_cpu.py")
-RANGE = ("tests/test_attention_range.py", "tests/test_attention_cpu.py")
-BITS = ("tests/test_attention_interactions.py", "tests/test_attention_cpu.py -k same_bits")
+VALUES = ("tests/attention/test_operators.py", "tests/attention/test_interactions.py", "tests/attention/test_fuzz.py")
+PAIRS = ("tests/attention/test_interactions.py", "tests/attention/test_operators.py")
+RANGE = ("tests/attention/test_range.py", "tests/attention/test_operators.py")
+BITS = ("tests/attention/test_interactions.py", "tests/attention/test_operators.py -k same_bits")
 
 ATTENTION: tuple[Mutant, ...] = (
     # Tasks: who sees what.
@@ -21,7 +21,7 @@ ATTENTION: tuple[Mutant, ...] = (
            "end = std::min(rows, begin + rows / blocks);", "rows between blocks are nobody's", VALUES),
     Mutant("mask-groups", CPU + "attention_tasks.h", "over_b = elements && in.mask.b == 0,", "over_b = false,",
            "two threads add to the same element of a mask's gradient",
-           ("tests/test_attention_threads.py", *PAIRS, "native tsan")),
+           ("tests/attention/test_threads.py", *PAIRS, "native tsan")),
     # Lanes.
     Mutant("slopes-batch", GENERIC + "attention_lanes.h", "inputs.slopes[batch * inputs.slopes_b + h]",
            "inputs.slopes[h]", "all sequences take the slopes of the first", PAIRS),
@@ -100,29 +100,30 @@ ATTENTION: tuple[Mutant, ...] = (
            "dP of what was dropped", VALUES),
     # Plan, boundary.
     Mutant("plan-kernel", CPU + "attention_plan.cpp", "rows <= kDotRows ? AttentionPlan::dot",
-           "M <= kDotRows ? AttentionPlan::dot", "groups of heads are not counted", ("tests/test_attention_cpu.py",)),
+           "M <= kDotRows ? AttentionPlan::dot", "groups of heads are not counted",
+           ("tests/attention/test_operators.py",)),
     Mutant("plan-splits-threads", CPU + "attention_plan.cpp", "std::min((wanted + tasks - 1) / tasks, most)",
            "std::min((wanted + tasks - 1) / tasks * plan.threads, most)", "bits then depend on the threads", BITS),
     Mutant("cu-falling", CPU + "attention_boundary.cpp", "values[b] >= values[b - 1] && values[b] <= rows",
-           "values[b] <= rows", "cu_seqlens that fall", ("tests/test_attention_cpu_refusals.py",)),
+           "values[b] <= rows", "cu_seqlens that fall", ("tests/attention/test_operator_refusals.py",)),
     Mutant("rng-offset", CPU + "attention_boundary.cpp", "in.offset = static_cast<uint32_t>(seed[1]);",
            "in.offset = 0;", "the second number of the seed", VALUES),
     Mutant("sink-clamp", CPU + "attention_boundary.cpp", "sink = std::clamp(sink, -largest, largest);", "continue;",
            "a float64 sink beyond float32", RANGE),
     Mutant("softcap-limit", CPU + "attention_boundary.cpp", "a.softcap >= 0 && a.softcap <= softcap_limit",
            "a.softcap >= 0", "a softcap whose reciprocal is no number",
-           ("tests/test_attention_range.py -k softcap", "tests/test_attention_cpu_refusals.py")),
+           ("tests/attention/test_range.py -k softcap", "tests/attention/test_operator_refusals.py")),
     Mutant("result-strides", CPU + "attention_boundary.cpp", "if (!contiguous && s.Dv == s.D && q.strides()[3] == 1)",
            "if (s.Dv == s.D && q.strides()[3] == 1)", "a result that torch makes contiguous",
-           ("tests/test_attention_strides.py",)),
+           ("tests/attention/test_strides.py",)),
     Mutant("result-dense", CPU + "attention_boundary.cpp", "if (covered == q.numel() || q.numel() == 0)",
-           "if (true)", "a result with the gaps of q", ("tests/test_attention_strides.py",)),
+           "if (true)", "a result with the gaps of q", ("tests/attention/test_strides.py",)),
     Mutant("max-seqlen", CPU + "attention_boundary.cpp",
            "max_seqlen == 0 || values[b] - values[b - 1] <= max_seqlen", "max_seqlen >= 0",
-           "a sequence longer than max_seqlen", ("tests/test_attention_cpu_refusals.py",)),
+           "a sequence longer than max_seqlen", ("tests/attention/test_operator_refusals.py",)),
     Mutant("mask-dtype", CPU + "attention_boundary.cpp", 'boolean ? s.dtype : check_float(mask, "mask")', "s.dtype",
            "a float32 mask for 16-bit q", VALUES),
     Mutant("uncovered-lse", CPU + "attention.cpp", "for (int64_t i = call.in.cu_q[s.B]; i < s.M; ++i)",
            "for (int64_t i = call.in.cu_q[s.B] + 1; i < s.M; ++i)", "the first row that no sequence covers",
-           ("tests/test_attention_cpu.py", "tests/test_attention_function.py")),
+           ("tests/attention/test_operators.py", "tests/attention/test_functional.py")),
 )  # fmt: skip

@@ -5,56 +5,60 @@ from __future__ import annotations
 from mutant import Mutant
 
 AUTOGRAD, NN, BENCH = "dlkernels/autograd/", "dlkernels/nn/", "dlkernels/bench/"
-GRADIENTS = ("tests/test_nan.py -k transforms", "tests/test_autograd.py -k per_sample", "tests/test_autograd.py")
-NEEDS = ("tests/test_autograd.py -k only_what", "tests/test_interactions.py", "tests/test_nn.py")
+GRADIENTS = (
+    "tests/rnn/test_nan.py -k transforms",
+    "tests/rnn/test_autograd.py -k per_sample",
+    "tests/rnn/test_autograd.py",
+)
+NEEDS = ("tests/rnn/test_autograd.py -k only_what", "tests/rnn/test_interactions.py", "tests/rnn/test_layers.py")
 GATE = (
-    "tests/test_bench_gate.py -k refused",
-    "tests/test_bench_gate.py",
-    "tests/test_bench.py",
-    "tests/test_attention_bench.py",
+    "tests/bench/test_gate.py -k refused",
+    "tests/bench/test_gate.py",
+    "tests/bench/test_runner.py",
+    "tests/bench/test_attention.py",
 )
 SDPA = (
-    "tests/test_attention_sdpa.py -k 'not every_sample'",
-    "tests/test_attention_sdpa.py",
-    "tests/test_attention_patch.py",
+    "tests/attention/test_sdpa.py -k 'not every_sample'",
+    "tests/attention/test_sdpa.py",
+    "tests/integration/test_patch_attention.py",
 )
-TEXTS = ("tests/test_error_texts.py", "tests/test_bad_input.py")
+TEXTS = ("tests/rnn/test_error_texts.py", "tests/rnn/test_bad_input.py")
 OPERATOR = "dlkernels/sdpa_operator.py"
-WATCH = ("tests/test_prepack.py -k 'visible or training or another or stack'", "tests/test_prepack.py")
-SWITCH = ("tests/test_sdpa_operator.py -m 'not heavy'", "tests/test_sdpa_operator.py -m heavy")
-FLAT = ("tests/test_flat_weights.py", "tests/test_prepack.py", "tests/test_nn.py")
-BATCHED = ("tests/test_contract.py -k batched", "tests/test_attention_autograd.py -k batched")
-COMPILED = ("tests/test_contract_compiled.py",)
-AUTOCAST = ("tests/test_autocast.py", "tests/test_contract.py -k autocast")
+WATCH = ("tests/rnn/test_prepack.py -k 'visible or training or another or stack'", "tests/rnn/test_prepack.py")
+SWITCH = ("tests/integration/test_sdpa_operator.py -m 'not heavy'", "tests/integration/test_sdpa_operator.py -m heavy")
+FLAT = ("tests/rnn/test_flat_weights.py", "tests/rnn/test_prepack.py", "tests/rnn/test_layers.py")
+BATCHED = ("tests/integration/test_contract.py -k batched", "tests/attention/test_autograd.py -k batched")
+COMPILED = ("tests/integration/test_contract_compiled.py",)
+AUTOCAST = ("tests/rnn/test_autocast.py", "tests/integration/test_contract.py -k autocast")
 
 PYTHON: tuple[Mutant, ...] = (
     # The benchmark's gate.
     Mutant("gate-finite", BENCH + "checks.py", "if not bool(tensor.isfinite().all()):",
            "if bool(tensor.isnan().any()):", "infinity agrees where the reference has it",
-           ("tests/test_bench_gate.py -k bad_value", *GATE)),
+           ("tests/bench/test_gate.py -k bad_value", *GATE)),
     Mutant("gate-dtype", BENCH + "checks.py", "if value.dtype != dtype:", "if value.dtype != value.dtype:",
            "float64 results are compared as if they were float32", GATE),
     Mutant("gate-worst", BENCH + "checks.py", "if part > share:", "if part >= 0:", "only the last tensor counts", GATE),
     Mutant("gate-limit", BENCH + "checks.py", "limit = min(verdict.limit, largest / 2)", "limit = verdict.limit",
            "a peer that is wrong excuses us", GATE),
     Mutant("gate-ignored", BENCH + "runner.py", "if not agreement.ok:", "if agreement.ok is None:",
-           "disagreement is timed all the same", ("tests/test_bench.py -k 'no_speed or wrong_results'", *GATE)),
+           "disagreement is timed all the same", ("tests/bench/test_runner.py -k 'no_speed or wrong_results'", *GATE)),
     Mutant("gate-gradients", BENCH + "workload.py", 'found["d" + name] = tensor.grad',
            'found.setdefault("dx", tensor.grad)', "only one gradient is compared", GATE),
     Mutant("error-nan", "dlkernels/testing.py", "return math.inf if math.isnan(worst) else worst",
            "return 0.0 if math.isnan(worst) else worst",
-           "NaN is no error", ("tests/test_bench.py -k not_finite", *GATE)),
+           "NaN is no error", ("tests/bench/test_runner.py -k not_finite", *GATE)),
     Mutant("peer-infinite", "dlkernels/testing.py", "measure = theirs_err if math.isfinite(theirs_err) else 0.0",
            "measure = theirs_err", "a peer that overflowed makes the limit infinite",
-           ("tests/test_bench_gate.py -k peer_as", *GATE)),
+           ("tests/bench/test_gate.py -k peer_as", *GATE)),
     Mutant("ratio-inverted", BENCH + "timing.py", "statistics.median(a) / statistics.median(b) for a, b",
            "statistics.median(b) / statistics.median(a) for a, b", "ours over theirs",
-           ("tests/test_bench.py -k ratio_is", *GATE)),
+           ("tests/bench/test_runner.py -k ratio_is", *GATE)),
     Mutant("speed-up-padded", BENCH + "runner.py", 'self.case.valid_fraction if self.case.against == "padded" else 1.0',
-           "1.0", "padding counts as work", ("tests/test_bench.py -k padded", *GATE)),
+           "1.0", "padding counts as work", ("tests/bench/test_runner.py -k padded", *GATE)),
     Mutant("charlm-nan", BENCH + "charlm.py", "agree = early <= EARLY_LIMIT and drift <= FINAL_LIMIT",
            "agree = not (early > EARLY_LIMIT or drift > FINAL_LIMIT)", "a loss of NaN agrees",
-           ("tests/test_bench.py -k curves", *GATE)),
+           ("tests/bench/test_runner.py -k curves", *GATE)),
     # Autograd.
     Mutant("needs-state", AUTOGRAD + "sequence.py", "Wanted(needs[1], needs[2] or needs[3], any(needs[_WEIGHTS:]))",
            "Wanted(needs[1], needs[2], any(needs[_WEIGHTS:]))", "c0 alone wants a gradient",
@@ -78,14 +82,14 @@ PYTHON: tuple[Mutant, ...] = (
            GRADIENTS[1:]),
     Mutant("bptt-double", AUTOGRAD + "gradients.py", "return run(*tensors, cut=lambda h, c: next(at_cuts))",
            "return run(*tensors)", "cut states are constants in double backward",
-           ("tests/test_autograd.py -k truncated", "tests/test_autograd.py")),
+           ("tests/rnn/test_autograd.py -k truncated", "tests/rnn/test_autograd.py")),
     Mutant("groups-nested", AUTOGRAD + "sequence.py", "groups = n * max(wanted.groups, 1) if wanted.weights else 0",
            "groups = n if wanted.weights else 0", "vmap within vmap",
-           ("tests/test_autograd.py -k vmap_in_vmap", "tests/test_autograd.py")),
+           ("tests/rnn/test_autograd.py -k vmap_in_vmap", "tests/rnn/test_autograd.py")),
     # Gradients of batched gradients.
     Mutant("legacy-places", AUTOGRAD + "legacy.py", "for at, result in enumerate(results) if result is not None]",
            "for at, _ in enumerate(result for result in results if result is not None)]",
-           "gradients move to the places of absent ones", ("tests/test_contract.py -k jacobian", *BATCHED)),
+           "gradients move to the places of absent ones", ("tests/integration/test_contract.py -k jacobian", *BATCHED)),
     Mutant("legacy-state-alone", AUTOGRAD + "sequence.py", "run_backward(SequenceBackward, (dy, dh_n, dc_n),",
            "run_backward(SequenceBackward, (dy,),", "only the gradient of y is asked", BATCHED),
     Mutant("legacy-cell-state", AUTOGRAD + "cell.py", "run_backward(CellBackward, (dh, dc),",
@@ -111,13 +115,13 @@ PYTHON: tuple[Mutant, ...] = (
            "Inductor takes a clone of a graph's input for the input", COMPILED),
     Mutant("private-mask", AUTOGRAD + "attention.py", "*private(tensors)", "*private(tensors[:3]), *tensors[3:]",
            "compiled code edits a mask after the call",
-           ("tests/test_attention_edits.py", *COMPILED)),
+           ("tests/attention/test_edits.py", *COMPILED)),
     Mutant("private-result", AUTOGRAD + "attention.py", "return o.clone() if cfg.contiguous or torch.compiler",
            "return o.clone() if cfg.contiguous and torch.compiler", "an edited result is what the backward reads",
-           ("tests/test_attention_edits.py",)),
+           ("tests/attention/test_edits.py",)),
     Mutant("private-result-compiled", AUTOGRAD + "attention.py", "o.clone() if cfg.contiguous or torch.compiler"
            ".is_compiling() else o", "o.clone() if cfg.contiguous else o", "the same in compiled code",
-           ("tests/test_attention_edits.py",)),
+           ("tests/attention/test_edits.py",)),
     # Autocast.
     Mutant("autocast-gru", "dlkernels/_autocast.py", "promote_types(dtype, x.dtype if h is None else h.dtype)",
            "promote_types(dtype, x.dtype)", "the state that is given decides", AUTOCAST),
@@ -133,7 +137,7 @@ PYTHON: tuple[Mutant, ...] = (
     # Checks, layers.
     Mutant("second-state-size", "dlkernels/_checks.py", "enumerate(((h, outputs), (c, hidden)))",
            "enumerate(((h, outputs), (c, outputs)))", "c of a projected lstm",
-           ("tests/test_bad_input.py", "tests/test_nn.py")),
+           ("tests/rnn/test_bad_input.py", "tests/rnn/test_layers.py")),
     Mutant("second-state-name", "dlkernels/_checks.py", 'name = "hidden" if c is None else f"hidden[{i}]"',
            'name = "hidden" if c is None else "hidden[0]"', "the message names the first state", TEXTS),
     Mutant("second-state-list", "dlkernels/_checks.py", "got {list(state.shape)}", "got {tuple(state.shape)}",
@@ -142,7 +146,7 @@ PYTHON: tuple[Mutant, ...] = (
            "doesn't match hidden0 batch size", "the message names the first state", TEXTS),
     Mutant("packed-length", "dlkernels/_checks.py",
            'raise RuntimeError("Expected sequence length to be larger than 0 in RNN")\n\n\ndef lengths',
-           "pass\n\n\ndef lengths", "batch_sizes without entries", ("tests/test_bad_input.py",)),
+           "pass\n\n\ndef lengths", "batch_sizes without entries", ("tests/rnn/test_bad_input.py",)),
     Mutant("prepack-identity", NN + "rnn.py",
            "if any(now is not then for now, then in zip(weights, self.weights, strict=True)):",
            "if any(now.shape != then.shape for now, then in zip(weights, self.weights, strict=True)):",
@@ -166,34 +170,37 @@ PYTHON: tuple[Mutant, ...] = (
            "a copy of a layer keeps the weights of the original", FLAT),
     Mutant("flops-first-rows", "dlkernels/ops/flops.py", "return int(batch_sizes[0]), int(batch_sizes[-1])",
            "return int(batch_sizes[-1]), int(batch_sizes[0])", "the first steps of the two directions exchanged",
-           ("tests/test_flops.py",)),
+           ("tests/integration/test_flops.py",)),
     Mutant("leaf-subclass", NN + "tools.py", 'if type(module).__module__.startswith("dlkernels.nn."):',
-           "if isinstance(module, KnownLayer):", "torch.fx keeps subclasses whole too", ("tests/test_tools.py",)),
+           "if isinstance(module, KnownLayer):", "torch.fx keeps subclasses whole too",
+           ("tests/integration/test_tools.py",)),
     # Explain.
     Mutant("explain-packed-rows", "dlkernels/explain.py", "call.input.numel() // max(1, call.input.size(-1)),",
-           "call.steps * call.batch,", "the plan of packed input", ("tests/test_explain.py",)),
+           "call.steps * call.batch,", "the plan of packed input", ("tests/rnn/test_explain.py",)),
     Mutant("explain-packed-steps", "dlkernels/explain.py",
            "steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])",
            "steps, batch = int(input.batch_sizes[0]), len(input.batch_sizes)", "steps and sequences exchanged",
-           ("tests/test_explain.py",)),
+           ("tests/rnn/test_explain.py",)),
     Mutant("explain-first-layer", "dlkernels/explain.py", '"I": layer.input_size if index == 0 else outputs,',
-           '"I": layer.input_size,', "the width of later layers", ("tests/test_explain.py",)),
+           '"I": layer.input_size,', "the width of later layers", ("tests/rnn/test_explain.py",)),
     # Patch.
     Mutant("patch-subclass", "dlkernels/patch.py", "if cls not in _SWAPS:", "if cls.forward is None:",
-           "subclasses are exchanged too", ("tests/test_patch.py", "tests/test_attention_patch.py")),
+           "subclasses are exchanged too",
+           ("tests/integration/test_patch_layers.py", "tests/integration/test_patch_attention.py")),
     Mutant("patch-forward", "dlkernels/patch.py", 'if "forward" in module.__dict__:',
-           'if "forward_" in module.__dict__:', "an instance's own forward is lost", ("tests/test_patch.py",)),
+           'if "forward_" in module.__dict__:', "an instance's own forward is lost",
+           ("tests/integration/test_patch_layers.py",)),
     Mutant("unpatch-native", "dlkernels/patch.py", "if not module.__dict__.pop(_MARK, False):",
            "if not module.__dict__.pop(_MARK, isinstance(module, _OUR_CLASSES)):",
-           "unpatch takes layers built with ours", ("tests/test_patch.py",)),
+           "unpatch takes layers built with ours", ("tests/integration/test_patch_layers.py",)),
     Mutant("unpatch-weights", "dlkernels/patch.py", "            module._init_flat_weights()\n", "",
-           "torch's list of weights is stale", ("tests/test_patch.py",)),
+           "torch's list of weights is stale", ("tests/integration/test_patch_layers.py",)),
     # Masks of the layers, scaled_dot_product_attention.
     Mutant("mask-combine", NN + "attention_masks.py", "mask = mask | padding_mask", "mask = mask & padding_mask",
-           "both masks hide", ("tests/test_attention_nn.py", "tests/test_attention_module_info.py")),
+           "both masks hide", ("tests/attention/test_layers.py", "tests/attention/test_module_info.py")),
     Mutant("mask-heads", NN + "attention_masks.py", "mask = torch.unflatten(mask, 0, (-1, heads))",
            "mask = torch.unflatten(mask, 0, (heads, -1)).transpose(0, 1)", "B and H of a 3-D mask exchanged",
-           ("tests/test_attention_nn.py", "tests/test_attention_transformer.py")),
+           ("tests/attention/test_layers.py", "tests/attention/test_transformer.py")),
     Mutant("sdpa-gqa-heads", "dlkernels/sdpa.py", "x = x.repeat_interleave(all_heads // own, -3)",
            "x = x.repeat(*[1] * (x.dim() - 3), all_heads // own, 1, 1)", "heads of a group lie side by side", SDPA),
     Mutant("sdpa-dropout", "dlkernels/sdpa.py", "float(dropout_p) if dropout_p > 0 else 0.0", "0.0",
@@ -221,7 +228,7 @@ PYTHON: tuple[Mutant, ...] = (
     Mutant("operator-bound", OPERATOR, "if len(draws) > _MOST_DRAWS:", "if len(draws) > 2 * _MOST_DRAWS:",
            "the memory of dropout masks grows", SWITCH),
     Mutant("sdpa-fused", "dlkernels/sdpa.py", "and q.shape[-1] == v.shape[-1]\n", "",
-           "the strides of a result whose values are wider", ("tests/test_attention_strides.py", *SDPA)),
+           "the strides of a result whose values are wider", ("tests/attention/test_strides.py", *SDPA)),
     Mutant("attention-causal", "dlkernels/_attention_checks.py", '"top_left": 1, "bottom_right": 2',
-           '"top_left": 2, "bottom_right": 1', "the two alignments exchanged", ("tests/test_attention_function.py",)),
+           '"top_left": 2, "bottom_right": 1', "the two alignments exchanged", ("tests/attention/test_functional.py",)),
 )  # fmt: skip

@@ -5,15 +5,15 @@ from __future__ import annotations
 from mutant import Mutant
 
 CELLS, GENERIC, CPU = "csrc/cells/", "csrc/cpu/generic/", "csrc/cpu/"
-GRID = ("tests/test_layers_grid.py", "tests/test_ops.py -k 'not opcheck'", "tests/test_fuzz.py")
-GRU = ("tests/test_layers_grid.py -k 'grid and gru'", *GRID)
-RNN = ("tests/test_layers_grid.py -k 'grid and rnn_tanh'", *GRID)
-PROJECTION = ("tests/test_layers_grid.py -k 'grid and lstm_proj'", *GRID)
-CHUNKS = ("tests/test_interactions.py",)
-NAN = ("tests/test_nan.py",)
-SAME_BITS = ("tests/test_batch_invariance.py",)
-MIXED = ("tests/test_autocast.py -k 'operators_take or cells_with'", "tests/test_autocast.py")
-REFUSALS = ("tests/test_ops_refusals.py", "tests/test_bad_input.py", "tests/test_allocations.py")
+GRID = ("tests/rnn/test_grid.py", "tests/rnn/test_operators.py -k 'not opcheck'", "tests/rnn/test_fuzz.py")
+GRU = ("tests/rnn/test_grid.py -k 'grid and gru'", *GRID)
+RNN = ("tests/rnn/test_grid.py -k 'grid and rnn_tanh'", *GRID)
+PROJECTION = ("tests/rnn/test_grid.py -k 'grid and lstm_proj'", *GRID)
+CHUNKS = ("tests/rnn/test_interactions.py",)
+NAN = ("tests/rnn/test_nan.py",)
+SAME_BITS = ("tests/rnn/test_batch_invariance.py",)
+MIXED = ("tests/rnn/test_autocast.py -k 'operators_take or cells_with'", "tests/rnn/test_autocast.py")
+REFUSALS = ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_bad_input.py", "tests/rnn/test_allocations.py")
 
 RECURRENT: tuple[Mutant, ...] = (
     # Cells.
@@ -49,32 +49,33 @@ RECURRENT: tuple[Mutant, ...] = (
            "all vectors of a panel of h are the first", GRID),
     # Gemm.
     Mutant("gemm-depth", GENERIC + "gemm.h", "k > 0, ahead", "false, ahead",
-           "long products forget what was before the last part", ("tests/test_layers_grid.py -k 1100", *GRID)),
+           "long products forget what was before the last part", ("tests/rnn/test_grid.py -k 1100", *GRID)),
     Mutant("gemm-share-rows", GENERIC + "gemm.h", "member.share(M, kMaxRows, &m0, &m1);",
            "member.share(M - M % kMaxRows, kMaxRows, &m0, &m1);", "rows beyond whole tiles are nobody's", CHUNKS),
     # Forward.
     Mutant("forward-parity", GENERIC + "forward_walk.h", "const int64_t t = time(q), parity = q & 1;",
            "const int64_t t = time(q), parity = 0;", "the next h overwrites the one being read", GRID),
     Mutant("forward-empty", GENERIC + "forward_walk.h", "const bool empty = subset.length(i) == 0;",
-           "const bool empty = false;", "h_n of a sequence without steps", ("tests/test_packed.py", *GRID)),
+           "const bool empty = false;", "h_n of a sequence without steps", ("tests/rnn/test_packed.py", *GRID)),
     Mutant("forward-reverse-end", GENERIC + "forward_walk.h", "return ending && (d == 1 || t == subset.length(i) - 1);",
            "return ending && t == subset.length(i) - 1;", "h_n of the reverse direction is taken at the wrong end",
            GRID),
     Mutant("forward-begin-barrier", GENERIC + "forward_walk.h", "    begin_states();\n    member.sync();\n",
            "    begin_states();\n", "a step begins before all of h0 is there",
-           ("tests/test_interactions.py", "native tsan")),
+           ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("forward-project-barrier", GENERIC + "forward_walk.h",
            "project(table.first[count]);\n        member.sync();", "project(table.first[count]);",
-           "a step reads products of x that another thread still makes", ("tests/test_interactions.py", "native tsan")),
+           "a step reads products of x that another thread still makes",
+           ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("forward-step-barrier", GENERIC + "forward_walk.h",
            "table.first[k + 1] - table.first[k]);\n        member.sync();", "table.first[k + 1] - table.first[k]);",
-           "the next step begins before h is whole", ("tests/test_interactions.py", "native tsan")),
+           "the next step begins before h is whole", ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("forward-projection-barrier", GENERIC + "forward_walk.h", "if (!s().P) return;\n      member.sync();",
            "if (!s().P) return;", "the projection reads outputs that another thread still makes",
-           ("tests/test_interactions.py", "native tsan")),
+           ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("forward-padding", GENERIC + "forward.h", "for (int64_t t = layout_.length(i); t < s_.T; ++t)",
            "for (int64_t t = layout_.length(i) + 1; t < s_.T; ++t)", "the first row of padding is not written",
-           ("tests/test_packed.py", *GRID)),
+           ("tests/rnn/test_packed.py", *GRID)),
     Mutant("forward-slots", GENERIC + "forward.h", "by_rows ? team.rank * ((s_.B + team.size - 1) / team.size) : 0}",
            "by_rows ? team.rank * (s_.B / team.size) : 0}", "with an odd batch two threads share a slot of the state",
            CHUNKS),
@@ -88,17 +89,17 @@ RECURRENT: tuple[Mutant, ...] = (
            "chunk_products(team, worker, d, parity, q == 0);\n      team.sync();",
            "chunk_products(team, worker, d, parity, q == 0);",
            "the rows of the next chunk are numbered while those of this one are in use: with frozen weights",
-           ("tests/test_interactions.py", "native tsan")),
+           ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("backward-rows-barrier", GENERIC + "backward.h",
            "if (team.rank == 0) number_rows(d, q, count);\n      team.sync();",
            "if (team.rank == 0) number_rows(d, q, count);", "steps begin before their rows are numbered",
-           ("tests/test_interactions.py", "native tsan")),
+           ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("backward-steps-barrier", GENERIC + "backward.h", "walk.member.sync();\n      }\n      team.sync();",
            "walk.member.sync();\n      }", "the products of a chunk begin before all members have ended its steps",
-           ("tests/test_interactions.py", "native tsan")),
+           ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("backward-packing-barrier", GENERIC + "backward_products.h", "x.out_panels + os.offset(p));\n  team.sync();",
            "x.out_panels + os.offset(p));", "weight gradients from panels that are not packed yet",
-           ("tests/test_interactions.py", "native tsan")),
+           ("tests/rnn/test_interactions.py", "native tsan")),
     Mutant("backward-bias-rows", GENERIC + "backward_products.h", "r < std::min(rows, r0 + kBiasRows); ++r)",
            "r < std::min(rows - rows % 2, r0 + kBiasRows); ++r)", "the odd last row of a chunk is lost to the bias",
            CHUNKS),
@@ -147,7 +148,7 @@ RECURRENT: tuple[Mutant, ...] = (
            "scratch of the reverse direction is too small where weights are frozen", (*CHUNKS, "native asan")),
     Mutant("backward-padding", GENERIC + "backward.h", "for (int64_t t = length; t < s_.T; ++t) {",
            "for (int64_t t = length + 1; t < s_.T; ++t) {", "dx of the first row of padding is not written",
-           ("tests/test_packed.py", *GRID)),
+           ("tests/rnn/test_packed.py", *GRID)),
     # Plan, layout, team.
     Mutant("plan-chunk-backward", CPU + "plan.cpp", "if (plan.split == Plan::rows && !backward) plan.chunk_steps",
            "if (plan.split == Plan::rows) plan.chunk_steps",
@@ -157,18 +158,19 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("plan-dot-deterministic", CPU + "plan.cpp", "!backward && !deterministic && !packed_weights && shape.rows",
            "!backward && !packed_weights && shape.rows", "a sequence's bits then depend on its batch", SAME_BITS),
     Mutant("plan-dot-packed", CPU + "plan.cpp", "!deterministic && !packed_weights && shape.rows",
-           "!deterministic && shape.rows", "the packed copy is left aside", ("tests/test_prepack.py",)),
+           "!deterministic && shape.rows", "the packed copy is left aside", ("tests/rnn/test_prepack.py",)),
     Mutant("layout-alive", CPU + "sequence_layout.h", "while (hint < count && length(hint) > t) ++hint;",
            "while (hint < count && length(hint) > t + 1) ++hint;", "the last step of joining sequences", GRID),
     Mutant("subset-count", CPU + "sequence_layout.h", "count((layout.batch() - first + stride - 1) / stride)",
            "count((layout.batch() - first) / stride)", "the last sequences belong to no thread",
-           ("tests/test_interactions.py -k rows", *CHUNKS)),
+           ("tests/rnn/test_interactions.py -k rows", *CHUNKS)),
     Mutant("share-end", CPU + "team.h", "*end = units * (rank + 1) / size * grain;",
            "*end = units / size * (rank + 1) * grain;", "what does not divide by the threads is nobody's", CHUNKS),
     Mutant("barrier-reset", CPU + "team.cpp", "arrived_.store(0, std::memory_order_relaxed);\n    generation_.store",
-           "generation_.store", "the barrier works once", ("tests/test_threads.py", "tests/test_interactions.py")),
+           "generation_.store", "the barrier works once",
+           ("tests/rnn/test_threads.py", "tests/rnn/test_interactions.py")),
     Mutant("packed-header-cell", CPU + "rnn_kernels.cpp", "header.shape.cell = shape.cell;\n", "",
-           "panels of another cell are taken", ("tests/test_ops_refusals.py", "tests/test_prepack.py")),
+           "panels of another cell are taken", ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_prepack.py")),
     # Boundary.
     Mutant("batch-sizes-growing", "csrc/rnn_layout.h", "sizes[t] <= (t ? sizes[t - 1] : shape->rows)",
            "sizes[t] <= shape->rows", "batch_sizes that grow read past the data", REFUSALS),
@@ -184,19 +186,21 @@ RECURRENT: tuple[Mutant, ...] = (
            MIXED),
     Mutant("dtypes-product", "csrc/rnn_layout.h", 'if (mixed_) product_ = wanted(product, "product_dtype");',
            'if (mixed_) wanted(product, "product_dtype");', "products in the dtype of x",
-           ("tests/test_records.py", *MIXED)),
+           ("tests/rnn/test_records.py", *MIXED)),
     Mutant("copy-stride", "csrc/checks.h", "from + static_cast<int64_t>(i) * stride", "from + static_cast<int64_t>(i)",
-           "lengths that do not lie side by side", ("tests/test_ops.py -k strides", "tests/test_ops_refusals.py",
-                                                   "tests/test_packed.py", "tests/test_attention_cpu.py")),
+           "lengths that do not lie side by side",
+           ("tests/rnn/test_operators.py -k strides", "tests/rnn/test_operator_refusals.py",
+            "tests/rnn/test_packed.py", "tests/attention/test_operators.py")),
     Mutant("sequence-strides", CPU + "rnn_sequence.cpp", "strides[] = {features, shape.B * features, 1};",
            "strides[] = {shape.T * features, features, 1};", "results of batch_first lie as torch's do not",
-           ("tests/test_ops.py -k 'strides or opcheck'", "tests/test_nn.py", "tests/test_layers_grid.py")),
+           ("tests/rnn/test_operators.py -k 'strides or opcheck'", "tests/rnn/test_layers.py",
+            "tests/rnn/test_grid.py")),
     Mutant("sequence-c-dtype", CPU + "rnn_sequence.cpp", "of_c0 = c0 ? params.c0.dtype : of_x;",
            "of_c0 = c0 ? params.h0.dtype : of_x;", "the gradient of c0 in the dtype of h0", MIXED),
     Mutant("sequence-bias-layout", CPU + "rnn_sequence.cpp", "into.b_hh = call->inputs.contiguous(w[3]);",
-           "into.b_hh = w[3].data();", "a bias with gaps", ("tests/test_ops.py -k strides",)),
+           "into.b_hh = w[3].data();", "a bias with gaps", ("tests/rnn/test_operators.py -k strides",)),
     Mutant("cell-c-dtype", CPU + "rnn_cell.cpp", "of_c = c ? call.c.dtype : of_x;", "of_c = c ? call.h.dtype : of_x;",
-           "the gradient of c in the dtype of h", ("tests/test_autocast.py -k gradients_of_a_cell", *MIXED)),
+           "the gradient of c in the dtype of h", ("tests/rnn/test_autocast.py -k gradients_of_a_cell", *MIXED)),
     Mutant("cell-step-stride", CPU + "rnn_cell.cpp", "params.y = {results.back().data(), 0, shape.H, of_h};",
            "params.y = {results.back().data(), 0, shape.H, shape.dtype};", "h' in the dtype of the products", MIXED),
 )  # fmt: skip

@@ -35,7 +35,10 @@ from mutant import ROOT, Mutant
 
 KILLED, SURVIVED, ERROR = "killed", "SURVIVED", "ERROR"
 # Cheap files first; what is left out needs a network, a compiler, or says nothing about values.
-LEFT_OUT = ("test_packaging.py", "test_cuda_build.py", "test_mutants.py", "test_time_limit.py", "test_memory.py")
+LEFT_OUT = (
+    "tests/package/test_packaging.py", "tests/package/test_cuda_build.py", "tests/package/test_mutants.py",
+    "tests/package/test_time_limit.py", "tests/rnn/test_memory.py",
+)  # fmt: skip
 NOTHING_COLLECTED = 5
 # Kernels above AVX2 take most of the time to compile and are not mutated: empty tables, which DLKERNELS_CPU_ISA hides.
 STUB = '#include "{header}"\nnamespace dlk::{space} {{\nconst {table} k{name}{{}};\n}}\n'
@@ -178,16 +181,16 @@ class Scratch:
 
 def _everything_else(mutant: Mutant) -> list[str]:
     own = {word for arguments in mutant.tests if "-k" not in arguments for word in shlex.split(arguments)}
-    files = sorted((ROOT / "tests").glob("test_*.py"), key=lambda path: ("fuzz" in path.name, path.name))
-    names = [f"tests/{path.name}" for path in files if path.name not in LEFT_OUT]
-    return [name for name in names if name not in own]
+    files = sorted((ROOT / "tests").rglob("test_*.py"), key=lambda path: ("fuzz" in path.name, path.name))
+    names = [str(path.relative_to(ROOT)) for path in files]
+    return [name for name in names if name not in own and name not in LEFT_OUT]
 
 
 def _killing_test(output: str) -> str:
     found = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     if found:
         return str(found[0])
-    ended = re.findall(r'File ".*/(tests/test_\w+\.py)", line \d+,? in (test_\w+)', output)
+    ended = re.findall(r'File ".*/(tests/(?:\w+/)*test_\w+\.py)", line \d+,? in (test_\w+)', output)
     if ended:
         how = "reached its time limit" if "+++ Timeout +++" in output or "Timeout >" in output else "the process ended"
         return f"{ended[-1][0]}::{ended[-1][1]} ({how})"

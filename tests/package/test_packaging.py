@@ -1,0 +1,276 @@
+"""What installing promises, as far as seconds and no network allow; the rest is shown by tests/install/check.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlkernels import _native
+
+pytestmark = pytest.mark.o0_skip(reason="packaging does not depend on the optimiser")
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUP = ROOT / "csrc" / "setup"
+PACKAGE = Path(_native.__file__).parent
+FOUND = "import find_torch as f; t = f.find_torch(); print(t and t.folder); print(f.torch_requirement())"
+
+has_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+
+
+def python(
+    *arguments: str | Path, cwd: Path | str = "/", unset: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("DLKERNELS_")}
+    inherited["PYTHONPATH"] = str(PACKAGE.parent)
+    variables = {name: value for name, value in {**inherited, **environment}.items() if name not in unset}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=variables, capture_output=True, text=True)
+
+
+def fake_torch(folder: Path, version: str) -> Path:
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text("raise SystemExit('the finder imported torch')\n")
+    (folder / "torch" / "version.py").write_text(f"__version__ = {version!r}\n")
+    return folder
+
+
+@has_source
+def test_finder_sees_the_torch_of_the_environment() -> None:
+    run = python("-c", FOUND, cwd=SETUP, unset=("PYTHONPATH",))
+    assert run.stdout.splitlines() == [str(Path(torch.__file__).parent), "[]"], run.stderr
+
+
+@has_source
+@pytest.mark.parametrize(("assembler", "flags"), [("true", "[]"), ("! grep -q tilerelease", "['-DDLK_OLD_ASSEMBLER']")])
+def test_an_old_assembler_is_spared(tmp_path: Path, assembler: str, flags: str) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(f"#!/bin/sh\n{assembler}\n")
+    compiler.chmod(0o755)
+    run = python("-c", f"import native; print(native.assembler_flags(['{compiler}'], native.ROOT))", cwd=SETUP)
+    assert run.stdout.split("\n")[0] == flags, run.stderr
+
+
+@has_source
+def test_finder_is_not_led_astray_by_the_build_environment(tmp_path: Path) -> None:
+    overlay = fake_torch(tmp_path, "9.9.0")
+    run = python("-c", FOUND, cwd=SETUP, PYTHONPATH=str(overlay), PYTHONNOUSERSITE="1")
+    assert run.stdout.splitlines() == [str(Path(torch.__file__).parent), "[]"], run.stderr
+
+
+@has_source
+@pytest.mark.parametrize(("version", "usable"), [("2.11.0+cu130", True), ("3.0.0a0+git1", True), ("2.10.1", False)])
+def test_finder_without_a_torch_in_the_environment(tmp_path: Path, version: str, usable: bool) -> None:
+    # -m venv --without-pip is an environment without torch, in a tenth of a second.
+    empty = tmp_path / "empty"
+    assert python("-m", "venv", "--without-pip", empty).returncode == 0
+    overlay = fake_torch(tmp_path / "overlay", version)
+    environment = {**os.environ, "PYTHONPATH": f"{SETUP}{os.pathsep}{overlay}"}
+    command = [str(empty / "bin" / "python"), "-c", FOUND]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [str(overlay / "torch") if usable else "None", "['torch>=2.11']"], run.stderr
+
+
+@has_source
+def test_backend_asks_for_build_tools_only_where_it_compiles(tmp_path: Path) -> None:
+    hooks = "import backend; print(backend.get_requires_for_build_wheel(), backend.get_requires_for_build_editable())"
+    tree = source_tree(tmp_path)
+    compiling = python("-c", hooks, cwd=tree, PYTHONPATH=str(SETUP), CXX=sys.executable)
+    assert "'ninja', 'pybind11" in compiling.stdout and "torch" not in compiling.stdout, compiling.stderr
+    plain = python("-c", hooks, cwd=tree, PYTHONPATH=str(SETUP), CXX="no-such-compiler")
+    assert "ninja" not in plain.stdout and plain.returncode == 0, plain.stderr
+
+
+def source_tree(folder: Path, with_csrc: bool = False) -> Path:
+    """The project, to be built elsewhere; without C++ sources of its own unless asked."""
+    tree = folder / "tree"
+    leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.cuh", *(() if with_csrc else ("*.h",)))
+    shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=leave_out)
+    for name in ("plan_cap.cpp", "sequence_plan.cpp"):  # the two that native.py names
+        (tree / "csrc" / "cuda" / name).touch()
+    shutil.copytree(ROOT / "dlkernels", tree / "dlkernels", ignore=leave_out)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+def build_wheel(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = "import backend; print('wheel', backend.build_wheel('dist'))"
+    return python("-c", script, cwd=tree, PYTHONPATH=str(tree / "csrc" / "setup"), **environment)
+
+
+@has_source
+def test_install_without_a_compiler_works_and_says_so_once(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    built = build_wheel(tree, CXX="no-such-compiler")
+    assert built.returncode == 0, built.stderr
+    assert "installing without the compiled module: there is no C++ compiler" in built.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    target = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(target)
+    assert not [name for name in names if name.endswith((".so", ".cpp"))] and "dlkernels/py.typed" in names
+    use = """
+import warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import dlkernels
+    torch.manual_seed(0)
+    layer, x = dlkernels.nn.LSTM(4, 5), torch.randn(3, 2, 4)
+    for _ in range(2):
+        y, (h, c) = layer(x)
+        y.sum().backward()
+    dlkernels.nn.GRU(4, 5)(x)
+plain = torch.nn.LSTM(4, 5)
+plain.load_state_dict(layer.state_dict())
+torch.testing.assert_close(y, plain(x)[0])
+print(dlkernels.__file__)
+print([str(w.message) for w in caught if "dlkernels" in str(w.message)])
+"""
+    used = python("-c", use, PYTHONPATH=str(target))
+    assert used.returncode == 0, used.stderr
+    file, messages = used.stdout.splitlines()
+    assert file.startswith(str(target))
+    assert messages.count("reference path") == 1 and "without a C++ compiler" in messages, messages
+
+
+@has_source
+def test_a_compile_error_fails_the_install(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    (tree / "csrc" / "broken.cpp").write_text("int broken( { return 1; }\n")
+    built = build_wheel(tree)
+    assert built.returncode != 0 and not list((tree / "dist").glob("*.whl"))
+    assert "broken.cpp" in built.stdout and "the native module does not compile" in built.stderr
+
+
+@has_source
+def test_what_was_compiled_is_in_the_wheel(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    (tree / "csrc" / "stub.cpp").write_text('extern "C" int stub() { return 1; }\n')
+    built = build_wheel(tree, DLKERNELS_OPT="0")
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tree / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.startswith("dlkernels/_C.") and name.endswith(".so")]
+    assert not [name for name in names if name.startswith(("csrc", "tests"))]
+    assert "py3-none-any" not in wheel.name
+
+
+@has_source
+def test_opt_level_is_checked(tmp_path: Path) -> None:
+    built = build_wheel(source_tree(tmp_path), DLKERNELS_OPT="fast")
+    assert built.returncode != 0 and "0 to 3, not 'fast'" in built.stderr
+
+
+@has_source
+def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path, with_csrc=True)
+    script = "import backend; print(backend.build_sdist('dist'))"
+    built = python("-c", script, cwd=tree, PYTHONPATH=str(tree / "csrc" / "setup"), CXX="no-such-compiler")
+    assert built.returncode == 0, built.stderr
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (root,) = (tmp_path / "unpacked").iterdir()
+    for file in [*(tree / "csrc").rglob("*.h"), *(tree / "csrc" / "setup").glob("*.py"), tree / "setup.py"]:
+        assert (root / file.relative_to(tree)).is_file(), file
+
+
+def test_import_is_quick_and_brings_no_triton() -> None:
+    # An attempt is what counts: where Triton is not installed, an import of it may fail without a word.
+    script = """
+import sys, time
+import torch
+asked_for = []
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        asked_for.append(name)
+sys.meta_path.insert(0, Finder)
+begin = time.perf_counter()
+import dlkernels
+print(time.perf_counter() - begin)
+print([name for name in asked_for if name.partition(".")[0] == "triton"])
+"""
+    seconds = []
+    for _ in range(3):
+        run = python("-c", script)
+        assert run.returncode == 0, run.stderr
+        elapsed, triton = run.stdout.splitlines()
+        assert triton == "[]"
+        seconds.append(float(elapsed))
+    assert min(seconds) < 0.3, seconds
+
+
+def test_a_torch_without_onednn() -> None:
+    """It does not have the operators that tell what oneDNN can do."""
+    script = """
+import torch
+torch._C._has_mkldnn = False
+torch.ops.mkldnn = None
+import dlkernels
+with torch.autocast("cpu", torch.bfloat16):
+    y, (h, c) = dlkernels.nn.LSTM(3, 4)(torch.zeros(2, 1, 3))
+assert y.dtype == c.dtype == torch.float32
+"""
+    run = python("-c", script)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_second_copy_is_refused_by_name(tmp_path: Path) -> None:
+    first = _native.native.__file__
+    shutil.copytree(PACKAGE, tmp_path / "dlkernels", ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
+    second = tmp_path / "dlkernels" / f"_C{EXTENSION_SUFFIXES[0]}"
+    shutil.copy(first, second)
+    script = """
+import os, sys
+import dlkernels
+for name in [name for name in sys.modules if name.partition(".")[0] == "dlkernels"]:
+    del sys.modules[name]
+del os.environ["DLKERNELS_NATIVE"]
+sys.path.insert(0, sys.argv[1])
+import dlkernels
+"""
+    run = python("-c", script, tmp_path, DLKERNELS_NATIVE=first)
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and last.startswith("ImportError: two copies"), run.stderr
+    assert first in last and str(second) in last
+
+
+def test_a_module_that_does_not_load_is_an_error(tmp_path: Path) -> None:
+    broken = tmp_path / "_C.so"
+    broken.write_bytes(b"not a library")
+    run = python("-c", "import dlkernels", DLKERNELS_NATIVE=str(broken))
+    assert run.returncode != 0
+    assert f"ImportError: {broken} does not load under torch {torch.__version__}" in run.stderr
+
+
+def test_absence_is_an_error_where_the_module_is_required(tmp_path: Path) -> None:
+    run = python("-c", "import dlkernels", DLKERNELS_NO_NATIVE="1", DLKERNELS_REQUIRE_NATIVE="1")
+    assert "ImportError: DLKERNELS_REQUIRE_NATIVE is set" in run.stderr and run.returncode != 0
+    run = python("-c", "import dlkernels", DLKERNELS_NATIVE=str(tmp_path / "nothing.so"))
+    assert "there is no such file" in run.stderr and run.returncode != 0
+
+
+def test_module_needs_no_more_than_the_stable_abi() -> None:
+    """Neither C++ symbols of libtorch nor libc10: only its C shims may be undefined."""
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("readelf is not installed")
+    file = _native.native.__file__
+    needed = subprocess.run([readelf, "-d", file], capture_output=True, text=True, check=True).stdout
+    assert "libtorch.so" in needed and "libc10" not in needed and "libtorch_python" not in needed
+    symbols = subprocess.run([readelf, "--dyn-syms", "-W", file], capture_output=True, text=True, check=True).stdout
+    undefined = [line.split()[-1] for line in symbols.splitlines() if " UND " in line]
+    assert not [
+        name for name in undefined if name.startswith(("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch"))
+    ]

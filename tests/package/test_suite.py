@@ -1,0 +1,51 @@
+"""What the suite promises of itself: no test module imports another, and no test loses an instruction set."""
+
+from __future__ import annotations
+
+import collections
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support import instruction_sets
+from tests.support.instruction_sets import BEST_ISA_LAST, WITHOUT_LAYERS, isas_to_test
+
+pytestmark = pytest.mark.o0_skip(reason="it is about pytest alone")
+
+TESTS = Path(__file__).parents[1]
+# Also in the scripts that tests hand to a fresh interpreter.
+IMPORT = re.compile(
+    r"^\s*(?:from\s+(?:[\w.]*\.)?test_\w+\s+import|(?:from\s+[\w.]+\s+)?import\s+(?:.*[\s.,(])?test_\w+)", re.M
+)
+
+
+def test_no_test_module_imports_another() -> None:
+    assert IMPORT.search("x\n    from tests.rnn import test_nan") and IMPORT.search("from tests.rnn.test_nan import x")
+    assert IMPORT.search("import test_nan") and not IMPORT.search("from tests.support.sdpa_calls import draw")
+    files = [path for path in TESTS.rglob("*.py") if path != Path(__file__)]
+    assert len(files) > 80
+    assert {path.relative_to(TESTS): found[0] for path in files if (found := IMPORT.search(path.read_text()))} == {}
+
+
+def test_every_isa_runs_every_test_that_asks_for_one(request: pytest.FixtureRequest) -> None:
+    """Of the tests of this run: each is there as often for every instruction set that it is to be there for."""
+    if request.config.getoption("keyword"):
+        pytest.skip("-k leaves tests out")
+    counts: dict[tuple[str, bool], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and "isa" in item.fixturenames:
+            layers_only = item.get_closest_marker("layers_only") is not None
+            counts[item.nodeid.partition("[")[0], layers_only][item.callspec.params["isa"]] += 1
+    for (test, layers_only), found in counts.items():
+        assert set(found) == set(isas_to_test(layers_only=layers_only)), test
+        assert len(set(found.values())) == 1, f"{test}: {found}"
+        assert not layers_only or test.startswith("tests/rnn/"), f"{test}: the marker is for recurrent layers"
+
+
+def test_only_the_marker_leaves_out_an_isa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with every instruction set, which this one need not be."""
+    monkeypatch.setattr(instruction_sets, "available_isas", lambda: list(BEST_ISA_LAST))
+    assert isas_to_test(layers_only=False) == list(BEST_ISA_LAST)
+    assert isas_to_test(layers_only=True) == [isa for isa in BEST_ISA_LAST if isa not in WITHOUT_LAYERS]
+    assert set(WITHOUT_LAYERS) == {"amx"}

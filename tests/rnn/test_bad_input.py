@@ -1,0 +1,100 @@
+"""Every mistake, with every argument: torch.nn's exception type where it has one, a message that names the argument
+otherwise, and never a crash."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.support.fresh_python import ROOT, environment
+from tests.support.layer_mistakes import GROUPS, mistakes_for
+
+pytestmark = pytest.mark.o0_skip(reason="the checks are the same code at -O0")
+
+Outcome = dict[str, Any]
+
+
+@functools.cache
+def outcomes(package: str) -> dict[tuple[str, str], Outcome]:
+    """What each mistake leads to with the classes of `package`, in a process of its own: it may be a crash."""
+    found: dict[tuple[str, str], Outcome] = {}
+    env = environment(OMP_NUM_THREADS="1")
+    total = len(list(mistakes_for(package)))
+    while len(found) < total:
+        command = [sys.executable, "-m", "tests.support.layer_mistakes", package, str(len(found))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"group"')]
+        assert lines, done.stderr
+        for line in lines:
+            key = line["group"], line["name"]
+            found[key] = {"crash": done.returncode} if line.pop("begins", False) else line
+        assert done.returncode == 0 or "crash" in found[key], done.stderr
+    return found
+
+
+# torch.nn takes these without a word, reads past a buffer, or computes something with them; by its documentation they
+# are mistakes. Ours may refuse them or compute what torch does, but cleanly.
+TORCH_IS_LENIENT = re.compile(
+    r"sparse|meta"
+    r"|hx c: torch\.|packed, hx c: size of dim|packed, hx (three|a stack)|hx three|hx a stack"
+    r"|(weight|bias)_\w+ (rows \+ 1|columns \+ 1|rank [+-] 1|scalar|bfloat16)"
+    r"|hidden_size=True"
+)
+CLEAN = {"TypeError", "ValueError", "RuntimeError", "IndexError", "AttributeError"}
+
+
+def verdict(key: tuple[str, str], ours: Outcome, theirs: Outcome) -> str:
+    """Empty if ours is as it must be."""
+    if "crash" in ours:
+        return f"crashes with status {ours['crash']}"
+    raised = ours.get("bases")
+    if "bases" not in theirs:
+        if "crash" not in theirs and not TORCH_IS_LENIENT.search(key[1]):
+            return f"raises {raised[0]}: {ours['message']}, torch accepts it" if raised else ""
+        if raised is None:
+            return "is accepted, torch crashes" if "crash" in theirs else ""
+        return "" if CLEAN & set(raised) else f"raises {raised[0]}: {ours['message']}"
+    if raised is None:
+        return f"is accepted, torch raises {theirs['bases'][0]}: {theirs['message']}"
+    if theirs["bases"][0] not in raised:
+        return f"raises {raised[0]} ({ours['message']}), torch {theirs['bases'][0]} ({theirs['message']})"
+    return "" if ours["message"].strip() else "has no message"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_as_torch(group: str) -> None:
+    theirs, ours = outcomes("torch.nn"), outcomes("dlkernels.nn")
+    keys = [key for key in theirs if key[0] == group]
+    assert len(keys) > 10
+    wrong = [f"{key[1]}: {text}" for key in keys if (text := verdict(key, ours[key], theirs[key]))]
+    assert not wrong, f"{len(wrong)} of {len(keys)}\n" + "\n".join(wrong)
+
+
+def own_groups() -> list[str]:
+    return list(dict.fromkeys(group for group, _ in mistakes_for("own")))
+
+
+@pytest.mark.parametrize("group", own_groups())
+def test_what_torch_has_not(group: str) -> None:
+    """Group names are "argument of function": the message names the argument, in an exception of the usual kinds. With
+    "*" for the argument the words do not matter, with "!" the call may also succeed."""
+    argument = group.split()[0]
+    wrong = []
+    for key, ours in outcomes("own").items():
+        if key[0] != group:
+            continue
+        if argument == "!" and "crash" not in ours and "bases" not in ours:
+            continue
+        if "bases" not in ours:
+            wrong.append(f"{key[1]}: {'crashes' if 'crash' in ours else 'is accepted'}")
+        elif not {"TypeError", "ValueError", "RuntimeError"} & set(ours["bases"]):
+            wrong.append(f"{key[1]}: raises {ours['bases'][0]}: {ours['message']}")
+        elif argument not in ("*", "!") and argument not in ours["message"]:
+            wrong.append(f"{key[1]}: the message does not name {argument}: {ours['message']}")
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,132 @@
+"""torch's own sample inputs for its recurrent modules: our layers give the outputs and gradients of torch's."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, module_db
+
+import dlkernels.nn
+from dlkernels.testing import within_rule
+from tests.support.instruction_sets import use_isa
+from tests.support.layer_cases import acceptable_nearby
+from tests.support.module_samples import Nearby, build, errors_nearby, evaluate, tensors
+
+pytestmark = pytest.mark.layers_only
+
+NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+INFOS = {
+    info.module_cls.__name__: info for info in module_db if info.module_cls in {getattr(torch.nn, n) for n in NAMES}
+}
+
+
+def samples(info: ModuleInfo, dtype: torch.dtype, training: bool) -> Iterator[ModuleInput]:
+    # The packed samples stand behind a flag that torch's own device tests set.
+    packed = {"with_packed_sequence": True} if info.module_cls.__name__ in ("RNN", "GRU") else {}
+    torch.manual_seed(0)
+    yield from info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training, **packed)
+
+
+def test_every_entry_is_there() -> None:
+    assert sorted(INFOS) == sorted(NAMES)
+    for info in INFOS.values():
+        assert len(list(samples(info, torch.float32, True))) >= 2
+
+
+@functools.cache
+def of_torch(name: str, dtype: torch.dtype, training: bool, number: int) -> tuple[torch.nn.Module, Any, Any]:
+    """torch's module for a sample, its results and those in float64: once for all ISAs."""
+    sample = next(itertools.islice(samples(INFOS[name], dtype, training), number, None))
+    module = build(torch.nn, name, sample, dtype, training)
+    ref = evaluate(copy.deepcopy(module).double(), sample, torch.float64)
+    return module, evaluate(module, sample, dtype), ref
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_gradients(name: str, dtype: torch.dtype, training: bool, isa: str) -> None:
+    for number, sample in enumerate(samples(INFOS[name], dtype, training)):
+        ours = build(dlkernels.nn, name, sample, dtype, training)
+        theirs, *expected = of_torch(name, dtype, training, number)
+        ours.load_state_dict(theirs.state_dict())
+        results = [evaluate(ours, sample, dtype), *expected]
+        nearby: Nearby = []
+        for grad, group in enumerate(zip(*results, strict=True)):
+            for index, (a, b, c) in enumerate(zip(*group, strict=True)):
+                what = f"{name} sample {number}, {'gradient' if grad else 'output'} {index}"
+                assert a.shape == b.shape, what
+                verdict = within_rule(a, b, c, dtype, grad=bool(grad))
+                if not verdict.ok:
+                    nearby = nearby or errors_nearby(ours, theirs, sample, dtype)
+                    assert acceptable_nearby(verdict, nearby[grad][index], c, dtype, bool(grad)), f"{what}: {verdict}"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", NAMES)
+def test_structure_of_the_result(name: str, training: bool, isa: str) -> None:
+    """The same nesting, types and shapes as torch's, whatever form the input has."""
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tuple(value.shape), value.dtype
+        if value is None:
+            return None
+        return type(value).__name__, [describe(item) for item in value]
+
+    for sample in samples(INFOS[name], torch.float32, training):
+        args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
+        ours, theirs = (build(package, name, sample, torch.float32, training) for package in (dlkernels.nn, torch.nn))
+        assert describe(ours(*args, **kwargs)) == describe(theirs(*args, **kwargs))
+
+
+def grad_check(name: str, second_order: bool, fast: bool) -> None:
+    for sample in samples(INFOS[name], torch.float64, True):
+        module = build(dlkernels.nn, name, sample, torch.float64, True)
+        names, parameters = zip(*module.named_parameters(), strict=True)
+        args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
+        inputs = [t for t in tensors((args, kwargs)) if t.requires_grad]
+        count = len(inputs)
+
+        def call(
+            *flat: Tensor, module=module, names=names, args=args, kwargs=kwargs, count=count
+        ) -> tuple[Tensor, ...]:
+            remaining = iter(flat[:count])
+
+            def substitute(value: Any) -> Any:
+                if isinstance(value, Tensor):
+                    return next(remaining) if value.requires_grad else value
+                if isinstance(value, PackedSequence):
+                    return PackedSequence(substitute(value.data), *value[1:])
+                if isinstance(value, (tuple, list)):
+                    return type(value)(substitute(item) for item in value)
+                return value
+
+            weights = dict(zip(names, flat[count:], strict=True))
+            return tuple(tensors(torch.func.functional_call(module, weights, substitute(args), kwargs)))
+
+        flat = (*(t.detach().clone().requires_grad_() for t in inputs), *parameters)
+        check = torch.autograd.gradgradcheck if second_order else torch.autograd.gradcheck
+        assert check(call, flat, fast_mode=fast)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradcheck(name: str, isa: str, best_isa: str) -> None:
+    # Every entry of the Jacobian on the best ISA, a random projection of it on the others.
+    grad_check(name, second_order=False, fast=isa != best_isa)
+
+
+@pytest.mark.heavy
+@pytest.mark.o0_skip(reason="slow, and the second derivative is the reference's")
+@pytest.mark.parametrize("name", NAMES)
+def test_gradgradcheck(name: str, best_isa: str) -> None:
+    with use_isa(best_isa):
+        grad_check(name, second_order=True, fast=True)

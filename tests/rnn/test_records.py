@@ -1,0 +1,84 @@
+"""What the forward saves of each row: narrow slots in calls of 16-bit types."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import dlkernels.nn
+from dlkernels import ops
+from dlkernels.ops import records
+from tests.support.rnn_op_calls import GATES
+
+MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+T, B, I = 4, 3, 6
+
+
+def weights_of(mode: str, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+    rows = GATES[mode] * hidden
+    shapes = ((rows, I), (rows, hidden), (rows,), (rows,))
+    return [(0.5 * torch.randn(shape)).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+@pytest.mark.parametrize("hidden", (1, 5, 16))
+def test_h_is_saved_as_y_has_it(mode: str, dtype: torch.dtype, hidden: int) -> None:
+    x, weights = torch.randn(T, B, I).to(dtype), weights_of(mode, hidden, dtype)
+
+    def forward(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+        return ops.sequence_forward(mode, x, None, None, weights, None, None, None, False, False, True, False)
+
+    y, _, _, saved = forward(x, weights)
+    narrow = dtype.itemsize == 2
+    assert saved.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    halves = {"lstm": 10, "gru": 8 if narrow else 10}.get(mode, 1 if narrow else 2) * hidden
+    assert saved.shape == (1, T, B, (halves + 1) // 2)
+    slots = records.slots(mode, saved, hidden, dtype)
+    assert [slot.shape for slot in slots] == [(1, T, B, hidden)] * records.SLOTS[mode]
+    if mode == "lstm":
+        torch.testing.assert_close((slots[3] * slots[4].tanh())[0].to(dtype), y)
+    else:
+        assert torch.equal(slots[-1][0].to(dtype), y)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode_of_fakes:
+        fakes = forward(mode_of_fakes.from_tensor(x), [mode_of_fakes.from_tensor(w) for w in weights])
+    assert fakes[3].shape == saved.shape and fakes[3].dtype == saved.dtype
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_dtype_of_products_decides(mode: str) -> None:
+    """As under autocast: x of float32, products of bfloat16 and the other way round."""
+    hidden = 5
+    for of_x, product in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        x, weights = torch.randn(T, B, I).to(of_x), weights_of(mode, hidden, product)
+        types = ops.Types(ops.DTYPES.index(product), 0, 0)
+        saved = ops.sequence_forward(
+            mode, x, None, None, weights, None, None, None, False, False, True, False, types
+        )[3]  # fmt: skip
+        assert saved.shape[-1] == records.size(mode, hidden, 0, product, x.device)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("hidden", (5, 16))
+def test_per_sample_gradients(mode: str, dtype: torch.dtype, hidden: int) -> None:
+    """They come from the records, in Python; one sample after the other they come from the kernels."""
+    options = {"nonlinearity": "relu"} if mode == "rnn_relu" else {}
+    layer = getattr(dlkernels.nn, LAYERS[mode])(I, hidden, bidirectional=True, **options).to(dtype)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    xs, lengths = torch.randn(3, T, B, I).to(dtype), torch.tensor([4, 2, 3])
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        y, h = torch.func.functional_call(layer, parameters, (x,), {"lengths": lengths})
+        return y.float().square().sum() + (h[0] if mode == "lstm" else h).float().sum()
+
+    grad = torch.func.grad(loss)
+    got = torch.vmap(grad, (None, 0))(parameters, xs)
+    alone = [grad(parameters, x) for x in xs]
+    for name, values in got.items():
+        expected = torch.stack([each[name] for each in alone]).float()
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            values.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )

@@ -1,0 +1,55 @@
+"""The instruction sets of this machine: which there are, which have kernels of which family, and one for a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from dlkernels import _native
+
+BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+# Kernels of attention alone.
+WITHOUT_LAYERS = ("amx",)
+
+
+def available_isas() -> list[str]:
+    """What set_isa accepts here, weakest first; DLKERNELS_CPU_ISA caps it."""
+    if not _native.HAVE_NATIVE:
+        return ["reference"]
+    return sorted(_native.native.available_isas(), key=BEST_ISA_LAST.index)
+
+
+def isas_to_test(*, layers_only: bool) -> list[str]:
+    """Those of `available_isas` that a test with the fixture `isa` is run on; `layers_only` is its marker."""
+    return [isa for isa in available_isas() if not (layers_only and isa in WITHOUT_LAYERS)]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    if not _native.HAVE_NATIVE:
+        yield
+        return
+    _native.native.set_isa(name)
+    try:
+        yield
+    finally:
+        _native.native.set_isa(None)
+
+
+def kernels_of(
+    isa: str, *, attention: torch.dtype | None = None, layer: torch.dtype | None = None, dot: bool = False
+) -> str:
+    """The instruction set whose kernels serve `isa` for attention or for a layer of even sizes without a projection, in
+    that dtype: those that multiply bfloat16 have kernels for nothing else."""
+    if isa not in ("avx512_bf16", "amx"):
+        return isa
+    if attention == torch.bfloat16 and not dot:
+        return isa
+    return "avx512_bf16" if layer == torch.bfloat16 and not dot else "avx512"
+
+
+def whole_pairs(n: int) -> int:
+    """n, or the next even number under the instruction set that takes bfloat16 in pairs, of even sizes alone."""
+    return n + n % 2 if _native.native is not None and _native.native.isa() == "avx512_bf16" else n
