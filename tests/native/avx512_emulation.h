@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../csrc/cpu/simd/system.h"
+#include "simd/system.h"
 
 #if defined(DLK_X86) && defined(DLK_EMULATE_AVX512)
 #pragma GCC diagnostic ignored "-Wignored-attributes"

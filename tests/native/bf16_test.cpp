@@ -2,7 +2,7 @@
 // has them, these too.
 #include <random>
 
-#include "../../csrc/cpu/simd/system.h"
+#include "simd/system.h"
 #include "check.h"
 
 #ifdef DLK_X86
@@ -65,15 +65,15 @@ bool same(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0 || (std:
 #define DLK_EMULATE_BF16
 DLK_TARGET_BEGIN(DLK_TARGET_AVX512)
 namespace dlk::emulated_tiles {
-#include "../../csrc/cpu/simd/avx512.h"
-#include "../../csrc/cpu/simd/bf16_pairs.h"
-#include "../../csrc/cpu/simd/amx_tiles.h"
+#include "simd/avx512.h"
+#include "simd/bf16_pairs.h"
+#include "simd/amx_tiles.h"
 #include "tiles_test_body.h"
 }  // namespace dlk::emulated_tiles
 namespace dlk::emulated_dots {
-#include "../../csrc/cpu/simd/avx512.h"
-#include "../../csrc/cpu/simd/bf16_pairs.h"
-#include "../../csrc/cpu/simd/bf16_dots.h"
+#include "simd/avx512.h"
+#include "simd/bf16_pairs.h"
+#include "simd/bf16_dots.h"
 #include "dots_test_body.h"
 }  // namespace dlk::emulated_dots
 DLK_TARGET_END
@@ -82,9 +82,9 @@ DLK_TARGET_END
 #ifdef DLK_TARGET_TILES
 DLK_TARGET_BEGIN(DLK_TARGET_TILES)
 namespace dlk::tiles {
-#include "../../csrc/cpu/simd/avx512.h"
-#include "../../csrc/cpu/simd/bf16_pairs.h"
-#include "../../csrc/cpu/simd/amx_tiles.h"
+#include "simd/avx512.h"
+#include "simd/bf16_pairs.h"
+#include "simd/amx_tiles.h"
 #include "tiles_test_body.h"
 }  // namespace dlk::tiles
 DLK_TARGET_END
@@ -93,9 +93,9 @@ DLK_TARGET_END
 #ifdef DLK_TARGET_DOTS
 DLK_TARGET_BEGIN(DLK_TARGET_DOTS)
 namespace dlk::dots {
-#include "../../csrc/cpu/simd/avx512.h"
-#include "../../csrc/cpu/simd/bf16_pairs.h"
-#include "../../csrc/cpu/simd/bf16_dots.h"
+#include "simd/avx512.h"
+#include "simd/bf16_pairs.h"
+#include "simd/bf16_dots.h"
 #include "dots_test_body.h"
 }  // namespace dlk::dots
 DLK_TARGET_END

@@ -5,7 +5,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/simd/system.h"
+#include "simd/system.h"
 #include "check.h"
 
 namespace {
@@ -72,24 +72,24 @@ inline bool same_bits(float a, float b) { return dlk::float_bits(a) == dlk::floa
 }  // namespace
 
 namespace dlk::scalar {
-#include "../../csrc/cpu/simd/scalar.h"
-#include "../../csrc/cpu/simd/math.h"
+#include "simd/scalar.h"
+#include "simd/math.h"
 #include "simd_test_body.h"
 }  // namespace dlk::scalar
 
 #ifdef DLK_X86
 DLK_TARGET_BEGIN(DLK_TARGET_AVX2)
 namespace dlk::avx2 {
-#include "../../csrc/cpu/simd/avx2.h"
-#include "../../csrc/cpu/simd/math.h"
+#include "simd/avx2.h"
+#include "simd/math.h"
 #include "simd_test_body.h"
 }  // namespace dlk::avx2
 DLK_TARGET_END
 
 DLK_TARGET_BEGIN(DLK_TARGET_AVX512)
 namespace dlk::avx512 {
-#include "../../csrc/cpu/simd/avx512.h"
-#include "../../csrc/cpu/simd/math.h"
+#include "simd/avx512.h"
+#include "simd/math.h"
 #include "simd_test_body.h"
 }  // namespace dlk::avx512
 DLK_TARGET_END

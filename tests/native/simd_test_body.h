@@ -1,4 +1,4 @@
-// The tests, once per ISA. No include guard: see csrc/cpu/simd/target.h.
+// The tests, once per ISA. No include guard: see csrc/simd/target.h.
 
 template <class C>
 void test_memory(const char* isa) {
