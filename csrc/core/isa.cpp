@@ -1,9 +1,9 @@
 #include "isa.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 #include "runtime_flags.h"
@@ -22,10 +22,33 @@ namespace {
 
 std::atomic<bool> g_poison{false};
 
-struct Cpu {
-  std::vector<std::pair<const char*, bool>> features;
-  Isa best = Isa::scalar;
+// What an instruction set may need, as bits.
+enum Feature : unsigned {
+  kAvx2 = 1 << 0,    // with fma and f16c
+  kAvx512 = 1 << 1,  // f, dq, bw and vl
+  kDots = 1 << 2,    // avx512_bf16
+  kTiles = 1 << 3,   // amx_tile and amx_bf16, granted by the system
 };
+
+struct Cpu {
+  std::vector<std::pair<const char*, bool>> names;
+  unsigned features = 0;
+};
+
+struct Row {
+  Isa isa;
+  const char* name;
+  unsigned features;
+  bool compiled;
+};
+
+constexpr Row kRows[] = {
+#define DLK_ISA_ROW(name, features, vectors, bf16) {Isa::name, #name, features, DLK_COMPILES_##name},
+#include "isas.def"
+#undef DLK_ISA_ROW
+};
+
+const Row& row(Isa isa) { return kRows[static_cast<int>(isa)]; }
 
 #if defined(__x86_64__)
 
@@ -76,39 +99,36 @@ Cpu detect() {
   const bool amx_granted = os_amx && amx_tile && amx_bf16 && ask_for_tiles();
 
   Cpu cpu;
-  cpu.features = {{"avx", avx},
-                  {"f16c", f16c},
-                  {"fma", fma},
-                  {"avx2", avx2},
-                  {"avx512f", avx512f},
-                  {"avx512dq", avx512dq},
-                  {"avx512bw", avx512bw},
-                  {"avx512vl", avx512vl},
-                  {"avx512_vnni", bit(extended.ecx, 11)},
-                  {"avx512_bf16", avx512_bf16},
-                  {"avx512_fp16", bit(extended.edx, 23)},
-                  {"amx_tile", amx_tile},
-                  {"amx_bf16", amx_bf16},
-                  {"os_ymm", os_ymm},
-                  {"os_zmm", os_zmm},
-                  {"os_amx", os_amx},
-                  {"amx_granted", amx_granted}};
-  if (os_ymm && avx && avx2 && fma && f16c) {
-    cpu.best = Isa::avx2;
+  cpu.names = {{"avx", avx},
+               {"f16c", f16c},
+               {"fma", fma},
+               {"avx2", avx2},
+               {"avx512f", avx512f},
+               {"avx512dq", avx512dq},
+               {"avx512bw", avx512bw},
+               {"avx512vl", avx512vl},
+               {"avx512_vnni", bit(extended.ecx, 11)},
+               {"avx512_bf16", avx512_bf16},
+               {"avx512_fp16", bit(extended.edx, 23)},
+               {"amx_tile", amx_tile},
+               {"amx_bf16", amx_bf16},
+               {"os_ymm", os_ymm},
+               {"os_zmm", os_zmm},
+               {"os_amx", os_amx},
+               {"amx_granted", amx_granted}};
+  const bool has_avx2 = os_ymm && avx && avx2 && fma && f16c;
 #if defined(DLK_EMULATE_AVX512)
-    cpu.best = Isa::avx512;
+  const bool has_avx512 = has_avx2;
 #else
-    if (os_zmm && avx512f && avx512dq && avx512bw && avx512vl) cpu.best = Isa::avx512;
+  const bool has_avx512 = has_avx2 && os_zmm && avx512f && avx512dq && avx512bw && avx512vl;
 #endif
 #if defined(DLK_EMULATE_BF16)
-    const bool dots = true, tiles = true;
+  const bool has_dots = has_avx512, has_tiles = has_avx512;
 #else
-    const bool dots = avx512_bf16, tiles = amx_granted;
+  const bool has_dots = has_avx512 && avx512_bf16, has_tiles = has_avx512 && amx_granted;
 #endif
-    const auto compiled = [&](Isa isa) { return isa <= compiled_isas().back(); };
-    if (cpu.best == Isa::avx512 && dots && compiled(Isa::avx512_bf16)) cpu.best = Isa::avx512_bf16;
-    if (cpu.best == Isa::avx512_bf16 && tiles && compiled(Isa::amx)) cpu.best = Isa::amx;
-  }
+  cpu.features =
+      (has_avx2 ? kAvx2 : 0) | (has_avx512 ? kAvx512 : 0) | (has_dots ? kDots : 0) | (has_tiles ? kTiles : 0);
   return cpu;
 }
 
@@ -123,18 +143,27 @@ const Cpu& cpu() {
   return found;
 }
 
+bool runs_here(const Row& row) { return row.compiled && (row.features & ~cpu().features) == 0; }
+
+// The last row that this process may use; the environment variable names a row that none behind it may pass.
 Isa read_cap() {
   const char* name = std::getenv("DLKERNELS_CPU_ISA");
-  const Isa best = cpu().best;
-  if (!name || !*name) return best;
-  try {
-    return std::min(isa_from_name(name), best);
-  } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument(std::string("DLKERNELS_CPU_ISA: ") + error.what());
+  Isa cap = kRows[std::size(kRows) - 1].isa;
+  if (name && *name) {
+    try {
+      cap = isa_from_name(name);
+    } catch (const std::invalid_argument& error) {
+      throw std::invalid_argument(std::string("DLKERNELS_CPU_ISA: ") + error.what());
+    }
   }
+  Isa best = Isa::scalar;
+  for (const Row& row : kRows) {
+    if (row.isa <= cap && runs_here(row)) best = row.isa;
+  }
+  return best;
 }
 
-// The best this process may use. The environment is read once; an error is not remembered.
+// The environment is read once; an error is not remembered.
 Isa best_allowed() {
   static const Isa best = read_cap();
   return best;
@@ -148,48 +177,32 @@ std::atomic<int> g_override{kAutomatic};
 bool poison() { return g_poison.load(std::memory_order_relaxed); }
 void set_poison(bool on) { g_poison.store(on, std::memory_order_relaxed); }
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::scalar:
-      return "scalar";
-    case Isa::avx2:
-      return "avx2";
-    case Isa::avx512:
-      return "avx512";
-    case Isa::avx512_bf16:
-      return "avx512_bf16";
-    case Isa::amx:
-      return "amx";
-  }
-  return "?";
-}
+const char* isa_name(Isa isa) { return row(isa).name; }
 
 Isa isa_from_name(const std::string& name) {
-  for (Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx}) {
-    if (name == isa_name(isa)) return isa;
+  std::string known;
+  for (const Row& row : kRows) {
+    if (name == row.name) return row.isa;
+    const bool last = &row == std::end(kRows) - 1;
+    known += std::string(known.empty() ? "" : last ? " or " : ", ") + row.name;
   }
-  throw std::invalid_argument("unknown instruction set '" + name +
-                              "', expected scalar, avx2, avx512, avx512_bf16 or amx");
+  throw std::invalid_argument("unknown instruction set '" + name + "', expected " + known);
 }
 
-const std::vector<std::pair<const char*, bool>>& cpu_features() { return cpu().features; }
+const std::vector<std::pair<const char*, bool>>& cpu_features() { return cpu().names; }
 
 std::vector<Isa> compiled_isas() {
-#if defined(DLK_AMX)
-  return {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
-#elif defined(DLK_AVX512_BF16)
-  return {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
-#elif defined(__x86_64__)
-  return {Isa::scalar, Isa::avx2, Isa::avx512};
-#else
-  return {Isa::scalar};
-#endif
+  std::vector<Isa> isas;
+  for (const Row& row : kRows) {
+    if (row.compiled) isas.push_back(row.isa);
+  }
+  return isas;
 }
 
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas;
-  for (Isa isa : compiled_isas()) {
-    if (isa <= best_allowed()) isas.push_back(isa);
+  for (const Row& row : kRows) {
+    if (row.isa <= best_allowed() && runs_here(row)) isas.push_back(row.isa);
   }
   return isas;
 }
@@ -200,7 +213,7 @@ Isa current_isa() {
 }
 
 void set_isa(Isa isa) {
-  if (isa > best_allowed()) {
+  if (isa > best_allowed() || !runs_here(row(isa))) {
     throw std::invalid_argument(std::string(isa_name(isa)) +
                                 " is more than this machine or DLKERNELS_CPU_ISA allows: " + isa_name(best_allowed()));
   }

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "rnn/params.h"
+#include "core/types.h"
 
 namespace dlk {
 

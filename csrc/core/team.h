@@ -11,7 +11,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "rnn/params.h"
+#include "core/types.h"
 
 namespace dlk {
 

@@ -1,6 +1,11 @@
 // Products against weights as they lie, [N][K] with k contiguous, for one row: lane i of
 // the result is a . w[i]. Nothing is packed, which pays for a single row or a single
 // step. The order of summation differs from the tiles': not for deterministic mode.
+#pragma once
+
+#include "gemm/storage_access.h"
+
+DLK_ISA_BEGIN
 
 template <class C, class S>
 DLK_INLINE Vec<C> dot_vector(const C* a, int64_t K, const S* w, int64_t ldw, int rows) {
@@ -54,3 +59,5 @@ DLK_NOINLINE Vec<C> dot(const C* a, int64_t K, DType dtype, const void* w, int64
     }
   }
 }
+
+DLK_ISA_END

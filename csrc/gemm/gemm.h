@@ -3,6 +3,13 @@
 // is fetched into L2 once for a whole block of rows of A, which stream by; where K is so
 // long that a panel would not stay there, in parts. The order of summation over k is
 // fixed: it depends on K alone.
+#pragma once
+
+#include "core/team.h"
+#include "gemm/operands.h"
+#include "gemm/panels.h"
+
+DLK_ISA_BEGIN
 
 constexpr int kBlockRows = 384;
 constexpr int kTransposedRows = 192;  // both multiples of every tile height and vector size
@@ -146,3 +153,5 @@ struct GemmShare {
     }
   }
 };
+
+DLK_ISA_END

@@ -1,4 +1,9 @@
-// Reads and writes of a layer's tensors, each in its own dtype: rows as products take them, and states.
+// Rows of a tensor of any dtype as products take them.
+#pragma once
+
+#include "gemm/tile.h"
+
+DLK_ISA_BEGIN
 
 // Whether products take values of this dtype as they lie.
 template <class C>
@@ -20,13 +25,4 @@ DLK_INLINE void load_operands(DType dtype, const void* p, int64_t n, C* out) {
   }
 }
 
-// States, which may be absent: read as zeros, and not written.
-template <class C>
-DLK_INLINE Vec<C> load_state(const StateTensor<const void*>& state, int64_t at, int n) {
-  return state.data ? load_any<C>(state.dtype, state.data, at, n) : Vec<C>::zero();
-}
-
-template <class C>
-DLK_INLINE void store_state(const StateTensor<void*>& state, int64_t at, Vec<C> value, int n) {
-  if (state.data) store_any<C>(state.dtype, state.data, at, value, n);
-}
+DLK_ISA_END

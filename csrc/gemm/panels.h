@@ -2,6 +2,11 @@
 // up to four vectors of columns, zero padded to whole vectors; a panel is one or two strips
 // (strip_vectors), each [K][vectors * Vec::size]. Gate panels take one vector per gate for the same hidden units, so
 // that the tile of a panel holds all that the cell equation of those units needs.
+#pragma once
+
+#include "gemm/operands.h"
+
+DLK_ISA_BEGIN
 
 struct PanelShape {
   int64_t K;    // length of the products, in items (tile.h)
@@ -180,3 +185,5 @@ class Panels {
   const void* weights_ = nullptr;
   C* buffer_ = nullptr;
 };
+
+DLK_ISA_END

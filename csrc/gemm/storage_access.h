@@ -1,6 +1,14 @@
 // Reads and writes of tensors in their storage dtype, as vectors of the compute type.
 // The dtype is a run-time value: a branch per vector, always taken the same way, against
 // one more copy of every algorithm per dtype.
+#pragma once
+
+#include <type_traits>
+
+#include "simd/bf16_unit.h"
+#include "simd/vec.h"
+
+DLK_ISA_BEGIN
 
 DLK_INLINE int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
@@ -93,3 +101,5 @@ template <class C>
 DLK_INLINE bool is_compute_type(DType dtype) {
   return dtype == (std::is_same_v<C, double> ? DType::f64 : DType::f32);
 }
+
+DLK_ISA_END

@@ -4,10 +4,18 @@
 // Every output is a chain of multiply-adds in the order of k, cut into slices whose sums are added
 // up in order: the rounding error of one long chain grows with its length. The order is the
 // same for every shape of the tile, so a row's result does not depend on the rows beside it.
-// No include guard: included once per ISA, see docs/architecture.md.
+//
 //
 // Where kPairs, an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
 // values, and each adds two products.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "gemm/storage_access.h"
+
+DLK_ISA_BEGIN
 
 constexpr int kItemValues = kPairs ? 2 : 1;
 // What operands are stored as before they are multiplied.
@@ -215,3 +223,5 @@ template <class C>
 struct alignas(64) TileBuffer {
   C data[kMaxRows * kMaxVectors * Vec<C>::size];
 };
+
+DLK_ISA_END

@@ -1,8 +1,16 @@
 // A matrix unit: four tiles of sums, 16 x 16 floats, two by two; two tiles of 16 rows of 32 bf16 values, beside them;
 // two of 16 columns of them, above: of each column 16 pairs of values, [pair][column]. multiply_add adds to each sum
-// the product of its row and its column. Strides are in bytes. No include guard: see target.h.
+// the product of its row and its column. Strides are in bytes.
 //
 // With DLK_EMULATE_BF16 in plain C++, to the last bit, and it stops the program where no Session is open.
+#pragma once
+
+#ifndef DLK_ISA
+#define DLK_ISA amx
+#endif
+#include "simd/bf16_pairs.h"
+
+DLK_ISA_BEGIN
 
 #ifdef DLK_EMULATE_BF16
 
@@ -243,3 +251,5 @@ struct Bf16Unit : Bf16Pairs {
     return p + kSize * stride / static_cast<int64_t>(sizeof(S));
   }
 };
+
+DLK_ISA_END

@@ -1,4 +1,12 @@
-// Vec of 8 floats or 4 doubles. No include guard: see target.h. Semantics: scalar.h.
+// Vec of 8 floats or 4 doubles. Semantics: scalar.h.
+#pragma once
+
+#ifndef DLK_ISA
+#define DLK_ISA avx2
+#endif
+#include "simd/isa.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 struct Vec;
@@ -265,4 +273,4 @@ DLK_INLINE Vec<double> bias_of_bools<double>(const uint8_t* bytes) {
   return {_mm256_and_pd(off, _mm256_set1_pd(-std::numeric_limits<double>::infinity()))};
 }
 
-#include "common.h"
+DLK_ISA_END

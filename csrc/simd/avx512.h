@@ -1,4 +1,12 @@
-// Vec of 16 floats or 8 doubles. No include guard: see target.h. Semantics: scalar.h.
+// Vec of 16 floats or 8 doubles. Semantics: scalar.h.
+#pragma once
+
+#ifndef DLK_ISA
+#define DLK_ISA avx512
+#endif
+#include "simd/isa.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 struct Vec;
@@ -280,4 +288,4 @@ DLK_INLINE Vec<double> bias_of_bools<double>(const uint8_t* bytes) {
   return {_mm512_maskz_mov_pd(off, _mm512_set1_pd(-std::numeric_limits<double>::infinity()))};
 }
 
-#include "common.h"
+DLK_ISA_END

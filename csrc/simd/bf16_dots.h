@@ -1,6 +1,14 @@
 // Products of bf16 by AVX512_BF16. vdpbf16ps adds to each of 16 sums the products of a pair of its row, broadcast, and
 // one of its column: the odd values', then the even ones', each rounded once; denormals, in or out, count as 0. It
-// takes as long as an fma and does twice the work. No include guard: see target.h.
+// takes as long as an fma and does twice the work.
+#pragma once
+
+#ifndef DLK_ISA
+#define DLK_ISA avx512_bf16
+#endif
+#include "simd/bf16_pairs.h"
+
+DLK_ISA_BEGIN
 
 struct Bf16Unit : Bf16Pairs {
   static constexpr bool kPresent = true;
@@ -133,3 +141,5 @@ struct Bf16Unit : Bf16Pairs {
   }
 #endif
 };
+
+DLK_ISA_END

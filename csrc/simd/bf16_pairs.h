@@ -1,7 +1,15 @@
 // What multiplies bf16 two values at a time takes them as pairs, which travel as the bits of floats: the even value is
-// the lower half. No include guard: see target.h.
+// the lower half.
 //
 // With DLK_EMULATE_BF16 products are made in plain C++, to the last bit, for machines without the instructions.
+#pragma once
+
+#ifndef DLK_ISA
+#define DLK_ISA avx512_bf16
+#endif
+#include "simd/vec.h"
+
+DLK_ISA_BEGIN
 
 #ifdef DLK_EMULATE_BF16
 
@@ -50,3 +58,5 @@ struct Bf16Pairs {
     return _mm512_mask_or_epi32(sum, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
   }
 };
+
+DLK_ISA_END

@@ -1,5 +1,9 @@
 // What is the same for every Vec: storage conversions by type, and block transposes.
-// No include guard: each ISA's header ends with it.
+#pragma once
+
+#include "simd/vector.h"
+
+DLK_ISA_BEGIN
 
 // n lanes of S in memory as C lanes; S is C, or bf16 or f16 with C = float.
 template <class C, class S>
@@ -54,3 +58,5 @@ inline void transpose_block(const S* src, ptrdiff_t src_ld, int rows, int cols, 
     for (int c = 0; c < cols; ++c) block[c].store(dst + c * dst_ld);
   }
 }
+
+DLK_ISA_END

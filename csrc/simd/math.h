@@ -1,5 +1,5 @@
 // exp, Exp2Down, sigmoid, tanh and relu over Vec or Pair, written once for
-// every ISA. No include guard: see target.h.
+// every ISA.
 //
 // y = n ln2 + r with |r| <= ln2 / 2, and e^y = 2^n (1 + p), p = expm1(r) by a
 // polynomial. Keeping 2^n and p apart lets sigmoid and tanh add their own 1 to
@@ -10,8 +10,12 @@
 // (Remez exchange) of the error relative to expm1: 1.4e-8 for float, 2.4e-17 for
 // double. ln2 is split so that n * ln2_hi is exact (Cody and Waite) also where
 // there is no fma.
+#pragma once
 
-#include "pair.h"
+#include "simd/vector.h"
+#include "simd/pair.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 struct ExpConstants;
@@ -142,3 +146,5 @@ template <class V>
 DLK_INLINE V relu(V x) {
   return max(V::zero(), x);
 }
+
+DLK_ISA_END

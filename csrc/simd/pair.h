@@ -1,6 +1,13 @@
 // Two vectors that go through the same arithmetic as one: what is written for one Vec then
 // leaves the processor two independent chains, where one alone would wait for its own
-// latencies. No include guard: see target.h.
+// latencies.
+#pragma once
+
+#include <type_traits>
+
+#include "simd/vector.h"
+
+DLK_ISA_BEGIN
 
 template <class V>
 struct Pair {
@@ -82,3 +89,5 @@ template <class V>
 DLK_INLINE Pair<V> exponent_from_bits(Pair<V> x) {
   return {exponent_from_bits(x.a), exponent_from_bits(x.b)};
 }
+
+DLK_ISA_END

@@ -1,5 +1,9 @@
 // Vec of one lane: the portable build, and the reading of what each operation means.
-// No include guard: see target.h.
+#pragma once
+
+#include "simd/isa.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 struct Vec {
@@ -160,4 +164,4 @@ DLK_INLINE Vec<C> bias_of_bools(const uint8_t* bytes) {
   return {*bytes ? C(0) : -std::numeric_limits<C>::infinity()};
 }
 
-#include "common.h"
+DLK_ISA_END

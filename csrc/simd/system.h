@@ -8,8 +8,9 @@
 #include <cstring>
 #include <limits>
 
-#include "storage.h"
-#include "target.h"
+#include "core/types.h"
+#include "simd/storage.h"
+#include "simd/target.h"
 
 #ifdef DLK_X86
 // GCC 11 and 12 initialise their undefined vectors with themselves and then warn about it.

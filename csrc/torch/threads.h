@@ -1,7 +1,7 @@
 // The threads kernels run on: torch's own pool.
 #pragma once
 
-#include "rnn/params.h"
+#include "core/types.h"
 
 namespace dlk {
 

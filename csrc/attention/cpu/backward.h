@@ -4,6 +4,15 @@
 //   dP = v do^T,  dS = P (dP - delta + dlse),  delta = sum(do o),
 // all of them [key][lane], and dv += P do, dk += dS q, dq += dS k. dq of the parts of the keys is added up
 // in order by the task that ends last.
+#pragma once
+
+#include "attention/cpu/delta.h"
+#include "attention/cpu/dot.h"
+#include "attention/cpu/gradients.h"
+#include "attention/cpu/mask_gradient.h"
+#include "attention/cpu/packed_backward.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 class AttentionBackward {
@@ -399,3 +408,5 @@ class AttentionBackward {
     }
   }
 };
+
+DLK_ISA_END

@@ -1,6 +1,11 @@
 // delta = sum(do o) of every row, before what needs it of the backward: summed in the order of dP, so that a row
 // that sees one key gets a gradient of exactly 0. And the gradients of the sinks: a sink has the
 // probability like a key, and no value.
+#pragma once
+
+#include "attention/cpu/scores.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 class RowDeltas {
@@ -86,3 +91,5 @@ class RowDeltas {
     sinks_[lanes.b * s_.H + lanes.head[lane]] -= probability * delta;
   }
 };
+
+DLK_ISA_END

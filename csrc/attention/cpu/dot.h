@@ -1,5 +1,10 @@
 // Products of few query rows (decode): keys as they lie, in their own type, a dot product for each key
 // and row. Nothing of the keys is copied, and all rows that share them use each while it is in registers.
+#pragma once
+
+#include "attention/cpu/state.h"
+
+DLK_ISA_BEGIN
 
 // Rows that will be wanted next, and go to the cache meanwhile.
 struct RowsAhead {
@@ -97,3 +102,5 @@ DLK_INLINE void dot_rows(DType dtype, int64_t rows, const C* q, int64_t ldq, int
     }
   }
 }
+
+DLK_ISA_END

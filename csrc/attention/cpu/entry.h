@@ -1,4 +1,12 @@
 // The table of this ISA: run-time dtype to the templates above.
+#pragma once
+
+#include "attention/cpu/backward.h"
+#include "attention/cpu/forward.h"
+#include "attention/cpu/map.h"
+#include "attention/cpu/table.h"
+
+DLK_ISA_BEGIN
 
 // The list of what is taken is walked twice: to add up, and to hand out.
 template <class Work>
@@ -63,4 +71,6 @@ inline int attention_map_entry(const AttentionMapParams& params, const Attention
                            [&](auto zero) { return attention_map_as<decltype(zero)>(params, plan, runtime); });
 }
 
-const AttentionTable kAttention = {kIsa, attention_forward_entry, attention_backward_entry, attention_map_entry};
+constexpr AttentionTable kAttention = {kIsa, attention_forward_entry, attention_backward_entry, attention_map_entry};
+
+DLK_ISA_END

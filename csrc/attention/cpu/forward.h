@@ -1,5 +1,10 @@
 // Forward of attention: for each block of rows, all panels of queries walk along the keys, block
 // by block. Where the keys are split, the task that ends last adds up the parts, in order.
+#pragma once
+
+#include "attention/cpu/dot.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 class AttentionForward {
@@ -239,3 +244,5 @@ class AttentionForward {
                      static_cast<int>(std::min<int64_t>(V::size, s_.Dv - x)));
   }
 };
+
+DLK_ISA_END

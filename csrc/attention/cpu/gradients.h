@@ -1,5 +1,11 @@
 // From a tile's scores and the gradients dP of its probabilities to P, as the values had it, and to the gradients dS of
 // the scores, both in place.
+#pragma once
+
+#include "attention/cpu/scores.h"
+#include "attention/cpu/philox.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 class ScoreGradients {
@@ -118,3 +124,5 @@ class ScoreGradients {
     return select_lt(p, V::set1(std::numeric_limits<C>::min()), V::zero(), p * g);
   }
 };
+
+DLK_ISA_END

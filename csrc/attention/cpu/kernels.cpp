@@ -1,5 +1,5 @@
 // The torch-free entry points of attention: plan, run, remember.
-#include "table.h"
+#include "attention/cpu/table.h"
 
 namespace dlk {
 namespace {
@@ -32,18 +32,16 @@ void attention_map(const AttentionMapParams& params, const Runtime& runtime) {
 const AttentionLastRun& attention_last_run() { return g_last_run; }
 
 const AttentionTable& attention_kernels(Isa isa) {
-#ifdef DLK_AMX
-  if (isa == Isa::amx) return amx::kAttention;
-#endif
-#ifdef DLK_AVX512_BF16
-  if (isa == Isa::avx512_bf16) return avx512_bf16::kAttention;
-#endif
-#ifdef DLK_X86
-  if (isa == Isa::avx512) return avx512::kAttention;
-  if (isa == Isa::avx2) return avx2::kAttention;
-#endif
-  (void)isa;
-  return scalar::kAttention;
+  const AttentionTable* table = &kAttention_scalar;
+  switch (isa) {
+#define DLK_ISA_ROW(name, features, vectors, bf16) \
+  case Isa::name:                                  \
+    table = &kAttention_##name;                    \
+    break;
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+  }
+  return table->forward ? *table : kAttention_scalar;
 }
 
 }  // namespace dlk

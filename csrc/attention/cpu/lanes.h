@@ -1,5 +1,12 @@
 // A task's rows, one lane each, in panels that are strips (attention_tile.h); and the way of a tensor's rows into
 // lanes ([width][lanes]) and back.
+#pragma once
+
+#include "attention/cpu/tile.h"
+#include "attention/cpu/tasks.h"
+#include "core/scratch.h"
+
+DLK_ISA_BEGIN
 
 struct LanePanel {
   int64_t lane;  // the first
@@ -239,3 +246,5 @@ DLK_INLINE KeyRows<C> read_rows(DType dtype, const void* from, int64_t row_strid
   }
   return {copy, ld};
 }
+
+DLK_ISA_END

@@ -1,5 +1,10 @@
 // The probabilities of attention, pooled: cell (r, c) is the mean over the queries of bin r of the sum
 // over the keys of bin c. A task has some bins of rows of one head.
+#pragma once
+
+#include "attention/cpu/state.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 class AttentionMap {
@@ -113,3 +118,5 @@ class AttentionMap {
     }
   }
 };
+
+DLK_ISA_END

@@ -4,6 +4,11 @@
 // (AttentionTasks::of_keys). A place that is no other head's has one tile, which is stored: nothing is read, or filled
 // with zeros before. Where either is broadcast, sums of each head go to `parts`, which is linear
 // in the lengths, and are added up in order at the end.
+#pragma once
+
+#include "attention/cpu/scores.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 class MaskGradientSums {
@@ -159,3 +164,5 @@ class MaskGradientSums {
     }
   }
 };
+
+DLK_ISA_END

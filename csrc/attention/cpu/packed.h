@@ -3,6 +3,11 @@
 // everywhere: rows are keys where the products are scores, lanes are the columns. Of NaN and infinity beside what may
 // not be seen: where a block is not covered to its ends, zeros meet what lies beyond them, so the caller goes another
 // way if that is not finite.
+#pragma once
+
+#include "attention/cpu/philox.h"
+
+DLK_ISA_BEGIN
 
 DLK_INLINE int64_t rounded_up(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
 // Values of a row in memory,
@@ -155,3 +160,5 @@ class PackedForward {
 
   C* rows_of(const LanePanel& panel) const { return q_ + panel.lane * values_rounded<T>(D_) / 2; }
 };
+
+DLK_ISA_END

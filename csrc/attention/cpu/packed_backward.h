@@ -1,5 +1,10 @@
 // A worker's operands of the backward on a bf16 unit: a chunk of keys, a block of rows. Tiles of weights, P and dS,
 // lie [key of the tile][lane of the block].
+#pragma once
+
+#include "attention/cpu/packed.h"
+
+DLK_ISA_BEGIN
 
 template <class C, class T>
 class PackedBackward {
@@ -73,3 +78,5 @@ class PackedBackward {
                 out + (at + range.begin_of(T::kRows)) * width, width, true);
   }
 };
+
+DLK_ISA_END

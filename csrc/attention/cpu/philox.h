@@ -1,5 +1,10 @@
 // Dropout's random numbers: Philox4x32-10, a function of (seed, offset) and of the element's
 // place alone, so that forward, backward and every tiling see the same mask.
+#pragma once
+
+#include "attention/cpu/scores.h"
+
+DLK_ISA_BEGIN
 
 // words[w][lane] for w = 0..3: word w of counter (c0, rows[lane], heads[lane], offset). `lanes` is a
 // multiple of Words::size.
@@ -54,3 +59,5 @@ DLK_INLINE void drop_tile(const Dropout& dropout, const Lanes<C>& lanes, const S
               where_at_least<C>(words + (j % 4) * wide + l, dropout.threshold, static_cast<C>(dropout.kept)));
   }
 }
+
+DLK_ISA_END

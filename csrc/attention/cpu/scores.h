@@ -1,6 +1,11 @@
 // From products q.k to scores: scale, softcap, ALiBi, mask, and what may not be seen set to -inf.
 // Tiles lie [key][lane]. A call without any of these keeps its raw products: the scale
 // is then a factor inside the exponential.
+#pragma once
+
+#include "attention/cpu/lanes.h"
+
+DLK_ISA_BEGIN
 
 // A rectangle of scores: a panel by keys [first, first + keys).
 template <class C>
@@ -267,3 +272,5 @@ class Scores {
     }
   }
 };
+
+DLK_ISA_END

@@ -1,6 +1,11 @@
 // What the keys so far have made of a task's rows: m, about the maximum of each row's scores, the sum
 // l of their exponentials from there, and the sum o of the values (online softmax). The exponential of m itself is
 // exactly 1.
+#pragma once
+
+#include "attention/cpu/packed_backward.h"
+
+DLK_ISA_BEGIN
 
 template <class C>
 struct RowState {
@@ -179,3 +184,5 @@ struct RowState {
       }
   }
 };
+
+DLK_ISA_END

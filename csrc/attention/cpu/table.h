@@ -1,8 +1,7 @@
-// The attention kernels of each instruction set: one table, filled by isa/attention_<name>.cpp.
+// What the attention kernels of an instruction set offer.
 #pragma once
 
-#include "tasks.h"
-#include "simd/target.h"
+#include "attention/cpu/tasks.h"
 
 namespace dlk {
 
@@ -14,28 +13,10 @@ struct AttentionTable {
   int (*map)(const AttentionMapParams&, const AttentionPlan&, const Runtime&);
 };
 
-namespace scalar {
-extern const AttentionTable kAttention;
-}
-#ifdef DLK_X86
-namespace avx2 {
-extern const AttentionTable kAttention;
-}
-namespace avx512 {
-extern const AttentionTable kAttention;
-}
-#endif
-// These are for plans of bf16 and tiles only.
-#ifdef DLK_AVX512_BF16
-namespace avx512_bf16 {
-extern const AttentionTable kAttention;
-}
-#endif
-#ifdef DLK_AMX
-namespace amx {
-extern const AttentionTable kAttention;
-}
-#endif
+// One for each row of core/isas.def (kernels_of_isa.cpp); empty where the compiler does not know it.
+#define DLK_ISA_ROW(name, features, vectors, bf16) extern const AttentionTable kAttention_##name;
+#include "core/isas.def"
+#undef DLK_ISA_ROW
 
 const AttentionTable& attention_kernels(Isa isa);
 

@@ -2,6 +2,11 @@
 // contiguous), by the kernel of tile.h, or columns (r contiguous). Queries fill the lanes, so keys and
 // values are read as they lie, by broadcasts, and softmax never sums across a vector.
 // The order of every sum depends on K alone.
+#pragma once
+
+#include "gemm/tile.h"
+
+DLK_ISA_BEGIN
 
 // n rounded up to whole vectors.
 template <class C>
@@ -154,3 +159,5 @@ DLK_NOINLINE bool all_finite(const C* a, int64_t lda, int64_t rows, int64_t widt
   const C sum = hsum((sums[0] + sums[1]) + (sums[2] + sums[3]));
   return sum == 0;
 }
+
+DLK_ISA_END

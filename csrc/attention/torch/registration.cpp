@@ -16,8 +16,15 @@ namespace {
 const char* kernel_name(AttentionPlan::Kernel kernel) { return kernel == AttentionPlan::dot ? "dot" : "tiles"; }
 
 const char* through(Isa isa) {
-  if (isa == Isa::amx) return " through the matrix unit, ";
-  return isa == Isa::avx512_bf16 ? " through register tiles, multiplied as bf16, " : " through register tiles, ";
+  switch (bf16_products(isa)) {
+    case Bf16Products::tiles:
+      return " through the matrix unit, ";
+    case Bf16Products::dots:
+      return " through register tiles, multiplied as bf16, ";
+    case Bf16Products::as_float:
+      break;
+  }
+  return " through register tiles, ";
 }
 
 std::string plan_reason(const AttentionPlan& plan, const AttentionShape& shape) {

@@ -1,6 +1,11 @@
 // Elman RNN cell step, forward and backward (Elman 1990), with tanh or relu:
 //   h' = act(x + h)
-// x carries both biases. Saved for the backward: h'. No include guard: see docs/architecture.md.
+// x carries both biases. Saved for the backward: h'.
+#pragma once
+
+#include "rnn/cells/region.h"
+
+DLK_CELLS_BEGIN
 
 template <bool kRelu>
 struct ElmanCell {
@@ -35,3 +40,5 @@ struct ElmanCell {
     }
   }
 };
+
+DLK_CELLS_END

@@ -3,7 +3,12 @@
 //   r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z);  n = tanh(x_n + r * h_n)
 //   h' = n + z * (h - n)
 // x_* carries b_ih, and b_hh too for r and z; h_n carries its own b_hh.
-// Saved for the backward: r, z, n, h_n, h'. No include guard: see docs/architecture.md.
+// Saved for the backward: r, z, n, h_n, h'.
+#pragma once
+
+#include "rnn/cells/region.h"
+
+DLK_CELLS_BEGIN
 
 struct GruCell {
   static constexpr int kGates = 3, kSaved = 5, kNarrow = 2, kGateGrads = 4;
@@ -43,3 +48,5 @@ struct GruCell {
     return dh * z;
   }
 };
+
+DLK_CELLS_END

@@ -3,7 +3,12 @@
 //   i, f, o = sigmoid(x_i + h_i), ...;  g = tanh(x_g + h_g)
 //   c' = f * c + i * g;  h' = o * tanh(c')
 // x_*, h_* are the input and hidden products; x_* carries both biases.
-// Saved for the backward: i, f, g, o, c'. No include guard: see docs/architecture.md.
+// Saved for the backward: i, f, g, o, c'.
+#pragma once
+
+#include "rnn/cells/region.h"
+
+DLK_CELLS_BEGIN
 
 struct LstmCell {
   static constexpr int kGates = 4, kSaved = 5, kNarrow = 0, kGateGrads = 4;
@@ -47,3 +52,5 @@ struct LstmCell {
     return o * tanh_c;
   }
 };
+
+DLK_CELLS_END

@@ -9,6 +9,17 @@
 //
 // Teams split as in the forward; the GEMMs of a chunk are shared by all of the direction.
 // No sum depends on the size of the team.
+#pragma once
+
+#include "core/scratch.h"
+#include "core/team.h"
+#include "gemm/gemm.h"
+#include "rnn/cpu/record.h"
+#include "rnn/cpu/sequence_layout.h"
+#include "rnn/cpu/states.h"
+#include "rnn/params.h"
+
+DLK_ISA_BEGIN
 
 template <class C, class Cell>
 class Backward {
@@ -238,3 +249,5 @@ class Backward {
   const Record<C, Cell> record_;
   C *block_[kMaxMembers] = {}, *panel_[kMaxMembers] = {};
 };
+
+DLK_ISA_END

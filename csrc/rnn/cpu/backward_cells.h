@@ -1,4 +1,9 @@
 // One row's way through the cell's backward (see backward_walk.h).
+#pragma once
+
+#include "rnn/cpu/backward_walk.h"
+
+DLK_ISA_BEGIN
 
 // Where the row's values lie is found once for all of its units: per vector it took longer than the arithmetic.
 template <class C, class Cell>
@@ -67,3 +72,5 @@ struct Backward<C, Cell>::Walk::CellRow {
       for (int k = 0; k < kSlots; ++k) store_as(rounded + k * H + j, dgates[k], n);
   }
 };
+
+DLK_ISA_END

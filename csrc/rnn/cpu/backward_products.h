@@ -1,4 +1,9 @@
 // What the backward makes of the gate gradients of a chunk of steps (see backward.h).
+#pragma once
+
+#include "rnn/cpu/backward.h"
+
+DLK_ISA_BEGIN
 
 // dx, weight gradients and gate gradients of the rows of one chunk.
 template <class C, class Cell>
@@ -140,3 +145,5 @@ void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
     store(to.b_hh, x.dbias, G_);
   }
 }
+
+DLK_ISA_END

@@ -1,6 +1,11 @@
 // The steps of the backward, for one member's sequences and units (see backward.h).
 // `q` counts steps in the order of the backward; "next" is the step before in that order,
 // which is the next one in the order of the forward.
+#pragma once
+
+#include "rnn/cpu/backward.h"
+
+DLK_ISA_BEGIN
 
 template <class C, class Cell>
 struct Backward<C, Cell>::Walk {
@@ -182,3 +187,5 @@ struct Backward<C, Cell>::Walk {
     }
   }
 };
+
+DLK_ISA_END

@@ -1,4 +1,15 @@
 // The table of this ISA: run-time cell and dtype to the templates above.
+#pragma once
+
+#include "rnn/cells/elman.h"
+#include "rnn/cells/gru.h"
+#include "rnn/cells/lstm.h"
+#include "rnn/cpu/backward_cells.h"
+#include "rnn/cpu/backward_products.h"
+#include "rnn/cpu/forward_walk.h"
+#include "rnn/cpu/table.h"
+
+DLK_ISA_BEGIN
 
 template <class F>
 DLK_INLINE auto with_cell(CellKind cell, F f) {
@@ -101,6 +112,8 @@ inline void pack_entry(const LayerShape& shape, const DirectionWeights* weights,
   });
 }
 
-const KernelTable kKernels = {
+constexpr KernelTable kKernels = {
     kIsa, forward_entry, backward_entry, panel_bytes_entry, pack_entry,
 };
+
+DLK_ISA_END

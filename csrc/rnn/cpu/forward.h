@@ -11,6 +11,19 @@
 // With saving, a chunk's products are written where the activations will be saved, if there is room, and the cell
 // equation overwrites them. Else they lie as c does, in the order in which the cells want
 // them: a vector's width of units, then row by row, all gates together.
+#pragma once
+
+#include "core/scratch.h"
+#include "core/team.h"
+#include "gemm/dot.h"
+#include "gemm/gemm.h"
+#include "rnn/cpu/record.h"
+#include "rnn/cpu/sequence_layout.h"
+#include "rnn/cpu/states.h"
+#include "rnn/cpu/weights.h"
+#include "rnn/params.h"
+
+DLK_ISA_BEGIN
 
 template <class C, class Cell>
 class Forward {
@@ -129,3 +142,5 @@ class Forward {
   Operand<C>* rounded_[2] = {};  // h, where products do not take it as it is
   Tables tables_[kMaxMembers];
 };
+
+DLK_ISA_END

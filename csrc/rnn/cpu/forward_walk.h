@@ -1,5 +1,10 @@
 // The steps of the forward: one member's way through one direction with its sequences
 // (see forward.h).
+#pragma once
+
+#include "rnn/cpu/forward.h"
+
+DLK_ISA_BEGIN
 
 template <class C, class Cell>
 struct Forward<C, Cell>::Walk {
@@ -397,3 +402,5 @@ struct Forward<C, Cell>::Walk {
     emit(t, parity, row, i, j, n, out);
   }
 };
+
+DLK_ISA_END

@@ -1,7 +1,7 @@
 // The torch-free entry points: plan, run, remember; and the header of prepacked weights.
 #include <cstring>
 
-#include "table.h"
+#include "rnn/cpu/table.h"
 
 namespace dlk {
 namespace {
@@ -73,15 +73,16 @@ bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shap
 const LastRun& rnn_last_run() { return g_last_run; }
 
 const KernelTable& kernels(Isa isa) {
-#ifdef DLK_AVX512_BF16
-  if (isa == Isa::avx512_bf16) return avx512_bf16_layers::kKernels;
-#endif
-#ifdef DLK_X86
-  if (isa == Isa::avx512) return avx512::kKernels;
-  if (isa == Isa::avx2) return avx2::kKernels;
-#endif
-  (void)isa;
-  return scalar::kKernels;
+  const KernelTable* table = &kLayers_scalar;
+  switch (isa) {
+#define DLK_ISA_ROW(name, features, vectors, bf16) \
+  case Isa::name:                                  \
+    table = &kLayers_##name;                       \
+    break;
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+  }
+  return table->forward ? *table : kLayers_scalar;
 }
 
 }  // namespace dlk

@@ -1,7 +1,7 @@
 // Decides, before anything runs, how a call is carried out. The kernels follow.
 #include <algorithm>
 
-#include "table.h"
+#include "rnn/cpu/table.h"
 
 namespace dlk {
 namespace {
@@ -30,7 +30,8 @@ constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roug
 }  // namespace
 
 Isa layer_isa(const LayerShape& shape, Isa isa) {
-  const bool pairs = isa > Isa::avx512 && shape.dtype == DType::bf16 && shape.I % 2 == 0 && shape.H % 2 == 0;
+  const bool pairs = bf16_products(isa) != Bf16Products::as_float && shape.dtype == DType::bf16 && shape.I % 2 == 0 &&
+                     shape.H % 2 == 0;
   return pairs && shape.P == 0 ? Isa::avx512_bf16 : vector_isa(isa);
 }
 

@@ -1,5 +1,11 @@
 // What the forward saves of a row for the backward: slots of H values of the compute type. In a call of a 16-bit type
 // the last Cell::kNarrow of them have that type, so that h' takes no more memory than y does.
+#pragma once
+
+#include "gemm/storage_access.h"
+#include "rnn/params.h"
+
+DLK_ISA_BEGIN
 
 template <class C, class Cell>
 class Record {
@@ -42,3 +48,5 @@ class Record {
   const bool narrow_;
   const DType dtype_;
 };
+
+DLK_ISA_END

@@ -1,9 +1,8 @@
-// What each instruction set offers: one table, filled by isa/<name>.cpp.
+// What the recurrent kernels of an instruction set offer.
 #pragma once
 
 #include "rnn/params.h"
-#include "sequence_layout.h"
-#include "simd/target.h"
+#include "rnn/cpu/sequence_layout.h"
 
 namespace dlk {
 
@@ -15,22 +14,10 @@ struct KernelTable {
   void (*pack)(const LayerShape&, const DirectionWeights*, void* panels);
 };
 
-namespace scalar {
-extern const KernelTable kKernels;
-}
-#ifdef DLK_X86
-namespace avx2 {
-extern const KernelTable kKernels;
-}
-namespace avx512 {
-extern const KernelTable kKernels;
-}
-#endif
-#ifdef DLK_AVX512_BF16
-namespace avx512_bf16_layers {
-extern const KernelTable kKernels;  // for bf16 of layers that layer_isa() gives to it only
-}
-#endif
+// One for each row of core/isas.def (kernels_of_isa.cpp); empty where layers have no kernels of their own.
+#define DLK_ISA_ROW(name, features, vectors, bf16) extern const KernelTable kLayers_##name;
+#include "core/isas.def"
+#undef DLK_ISA_ROW
 
 const KernelTable& kernels(Isa isa);
 

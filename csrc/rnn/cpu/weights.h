@@ -1,6 +1,14 @@
 // The weights of one direction in the form the forward recurrence reads: panels of
 // W_ih, W_hh and W_hr, and the biases in the compute type. The same form serves one call
 // (in scratch) and prepacked layers (behind a header, see rnn_kernels.cpp).
+#pragma once
+
+#include "core/team.h"
+#include "gemm/operands.h"
+#include "gemm/panels.h"
+#include "rnn/params.h"
+
+DLK_ISA_BEGIN
 
 struct WeightLayout {
   PanelShape ih, hh, hr;
@@ -70,3 +78,5 @@ DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, co
       pack_panel_transposed<C>(*part.shape, p, w.dtype, part.weights, part.to + part.shape->offset(p));
   }
 }
+
+DLK_ISA_END

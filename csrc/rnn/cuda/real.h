@@ -1,4 +1,4 @@
-// The vector type of csrc/cells on the GPU: one float. The equations are included here, once for all kernels.
+// The vector type of csrc/rnn/cells on the GPU: one float. The equations are included here, once for all kernels.
 #pragma once
 
 #include <cmath>
@@ -28,9 +28,21 @@ DLK_DEVICE Real tanh(Real a) { return {tanhf(a.v)}; }
 // NaN stays NaN.
 DLK_DEVICE Real relu(Real a) { return {a.v < 0.0f ? 0.0f : a.v}; }
 
+}  // namespace gpu
+}  // namespace dlk
+
+#define DLK_CELLS_BEGIN \
+  namespace dlk {       \
+  namespace gpu {
+#define DLK_CELLS_END \
+  }                   \
+  }
+#include "rnn/cells/elman.h"
 #include "rnn/cells/gru.h"
 #include "rnn/cells/lstm.h"
-#include "rnn/cells/elman.h"
+
+namespace dlk {
+namespace gpu {
 
 // tanh or relu by a flag of the call: one kernel for both.
 struct RnnCell : ElmanCell<false> {

@@ -125,7 +125,7 @@ struct SequenceBackward {
   unsigned* counters;
 };
 
-// Return CUDA's error number, 0 for success. `plan` is of kind cluster or grid. One file of csrc/cuda compiles each
+// Return CUDA's error number, 0 for success. `plan` is of kind cluster or grid. One file of csrc/rnn/cuda compiles each
 // direction for each dtype.
 template <DType dtype>
 int launch_sequence(const SequenceForward& params, const SequencePlan& plan, void* stream);

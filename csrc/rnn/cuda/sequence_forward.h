@@ -5,7 +5,7 @@
 // Grid: x = slice of the units, y = tile of the sequences, z = direction. Time runs from the end in the second
 // direction, where a sequence joins at its own last step; until then its h stays h_0. c, and h for the gru, stay in
 // shared memory in float32, each element touched by one thread only. Saved for the backward: what the cell saves
-// (csrc/cells), in float32; the last slot is the state after the step.
+// (csrc/rnn/cells), in float32; the last slot is the state after the step.
 #pragma once
 
 #include "group.h"
