@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -29,9 +30,12 @@ from typing import NamedTuple
 from find_torch import REQUIREMENT, find_torch
 
 ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+# Compiled once for each instruction set.
+PER_ISA = "kernels_of_isa.cpp"
 DEFAULT_OPT = "2"
 DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
-# Plain C++, which explain asks anywhere.
+# Of the CUDA folders, plain C++ that explain asks anywhere.
 PLAN = ("plan_cap", "sequence_plan")
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11: one module for every torch from there on
 
@@ -47,12 +51,12 @@ rule compile
   command = $cxx -MMD -MF $out.d $cflags$own -c $in -o $out
   depfile = $out.d
   deps = gcc
-  description = compile $in
+  description = compile $out
 rule compile_cuda
   command = $nvcc -MD -MF $out.d $nvflags -c $in -o $out
   depfile = $out.d
   deps = gcc
-  description = compile $in
+  description = compile $out
 rule link
   command = $cxx -shared $in -o $out $ldflags
   description = link $out
@@ -88,13 +92,29 @@ def module_name() -> str:
     return f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
-def sources(cuda: bool) -> list[Path]:
-    files = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")]
-    if cuda:
-        files += [*(ROOT / "csrc" / "cuda").glob("*.cpp"), *(ROOT / "csrc" / "cuda").glob("*.cu")]
-    else:
-        files += [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in PLAN]
-    return sorted(files)
+class Unit(NamedTuple):
+    """A file to compile, its object below the build folder, and the instruction set that it is compiled for, if any."""
+
+    source: Path
+    object: str
+    isa: str = ""
+
+
+def isas() -> list[str]:
+    """The rows of csrc/core/isas.def."""
+    return re.findall(r"^DLK_ISA_ROW\((\w+),", (CSRC / "core" / "isas.def").read_text(), re.MULTILINE)
+
+
+def units(cuda: bool) -> list[Unit]:
+    """All that makes the module; what takes longest to compile comes first."""
+    found, kernels = [], []
+    for source in sorted([*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")]):
+        name = str(source.relative_to(CSRC))
+        if source.name == PER_ISA:
+            kernels += [Unit(source, f"{name.removesuffix('.cpp')}.{isa}.o", isa) for isa in reversed(isas())]
+        elif cuda or source.stem in PLAN or "cuda" not in source.relative_to(CSRC).parts:
+            found.append(Unit(source, f"{name}.o"))
+    return kernels + found
 
 
 class Cuda(NamedTuple):
@@ -162,6 +182,7 @@ def nvcc_flags(archs: list[str]) -> list[str]:
     return [
         "-std=c++17",
         "-O3",
+        f"-I{CSRC}",
         "--expt-relaxed-constexpr",
         *codes,
         "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage",
@@ -221,7 +242,7 @@ def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
         f'-DDLKERNELS_BUILD_FLAGS="{" ".join(tuning)}"',
         # Messages of torch's headers name their file: without the folders of whoever compiled.
         *(f"-fmacro-prefix-map={path}/=" for path in (ROOT, *torch.include)),
-        f"-I{ROOT / 'csrc'}",
+        f"-I{CSRC}",
         *(f"-isystem{path}" for path in system),
     ]
     # No rpath: torch is imported first, and its libraries then serve by their names.
@@ -257,20 +278,23 @@ def _write_ninja_file(build_dir: Path, opt: str, cuda: Cuda | None, why_no_cuda:
         nvflags = [*nvcc_flags(cuda.archs), "-Xcompiler=-fPIC,-fvisibility=hidden"]
         link_flags += [f"-L{cuda.lib}", "-lcudart_static", "-ldl", "-lrt"]
     target = build_dir / module_name()
-    objects = {source: build_dir / f"{source.relative_to(ROOT / 'csrc')}.o" for source in sources(cuda is not None)}
     rules = {".cpp": "compile", ".cu": "compile_cuda"}
-    own = {ROOT / "csrc" / "ops.cpp": f"\n  own = $ {_ninja_command(tells)}"}
+    compiles, objects = [], []
+    for unit in units(cuda is not None):
+        own = [f"-DDLK_ISA={unit.isa}"] if unit.isa else tells if unit.source == CSRC / "torch" / "module.cpp" else []
+        objects.append(_ninja_path(build_dir / unit.object))
+        compiles.append(f"build {objects[-1]}: {rules[unit.source.suffix]} {_ninja_path(unit.source)}")
+        if own:
+            compiles.append(f"  own = $ {_ninja_command(own)}")
     text = _NINJA.format(
         cxx=_ninja_command(cxx),
         cflags=_ninja_command(compile_flags),
         ldflags=_ninja_command(link_flags),
         nvcc=_ninja_command(nvcc),
         nvflags=_ninja_command(nvflags),
-        compiles="\n".join(
-            f"build {_ninja_path(o)}: {rules[s.suffix]} {_ninja_path(s)}{own.get(s, '')}" for s, o in objects.items()
-        ),
+        compiles="\n".join(compiles),
         target=_ninja_path(target),
-        objects=" ".join(_ninja_path(o) for o in objects.values()),
+        objects=" ".join(objects),
     )
     file = build_dir / "build.ninja"
     if not file.is_file() or file.read_text() != text:
@@ -301,11 +325,19 @@ def build(out: Path, opt: str | None = None) -> None:
     with (build_dir / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would write the same objects
         target = _write_ninja_file(build_dir, opt, cuda, why_no_cuda)
+        _tell_editors(build_dir)
         if subprocess.run([_ninja(), "-C", str(build_dir), "-j", jobs]).returncode != 0:
             raise SystemExit("dlkernels: the native module does not compile (the compiler's messages are above)")
         _install(target, out)
     built = f"for {', '.join(f'sm_{arch}' for arch in cuda.archs)}" if cuda else f"none: {why_no_cuda}"
     print(f"dlkernels: CPU kernels compiled; CUDA kernels {built}", flush=True)
+
+
+def _tell_editors(build_dir: Path) -> None:
+    """build/compile_commands.json, which .clangd names: how each file is compiled."""
+    listed = subprocess.run([_ninja(), "-C", str(build_dir), "-t", "compdb"], capture_output=True, text=True)
+    if listed.returncode == 0:
+        (ROOT / "build" / "compile_commands.json").write_text(listed.stdout)
 
 
 def _install(target: Path, out: Path) -> None:

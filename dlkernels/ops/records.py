@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 SLOTS = {"lstm": 5, "gru": 5, "rnn_tanh": 1, "rnn_relu": 1}
-# The last slots of a record that are narrow on the CPU in a call of a 16-bit type (csrc/rnn_params.h says why).
+# The last slots of a record that are narrow on the CPU in a call of a 16-bit type (csrc/rnn/params.h says why).
 _NARROW = {"lstm": 0, "gru": 2, "rnn_tanh": 1, "rnn_relu": 1}
 
 

@@ -2,10 +2,10 @@
 // operators for CPU tensors, with the kernels under emulation.
 #include <new>
 
-#include "../../csrc/cpu/runtime_flags.h"
-#include "../../csrc/cuda/gpu_limits.h"
-#include "../../csrc/cuda/plan_cap.h"
-#include "../../csrc/tensor.h"
+#include "core/runtime_flags.h"
+#include "rnn/cuda/gpu_limits.h"
+#include "rnn/cuda/plan_cap.h"
+#include "torch/tensor.h"
 
 namespace dlk {
 

@@ -1,4 +1,4 @@
-"""The rung that runs the torch boundary (csrc/cuda/*_cuda.cpp) on CPU tensors, with emulated kernels behind it."""
+"""The rung that runs the torch boundary (csrc/rnn/torch/cuda) on CPU tensors, with emulated kernels behind it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from emulated import RUNTIME, SOURCES, compiler, flags, object_of
-from ladder import BUILD, CUDA, HERE, ROOT, Failure, Unit, call, must
+from ladder import BUILD, CSRC, CUDA, HERE, ROOT, Failure, Unit, call, must
 
+TORCH = CSRC / "rnn" / "torch"
 OWN = (
-    CUDA / "ops_cuda.cpp", CUDA / "rnn_sequence_cuda.cpp", CUDA / "rnn_cell_cuda.cpp", CUDA / "plan_cap.cpp",
-    ROOT / "csrc" / "cpu" / "rnn_boundary.cpp", HERE / "boundary.cpp",
+    TORCH / "cuda" / "registration.cpp", TORCH / "cuda" / "sequence.cpp", TORCH / "cuda" / "cell.cpp",
+    CUDA / "plan_cap.cpp", TORCH / "boundary.cpp", HERE / "boundary.cpp",
 )  # fmt: skip
 KERNELS = tuple(source for source in SOURCES if source != "kernels_test.cpp")
 TESTS = sorted((ROOT / "tests" / "gpu").glob("recurrent*_cuda.py"))
@@ -29,6 +30,10 @@ def torch_folder() -> Path:
     return torch.folder
 
 
+def _name(source: Path) -> str:
+    return f"{source.parent.name}-{source.name}"
+
+
 def build(source: Path) -> None:
     import native
 
@@ -37,11 +42,11 @@ def build(source: Path) -> None:
         "-fvisibility=hidden", "-DDLKERNELS_GPU_KEY=CPU", f"-DTORCH_TARGET_VERSION={native.TORCH_TARGET_VERSION}",
         f"-isystem{torch}", f"-isystem{torch / 'torch' / 'csrc' / 'api' / 'include'}",
     ]  # fmt: skip
-    must([*compiler("plain"), *flags(), *options, "-c", source, "-o", object_of("boundary", source.name)])
+    must([*compiler("plain"), *flags(), *options, "-c", source, "-o", object_of("boundary", _name(source))])
 
 
 def link() -> None:
-    built = [*(object_of("plain", source) for source in KERNELS), *(object_of("boundary", path.name) for path in OWN)]
+    built = [*(object_of("plain", source) for source in KERNELS), *(object_of("boundary", _name(path)) for path in OWN)]
     # The library's own stand-ins for torch's functions are to be those that it calls.
     options = ["-shared", "-Wl,-Bsymbolic", f"-L{torch_folder() / 'lib'}", "-ltorch", "-ltorch_cpu", "-pthread"]
     must([*compiler("plain"), *built, RUNTIME, *options, "-o", LIBRARY])
@@ -59,7 +64,7 @@ def run_tests(shard: int) -> None:
 
 
 def units() -> list[Unit]:
-    all_units = [Unit("build", f"{path.name} boundary", 5, partial(build, path)) for path in OWN]
+    all_units = [Unit("build", f"{_name(path)} boundary", 5, partial(build, path)) for path in OWN]
     built = ("runtime", *(f"{source} plain" for source in KERNELS), *(unit.name for unit in all_units))
     all_units.append(Unit("build", "link boundary", 1, link, built))
     for shard in range(SHARDS):

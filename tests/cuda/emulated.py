@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import shapes
-from ladder import BUILD, CUDA, HERE, ROOT, Failure, Unit, call, must, tool
+from ladder import BUILD, CSRC, CUDA, HERE, Failure, Unit, call, must, tool
 from mutants import MUTANTS, Mutant
 
 SEEDS = (0, 1, 3)
@@ -40,8 +40,8 @@ def cuda_include() -> Path:
     return cuda.lib.parent / "include"
 
 
-def flags() -> list[str]:
-    folders = [f"-isystem{cuda_include()}", f"-I{HERE / 'emulation'}"]
+def flags(csrc: Path = CSRC) -> list[str]:
+    folders = [f"-isystem{cuda_include()}", f"-I{HERE / 'emulation'}", f"-I{csrc}"]
     return ["-std=c++17", "-g1", "-Wall", "-Wextra", "-Werror", "-pthread", "-fPIC", *folders]
 
 
@@ -137,15 +137,16 @@ STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.
 def one_cell(kind: str, way: str, header_folder: Path, out: Path) -> None:
     source = header_folder / "one_cell.cpp"
     shutil.copy(HERE / "one_cell.cpp", source)
-    must([*compiler(kind), *flags(), "-Wno-error", f"-DONE_CELL_{way.upper()}", "-c", source, "-o", out])
+    csrc = header_folder.parents[1]
+    must([*compiler(kind), *flags(csrc), "-Wno-error", f"-DONE_CELL_{way.upper()}", "-c", source, "-o", out])
 
 
 def copy_of_headers(name: str) -> Path:
-    """A copy of csrc to change; its cuda folder."""
+    """A copy of csrc to change; its folder of CUDA kernels."""
     folder = BUILD / f"mutant-{name}"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu", "setup", "*.cpp", "*.cu"))
-    return folder / "csrc" / "cuda"
+    shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "torch", "setup", "*.cpp", "*.cu"))
+    return folder / "csrc" / CUDA.relative_to(CSRC)
 
 
 def one_cell_of(kind: str, way: str) -> Path:

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/device.h"
+#include "rnn/cuda/device.h"
 
 namespace dlk {
 namespace {

@@ -7,8 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "../../csrc/cuda/rows.h"
-#include "../../csrc/cuda/steps.h"
+#include "rnn/cuda/rows.h"
+#include "rnn/cuda/steps.h"
 #include "emulation.h"
 #include "test_case.h"
 

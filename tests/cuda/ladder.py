@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-CUDA = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+CUDA = CSRC / "rnn" / "cuda"
 BUILD = ROOT / "build" / "cuda-tests"
 JOBS = int(os.environ.get("MAX_JOBS") or min(2, len(os.sched_getaffinity(0))))
 

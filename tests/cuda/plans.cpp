@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <initializer_list>
 
-#include "../../csrc/cuda/sequence.h"
+#include "rnn/cuda/sequence.h"
 
 int main() {
   using namespace dlk;

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../../csrc/rnn_params.h"
+#include "rnn/params.h"
 
 namespace reference {
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/cuda/sequence.h"
+#include "rnn/cuda/sequence.h"
 #include "reference.h"
 #include "test_arrays.h"
 

@@ -14,7 +14,7 @@ import torch
 import dlkernels.triton
 from dlkernels.triton import attention as host
 
-SCHEMAS = Path(__file__).resolve().parents[2] / "csrc" / "attention_ops.cpp"
+SCHEMAS = Path(__file__).resolve().parents[2] / "csrc" / "attention" / "torch" / "registration.cpp"
 
 
 def schema_in_cpp(operator: str) -> torch._C.FunctionSchema:

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../../csrc/attention_params.h"
+#include "attention/params.h"
 #include "naive.h"
 
 namespace dlk {

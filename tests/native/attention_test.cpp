@@ -6,7 +6,7 @@
 #include <cstring>
 #include <map>
 
-#include "../../csrc/cpu/runtime_flags.h"
+#include "core/runtime_flags.h"
 #include "attention_naive.h"
 #include "cases.h"
 #include "check.h"

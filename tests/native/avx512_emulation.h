@@ -1,4 +1,4 @@
-// AVX-512 for machines that have AVX2 alone: the intrinsics that csrc/cpu/simd uses, in namespace dlk, where code there
+// AVX-512 for machines that have AVX2 alone: the intrinsics that csrc/simd uses, in namespace dlk, where code there
 // finds them before the compiler's. Included ahead of everything else, with DLK_EMULATE_AVX512 (target.h).
 //
 // Arithmetic is that of AVX2, half by half; loads and stores under a mask are plain, so that the sanitizer sees them.
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../../csrc/cpu/simd/system.h"
+#include "simd/system.h"
 
 #if defined(DLK_X86) && defined(DLK_EMULATE_AVX512)
 #pragma GCC diagnostic ignored "-Wignored-attributes"
@@ -28,7 +28,7 @@
 #undef _mm512_ternarylogic_epi64
 #undef _mm256_cmpge_epu32_mask
 
-DLK_TARGET_BEGIN(DLK_TARGET_AVX2)
+DLK_TARGET_BEGIN(DLK_TARGET_avx2)
 namespace dlk {
 namespace avx512_emulation {
 

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/rnn_params.h"
+#include "rnn/params.h"
 #include "naive.h"
 
 namespace dlk {

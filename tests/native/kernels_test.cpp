@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <map>
 
-#include "../../csrc/cpu/patience.h"
-#include "../../csrc/cpu/runtime_flags.h"
+#include "core/patience.h"
+#include "core/runtime_flags.h"
 #include "cases.h"
 #include "check.h"
 #include "pool.h"

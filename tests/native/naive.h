@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../csrc/rnn_params.h"
+#include "rnn/params.h"
 
 namespace dlk {
 namespace naive {

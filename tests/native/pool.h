@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "../../csrc/cpu/isa/dispatch.h"
+#include "core/isa.h"
 
 namespace dlk {
 

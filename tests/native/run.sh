@@ -29,28 +29,60 @@ FEW=-fno-sanitize=null,alignment,object-size
 export CXX FLAGS FEW build
 mkdir -p "$build"
 
-csrc=../../csrc/cpu
-kernels="isa/scalar isa/attention_scalar isa/dispatch plan rnn_kernels team attention_plan attention_kernels"
-tests="kernels_test attention_test"
+csrc=../../csrc
+FLAGS="$FLAGS -I$csrc -I."
 case $ISAS in
-  all)  # the slowest to compile first
-    kernels="isa/avx512 isa/avx512_bf16 isa/avx2 isa/attention_avx512_bf16 isa/attention_amx isa/attention_avx512
-      isa/attention_avx2 $kernels"
-    tests="$tests simd_test bf16_test" ;;
-  scalar) FLAGS="$FLAGS -DDLK_NO_X86" ;;
+  all) tests="kernels_test attention_test simd_test bf16_test" ;;
+  scalar) FLAGS="$FLAGS -DDLK_NO_X86" tests="kernels_test attention_test" ;;
   *) echo "ISAS is all or scalar" >&2; exit 2 ;;
 esac
-objects=
-for name in $kernels; do objects="$objects $build/$(basename "$name").o"; done
+isas=$(sed -n 's/^DLK_ISA_ROW(\([a-z0-9_]*\),.*/\1/p' "$csrc/core/isas.def")
+
+compile() { # OBJECT SOURCE [FLAG...]: one line of the list that xargs works off
+  echo "$@"
+}
+kernels() { # all that is free of torch; the slowest to compile first
+  for isa in $(echo "$isas" | tac); do
+    few=$FEW
+    if [ "$isa" = scalar ]; then few=; fi
+    for family in attention rnn; do
+      compile "kernels-$family-$isa" "$csrc/$family/cpu/kernels_of_isa.cpp" "-DDLK_ISA=$isa" $few
+    done
+  done
+  for source in "$csrc"/core/*.cpp "$csrc"/gemm/*.cpp "$csrc"/rnn/cpu/*.cpp "$csrc"/attention/cpu/*.cpp; do
+    case $source in
+      *"*"* | *kernels_of_isa.cpp) ;;
+      *) compile "kernels-$(echo "${source#"$csrc/"}" | tr / -)" "$source" ;;
+    esac
+  done
+}
+simd() {
+  for isa in scalar avx2 avx512; do
+    few=$FEW
+    if [ "$isa" = scalar ]; then few=; fi
+    compile "simd_test-$isa" simd_test_of_isa.cpp "-DDLK_ISA=$isa" $few
+  done
+}
+bf16() {
+  for isa in amx avx512_bf16; do
+    compile "bf16_test-$isa" bf16_test_of_isa.cpp "-DDLK_ISA=$isa" -UDLK_EMULATE_BF16 "$FEW"
+    compile "bf16_test-emulated-$isa" bf16_test_of_isa.cpp "-DDLK_ISA=$isa" -DDLK_EMULATE_BF16 \
+      "-DDLK_ISA_NAMESPACE=emulated_$isa" "$FEW"
+  done
+}
+rm -f "$build"/*.o
 {
-  for name in $kernels; do echo "$csrc/$name.cpp"; done
-  for name in $tests; do echo "$name.cpp"; done
-} | xargs -P "${JOBS:-2}" -I{} sh -c 'case {} in *avx* | *amx*) few=$FEW ;; *) few= ;; esac
-  $CXX $FLAGS $few -c {} -o "$build/$(basename {} .cpp).o"'
+  kernels
+  for name in $tests; do compile "$name" "$name.cpp"; done
+  case $ISAS in all) simd; bf16 ;; esac
+} | xargs -P "${JOBS:-2}" -L1 sh -c 'object=$0 source=$1; shift; $CXX $FLAGS "$@" -c "$source" -o "$build/$object.o"'
 for name in $tests; do
-  case $name in simd_test | bf16_test) kernels_of= ;; *) kernels_of=$objects ;; esac
+  case $name in
+    simd_test | bf16_test) parts="$build/$name"-*.o ;;
+    *) parts="$build"/kernels-*.o ;;
+  esac
   # shellcheck disable=SC2086
-  $CXX $FLAGS $kernels_of "$build/$name.o" -o "$build/$name"
+  $CXX $FLAGS $parts "$build/$name.o" -o "$build/$name"
 done
 
 for name in $tests; do

@@ -12,8 +12,8 @@ import pytest
 pytestmark = pytest.mark.o0_skip(reason="texts alone are compared")
 
 PARTS = (
-    "csrc/cells/", "csrc/cpu/generic/", "csrc/cpu/plan.cpp", "csrc/cpu/attention_plan.cpp", "csrc/cpu/team.",
-    "csrc/cpu/rnn_sequence.cpp", "csrc/cpu/attention_boundary.cpp", "dlkernels/autograd/", "dlkernels/_checks.py",
+    "csrc/rnn/cells/", "csrc/gemm/", "csrc/rnn/cpu/", "csrc/attention/cpu/", "csrc/core/team.",
+    "csrc/rnn/torch/sequence.cpp", "csrc/attention/torch/boundary.cpp", "dlkernels/autograd/", "dlkernels/_checks.py",
     "dlkernels/patch.py", "dlkernels/nn/", "dlkernels/sdpa.py", "dlkernels/bench/",
 )  # fmt: skip
 

@@ -93,8 +93,6 @@ def source_tree(folder: Path, with_csrc: bool = False) -> Path:
     tree = folder / "tree"
     leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.cuh", *(() if with_csrc else ("*.h",)))
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=leave_out)
-    for name in ("plan_cap.cpp", "sequence_plan.cpp"):  # the two that native.py names
-        (tree / "csrc" / "cuda" / name).touch()
     shutil.copytree(ROOT / "dlkernels", tree / "dlkernels", ignore=leave_out)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
@@ -181,7 +179,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
     (root,) = (tmp_path / "unpacked").iterdir()
-    for file in [*(tree / "csrc").rglob("*.h"), *(tree / "csrc" / "setup").glob("*.py"), tree / "setup.py"]:
+    for file in [*(tree / "csrc").rglob("*.h"), *(tree / "csrc").rglob("*.def"), *(tree / "csrc" / "setup").glob("*.py"), tree / "setup.py"]:
         assert (root / file.relative_to(tree)).is_file(), file
 
 

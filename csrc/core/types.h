@@ -1,0 +1,53 @@
+// What the kernels of every operator share: storage types, instruction sets, threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dlk {
+
+enum class DType : int { f32, f64, bf16, f16 };
+
+// How an instruction set multiplies bfloat16: widened to float, by dot products of pairs, or by a matrix unit.
+enum class Bf16Products : int { as_float, dots, tiles };
+
+enum class Isa : int {
+#define DLK_ISA_ROW(name, features, vectors, bf16) name,
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+};
+
+// The instruction set that does what is not a product of bfloat16.
+constexpr Isa vector_isa(Isa isa) {
+  switch (isa) {
+#define DLK_ISA_ROW(name, features, vectors, bf16) \
+  case Isa::name:                                  \
+    return Isa::vectors;
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+  }
+  return Isa::scalar;
+}
+
+constexpr Bf16Products bf16_products(Isa isa) {
+  switch (isa) {
+#define DLK_ISA_ROW(name, features, vectors, bf16) \
+  case Isa::name:                                  \
+    return Bf16Products::bf16;
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+  }
+  return Bf16Products::as_float;
+}
+
+// How the kernels reach threads. `parallel` calls fn(ctx, begin, end) for ranges
+// that together cover [0, n), from whichever threads it likes, and returns after all.
+struct Runtime {
+  Isa isa;
+  int threads;
+  void (*parallel)(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end), void* ctx);
+};
+
+constexpr int kMaxMembers = 64;
+
+}  // namespace dlk

@@ -1,0 +1,157 @@
+// Matrix products outside the recurrence: input projections, input gradients, weight
+// gradients. C[m][n] = sum_k A[m][k] B[k][n] over packed panels of B (panels.h). A panel
+// is fetched into L2 once for a whole block of rows of A, which stream by; where K is so
+// long that a panel would not stay there, in parts. The order of summation over k is
+// fixed: it depends on K alone.
+#pragma once
+
+#include "core/team.h"
+#include "gemm/operands.h"
+#include "gemm/panels.h"
+
+DLK_ISA_BEGIN
+
+constexpr int kBlockRows = 384;
+constexpr int kTransposedRows = 192;  // both multiples of every tile height and vector size
+constexpr int64_t kPanelDepth = 1024;
+
+// Where a block of A's rows comes from. `rows(m, count, out)` writes count addresses of
+// rows of the compute type, valid until the next call.
+template <class C, class RowAt>
+struct DirectRows {
+  static constexpr int kRows = kBlockRows;
+  RowAt row;
+  void rows(int64_t m, int count, const C** out) const {
+    for (int r = 0; r < count; ++r) out[r] = static_cast<const C*>(row(m + r));
+  }
+};
+
+// True for rows so far apart that those of a tile compete for the same few lines of L1.
+template <class C>
+DLK_INLINE bool collides(int64_t stride) {
+  return stride * static_cast<int64_t>(sizeof(C)) % 2048 == 0;
+}
+
+// Rows copied into one block, converted to the operands of the products. K is the number of values in a row, not of
+// pairs.
+template <class C, class RowAt>
+struct CopiedRows {
+  static constexpr int kRows = kBlockRows;
+  RowAt row;
+  DType dtype;
+  int64_t K, ld;
+  C* block;  // [kBlockRows][ld]
+  void rows(int64_t m, int count, const C** out) const {
+    for (int r = 0; r < count; ++r) {
+      load_operands<C>(dtype, row(m + r), K, block + r * ld);
+      out[r] = block + r * ld;
+    }
+  }
+};
+
+// A is the transpose of src [K][>= m + count], row stride src_ld; where K ends within a pair, 0 fills it up.
+template <class C>
+struct TransposedRows {
+  static constexpr int kRows = kTransposedRows;
+  const Operand<C>* src;
+  int64_t src_ld, K, ld;
+  C* block;  // [kTransposedRows][ld]
+  void rows(int64_t m, int count, const C** out) const {
+    constexpr int kLanes = Vec<C>::size;
+    for (int r0 = 0; r0 < count; r0 += kLanes) {
+      const int columns = count - r0 < kLanes ? count - r0 : kLanes;
+      for (int64_t k = 0; k < item_count(K); k += kLanes) {
+        const Operand<C>* from = src + k * kItemValues * src_ld + m + r0;
+        C* to = block + r0 * ld + k;  // ld leaves room for whole vectors
+        if constexpr (kPairs) {
+          Vec<C> pairs[kLanes];
+          for (int p = 0; p < kLanes; ++p, from += 2 * src_ld) {
+            const int64_t left = K - 2 * (k + p);
+            pairs[p] = Unit<C>::pairs(from, left > 0 ? columns : 0, from + src_ld, left > 1 ? columns : 0);
+          }
+          transpose(pairs);
+          for (int r = 0; r < columns; ++r) pairs[r].store(to + r * ld);
+        } else {
+          const int rows = static_cast<int>(K - k < kLanes ? K - k : kLanes);
+          transpose_block(from, src_ld, rows, columns, to, ld);
+        }
+      }
+    }
+    for (int r = 0; r < count; ++r) out[r] = block + r * ld;
+  }
+};
+
+// Stride of a block's rows of K elements: whole vectors can be stored over the end of each.
+template <class C>
+DLK_INLINE int64_t block_ld(int64_t K) {
+  constexpr int64_t kLanes = Vec<C>::size;
+  return (K + kLanes - 1) / kLanes * kLanes + kLanes;
+}
+
+// One vector of columns of the right-hand side.
+struct GemmColumn {
+  int64_t panel;
+  int vector;
+  int64_t column;  // its first
+};
+
+// Rows [m0, m1) by panels [p0, p1). sink(m, GemmColumn, value, n): n <= Vec::size results of row m.
+// out(m, GemmColumn) is where they will go: fetched into the cache while the product is made. Where `direct` is given,
+// [m][ld], whole panels are stored there and the sink gets only the others.
+template <class C, class Rows, class Out, class Sink>
+DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const Panels<C>& b, Out out,
+                     Sink sink, C* direct = nullptr, int64_t ld = 0) {
+  using V = Vec<C>;
+  const PanelShape& shape = b.shape();
+  constexpr int kRows = Rows::kRows;
+  alignas(64) C sums[kRows * kMaxVectors * V::size];
+  const C* row[kRows];
+  for (int64_t m = m0; m < m1; m += kRows) {
+    const int block_rows = static_cast<int>(m1 - m < kRows ? m1 - m : kRows);
+    a.rows(m, block_rows, row);
+    for (int64_t p = p0; p < p1; ++p) {
+      const Panel<C> panel = b.at(p);
+      const int vectors = panel.vectors, width = vectors * V::size;
+      const bool whole = direct && shape.valid(p, vectors - 1) == V::size;
+      Ahead<C> ahead;
+      if (p + 1 < p1) ahead = b.ahead(p + 1, p + 2, block_rows);
+      for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: a product of zeros
+        const int64_t depth = shape.K - k < kPanelDepth ? shape.K - k : kPanelDepth;
+        for (int r = 0, rows; r < block_rows; r += rows) {
+          rows = next_tile(block_rows - r, vectors);
+          C* sum = whole                    ? direct + (m + r) * ld + shape.column(p, 0)
+                   : shape.K <= kPanelDepth ? sums
+                                            : sums + r * width;
+          const C* part[kMaxRows];
+          for (int i = 0; i < rows; ++i) {
+            part[i] = row[r + i] + k;
+            for (int v = 0; v < vectors; ++v)
+              __builtin_prefetch(out(m + r + i, GemmColumn{p, v, shape.column(p, v)}), 1);
+          }
+          run_tile(rows, part, depth, panel.from(k), sum, whole ? ld : width, k > 0, ahead, [](int, int) {});
+          if (whole || k + depth < shape.K) continue;
+          for (int i = 0; i < rows; ++i)
+            for (int v = 0; v < vectors; ++v)
+              sink(m + r + i, GemmColumn{p, v, shape.column(p, v)}, V::load(sum + i * width + v * V::size),
+                   shape.valid(p, v));
+        }
+      }
+    }
+  }
+}
+
+// A member's part of M rows by all panels: by panels when there are enough of them, so that each core streams its own
+// part of B, or makes it; else by rows.
+struct GemmShare {
+  int64_t m0, m1, p0, p1;
+  GemmShare(const Member& member, int64_t M, const PanelShape& shape, bool fresh)
+      : m0(0), m1(M), p0(0), p1(shape.count()) {
+    if (p1 >= (fresh ? 1 : 4) * member.size) {
+      member.share(p1, 1, &p0, &p1);
+    } else {
+      member.share(M, kMaxRows, &m0, &m1);
+    }
+  }
+};
+
+DLK_ISA_END

@@ -1,0 +1,189 @@
+// Packed right-hand sides for tile.h. A matrix of K rows and N columns lies as panels of
+// up to four vectors of columns, zero padded to whole vectors; a panel is one or two strips
+// (strip_vectors), each [K][vectors * Vec::size]. Gate panels take one vector per gate for the same hidden units, so
+// that the tile of a panel holds all that the cell equation of those units needs.
+#pragma once
+
+#include "gemm/operands.h"
+
+DLK_ISA_BEGIN
+
+struct PanelShape {
+  int64_t K;    // length of the products, in items (tile.h)
+  int64_t N;    // columns; of one gate for gate panels
+  int gates;    // 0: plain columns, else vector v of a panel belongs to gate v
+  int lanes;    // Vec::size
+  int vectors;  // per full panel
+
+  static PanelShape plain(int64_t K, int64_t N, int lanes) { return {K, N, 0, lanes, kMaxVectors}; }
+  static PanelShape gated(int64_t K, int64_t H, int gates, int lanes) {
+    return gates == 1 ? plain(K, H, lanes) : PanelShape{K, H, gates, lanes, gates};
+  }
+  int64_t units_per_panel() const { return gates ? lanes : static_cast<int64_t>(lanes) * vectors; }
+  int64_t count() const { return (N + units_per_panel() - 1) / units_per_panel(); }
+  // Vectors in panel p: the last plain panel may be narrower.
+  int vectors_in(int64_t p) const {
+    if (gates) return vectors;
+    const int64_t left = (N - p * units_per_panel() + lanes - 1) / lanes;
+    return left < vectors ? static_cast<int>(left) : vectors;
+  }
+  int64_t offset(int64_t p) const { return p * K * lanes * vectors; }
+  int64_t largest() const { return K * lanes * vectors; }
+  // Panel p, which lies at `data`.
+  template <class C>
+  Panel<C> panel(const C* data, int64_t p) const {
+    const int count = vectors_in(p);
+    return {data, K * strip_vectors(count) * lanes, count};
+  }
+  // Panels [p, q) as far as they exist, to be fetched ahead while `rows` rows are multiplied with as many others:
+  // nothing if that would drive the rows out of L2.
+  template <class C>
+  Ahead<C> ahead(const C* base, int64_t p, int64_t q, int64_t rows) const {
+    if (p < 0) p = 0;
+    if (q > count()) q = count();
+    const int64_t elements = 2 * (offset(q) - offset(p)) + rows * K;
+    if (elements * static_cast<int64_t>(sizeof(C)) > (int64_t{768} << 10)) return {};
+    return {base + offset(p), base + offset(q)};
+  }
+  // Vector v of row k within a packed panel of `count` vectors.
+  int64_t element(int count, int64_t k, int v) const {
+    const int width = strip_vectors(count);
+    return ((v / width * K + k) * width + v % width) * lanes;
+  }
+  int64_t elements() const { return (N + lanes - 1) / lanes * lanes * (gates ? gates : 1) * K; }
+  // Where vector v of panel p begins among the columns, and how many are real.
+  int64_t column(int64_t p, int v) const { return gates ? v * N + p * lanes : (p * vectors + v) * int64_t{lanes}; }
+  int valid(int64_t p, int v) const {
+    const int64_t left = N - (gates ? p * lanes : column(p, v));
+    return left < lanes ? static_cast<int>(left < 0 ? 0 : left) : lanes;
+  }
+};
+
+// Panel p from w [columns][K], k contiguous: a transposition, block by block. Pairs are moved as the floats they look
+// like.
+template <class C>
+DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
+  constexpr int kLanes = Vec<C>::size;
+  const int vectors = shape.vectors_in(p);
+  const int64_t K = shape.K, width = int64_t{strip_vectors(vectors)} * kLanes;
+  alignas(64) C block[kLanes * kLanes];
+  for (int v = 0; v < vectors; ++v) {
+    const int64_t first = shape.column(p, v) * K;
+    const int rows = shape.valid(p, v);
+    for (int64_t k = 0; k < K; k += kLanes) {
+      const int columns = static_cast<int>(K - k < kLanes ? K - k : kLanes);
+      C* to = panel + shape.element(vectors, k, v);
+      if (is_operand_type<C>(dtype)) {
+        transpose_block(static_cast<const C*>(w) + first + k, K, rows, columns, to, width);
+      } else {
+        for (int r = 0; r < rows; ++r)
+          load_operands<C>(dtype, advance(w, dtype, (first + r * K + k) * kItemValues), columns * kItemValues,
+                           block + r * kLanes);
+        transpose_block(block, kLanes, rows, columns, to, width);
+      }
+    }
+  }
+}
+
+// From `rows` rows of N columns each, as many as K has values: row(k) gives the address of row k. Plain panels only.
+template <class C, class RowAt>
+DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, int64_t rows, RowAt row, C* panel) {
+  const int vectors = shape.vectors_in(p);
+  const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
+  C* to[kMaxVectors];
+  int64_t column[kMaxVectors];
+  int valid[kMaxVectors];
+  for (int v = 0; v < vectors; ++v) {
+    to[v] = panel + shape.element(vectors, 0, v);
+    column[v] = shape.column(p, v);
+    valid[v] = shape.valid(p, v);
+  }
+  for (int64_t k = 0; k < shape.K; ++k) {
+    const void* from = row(k * kItemValues);
+    if constexpr (kPairs) {
+      const bool both = 2 * k + 1 < rows;
+      const void* odd = both ? row(2 * k + 1) : from;
+      for (int v = 0; v < vectors; ++v) {
+        const int n = both ? valid[v] : 0;
+        if (dtype == DType::bf16) {
+          Unit<C>::pairs(static_cast<const bf16*>(from) + column[v], valid[v],
+                         static_cast<const bf16*>(odd) + column[v], n)
+              .store(to[v] + k * width);
+        } else {
+          Unit<C>::pairs(load_any<C>(dtype, from, column[v], valid[v]), load_any<C>(dtype, odd, column[v], n))
+              .store(to[v] + k * width);
+        }
+      }
+    } else {
+      for (int v = 0; v < vectors; ++v) load_any<C>(dtype, from, column[v], valid[v]).store(to[v] + k * width);
+    }
+  }
+}
+
+// ... or of rows that are computed: value(k, column, n) gives n values of row k.
+template <class C, class Value>
+DLK_INLINE void pack_panel_values(const PanelShape& shape, int64_t p, int64_t rows, Value value, C* panel) {
+  const int vectors = shape.vectors_in(p);
+  const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
+  for (int v = 0; v < vectors; ++v) {
+    C* const to = panel + shape.element(vectors, 0, v);
+    const int64_t column = shape.column(p, v);
+    const int n = shape.valid(p, v);
+    for (int64_t k = 0; k < shape.K; ++k) {
+      if constexpr (kPairs) {
+        const Vec<C> even = value(2 * k, column, n);
+        const Vec<C> odd = 2 * k + 1 < rows ? value(2 * k + 1, column, n) : Vec<C>::zero();
+        Unit<C>::pairs(even, odd).store(to + k * width);
+      } else {
+        value(k, column, n).store(to + k * width);
+      }
+    }
+  }
+}
+
+// From w [K][N], n contiguous.
+template <class C>
+DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
+  constexpr int64_t kAhead = 8;  // rows far apart: no prefetcher follows
+  const int64_t row = shape.N * item_size(dtype), width = shape.vectors_in(p) * shape.lanes * item_size(dtype);
+  const char* columns = static_cast<const char*>(advance(w, dtype, shape.column(p, 0)));
+  const auto at = [&](int64_t k) {
+    for (int64_t x = 0; x < width; x += 64) __builtin_prefetch(columns + (k + kAhead) * row + x);
+    return advance(w, dtype, k * shape.N);
+  };
+  pack_panel_rows<C>(shape, p, dtype, shape.K * kItemValues, at, panel);
+}
+
+// Where the panels of a right-hand side come from. Weights that serve many products are packed before; for a single
+// one each panel is made when it is wanted, and used while it is in the cache: the whole matrix would go through
+// memory twice more.
+template <class C>
+class Panels {
+ public:
+  using Pack = void (*)(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel);
+
+  Panels(const PanelShape& shape, const C* packed) : shape_(shape), packed_(packed) {}
+  Panels(const PanelShape& shape, Pack pack, DType dtype, const void* w, C* buffer)
+      : shape_(shape), pack_(pack), dtype_(dtype), weights_(w), buffer_(buffer) {}
+
+  const PanelShape& shape() const { return shape_; }
+  // Valid until the next panel is made in the same buffer.
+  Panel<C> at(int64_t p) const {
+    if (packed_) return shape_.panel(packed_ + shape_.offset(p), p);
+    pack_(shape_, p, dtype_, weights_, buffer_);
+    return shape_.panel<C>(buffer_, p);
+  }
+  Ahead<C> ahead(int64_t p, int64_t q, int64_t rows) const {
+    return packed_ ? shape_.ahead(packed_, p, q, rows) : Ahead<C>{};
+  }
+
+ private:
+  const PanelShape& shape_;
+  const C* packed_ = nullptr;
+  Pack pack_ = nullptr;
+  DType dtype_ = DType::f32;
+  const void* weights_ = nullptr;
+  C* buffer_ = nullptr;
+};
+
+DLK_ISA_END

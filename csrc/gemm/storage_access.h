@@ -1,0 +1,105 @@
+// Reads and writes of tensors in their storage dtype, as vectors of the compute type.
+// The dtype is a run-time value: a branch per vector, always taken the same way, against
+// one more copy of every algorithm per dtype.
+#pragma once
+
+#include <type_traits>
+
+#include "simd/bf16_unit.h"
+#include "simd/vec.h"
+
+DLK_ISA_BEGIN
+
+DLK_INLINE int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+DLK_INLINE const void* advance(const void* p, DType dtype, int64_t elements) {
+  return static_cast<const char*>(p) + elements * item_size(dtype);
+}
+
+DLK_INLINE void* advance(void* p, DType dtype, int64_t elements) {
+  return static_cast<char*>(p) + elements * item_size(dtype);
+}
+
+// n elements from p[at]; lanes from n on are 0.
+template <class C>
+DLK_INLINE Vec<C> load_any(DType dtype, const void* p, int64_t at, int n) {
+  if constexpr (std::is_same_v<C, double>) {
+    const double* q = static_cast<const double*>(p) + at;
+    return n == Vec<C>::size ? Vec<C>::load(q) : Vec<C>::load(q, n);
+  } else {
+    if (dtype == DType::f32) {
+      const float* q = static_cast<const float*>(p) + at;
+      return n == Vec<C>::size ? Vec<C>::load(q) : Vec<C>::load(q, n);
+    }
+    if (dtype == DType::bf16) return load_as<C>(static_cast<const bf16*>(p) + at, n);
+    return load_as<C>(static_cast<const f16*>(p) + at, n);
+  }
+}
+
+template <class C>
+DLK_INLINE void store_any(DType dtype, void* p, int64_t at, Vec<C> value, int n) {
+  if constexpr (std::is_same_v<C, double>) {
+    value.store(static_cast<double*>(p) + at, n);
+  } else {
+    if (dtype == DType::f32) {
+      float* q = static_cast<float*>(p) + at;
+      if (n == Vec<C>::size) {
+        value.store(q);
+      } else {
+        value.store(q, n);
+      }
+    } else if (dtype == DType::bf16) {
+      store_as(static_cast<bf16*>(p) + at, value, n);
+    } else {
+      store_as(static_cast<f16*>(p) + at, value, n);
+    }
+  }
+}
+
+// Vectors that are partial only at the end of a row.
+template <class C>
+DLK_INLINE Vec<C> load_part(const C* p, int n) {
+  return n == Vec<C>::size ? Vec<C>::load(p) : Vec<C>::load(p, n);
+}
+
+template <class C>
+DLK_INLINE void store_part(C* p, Vec<C> value, int n) {
+  if (n == Vec<C>::size) {
+    value.store(p);
+  } else {
+    value.store(p, n);
+  }
+}
+
+// out[0..n) in the compute type; out must hold n rounded up to whole vectors.
+template <class C>
+DLK_INLINE void load_row(DType dtype, const void* p, int64_t n, C* out) {
+  constexpr int kSize = Vec<C>::size;
+  for (int64_t j = 0; j < n; j += kSize)
+    load_any<C>(dtype, p, j, static_cast<int>(n - j < kSize ? n - j : kSize)).store(out + j);
+}
+
+template <class C>
+DLK_INLINE void store_row(DType dtype, void* p, int64_t n, const C* in) {
+  constexpr int kSize = Vec<C>::size;
+  for (int64_t j = 0; j < n; j += kSize) {
+    const int m = static_cast<int>(n - j < kSize ? n - j : kSize);
+    store_any<C>(dtype, p, j, Vec<C>::load(in + j, m), m);
+  }
+}
+
+// f(zero) for a 0 of the dtype's compute type. What multiplies bf16 serves one of them.
+template <class F>
+DLK_INLINE auto with_compute_type(DType dtype, F f) {
+  if constexpr (!Bf16Unit::kPresent) {
+    if (dtype == DType::f64) return f(double());
+  }
+  return f(float());
+}
+
+template <class C>
+DLK_INLINE bool is_compute_type(DType dtype) {
+  return dtype == (std::is_same_v<C, double> ? DType::f64 : DType::f32);
+}
+
+DLK_ISA_END

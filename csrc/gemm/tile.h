@@ -1,0 +1,227 @@
+// The one inner product kernel: out[r][v] (+)= sum_k a[r][k] * b[k][v] for a tile of a
+// few rows and 1..4 vectors of columns that stays in registers; b is a packed panel.
+//
+// Every output is a chain of multiply-adds in the order of k, cut into slices whose sums are added
+// up in order: the rounding error of one long chain grows with its length. The order is the
+// same for every shape of the tile, so a row's result does not depend on the rows beside it.
+//
+//
+// Where kPairs, an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
+// values, and each adds two products.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "gemm/storage_access.h"
+
+DLK_ISA_BEGIN
+
+constexpr int kItemValues = kPairs ? 2 : 1;
+// What operands are stored as before they are multiplied.
+template <class C>
+using Operand = std::conditional_t<kPairs, bf16, C>;
+// The items of a row of them,
+template <class C>
+DLK_INLINE const C* items_of(const Operand<C>* row) {
+  return reinterpret_cast<const C*>(row);
+}
+// ... of which n values are so many.
+DLK_INLINE int64_t item_count(int64_t n) { return (n + kItemValues - 1) / kItemValues; }
+
+// Bf16Unit as a name that depends on C: what is looked for in it need be there only where that is compiled.
+template <class C>
+struct UnitOf {
+  using type = Bf16Unit;
+};
+template <class C>
+using Unit = typename UnitOf<C>::type;
+
+template <class C>
+DLK_INLINE Vec<C> multiply_add(Vec<C> a, Vec<C> b, Vec<C> sum) {
+  if constexpr (kPairs) {
+    return Unit<C>::dot(a, b, sum);
+  } else {
+    return fma(a, b, sum);
+  }
+}
+
+// Chosen by measuring the error against torch's own products: up to 128 one chain is as
+// good as theirs, for the next sizes it takes slices of 64, and longer ones of 128 again.
+constexpr int64_t slice_of(int64_t K) { return K > 128 && K <= 512 ? 64 : 128; }
+
+// A panel has up to four vectors of columns and lies in memory as strips, each
+// [K][strip_vectors * Vec::size]. Four vectors are two strips: tiles of many rows go
+// through one after the other, because a tall tile reads less of b for the same work,
+// tiles of few rows through both at once, because they need the independent sums.
+constexpr int kMaxVectors = 4;
+constexpr int kMaxRows = 12;
+constexpr int strip_vectors(int vectors) { return vectors == 4 ? 2 : vectors; }
+
+// Accumulators plus operands must fit the registers.
+constexpr int rows_for(int vectors) {
+  const int rows = (kRegisters == 32 ? 24 : 12) / vectors;
+  return rows > kMaxRows ? kMaxRows : rows;
+}
+
+// Rows of the tallest tile by the vectors of its panel.
+constexpr int tile_rows(int vectors) { return rows_for(strip_vectors(vectors)); }
+
+// The next of the tiles that n rows are cut into: of nearly equal height.
+DLK_INLINE int next_tile(int64_t n, int vectors) {
+  const int height = tile_rows(vectors);
+  const int64_t tiles = (n + height - 1) / height;
+  return static_cast<int>((n + tiles - 1) / tiles);
+}
+
+// `next` is the distance to b's second strip, where the tile takes two. With kBring, K cache lines from `ahead` on are
+// brought to L2 on the way.
+template <class C>
+using TileFn = void (*)(const C* const* a, int64_t K, const C* b, int64_t next, const C* ahead, C* out, int64_t ldo,
+                        bool accumulate);
+
+template <class C, int kRows, int kVectors, bool kBring>
+DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, const C* ahead, C* out, int64_t ldo,
+                       bool accumulate) {
+  using V = Vec<C>;
+  constexpr int kStrip = strip_vectors(kVectors);
+  // A tall tile has the time to fetch its strips ahead from L2 or beyond; a low one would
+  // only load the same lines twice.
+  constexpr bool kFetchAhead = kRows * kVectors >= 16 && V::size * sizeof(C) == 64;
+  constexpr int kAhead = 8 * kStrip * V::size, kLine = 64 / sizeof(C);
+  const C* row[kRows];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) row[r] = a[r];
+  const int64_t slice = slice_of(K);
+  do {
+    V acc[kRows][kVectors];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
+    }
+    const int64_t depth = K < slice + slice / 2 ? K : slice;
+    // Counting up to 0 spares the register of the bound: twelve rows leave none.
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) row[r] += depth;
+    for (int64_t k = -depth; k != 0; ++k, b += kStrip * V::size) {
+      if constexpr (kBring) __builtin_prefetch(ahead, 0, 2), ahead += kLine;
+      V column[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        const C* from = v < kStrip ? b + v * V::size : b + next + (v - kStrip) * V::size;
+        column[v] = V::load(from);
+        if constexpr (kFetchAhead) __builtin_prefetch(from + kAhead);
+      }
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const V x = V::set1(row[r][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = multiply_add(x, column[v], acc[r][v]);
+      }
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        C* to = out + r * ldo + v * V::size;
+        if (accumulate) acc[r][v] = V::load(to) + acc[r][v];
+        acc[r][v].store(to);
+      }
+    }
+    accumulate = true;
+    K -= depth;
+  } while (K > 0);
+}
+
+// Only a tall tile has the time to bring something.
+template <class C, int kVectors, bool kBring, int... kRow>
+DLK_INLINE TileFn<C> pick_rows(int rows, std::integer_sequence<int, kRow...>) {
+  static constexpr TileFn<C> kTable[] = {tile < C, kRow + 1, kVectors, kBring && (kRow + 1) * kVectors >= 16 > ...};
+  return kTable[rows - 1];
+}
+
+template <class C, int kVectors>
+DLK_INLINE TileFn<C> pick_tile(int rows, bool bring) {
+  constexpr std::make_integer_sequence<int, rows_for(kVectors)> kHeights{};
+  return bring ? pick_rows<C, kVectors, true>(rows, kHeights) : pick_rows<C, kVectors, false>(rows, kHeights);
+}
+
+// One panel of a right-hand side, or what is left of it from row k on.
+template <class C>
+struct Panel {
+  const C* data;
+  int64_t next;  // from strip to strip
+  int vectors;
+  Panel from(int64_t k) const { return {data + k * strip_vectors(vectors) * Vec<C>::size, next, vectors}; }
+};
+
+// Memory that will be wanted soon: tiles bring it to L2, K lines each, while they compute.
+template <class C>
+struct Ahead {
+  const C *at = nullptr, *end = nullptr;
+  // Null when all of it has been taken.
+  const C* take(int64_t K) {
+    if (at >= end) return nullptr;
+    const C* here = at;
+    at += K * (64 / static_cast<int64_t>(sizeof(C)));
+    return here;
+  }
+};
+
+// out [rows][ldo] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of the work: a place
+// to fetch a few lines of what the results will meet.
+template <class C, class Before>
+DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
+                         bool accumulate, Ahead<C>& ahead, Before before) {
+  if (panel.vectors == 4 && rows > rows_for(4)) {
+    for (int part = 0; part < 2; ++part, out += 2 * Vec<C>::size) {
+      before(part, 2);
+      const C* bring = ahead.take(K);
+      pick_tile<C, 2>(rows, bring)(a, K, panel.data + part * panel.next, 0, bring, out, ldo, accumulate);
+    }
+    return;
+  }
+  const C* bring = ahead.take(K);
+  TileFn<C> fn;
+  switch (panel.vectors) {
+    case 1:
+      fn = pick_tile<C, 1>(rows, bring);
+      break;
+    case 2:
+      fn = pick_tile<C, 2>(rows, bring);
+      break;
+    case 3:
+      fn = pick_tile<C, 3>(rows, bring);
+      break;
+    default:
+      fn = pick_tile<C, 4>(rows, bring);
+      break;
+  }
+  before(0, 1);
+  fn(a, K, panel.data, panel.next, bring, out, ldo, accumulate);
+}
+
+// The same with the rows of out side by side.
+template <class C, class Before>
+DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
+                         Ahead<C>& ahead, Before before) {
+  run_tile(rows, a, K, panel, out, int64_t{panel.vectors} * Vec<C>::size, accumulate, ahead, before);
+}
+
+// Reads the rows of `a` that other cores have just written. Plain loads have many lines under way at once; the product,
+// which takes its rows element by element, would wait for one after the other, and prefetches are served more slowly.
+template <class C>
+DLK_INLINE void collect(int rows, const C* const* a, int64_t K) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < K; k += 64 / static_cast<int64_t>(sizeof(C)))
+      static_cast<void>(*static_cast<const volatile C*>(a[r] + k));
+}
+
+// A tile's home between the product and what uses it: 3 KB that never leave L1.
+template <class C>
+struct alignas(64) TileBuffer {
+  C data[kMaxRows * kMaxVectors * Vec<C>::size];
+};
+
+DLK_ISA_END

@@ -1,0 +1,52 @@
+// GRU cell step, forward and backward (Cho et al. 2014, in the form of cuDNN and
+// torch.nn.GRU: the reset gate acts on the hidden product, after its bias):
+//   r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z);  n = tanh(x_n + r * h_n)
+//   h' = n + z * (h - n)
+// x_* carries b_ih, and b_hh too for r and z; h_n carries its own b_hh.
+// Saved for the backward: r, z, n, h_n, h'.
+#pragma once
+
+#include "rnn/cells/region.h"
+
+DLK_CELLS_BEGIN
+
+struct GruCell {
+  static constexpr int kGates = 3, kSaved = 5, kNarrow = 2, kGateGrads = 4;
+  static constexpr bool kHiddenBias = true;
+  static constexpr bool kCellState = false, kDirectPath = true;  // h reaches h' past the gates
+
+  template <class V>
+  static DLK_INLINE V forward(const V* x, const V* hidden, V h, V* saved) {
+    const V r = sigmoid(x[0] + hidden[0]);
+    const V z = sigmoid(x[1] + hidden[1]);
+    const V n = tanh(fma(r, hidden[2], x[2]));
+    saved[0] = r;
+    saved[1] = z;
+    saved[2] = n;
+    saved[3] = hidden[2];
+    saved[4] = fma(z, h - n, n);
+    return saved[4];
+  }
+
+  // h' of a saved record; at(slot) reads one of its slots.
+  template <class At>
+  static DLK_INLINE auto hidden(At at) {
+    return at(4);
+  }
+
+  // dgates: r, z, n on the input side, n on the hidden side. Returns the part of dh
+  // that passes the gates by.
+  template <class V>
+  static DLK_INLINE V backward(const V* saved, V h, V dh, V* dgates) {
+    const V one = V::set1(1);
+    const V r = saved[0], z = saved[1], n = saved[2], h_n = saved[3];
+    const V dn = dh * (one - z) * fnma(n, n, one);
+    dgates[0] = dn * h_n * (r * (one - r));
+    dgates[1] = dh * (h - n) * (z * (one - z));
+    dgates[2] = dn;
+    dgates[3] = dn * r;
+    return dh * z;
+  }
+};
+
+DLK_CELLS_END

@@ -1,0 +1,56 @@
+// LSTM cell step, forward and backward (Hochreiter & Schmidhuber 1997, with the forget
+// gate of Gers et al. 2000):
+//   i, f, o = sigmoid(x_i + h_i), ...;  g = tanh(x_g + h_g)
+//   c' = f * c + i * g;  h' = o * tanh(c')
+// x_*, h_* are the input and hidden products; x_* carries both biases.
+// Saved for the backward: i, f, g, o, c'.
+#pragma once
+
+#include "rnn/cells/region.h"
+
+DLK_CELLS_BEGIN
+
+struct LstmCell {
+  static constexpr int kGates = 4, kSaved = 5, kNarrow = 0, kGateGrads = 4;
+  static constexpr bool kHiddenBias = false;  // b_hh may be added on the input side
+  static constexpr bool kCellState = true, kDirectPath = false;
+
+  template <class V>
+  static DLK_INLINE V forward(const V* x, const V* h, V c, V* saved) {
+    const V i = sigmoid(x[0] + h[0]);
+    const V f = sigmoid(x[1] + h[1]);
+    const V g = tanh(x[2] + h[2]);
+    const V o = sigmoid(x[3] + h[3]);
+    const V c_new = fma(f, c, i * g);
+    saved[0] = i;
+    saved[1] = f;
+    saved[2] = g;
+    saved[3] = o;
+    saved[4] = c_new;
+    return o * tanh(c_new);
+  }
+
+  // h' of a saved record; at(slot) reads one of its slots. o and c' give it again.
+  template <class At>
+  static DLK_INLINE auto hidden(At at) {
+    return at(3) * tanh(at(4));
+  }
+
+  // dc comes in as the gradient of c' and leaves as that of c. Returns dgates i, f, g, o
+  // and, for a projection's weight gradient, the cell's own output o * tanh(c').
+  template <class V>
+  static DLK_INLINE V backward(const V* saved, V c, V dh, V* dc, V* dgates) {
+    const V one = V::set1(1);
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V tanh_c = tanh(saved[4]);
+    const V d = fma(dh * o, fnma(tanh_c, tanh_c, one), *dc);
+    dgates[0] = d * g * (i * (one - i));
+    dgates[1] = d * c * (f * (one - f));
+    dgates[2] = d * i * fnma(g, g, one);
+    dgates[3] = dh * tanh_c * (o * (one - o));
+    *dc = d * f;
+    return o * tanh_c;
+  }
+};
+
+DLK_CELLS_END

@@ -1,0 +1,253 @@
+// Backward of one recurrent layer.
+//
+// Steps are walked in the opposite order of the forward. A step's tiles compute
+// dh = dgates(next) W_hh for a few units and go straight through the cell's backward,
+// which writes that step's gate gradients. Those of a chunk of steps stay in a buffer,
+// and GEMMs over the chunk then make dx and add up the weight gradients, so that no
+// gradient tensor of the whole length is ever there. Two buffers alternate: the first
+// step of a chunk reads the last one of the chunk before.
+//
+// Teams split as in the forward; the GEMMs of a chunk are shared by all of the direction.
+// No sum depends on the size of the team.
+#pragma once
+
+#include "core/scratch.h"
+#include "core/team.h"
+#include "gemm/gemm.h"
+#include "rnn/cpu/record.h"
+#include "rnn/cpu/sequence_layout.h"
+#include "rnn/cpu/states.h"
+#include "rnn/params.h"
+
+DLK_ISA_BEGIN
+
+template <class C, class Cell>
+class Backward {
+  using V = Vec<C>;
+  static constexpr int kSlots = Cell::kGateGrads;
+  static constexpr int64_t kBiasRows = 16;  // summed by themselves, to keep rounding errors small
+
+ public:
+  Backward(const BackwardParams& params, const Plan& plan, const SequenceLayout& layout)
+      : p_(params),
+        s_(params.shape),
+        plan_(plan),
+        layout_(layout),
+        O_(s_.outputs()),
+        G_(Cell::kGates * s_.H),
+        chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
+        chunk_rows_(chunk_ * s_.B),
+        ld_gates_(block_ld<C>(kSlots * s_.H)),
+        ld_unit_(block_ld<C>(s_.H)),
+        ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
+        hh_(PanelShape::plain(item_count(G_), O_, V::size)),
+        ih_(PanelShape::plain(item_count(G_), s_.I, V::size)),
+        hr_(PanelShape::plain(item_count(s_.P), s_.H, V::size)),
+        fresh_(layout.steps() <= 1),
+        record_(s_) {}
+
+  void carve(Scratch& scratch) {
+    const bool weights = wants_weights();
+    zeros_ = scratch.take<C>(zero_count());
+    for (int d = 0; d < s_.D; ++d) {
+      Direction& x = direction_[d];
+      x.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
+      x.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
+      x.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
+      x.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
+      x.rounded = scratch.take<Operand<C>>(kPairs ? 2 * chunk_rows_ * ld_gates_ : 0);
+      x.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
+      x.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
+      x.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
+      x.rows = scratch.take<Row>(chunk_rows_);
+      x.first = scratch.take<int64_t>(chunk_);
+      // Right-hand sides of the weight gradients: x, h and the cell's output, as panels.
+      const auto columns = [&](int64_t n) {
+        return weights ? item_count(chunk_rows_) * ((n + V::size - 1) / V::size * V::size) : 0;
+      };
+      x.x_panels = scratch.take<C>(columns(s_.I));
+      x.h_panels = scratch.take<C>(columns(O_));
+      x.out_panels = scratch.take<C>(s_.P ? columns(s_.H) : 0);
+      const auto sum = [&](void* out, int64_t n) {
+        return is_compute_type<C>(p_.weights[d].dtype) ? static_cast<C*>(out) : scratch.take<C>(weights ? n : 0);
+      };
+      x.dw_ih = sum(p_.grads[d].w_ih, G_ * s_.I);
+      x.dw_hh = sum(p_.grads[d].w_hh, G_ * O_);
+      x.dw_hr = sum(p_.grads[d].w_hr, s_.P * s_.H);
+      x.dbias = scratch.take<C>(weights ? block_ld<C>(kSlots * s_.H) : 0);
+      x.dx = d == 1 && p_.dx.data ? scratch.take<C>(s_.rows * s_.I) : nullptr;
+    }
+    for (int m = 0; m < plan_.threads; ++m) {
+      block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(item_count(chunk_rows_)));
+      panel_[m] = scratch.take<C>(fresh_ ? std::max({hh_.largest(), ih_.largest(), hr_.largest()}) : 0);
+    }
+  }
+
+  // Once, before the team starts.
+  void begin() { std::fill_n(zeros_, zero_count(), C(0)); }
+
+  void run(const Member& team, int worker, int d) {
+    prepare(team, d);
+    const bool by_rows = plan_.split == Plan::rows;
+    Walk walk{*this,
+              direction_[d],
+              by_rows ? Member{0, 1, nullptr} : team,
+              by_rows ? SequenceSubset(layout_, team.rank, team.size) : SequenceSubset(layout_, 0, 1),
+              panel_[worker],
+              d};
+    walk.begin();
+    team.sync();
+    const int64_t steps = layout_.steps();
+    for (int64_t q = 0; q < steps; q += chunk_) {
+      const int64_t count = std::min(chunk_, steps - q), parity = q / chunk_ & 1;
+      if (team.rank == 0) number_rows(d, q, count);
+      team.sync();
+      for (int64_t k = 0; k < count; ++k) {
+        walk.step(q + k, k, parity);
+        walk.member.sync();
+      }
+      team.sync();
+      chunk_products(team, worker, d, parity, q == 0);
+      team.sync();
+    }
+    walk.finish();
+    team.sync();
+    store_weight_grads(team, d);
+  }
+
+  // After all directions: dx = sum of both, and zeros where there was no input.
+  void finish(const Member& team) const {
+    if ((!p_.dx.data && !p_.gate_grads) || (s_.D == 1 && layout_.uniform())) return;
+    int64_t begin, end;
+    team.share(s_.B, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = layout_.sequence(i), length = layout_.length(i);
+      for (int64_t t = 0; t < length && s_.D == 2 && p_.dx.data; ++t) {
+        const int64_t at = layout_.at(p_.dx, t, b);
+        const C* other = direction_[1].dx + layout_.row(t, b) * s_.I;
+        for (int64_t j = 0; j < s_.I; j += V::size) {
+          const int n = static_cast<int>(std::min<int64_t>(V::size, s_.I - j));
+          store_any<C>(p_.dx.dtype, p_.dx.data, at + j,
+                       load_any<C>(p_.dx.dtype, p_.dx.data, at + j, n) + V::load(other + j, n), n);
+        }
+      }
+      if (layout_.packed()) continue;
+      for (int64_t t = length; t < s_.T; ++t) {
+        if (p_.dx.data)
+          std::memset(advance(p_.dx.data, p_.dx.dtype, layout_.at(p_.dx, t, b)), 0, s_.I * item_size(p_.dx.dtype));
+        for (int d = 0; d < s_.D; ++d) {
+          const int64_t row = d * s_.rows + layout_.row(t, b);
+          if (p_.gate_grads) std::fill_n(static_cast<C*>(p_.gate_grads) + row * kSlots * s_.H, kSlots * s_.H, C(0));
+          if (p_.proj_grads) std::fill_n(static_cast<C*>(p_.proj_grads) + row * s_.P, s_.P, C(0));
+        }
+      }
+    }
+  }
+
+ private:
+  struct Row {
+    int64_t t, b;  // step and sequence
+    bool first;    // the sequence's first step: its past is h0, c0
+  };
+
+  struct Direction {
+    C *hh, *ih, *hr;                      // panels of the weights
+    C *gates, *proj;                      // gradients of a chunk's gates and projected h, twice
+    Operand<C>* rounded;                  // those of gates, where products do not take them as they are
+    C* cell_out;                          // o * tanh(c') of a chunk, for dw_hr
+    C* carry;                             // lstm: dc; gru: the part of dh that passes the gates by
+    Row* rows;                            // of the chunk
+    int64_t* first;                       // first row of each step of the chunk
+    int64_t row_count;                    // of the chunk
+    C *x_panels, *h_panels, *out_panels;  // see carve()
+    C *dw_ih, *dw_hh, *dw_hr, *dbias;     // sums so far
+    C* dx;                                // the second direction's part
+  };
+
+  int64_t zero_count() const { return block_ld<C>(kSlots * s_.H); }
+  bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
+  int64_t time(int d, int64_t q) const { return d == 0 ? layout_.steps() - 1 - q : q; }
+  int64_t past(int d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
+  C* gates(int d, int64_t parity) const { return direction_[d].gates + parity * chunk_rows_ * ld_gates_; }
+  Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + parity * chunk_rows_ * ld_gates_; }
+  // Gradients of gates as products along the depth take them, rows of ld_gates_ values; and the same as they lie.
+  const C* operand(int d, int64_t parity) const { return items_of<C>(operand_values(d, parity)); }
+  const Operand<C>* operand_values(int d, int64_t parity) const {
+    if constexpr (kPairs) {
+      return rounded(d, parity);
+    } else {
+      return gates(d, parity);
+    }
+  }
+  C* proj(int d, int64_t parity) const { return direction_[d].proj + parity * chunk_rows_ * ld_proj_; }
+
+  void prepare(const Member& team, int d) const {
+    const Direction& x = direction_[d];
+    const DirectionWeights& w = p_.weights[d];
+    const auto pack = [&](const PanelShape& shape, const void* weights, C* panels) {
+      int64_t begin, end;
+      team.share(shape.count(), 1, &begin, &end);
+      for (int64_t p = begin; p < end; ++p) pack_panel_matrix<C>(shape, p, w.dtype, weights, panels + shape.offset(p));
+    };
+    if (!fresh_) {
+      pack(hh_, w.w_hh, x.hh);
+      if (p_.dx.data) pack(ih_, w.w_ih, x.ih);
+      if (s_.P) pack(hr_, w.w_hr, x.hr);
+    }
+    if (!wants_weights() || layout_.steps() > 0) return;  // else the first chunk writes them
+    const auto clear = [&](C* sum, int64_t n) {
+      int64_t begin, end;
+      team.share(n, 1024, &begin, &end);
+      std::fill(sum + begin, sum + end, C(0));
+    };
+    clear(x.dw_ih, G_ * s_.I);
+    clear(x.dw_hh, G_ * O_);
+    clear(x.dw_hr, s_.P * s_.H);
+    clear(x.dbias, kSlots * s_.H);
+  }
+
+  Panels<C> panels(const PanelShape& shape, const C* packed, int d, const void* weights, C* buffer) const {
+    if (fresh_) return Panels<C>(shape, pack_panel_matrix<C>, p_.weights[d].dtype, weights, buffer);
+    return Panels<C>(shape, packed);
+  }
+
+  void number_rows(int d, int64_t q, int64_t count) {
+    Direction& x = direction_[d];
+    const SequenceSubset all(layout_, 0, 1);
+    int64_t row = 0, alive = 0;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t t = time(d, q + k);
+      alive = all.alive(t, alive);
+      x.first[k] = row;
+      for (int64_t i = 0; i < alive; ++i, ++row)
+        x.rows[row] = {t, all.sequence(i), d == 0 ? t == 0 : t == all.length(i) - 1};
+    }
+    x.row_count = row;
+  }
+
+  struct Walk;  // backward_walk.h
+
+  // backward_products.h
+  void chunk_products(const Member& team, int worker, int d, int64_t parity, bool first);
+  const void* x_row(const Row& row) const;
+  const C* saved_record(int d, int64_t t, int64_t b) const {
+    return static_cast<const C*>(p_.saved) + (d * s_.rows + layout_.row(t, b)) * record_.size;
+  }
+  V past_h(int d, const Row& row, int64_t j, int n) const;
+  void copy_gate_grads(const Member& team, int d, int64_t parity, int64_t rows) const;
+  void store_weight_grads(const Member& team, int d) const;
+
+  const BackwardParams& p_;
+  const LayerShape& s_;
+  const Plan& plan_;
+  const SequenceLayout& layout_;
+  const int64_t O_, G_, chunk_, chunk_rows_, ld_gates_, ld_unit_, ld_proj_;
+  const PanelShape hh_, ih_, hr_;
+  C* zeros_ = nullptr;
+  Direction direction_[2] = {};
+  const bool fresh_;  // panels of the weights are made when they are wanted
+  const Record<C, Cell> record_;
+  C *block_[kMaxMembers] = {}, *panel_[kMaxMembers] = {};
+};
+
+DLK_ISA_END

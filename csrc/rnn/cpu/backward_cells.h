@@ -1,0 +1,76 @@
+// One row's way through the cell's backward (see backward_walk.h).
+#pragma once
+
+#include "rnn/cpu/backward_walk.h"
+
+DLK_ISA_BEGIN
+
+// Where the row's values lie is found once for all of its units: per vector it took longer than the arithmetic.
+template <class C, class Cell>
+struct Backward<C, Cell>::Walk::CellRow {
+  const Walk& walk;
+  const Backward& f;
+  const int64_t i, row;  // sequence of the member, row of the chunk
+  const Row& at;
+  const bool is_joining, is_cut;
+  const C *saved, *past;  // the records of this step and of the one before, null where this is the first
+  const void* dy;
+  C *carry, *gates;
+  Operand<C>* rounded;
+
+  DLK_INLINE CellRow(const Walk& walk, int64_t i, int64_t row, int64_t parity)
+      : walk(walk),
+        f(walk.f),
+        i(i),
+        row(row),
+        at(walk.x.rows[row]),
+        is_joining(walk.is_joining(i)),
+        is_cut(walk.cut(i, at.t)),
+        saved(f.saved_record(walk.d, at.t, at.b)),
+        past(at.first ? nullptr : f.saved_record(walk.d, f.past(walk.d, at.t), at.b)),
+        dy(f.p_.dy.data ? advance(f.p_.dy.data, f.p_.dy.dtype, f.layout_.at(f.p_.dy, at.t, at.b) + walk.d * f.O_)
+                        : nullptr),
+        carry(walk.carry(i)),
+        gates(f.gates(walk.d, parity) + row * f.ld_gates_),
+        rounded(kPairs ? f.rounded(walk.d, parity) + row * f.ld_gates_ : nullptr) {}
+
+  // What reaches h of this step from outside the recurrence.
+  DLK_INLINE V incoming(int64_t j, int n) const {
+    V sum = V::zero();
+    if (dy) sum = load_any<C>(f.p_.dy.dtype, dy, j, n);
+    if (is_joining) {
+      if (f.p_.dh_n) sum = sum + load_state<C>(f.p_.dh_n, walk.state(i, f.O_) + j, n);
+    } else if constexpr (Cell::kDirectPath) {
+      if (!is_cut) sum = sum + V::load(carry + j);
+    }
+    return sum;
+  }
+
+  // n units from j on; dh is the whole gradient of the cell's output.
+  DLK_INLINE void cell(int64_t j, int n, V dh) const {
+    const int64_t H = f.s_.H;
+    V slots[Cell::kSaved], dgates[kSlots];
+    for (int k = 0; k < Cell::kSaved; ++k) slots[k] = f.record_.load(saved, k, j, n);
+    if constexpr (Cell::kCellState) {
+      V dc = V::zero();
+      const V previous = past ? f.record_.load(past, 4, j, n) : load_state<C>(f.p_.c0, walk.state(i, H) + j, n);
+      if (is_joining) {
+        dc = load_state<C>(f.p_.dc_n, walk.state(i, H) + j, n);
+      } else if (!is_cut) {
+        dc = V::load(carry + j);
+      }
+      const V out = Cell::backward(slots, previous, dh, &dc, dgates);
+      dc.store(carry + j);
+      if (f.s_.P) out.store(walk.x.cell_out + row * f.ld_unit_ + j);
+    } else if constexpr (Cell::kDirectPath) {
+      Cell::backward(slots, f.past_h(walk.d, at, j, n), dh, dgates).store(carry + j);
+    } else {
+      dgates[0] = Cell::backward(slots[0], dh);
+    }
+    for (int k = 0; k < kSlots; ++k) store_part(gates + k * H + j, dgates[k], n);
+    if constexpr (kPairs)
+      for (int k = 0; k < kSlots; ++k) store_as(rounded + k * H + j, dgates[k], n);
+  }
+};
+
+DLK_ISA_END

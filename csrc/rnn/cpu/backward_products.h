@@ -1,0 +1,149 @@
+// What the backward makes of the gate gradients of a chunk of steps (see backward.h).
+#pragma once
+
+#include "rnn/cpu/backward.h"
+
+DLK_ISA_BEGIN
+
+// dx, weight gradients and gate gradients of the rows of one chunk.
+template <class C, class Cell>
+void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, int64_t parity, bool first) {
+  const Direction& x = direction_[d];
+  const int64_t rows = x.row_count, H = s_.H;
+  C* dgates = gates(d, parity);
+  copy_gate_grads(team, d, parity, rows);
+  if (p_.dx.data) {
+    const C* operands = operand(d, parity);
+    const auto row = [&](int64_t r) { return operands + r * item_count(ld_gates_); };
+    const GemmShare share(team, rows, ih_, fresh_);
+    const auto out = [&](int64_t r, GemmColumn at) -> const void* {
+      const Row& to = x.rows[r];
+      if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + at.column;
+      return advance(p_.dx.data, p_.dx.dtype, layout_.at(p_.dx, to.t, to.b) + at.column);
+    };
+    const Panels<C> b = panels(ih_, x.ih, d, p_.weights[d].w_ih, panel_[worker]);
+    gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, b, out,
+         [&](int64_t r, GemmColumn at, V value, int n) {
+           const Row& to = x.rows[r];
+           if (d == 1) {
+             value.store(x.dx + layout_.row(to.t, to.b) * s_.I + at.column, n);
+           } else {
+             store_any<C>(p_.dx.dtype, p_.dx.data, layout_.at(p_.dx, to.t, to.b) + at.column, value, n);
+           }
+         });
+  }
+  if (!wants_weights()) return;
+
+  const int64_t K = item_count(rows);
+  const PanelShape xs = PanelShape::plain(K, s_.I, V::size), hs = PanelShape::plain(K, O_, V::size),
+                   os = PanelShape::plain(s_.P ? K : 0, H, V::size);
+  int64_t task = 0;
+  const auto mine = [&] { return task++ % team.size == team.rank; };
+  for (int64_t p = 0; p < xs.count(); ++p)
+    if (mine())
+      pack_panel_rows<C>(
+          xs, p, p_.x.dtype, rows, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels + xs.offset(p));
+  for (int64_t p = 0; p < hs.count(); ++p)
+    if (mine())
+      pack_panel_values<C>(
+          hs, p, rows, [&](int64_t r, int64_t j, int n) { return past_h(d, x.rows[r], j, n); },
+          x.h_panels + hs.offset(p));
+  for (int64_t p = 0; s_.P && p < os.count(); ++p)
+    if (mine())
+      pack_panel_rows<C>(
+          os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32, rows,
+          [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels + os.offset(p));
+  team.sync();
+
+  const auto add = [&](const Operand<C>* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed,
+                       C* sum) {
+    int64_t begin, end;
+    team.share(M, 24, &begin, &end);
+    const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(K), block_[worker]};
+    gemm(
+        begin, end, 0, shape.count(), a, Panels<C>(shape, packed),
+        [&](int64_t m, GemmColumn at) -> const void* { return sum + m * shape.N + at.column; },
+        [&](int64_t m, GemmColumn at, V value, int n) {
+          C* to = sum + m * shape.N + at.column;
+          store_part(to, first ? value : load_part(to, n) + value, n);
+        },
+        first ? sum : nullptr, shape.N);
+  };
+  const Operand<C>* values = operand_values(d, parity);
+  add(values, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
+  if constexpr (Cell::kDirectPath) {
+    add(values, ld_gates_, 2 * H, hs, x.h_panels, x.dw_hh);
+    add(values + 3 * H, ld_gates_, H, hs, x.h_panels, x.dw_hh + 2 * H * O_);
+  } else {
+    add(values, ld_gates_, G_, hs, x.h_panels, x.dw_hh);
+  }
+  if constexpr (!kPairs)
+    if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, x.out_panels, x.dw_hr);
+
+  int64_t begin, end;
+  team.share(kSlots * H, V::size, &begin, &end);
+  for (int64_t j = begin; j < end; j += V::size) {
+    const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+    V sum = V::zero();
+    for (int64_t r0 = 0; r0 < rows; r0 += kBiasRows) {
+      V part = V::zero();
+      for (int64_t r = r0; r < std::min(rows, r0 + kBiasRows); ++r)
+        part = part + load_part(dgates + r * ld_gates_ + j, n);
+      sum = sum + part;
+    }
+    store_part(x.dbias + j, first ? sum : load_part(x.dbias + j, n) + sum, n);
+  }
+}
+
+template <class C, class Cell>
+const void* Backward<C, Cell>::x_row(const Row& row) const {
+  return advance(p_.x.data, p_.x.dtype, layout_.at(p_.x, row.t, row.b));
+}
+
+// h before the row's step, n outputs from j on.
+template <class C, class Cell>
+DLK_INLINE Vec<C> Backward<C, Cell>::past_h(int d, const Row& row, int64_t j, int n) const {
+  if (row.first) return load_state<C>(p_.h0, (d * s_.B + row.b) * O_ + j, n);
+  const C* saved = saved_record(d, past(d, row.t), row.b);
+  if (s_.P) return load_part(saved + Cell::kSaved * s_.H + j, n);
+  return Cell::hidden([&](int slot) __attribute__((always_inline)) { return record_.load(saved, slot, j, n); });
+}
+
+template <class C, class Cell>
+void Backward<C, Cell>::copy_gate_grads(const Member& team, int d, int64_t parity, int64_t rows) const {
+  if (!p_.gate_grads) return;
+  int64_t begin, end;
+  team.share(rows, 1, &begin, &end);
+  for (int64_t r = begin; r < end; ++r) {
+    const Row& row = direction_[d].rows[r];
+    const int64_t to = d * s_.rows + layout_.row(row.t, row.b), n = kSlots * s_.H;
+    std::memcpy(static_cast<C*>(p_.gate_grads) + to * n, gates(d, parity) + r * ld_gates_, n * sizeof(C));
+    if (p_.proj_grads)
+      std::memcpy(static_cast<C*>(p_.proj_grads) + to * s_.P, proj(d, parity) + r * ld_proj_, s_.P * sizeof(C));
+  }
+}
+
+template <class C, class Cell>
+void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
+  if (!wants_weights()) return;
+  const Direction& x = direction_[d];
+  const DirectionGrads& to = p_.grads[d];
+  const DirectionWeights& w = p_.weights[d];
+  const auto store = [&](void* out, const C* sum, int64_t n) {
+    int64_t begin, end;
+    team.share(n, 1024, &begin, &end);
+    if (out && out != sum && begin < end) store_row(w.dtype, advance(out, w.dtype, begin), end - begin, sum + begin);
+  };
+  store(to.w_ih, x.dw_ih, G_ * s_.I);
+  store(to.w_hh, x.dw_hh, G_ * O_);
+  store(to.w_hr, x.dw_hr, s_.P * s_.H);
+  store(to.b_ih, x.dbias, G_);
+  if constexpr (Cell::kDirectPath) {
+    store(to.b_hh, x.dbias, 2 * s_.H);
+    if (to.b_hh) store(advance(to.b_hh, w.dtype, 2 * s_.H), x.dbias + 3 * s_.H, s_.H);
+  } else {
+    store(to.b_hh, x.dbias, G_);
+  }
+}
+
+DLK_ISA_END

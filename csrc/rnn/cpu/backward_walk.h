@@ -1,0 +1,191 @@
+// The steps of the backward, for one member's sequences and units (see backward.h).
+// `q` counts steps in the order of the backward; "next" is the step before in that order,
+// which is the next one in the order of the forward.
+#pragma once
+
+#include "rnn/cpu/backward.h"
+
+DLK_ISA_BEGIN
+
+template <class C, class Cell>
+struct Backward<C, Cell>::Walk {
+  const Backward& f;
+  const Direction& x;
+  Member member;
+  SequenceSubset subset;
+  C* panel_buffer;
+  int d;
+  // The step before this one: where its gate gradients lie, and how many sequences it had.
+  const C* next_gates = nullptr;  // as items
+  int64_t next_alive = 0;
+  bool to_and_fro = false;         // see Forward
+  const Row* step_rows = nullptr;  // this step's, null outside of it
+
+  struct CellRow;  // backward_cells.h
+
+  const LayerShape& s() const { return f.s_; }
+  int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
+  C* carry(int64_t i) const { return x.carry + subset.global(i) * f.ld_unit_; }
+  // Row of the i-th sequence relative to its step's first row.
+  int64_t in_step(int64_t i) const { return subset.global(i); }
+
+  // Sequences without a step hand the gradients of their last state to the first.
+  void begin() const {
+    int64_t begin, end;
+    member.share(subset.count, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) {
+      if (subset.length(i) > 0) continue;
+      pass_state(f.p_.dh0, f.p_.dh_n, state(i, f.O_), f.O_);
+      pass_state(f.p_.dc0, f.p_.dc_n, state(i, s().H), s().H);
+    }
+  }
+
+  static void pass_state(const StateTensor<void*>& to, const StateTensor<const void*>& from, int64_t at,
+                         int64_t count) {
+    for (int64_t j = 0; j < count; j += V::size) {
+      const int n = static_cast<int>(std::min<int64_t>(V::size, count - j));
+      store_state<C>(to, at + j, load_state<C>(from, at + j, n), n);
+    }
+  }
+
+  // True if the gradient of the state between this step and the one after it is cut.
+  bool cut(int64_t i, int64_t t) const {
+    if (f.p_.bptt_steps <= 0) return false;
+    const int64_t next_step = d == 0 ? t + 1 : subset.length(i) - t;
+    return next_step % f.p_.bptt_steps == 0;
+  }
+
+  void step(int64_t q, int64_t k, int64_t parity) {
+    const int64_t t = f.time(d, q), alive = subset.alive(t, next_alive), first = x.first[k];
+    leave(alive);
+    step_rows = x.rows + first;
+    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
+      if (s().P) {
+        recurrent(t, alive, first, parity, [&](const CellRow& row, int64_t j, int n, V dh) {
+          V total = dh + row.incoming(j, n);
+          total.store(f.proj(d, parity) + row.row * f.ld_proj_ + j);
+        });
+        member.sync();
+        through_projection(alive, first, parity);
+      }
+    }
+    if (!s().P) {
+      recurrent(t, alive, first, parity,
+                [&](const CellRow& row, int64_t j, int n, V dh) { row.cell(j, n, dh + row.incoming(j, n)); });
+    }
+    next_gates = f.operand(d, parity) + first * item_count(f.ld_gates_);
+    next_alive = alive;
+    to_and_fro = !to_and_fro;
+    step_rows = nullptr;
+  }
+
+  void finish() { leave(0); }
+
+  bool is_joining(int64_t i) const { return i >= next_alive; }
+
+  // use(row, column, n, dgates(next) W_hh) for all `alive` sequences and this member's columns.
+  template <class Use>
+  void recurrent(int64_t t, int64_t alive, int64_t first, int64_t parity, Use use) const {
+    products(
+        0, alive, [&](int64_t i) { return is_joining(i) || cut(i, t); },
+        [&](int64_t i, auto each_vector) __attribute__((always_inline)) {
+          const CellRow row(*this, i, first + in_step(i), parity);
+          each_vector([&](int64_t j, int n, V dh) __attribute__((always_inline)) { use(row, j, n, dh); });
+        });
+  }
+
+  // sink(i, each_vector) for sequences [begin, end), where each_vector(use) calls use(column, n, dgates(next) W_hh);
+  // skip(i): zero instead.
+  template <class Skip, class Sink>
+  DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
+    const PanelShape& shape = f.hh_;
+    const Panels<C> panels = f.panels(shape, x.hh, d, f.p_.weights[d].w_hh, panel_buffer);
+    const int64_t H = s().H, head = item_count(Cell::kDirectPath ? 2 * H : f.G_), ld = item_count(f.ld_gates_);
+    TileBuffer<C> out;
+    int64_t p0, p1;
+    member.share(shape.count(), 1, &p0, &p1);
+    for (int64_t turn = p0; turn < p1; ++turn) {
+      const int64_t p = to_and_fro ? p1 - 1 - (turn - p0) : turn;
+      const int vectors = shape.vectors_in(p), width = vectors * V::size, onward = to_and_fro ? -1 : 1;
+      Panel<C> panel{};
+      Ahead<C> ahead;
+      if (turn + 1 < p1) ahead = panels.ahead(p + onward, p + onward + 1, end - begin);
+      int rows;
+      for (int64_t i0 = begin; i0 < end; i0 += rows) {
+        rows = next_tile(end - i0, vectors);
+        const C *a[kMaxRows], *tail[kMaxRows];
+        bool any = false;
+        for (int r = 0; r < rows; ++r) {
+          const bool zero = skip(i0 + r);
+          any |= !zero;
+          a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * ld;
+          tail[r] = zero ? f.zeros_ : a[r] + item_count(3 * H);
+        }
+        if (turn == p0 && member.size > 1) collect(rows, a, item_count(kSlots * H));
+        if (any) {
+          if (!panel.data) panel = panels.at(p);
+          run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
+            for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
+          });
+          // gru: r and z, then n's hidden half, which lies behind its input half.
+          if constexpr (Cell::kDirectPath)
+            run_tile(rows, tail, item_count(H), panel.from(head), out.data, true, ahead, [](int, int) {});
+        } else {
+          std::fill_n(out.data, rows * width, C(0));
+        }
+        for (int r = 0; r < rows; ++r)
+          sink(i0 + r, [&](auto use) __attribute__((always_inline)) {
+            for (int v = 0; v < vectors; ++v)
+              use(shape.column(p, v), shape.valid(p, v), V::load(out.data + r * width + v * V::size));
+          });
+      }
+    }
+  }
+
+  // What the cell will want of this step's sequence i for the units from j on.
+  DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
+    if (s().P || !step_rows) return;
+    const Row& at = step_rows[in_step(i)];
+    const C* saved = f.saved_record(d, at.t, at.b);
+    for (int k = 0; k < Cell::kSaved; ++k)
+      for (int v = 0; v < vectors; ++v) f.record_.fetch(saved, k, j + v * V::size);
+  }
+
+  void through_projection(int64_t alive, int64_t first, int64_t parity) const {
+    const C* dproj = f.proj(d, parity);
+    const auto row = [&](int64_t i) { return dproj + (first + in_step(i)) * f.ld_proj_; };
+    int64_t p0, p1;
+    member.share(f.hr_.count(), 1, &p0, &p1);
+    const C* dgates = f.gates(d, parity);
+    gemm(
+        0, alive, p0, p1, DirectRows<C, decltype(row)>{row},
+        f.panels(f.hr_, x.hr, d, f.p_.weights[d].w_hr, panel_buffer),
+        [&](int64_t i, GemmColumn at) -> const void* {
+          return dgates + (first + in_step(i)) * f.ld_gates_ + at.column;
+        },
+        [&](int64_t i, GemmColumn at, V dh, int n) {
+          CellRow(*this, i, first + in_step(i), parity).cell(at.column, n, dh);
+        });
+  }
+
+  // Sequences whose first step is behind us: what is left is the gradient of h0, c0.
+  void leave(int64_t alive) const {
+    if (alive >= next_alive) return;
+    if (f.p_.dh0) {
+      products(
+          alive, next_alive, [](int64_t) { return false; },
+          [&](int64_t i, auto each_vector) {
+            each_vector([&](int64_t j, int n, V dh) {
+              if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
+              store_state<C>(f.p_.dh0, state(i, f.O_) + j, dh, n);
+            });
+          });
+    }
+    if (f.p_.dc0 && member.rank == 0) {
+      for (int64_t i = alive; i < next_alive; ++i)
+        store_row(f.p_.dc0.dtype, advance(f.p_.dc0.data, f.p_.dc0.dtype, state(i, s().H)), s().H, carry(i));
+    }
+  }
+};
+
+DLK_ISA_END

@@ -1,0 +1,146 @@
+// Forward of one recurrent layer.
+//
+// Time is walked in chunks. For each chunk one GEMM makes the input products of all its
+// rows; then every step multiplies the last h with W_hh tile by tile, and each tile goes
+// straight through the cell equation. The rows of one chunk are numbered in order of
+// processing; tables give each one's place in x, y and the products. Or (plan.chunk_steps 0)
+// there are no chunks: the tile of a step adds up the products of x and of h.
+//
+// A team splits either the batch (each member walks alone with its sequences) or the
+// hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
+// With saving, a chunk's products are written where the activations will be saved, if there is room, and the cell
+// equation overwrites them. Else they lie as c does, in the order in which the cells want
+// them: a vector's width of units, then row by row, all gates together.
+#pragma once
+
+#include "core/scratch.h"
+#include "core/team.h"
+#include "gemm/dot.h"
+#include "gemm/gemm.h"
+#include "rnn/cpu/record.h"
+#include "rnn/cpu/sequence_layout.h"
+#include "rnn/cpu/states.h"
+#include "rnn/cpu/weights.h"
+#include "rnn/params.h"
+
+DLK_ISA_BEGIN
+
+template <class C, class Cell>
+class Forward {
+  using V = Vec<C>;
+  static constexpr int kTogether = kRegisters == 32 ? 2 : 1;     // cells side by side
+  static constexpr bool kKeepsH = !kPairs || Cell::kDirectPath;  // or rounded, for products, alone
+
+ public:
+  Forward(const ForwardParams& params, const Plan& plan, const SequenceLayout& layout)
+      : p_(params),
+        s_(params.shape),
+        plan_(plan),
+        layout_(layout),
+        fresh_(plan.recurrence == Plan::tiles && !params.packed && layout.steps() <= 1),
+        weights_(s_, V::size, plan.recurrence == Plan::tiles && !fresh_),
+        O_(s_.outputs()),
+        chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
+        // Members with sequences of their own number them from slots of equal size.
+        chunk_rows_(chunk_ * (s_.B + (plan.split == Plan::rows ? plan.threads : 0))),
+        ld_h_(block_ld<C>(O_)),
+        ld_unit_(block_ld<C>(s_.H)),
+        blocks_((s_.H + V::size - 1) / V::size),
+        record_(s_),
+        in_place_(params.saved && record_.holds_products()),
+        fused_(!Cell::kHiddenBias && !fresh_ && plan.chunk_steps == 0) {}
+
+  void carve(Scratch& scratch) {
+    const int64_t rows = slots();
+    for (int d = 0; d < s_.D; ++d) {
+      weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
+      products_[d] = in_place_ || fused_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
+      h_[d] = scratch.take<C>(kKeepsH ? 2 * rows * ld_h_ : 0);
+      rounded_[d] = scratch.take<Operand<C>>(kPairs ? 2 * rows * ld_h_ : 0);
+      c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
+      cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_unit_) : nullptr;
+      x_rows_[d] = scratch.take<C>(copies_x() && fused_ ? rows * block_ld<C>(weights_.ih.K) : 0);
+    }
+    for (int m = 0; m < plan_.threads; ++m) {
+      tables_[m].x = scratch.take<const void*>(chunk_rows_);
+      tables_[m].saved = scratch.take<C*>(p_.saved ? chunk_rows_ : 0);
+      tables_[m].y = scratch.take<int64_t>(chunk_rows_);
+      tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
+      tables_[m].block = scratch.take<C>(copies_x() && !fused_ ? kBlockRows * block_ld<C>(weights_.ih.K) : 0);
+      tables_[m].panel =
+          scratch.take<C>(fresh_ ? std::max({weights_.ih.largest(), weights_.hh.largest(), weights_.hr.largest()}) : 0);
+    }
+  }
+
+  void set_packed(const C* panels) {
+    for (int d = 0; d < s_.D; ++d) weight_memory_[d] = const_cast<C*>(panels) + d * weights_.total;
+  }
+
+  // All of direction d, by a team of its own; `worker` numbers this thread among all.
+  void run(const Member& team, int worker, int d) {
+    if (!p_.packed) {
+      pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, weight_memory_[d]);
+      team.sync();
+    }
+    const bool by_rows = plan_.split == Plan::rows;
+    Walk walk{*this,
+              by_rows ? Member{0, 1, nullptr} : team,
+              by_rows ? SequenceSubset(layout_, team.rank, team.size) : SequenceSubset(layout_, 0, 1),
+              tables_[worker],
+              d,
+              by_rows ? team.rank * ((s_.B + team.size - 1) / team.size) : 0};
+    walk.go();
+  }
+
+  // y of the steps after a sequence's end.
+  void finish(const Member& team) const {
+    if (layout_.uniform() || layout_.packed() || !p_.y.data) return;
+    int64_t begin, end;
+    team.share(s_.B, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t t = layout_.length(i); t < s_.T; ++t)
+        std::memset(advance(p_.y.data, p_.y.dtype, layout_.at(p_.y, t, layout_.sequence(i))), 0,
+                    s_.D * O_ * item_size(p_.y.dtype));
+  }
+
+ private:
+  struct Tables {
+    const void** x;
+    C** saved;       // where activations go, and before them the products
+    int64_t* y;      // element offsets
+    int64_t* first;  // first row of each step of the chunk, and the end
+    C* block;
+    C* panel;
+  };
+
+  // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache. Pairs
+  // may lie where no float may.
+  bool copies_x() const {
+    const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
+    if (kPairs && (stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C))) return true;
+    return !is_operand_type<C>(p_.x.dtype) || collides<C>(stride / kItemValues);
+  }
+  int64_t slots() const { return s_.B + plan_.threads; }
+  Panels<C> panels(const PanelShape& shape, int64_t at, const void* weights, int d, const Tables& table) const {
+    if (fresh_) return Panels<C>(shape, pack_panel_transposed<C>, p_.weights[d].dtype, weights, table.panel);
+    return Panels<C>(shape, weight_memory_[d] + at);
+  }
+
+  struct Walk;  // forward_walk.h
+
+  const ForwardParams& p_;
+  const LayerShape& s_;
+  const Plan& plan_;
+  const SequenceLayout& layout_;
+  const bool fresh_;  // panels of the weights are made when they are wanted
+  const WeightLayout weights_;
+  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
+  const Record<C, Cell> record_;
+  const bool in_place_, fused_;
+  C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
+  C* x_rows_[2] = {};            // of a step, where it takes copies of them
+  Operand<C>* rounded_[2] = {};  // h, where products do not take it as it is
+  Tables tables_[kMaxMembers];
+};
+
+DLK_ISA_END

@@ -1,0 +1,88 @@
+// The torch-free entry points: plan, run, remember; and the header of prepacked weights.
+#include <cstring>
+
+#include "rnn/cpu/table.h"
+
+namespace dlk {
+namespace {
+
+thread_local LastRun g_last_run{};
+
+struct PackedHeader {
+  char magic[8];
+  Isa isa;
+  LayerShape shape;  // only what the panels depend on; the rest is 0
+};
+constexpr size_t kHeaderBytes = 128;
+static_assert(sizeof(PackedHeader) <= kHeaderBytes, "the header must leave the panels aligned");
+
+const KernelTable& layer_kernels(const LayerShape& shape, Isa isa) { return kernels(layer_isa(shape, isa)); }
+
+PackedHeader header_of(const LayerShape& shape, Isa isa) {
+  PackedHeader header;
+  std::memset(&header, 0, sizeof header);  // padding too: headers are compared as bytes
+  std::memcpy(header.magic, "dlkpack1", sizeof header.magic);
+  header.isa = layer_kernels(shape, isa).isa;
+  header.shape.cell = shape.cell;
+  header.shape.dtype = shape.dtype;
+  header.shape.I = shape.I;
+  header.shape.H = shape.H;
+  header.shape.P = shape.P;
+  header.shape.D = shape.D;
+  return header;
+}
+
+}  // namespace
+
+void rnn_forward(const ForwardParams& params, const Runtime& runtime) {
+  const LayerShape& shape = params.shape;
+  Plan plan = rnn_plan(shape, runtime.isa, runtime.threads, false, params.deterministic, params.packed != nullptr);
+  const SequenceLayout layout(shape, params.batch_sizes, params.lengths);
+  const void* panels = params.packed ? static_cast<const char*>(params.packed) + kHeaderBytes : nullptr;
+  const KernelTable& table = kernels(plan.isa);
+  const int members = table.forward(params, panels, plan, runtime, layout);
+  plan.isa = table.isa;
+  g_last_run = {plan, members, false};
+}
+
+void rnn_backward(const BackwardParams& params, const Runtime& runtime) {
+  Plan plan = rnn_plan(params.shape, runtime.isa, runtime.threads, true, params.deterministic, false);
+  const SequenceLayout layout(params.shape, params.batch_sizes, params.lengths);
+  const KernelTable& table = kernels(plan.isa);
+  const int members = table.backward(params, plan, runtime, layout);
+  plan.isa = table.isa;
+  g_last_run = {plan, members, true};
+}
+
+size_t rnn_packed_bytes(const LayerShape& shape, Isa isa) {
+  return kHeaderBytes + layer_kernels(shape, isa).panel_bytes(shape);
+}
+
+void rnn_pack(const LayerShape& shape, const DirectionWeights* weights, Isa isa, void* out) {
+  std::memset(out, 0, kHeaderBytes);
+  const PackedHeader header = header_of(shape, isa);
+  std::memcpy(out, &header, sizeof header);
+  layer_kernels(shape, isa).pack(shape, weights, static_cast<char*>(out) + kHeaderBytes);
+}
+
+bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shape, Isa isa) {
+  const PackedHeader header = header_of(shape, isa);
+  return bytes == rnn_packed_bytes(shape, isa) && std::memcmp(packed, &header, sizeof header) == 0;
+}
+
+const LastRun& rnn_last_run() { return g_last_run; }
+
+const KernelTable& kernels(Isa isa) {
+  const KernelTable* table = &kLayers_scalar;
+  switch (isa) {
+#define DLK_ISA_ROW(name, features, vectors, bf16) \
+  case Isa::name:                                  \
+    table = &kLayers_##name;                       \
+    break;
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+  }
+  return table->forward ? *table : kLayers_scalar;
+}
+
+}  // namespace dlk

@@ -1,0 +1,86 @@
+// Decides, before anything runs, how a call is carried out. The kernels follow.
+#include <algorithm>
+
+#include "rnn/cpu/table.h"
+
+namespace dlk {
+namespace {
+
+// Below this many multiply-adds in all, waking a thread costs more than it brings.
+constexpr double kSerialWork = 200e3;
+// A step split over hidden units ends in a barrier of about half a microsecond: what it
+// must take off each core, in multiply-adds of the step and its input product.
+constexpr double kUnitsWorkSaved = 20e3;
+// With sequences of its own a core waits for nobody, but reads all of W_hh at every step: from its own cache up to so
+// many bytes, else from the shared one, which needs more rows to work on meanwhile.
+constexpr int64_t kPrivateCacheBytes = 1 << 20;
+constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
+// In a call of one step each core would also pack all weights for itself: with so many hidden units for each of them
+// they share the units instead.
+constexpr int64_t kOwnUnits = 128;
+// Rows per GEMM of a chunk: enough to use each panel of weights many times.
+constexpr int64_t kChunkRows = 384;
+// With so many rows a step, W_ih may stream by once a step like W_hh, if both stay in the caches: then the products of
+// x need not go to memory and back.
+constexpr int64_t kFusedRows = 8, kFusedBytes = 16 << 20;
+// So many rows are multiplied with the weights as they lie.
+constexpr int64_t kDotRows = 8;
+constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roughly
+
+}  // namespace
+
+Isa layer_isa(const LayerShape& shape, Isa isa) {
+  const bool pairs = bf16_products(isa) != Bf16Products::as_float && shape.dtype == DType::bf16 && shape.I % 2 == 0 &&
+                     shape.H % 2 == 0;
+  return pairs && shape.P == 0 ? Isa::avx512_bf16 : vector_isa(isa);
+}
+
+Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
+  const int64_t gates = gate_count(shape.cell), outputs = shape.outputs();
+  const double rows = static_cast<double>(std::max<int64_t>(1, shape.rows));
+  const double recurrent = static_cast<double>(gates * shape.H) * outputs + static_cast<double>(shape.P) * shape.H;
+  const double per_row = recurrent + static_cast<double>(gates * shape.H) * shape.I;
+  const double work = rows * per_row * shape.D * (backward ? 2 : 1);
+  const double work_per_step = per_row * rows / std::max<int64_t>(1, shape.T);
+
+  Plan plan{};
+  plan.threads = std::min(std::max(threads, 1), kMaxMembers);
+  plan.split = Plan::serial;
+  // Packing the weights costs about as much as a few rows' products with them.
+  plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
+  plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
+  const int64_t item = shape.dtype == DType::f64 ? 8 : plan.isa == Isa::avx512_bf16 ? 2 : 4;
+  const int64_t weight_bytes = gates * shape.H * outputs * item;
+  // Not for gru, whose n wants the two products apart, nor where a sequence must not notice how many are beside it.
+  const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles && shape.cell != CellKind::gru &&
+                     shape.T > 1 && shape.rows >= kFusedRows * shape.T &&
+                     weight_bytes + gates * shape.H * shape.I * item <= kFusedBytes;
+  plan.chunk_steps = fused ? 0 : std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
+  plan.patience_us =
+      std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
+  if (plan.threads == 1 || work < kSerialWork) {
+    plan.threads = 1;
+    return plan;
+  }
+
+  plan.directions_side_by_side = shape.D == 2;
+  const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
+  if (per_direction == 1) {
+    plan.split = Plan::rows;  // of one member: a direction each
+  } else if ((shape.T > 1 || shape.H < per_direction * kOwnUnits) &&
+             shape.B >= per_direction * (weight_bytes <= kPrivateCacheBytes ? kOwnRows : kOwnRowsBeyond)) {
+    plan.split = Plan::rows;
+  } else if (work_per_step * (1 - 1.0 / per_direction) >= kUnitsWorkSaved) {
+    plan.split = Plan::units;
+  } else if (shape.B >= per_direction) {
+    plan.split = Plan::rows;
+  } else {
+    plan.split = Plan::serial;
+    plan.threads = shape.D;
+  }
+  // Each member has GEMMs of its own. Not in the backward, whose sums must not depend on the number of threads.
+  if (plan.split == Plan::rows && !backward) plan.chunk_steps *= per_direction;
+  return plan;
+}
+
+}  // namespace dlk

@@ -1,0 +1,79 @@
+// Which rows of a padded or packed batch are alive at each time step. Sequences are
+// taken in order of falling length, so that the live ones are always the first few.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+#include <vector>
+
+#include "rnn/params.h"
+
+namespace dlk {
+
+class SequenceLayout {
+ public:
+  SequenceLayout(const LayerShape& shape, const int64_t* batch_sizes, const int64_t* lengths)
+      : B_(shape.B), batch_sizes_(batch_sizes), uniform_(!batch_sizes && !lengths), steps_(shape.B ? shape.T : 0) {
+    if (uniform_) return;
+    order_.resize(B_);
+    length_.resize(B_);
+    std::iota(order_.begin(), order_.end(), int64_t{0});
+    if (batch_sizes) {
+      first_row_.resize(shape.T);
+      int64_t row = 0;
+      for (int64_t t = 0; t < shape.T; ++t) {
+        first_row_[t] = row;
+        row += batch_sizes[t];
+        for (int64_t b = 0; b < batch_sizes[t]; ++b) length_[b] = t + 1;
+      }
+    } else {
+      std::stable_sort(order_.begin(), order_.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
+      for (int64_t i = 0; i < B_; ++i) length_[i] = lengths[order_[i]];
+    }
+    steps_ = B_ ? length_[0] : 0;
+  }
+
+  int64_t batch() const { return B_; }
+  int64_t steps() const { return steps_; }   // the longest sequence
+  bool uniform() const { return uniform_; }  // all live to the end
+  bool packed() const { return batch_sizes_ != nullptr; }
+  int64_t sequence(int64_t i) const { return uniform_ ? i : order_[i]; }      // index in the caller's batch
+  int64_t length(int64_t i) const { return uniform_ ? steps_ : length_[i]; }  // of the i-th longest
+  int64_t row(int64_t t, int64_t b) const { return packed() ? first_row_[t] + b : t * B_ + b; }
+  // Where element 0 of (t, b) lies in a tensor with these strides.
+  template <class Pointer>
+  int64_t at(const RowTensor<Pointer>& x, int64_t t, int64_t b) const {
+    return packed() ? (first_row_[t] + b) * x.t : t * x.t + b * x.b;
+  }
+
+ private:
+  int64_t B_;
+  const int64_t* batch_sizes_;
+  bool uniform_;
+  int64_t steps_;
+  std::vector<int64_t> order_, length_, first_row_;
+};
+
+// Every `stride`-th sequence from `first` on: what one member takes when a team splits
+// the batch. Dealing them out keeps the parts equally long as sequences end.
+struct SequenceSubset {
+  const SequenceLayout* layout;
+  int64_t first, stride, count;
+
+  SequenceSubset(const SequenceLayout& layout, int64_t first, int64_t stride)
+      : layout(&layout), first(first), stride(stride), count((layout.batch() - first + stride - 1) / stride) {}
+
+  int64_t global(int64_t i) const { return first + i * stride; }
+  int64_t sequence(int64_t i) const { return layout->sequence(global(i)); }
+  int64_t length(int64_t i) const { return layout->length(global(i)); }
+  // How many of them are alive at time t; `hint` is a nearby answer.
+  int64_t alive(int64_t t, int64_t hint) const {
+    if (layout->uniform()) return count;
+    while (hint > 0 && length(hint - 1) <= t) --hint;
+    while (hint < count && length(hint) > t) ++hint;
+    return hint;
+  }
+};
+
+}  // namespace dlk

@@ -1,0 +1,82 @@
+// The weights of one direction in the form the forward recurrence reads: panels of
+// W_ih, W_hh and W_hr, and the biases in the compute type. The same form serves one call
+// (in scratch) and prepacked layers (behind a header, see rnn_kernels.cpp).
+#pragma once
+
+#include "core/team.h"
+#include "gemm/operands.h"
+#include "gemm/panels.h"
+#include "rnn/params.h"
+
+DLK_ISA_BEGIN
+
+struct WeightLayout {
+  PanelShape ih, hh, hr;
+  bool panels;                                                  // or the biases alone
+  int64_t bias_at, hidden_bias_at, ih_at, hh_at, hr_at, total;  // in elements
+
+  WeightLayout(const LayerShape& shape, int lanes, bool with_panels) : panels(with_panels) {
+    const int gates = gate_count(shape.cell);
+    const auto whole = [&](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
+    ih = PanelShape::gated(item_count(shape.I), shape.H, gates, lanes);
+    hh = PanelShape::gated(item_count(shape.outputs()), shape.H, gates, lanes);
+    hr = PanelShape::plain(item_count(shape.H), shape.P, lanes);
+    bias_at = 0;
+    hidden_bias_at = bias_at + whole(gates * shape.H);
+    ih_at = hidden_bias_at + whole(shape.H);
+    hh_at = ih_at + (with_panels ? ih.elements() : 0);
+    hr_at = hh_at + (with_panels ? hh.elements() : 0);
+    total = hr_at + (with_panels ? hr.elements() : 0);
+  }
+};
+
+// Biases: both on the input side, but for gru's n, whose hidden half stays apart.
+template <class C, class Cell>
+DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& w, const WeightLayout& layout, C* out) {
+  using V = Vec<C>;
+  const int64_t H = shape.H, n = Cell::kGates * H;
+  C* bias = out + layout.bias_at;
+  C* hidden = out + layout.hidden_bias_at;
+  for (int64_t j = 0; j < n; j += V::size) {
+    const int m = static_cast<int>(n - j < V::size ? n - j : V::size);
+    V sum = V::zero();
+    if (w.b_ih) sum = load_any<C>(w.dtype, w.b_ih, j, m) + load_any<C>(w.dtype, w.b_hh, j, m);
+    sum.store(bias + j);
+  }
+  if constexpr (Cell::kHiddenBias) {
+    for (int64_t j = 0; j < H; j += V::size) {
+      const int m = static_cast<int>(H - j < V::size ? H - j : V::size);
+      V input = V::zero(), own = V::zero();
+      if (w.b_ih) {
+        input = load_any<C>(w.dtype, w.b_ih, 2 * H + j, m);
+        own = load_any<C>(w.dtype, w.b_hh, 2 * H + j, m);
+      }
+      input.store(bias + 2 * H + j, m);
+      own.store(hidden + j);
+    }
+  }
+}
+
+// One member's share of the packing: where the hidden units are split, the panels that it will read itself.
+template <class C, class Cell>
+DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, const DirectionWeights& w,
+                               const WeightLayout& layout, C* out) {
+  if (member.rank == 0) combine_biases<C, Cell>(shape, w, layout, out);
+  if (!layout.panels) return;
+  const struct {
+    const PanelShape* shape;
+    const void* weights;
+    C* to;
+  } parts[] = {{&layout.ih, w.w_ih, out + layout.ih_at},
+               {&layout.hh, w.w_hh, out + layout.hh_at},
+               {&layout.hr, w.w_hr, out + layout.hr_at}};
+  for (const auto& part : parts) {
+    if (!part.weights) continue;
+    int64_t begin, end;
+    member.share(part.shape->count(), 1, &begin, &end);
+    for (int64_t p = begin; p < end; ++p)
+      pack_panel_transposed<C>(*part.shape, p, w.dtype, part.weights, part.to + part.shape->offset(p));
+  }
+}
+
+DLK_ISA_END

@@ -1,0 +1,77 @@
+// One step of a recurrent layer on a GPU, between two products of the caller: what the launchers take. It serves the
+// cells, and layers too large to keep W_hh on the chip. No CUDA and no torch in here.
+#pragma once
+
+#include "rnn/params.h"
+
+namespace dlk {
+
+// [B, H], rows apart by `stride` elements, in float32 or in the layer's dtype.
+template <class Pointer>
+struct StateRows {
+  Pointer data;
+  int64_t stride;
+  bool f32;
+};
+
+// Which rows take part in a step of a layer; a cell has one step and all rows.
+struct StepRows {
+  int t, T;
+  const int* offsets;      // of packed rows, [T + 1], null = padded; a packed row that is not alive does not exist
+  const int64_t* lengths;  // [B], clamped to 0..T by the kernel; null = T
+  bool reverse;            // time runs from the end
+};
+
+struct CellForward {
+  CellKind cell;
+  int B, H;
+  StepRows rows;
+  StateRows<const float*> gates_x;  // W_ih x, without biases, G*H a row
+  StateRows<const float*> gates_h;  // W_hh h, without biases, G*H a row
+  const void *b_ih, *b_hh;          // [G*H] in the layer's dtype, or null
+  StateRows<const void*> state;     // c (lstm) or h (gru) before the step; data null = zeros
+  StateRows<void*> new_state;       // the same after it; may be `state`; data null = not wanted
+  StateRows<void*> h, y;            // h' twice, either may be absent; y is 0 in rows that are not alive, h untouched
+  StateRows<void*> c_n;             // c' once more, or absent
+  StateRows<float*> saved;          // R a row, or absent
+};
+
+struct CellBackward {
+  CellKind cell;
+  int B, H;
+  StepRows rows;
+  int64_t bptt_steps;
+  StateRows<const float*> saved;    // R a row
+  StateRows<const void*> state;     // c (lstm) or h (gru) before the step; the rnn needs none
+  StateRows<const void*> first;     // the same before a sequence's first step; data null = zeros
+  StateRows<const void*> dy;        // of the step's output, or absent
+  StateRows<const float*> product;  // dgates(next) W_hh, or absent
+  StateRows<float*> carry;          // what else comes from the next step; receives what goes past the gates, or absent
+  StateRows<const void*> dc;        // of c', or absent
+  StateRows<void*> new_dc;          // of c; may be `dc`; or absent
+  StateRows<void*> dgates;          // gate_grad_slots*H a row, in the layer's dtype; 0 in rows that are not alive
+  StateRows<float*> gate_grads;     // the same in float32, or absent
+  StateRows<void*> hidden;          // those of the hidden side that the step before may see, G*H a row, or absent
+  float* bias_sums;                 // [gate_grad_slots, H] for each segment, or null
+  int64_t segment_stride;           // floats from segment to segment
+  bool add_to_bias_sums;
+};
+
+// Rows that one block of the backward sums: there are ceil(B / kSegmentRows) segments.
+constexpr int kSegmentRows = 64;
+
+// Sums `segments` blocks of [gate_grad_slots, H], `stride` floats apart, in order, into the gradients of the biases.
+struct BiasSums {
+  CellKind cell;
+  int H, segments;
+  int64_t stride;
+  const float* sums;
+  void *b_ih, *b_hh;  // [G*H]
+};
+
+// Return CUDA's error number, 0 for success.
+int launch_cell(const CellForward& params, DType dtype, void* stream);
+int launch_cell(const CellBackward& params, DType dtype, void* stream);
+int launch_bias_sums(const BiasSums& params, DType dtype, void* stream);
+
+}  // namespace dlk

@@ -1,0 +1,163 @@
+// The recurrence of a layer over whole sequences, forward, in one kernel:
+//   for each step: gates = W_ih x + W_hh h + biases;  h, c, y = cell(gates)
+// with W_hh resident in the blocks of a group (product.h) and one meeting of theirs a step (group.h).
+//
+// Grid: x = slice of the units, y = tile of the sequences, z = direction. Time runs from the end in the second
+// direction, where a sequence joins at its own last step; until then its h stays h_0. c, and h for the gru, stay in
+// shared memory in float32, each element touched by one thread only. Saved for the backward: what the cell saves
+// (csrc/rnn/cells), in float32; the last slot is the state after the step.
+#pragma once
+
+#include "group.h"
+#include "product.h"
+#include "walk.h"
+
+namespace dlk {
+namespace gpu {
+
+template <class Cell, class S, bool kCluster, int kColumnTiles>
+__global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __grid_constant__ SequenceForward p) {
+  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched there
+  constexpr int kGates = Cell::kGates;
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, false);
+  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
+  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
+  constexpr int kPart = kColumns * (kShape.rows + 4);  // floats of one part of a product
+
+  char* shared = dynamic_shared();
+  float* partials = reinterpret_cast<float*>(shared + p.layout.partials);
+  float* states = reinterpret_cast<float*>(shared + p.layout.states);
+  float* bias = reinterpret_cast<float*>(shared + p.layout.bias);
+  int* lengths = reinterpret_cast<int*>(shared + p.layout.lengths);
+  S* vectors = reinterpret_cast<S*>(shared + p.layout.exchange);
+  const SharedLayout& layout = p.layout;
+  forbid_gaps(layout, shared);
+
+  const int thread = static_cast<int>(threadIdx.x);
+  const int first_unit = static_cast<int>(blockIdx.x) * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
+  const int d = static_cast<int>(blockIdx.z);
+  const int unit = thread % kUnits, j = first_unit + unit;  // the same in all turns of a thread
+  const bool exists = j < p.H;
+  const bool relu = p.cell == CellKind::rnn_relu;
+  const int64_t state0 = static_cast<int64_t>(d) * p.B + first;  // row of the tile's first sequence in h_0, c_0, ...
+  const int steps = read_lengths<kColumns>(p, first, lengths);
+
+  const S* w = static_cast<const S*>(p.w_hh[d]);
+  typename ChooseProduct<S, kGates, kCluster, false, kColumnTiles>::type product(layout, shared);
+  product.load([&](int row, int term) {
+    const int u = first_unit + row % kUnits;
+    return u < p.H && term < p.H ? to_float(w[static_cast<int64_t>(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
+  });
+  // Both biases on the input side, but that of gru's n, which stays with the recurrent product.
+  for (int i = thread; i < (kGates + 1) * kUnits; i += kSequenceThreads) {
+    const int g = i / kUnits, u = first_unit + i % kUnits;
+    const bool apart = Cell::kHiddenBias && g >= kGates - 1;
+    const int64_t at = static_cast<int64_t>(g < kGates ? g : kGates - 1) * p.H + u;
+    float sum = 0.0f;
+    if (u < p.H && g < kGates) sum += load_or_zero<S>(p.b_ih[d], at);
+    if (u < p.H && (g < kGates ? !apart : apart)) sum += load_or_zero<S>(p.b_hh[d], at);
+    bias[i] = sum;
+  }
+  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+    const int b = i / kUnits;
+    const int64_t at = (state0 + b) * p.H + j;
+    const bool there = exists && first + b < p.B;
+    const float h = there ? load_or_zero<S>(p.h0, at) : 0.0f;
+    states[i] = Cell::kCellState ? (there ? load_or_zero<S>(p.c0, at) : 0.0f) : h;
+    if (there && lengths[b] == 0) {
+      static_cast<S*>(p.h_n)[at] = from_float<S>(h);
+      if constexpr (Cell::kCellState) static_cast<S*>(p.c_n)[at] = from_float<S>(states[i]);
+    }
+  }
+
+  auto group = make_group<S, kCluster>(p, vectors);
+  group.begin([&](int b, int term) {
+    const bool there = term < p.H && first + b < p.B;
+    return from_float<S>(there ? load_or_zero<S>(p.h0, (state0 + b) * p.H + term) : 0.0f);
+  });
+
+  const RowTensor<const float*>& gates = p.gates[d];
+  S* y = static_cast<S*>(p.y.data) + d * p.H + j;
+  float* saved = p.saved ? p.saved + d * p.saved_rows * Cell::kSaved * p.H + j : nullptr;
+  int turn_parity = 0;
+
+  for (int s = 0; s < steps; ++s) {
+    const int t = d == 0 ? s : steps - 1 - s;
+    for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
+      const bool last_chunk = chunk + kColumns >= p.tile;
+      // The input products come from far away: they are asked for before the meeting.
+      float x[kTurns][kGates];
+      DLK_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const int b = chunk + thread / kUnits + i * (kSequenceThreads / kUnits);
+        const bool live = exists && b < p.tile && t < lengths[b];
+        const float* from = live ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
+        DLK_UNROLL
+        for (int g = 0; g < kGates; ++g) x[i][g] = live ? from[static_cast<int64_t>(g) * p.H] : 0.0f;
+      }
+      if (chunk == 0) group.wait();
+
+      // Two sets of partial sums in turn: who is still adding up the last ones is not overtaken.
+      float* part = partials + turn_parity * kShape.splits * kPart;
+      const bool any_live = t < lengths[p.tile + chunk / kColumns];
+      if (any_live) {
+        const S* from = group.vectors(s) + chunk * layout.stride;
+        product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
+        __syncthreads();
+        turn_parity ^= 1;
+      }
+
+      float h_new[kTurns] = {}, out[kTurns][Cell::kSaved] = {};
+      DLK_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;
+        if (column >= kColumns || !any_live) break;
+        const bool live = t < lengths[b];
+        float hidden[kGates];
+        DLK_UNROLL
+        for (int g = 0; g < kGates; ++g) {
+          hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
+          x[i][g] += bias[g * kUnits + unit];
+        }
+        if constexpr (Cell::kHiddenBias) hidden[kGates - 1] += bias[kGates * kUnits + unit];
+        float* state = states + b * kUnits + unit;
+        h_new[i] = step_forward<Cell>(relu, x[i], hidden, *state, out[i]);
+        if (live) *state = out[i][Cell::kSaved - 1];
+        group.send(s, b, j, from_float<S>(exists ? h_new[i] : 0.0f), live);
+      }
+      if (last_chunk) group.arrive();
+
+      DLK_UNROLL
+      for (int i = 0; i < kTurns; ++i) {
+        const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;
+        if (column >= kColumns || !exists || first + b >= p.B) break;
+        const bool live = t < lengths[b];
+        if (live || !p.offsets) {
+          y[row_offset(p.y, p.offsets, t, first + b)] = from_float<S>(live ? h_new[i] : 0.0f);
+        }
+        if (!live) continue;
+        if (saved) {
+          float* to = saved + row_number(p.offsets, p.B, t, first + b) * Cell::kSaved * p.H;
+          DLK_UNROLL
+          for (int k = 0; k < Cell::kSaved; ++k) to[static_cast<int64_t>(k) * p.H] = out[i][k];
+        }
+        if (t == (d == 0 ? lengths[b] - 1 : 0)) {
+          const int64_t at = (state0 + b) * p.H + j;
+          static_cast<S*>(p.h_n)[at] = from_float<S>(h_new[i]);
+          if constexpr (Cell::kCellState) static_cast<S*>(p.c_n)[at] = from_float<S>(out[i][Cell::kSaved - 1]);
+        }
+      }
+    }
+  }
+  group.end();
+
+  if (p.offsets || !exists) return;
+  for (int t = steps; t < p.T; ++t) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kSequenceThreads / kUnits) {
+      y[row_offset(p.y, nullptr, t, first + b)] = from_float<S>(0.0f);
+    }
+  }
+}
+
+}  // namespace gpu
+}  // namespace dlk

@@ -1,0 +1,144 @@
+// What one call of a recurrent layer means, in plain structs: no torch, no Python.
+//
+// Layouts. T steps, B sequences, I input features, H hidden units, P projected
+// units (0 = no projection), O = P ? P : H outputs per direction, D directions
+// (1 or 2), G gates of W (lstm 4, gru 3, rnn 1), S saved slots (lstm 5, gru 5,
+// rnn 1), R values in a saved record, S * H + P of them where none is narrow. "Row" is one (t, b) pair:
+// t * B + b for padded input, its position in PackedSequence.data for packed
+// input. All strides count elements.
+//
+// The compute type is double for f64 and float for every other dtype. Each tensor has a
+// dtype of its own: under autocast input, weights and states differ. All of them are f64
+// or none is. LayerShape::dtype is what products may be rounded to.
+#pragma once
+
+#include "core/types.h"
+
+namespace dlk {
+
+enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };
+
+constexpr int gate_count(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
+constexpr int saved_slots(CellKind cell) { return cell == CellKind::lstm || cell == CellKind::gru ? 5 : 1; }
+// Of these the last ones, which may be narrow: h', which y rounds as well, and gru's W_hn h + b_hn, a factor.
+constexpr int narrow_slots(CellKind cell) { return cell == CellKind::lstm ? 0 : cell == CellKind::gru ? 2 : 1; }
+// Gate gradients per unit: gru keeps the input and the hidden half of n apart.
+constexpr int gate_grad_slots(CellKind cell) { return cell == CellKind::gru ? 4 : gate_count(cell); }
+
+struct LayerShape {
+  CellKind cell;
+  DType dtype;
+  int64_t T, B, I, H, P;
+  int D;
+  int64_t rows;  // T * B when padded, the sum of the lengths when packed
+  bool narrow;   // a record's narrow slots have the 16 bits of `dtype`, two values in the place of one
+  int64_t outputs() const { return P ? P : H; }
+  int64_t record() const {
+    const int narrow_count = narrow ? narrow_slots(cell) : 0;
+    return (saved_slots(cell) - narrow_count) * H + (narrow_count * H + 1) / 2 + P;
+  }
+};
+
+// Contiguous; the biases are both there or both null, w_hr is null without projection.
+struct DirectionWeights {
+  DType dtype;
+  const void* w_ih;  // [G*H, I]
+  const void* w_hh;  // [G*H, O]
+  const void* b_ih;  // [G*H]
+  const void* b_hh;  // [G*H]
+  const void* w_hr;  // [P, H]
+};
+
+// A [T, B, F] tensor with contiguous last dimension, or packed [rows, F]
+// (then `t` is the stride from row to row and `b` is not read).
+template <class Pointer>
+struct RowTensor {
+  Pointer data;
+  int64_t t, b;
+  DType dtype;
+};
+
+// A contiguous [D, B, F] tensor.
+template <class Pointer>
+struct StateTensor {
+  Pointer data;
+  DType dtype;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+struct ForwardParams {
+  LayerShape shape;
+  RowTensor<const void*> x;     // features: I
+  StateTensor<const void*> h0;  // [D, B, O], null = zeros
+  StateTensor<const void*> c0;  // [D, B, H], null = zeros; lstm only
+  DirectionWeights weights[2];
+  const void* packed;          // what pack() wrote for these weights, or null
+  const int64_t* batch_sizes;  // [T], descending: x, y are packed; else null
+  const int64_t* lengths;      // [B], in 0..T, already checked; else null
+  RowTensor<void*> y;          // features: D*O; padding rows are written as 0
+  StateTensor<void*> h_n;      // [D, B, O]
+  StateTensor<void*> c_n;      // [D, B, H], lstm only
+  void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, and h' behind
+                               // them where it is projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'.
+                               // Padding rows are not written. shape.narrow says in what the last ones lie.
+  bool deterministic;          // a sequence's result must not depend on its batch
+};
+
+struct DirectionGrads {  // shapes and dtypes of the weights; all null when not wanted
+  void *w_ih, *w_hh, *b_ih, *b_hh, *w_hr;
+};
+
+struct BackwardParams {
+  LayerShape shape;
+  RowTensor<const void*> x;
+  StateTensor<const void*> h0, c0;
+  DirectionWeights weights[2];
+  const int64_t *batch_sizes, *lengths;
+  const void* saved;                    // what the forward saved: all that is needed of its results
+  RowTensor<const void*> dy;            // features: D*O; data null = zeros
+  StateTensor<const void*> dh_n, dc_n;  // [D, B, O], [D, B, H]; null = zeros
+  int64_t bptt_steps;                   // 0 = never cut; else gradients stop at every multiple of it
+  RowTensor<void*> dx;                  // data null = not wanted; padding rows are written as 0
+  StateTensor<void*> dh0, dc0;          // null = not wanted
+  DirectionGrads grads[2];
+  void* gate_grads;  // [D, rows, gate_grad_slots, H] of the compute type, or null; padding
+                     // rows are written as 0. gru: dr, dz, dn (input half), dn (hidden half)
+  void* proj_grads;  // [D, rows, P] of the compute type, or null: the whole gradient of h
+  bool deterministic;
+};
+
+// What ran, or would run; explain() and the tests read it.
+struct Plan {
+  Isa isa;
+  int threads;  // members asked for, at most kMaxMembers
+  enum Split : int { serial, rows, units } split;
+  enum Recurrence : int { dot, tiles } recurrence;
+  // Time steps whose products outside the recurrence are made at once; 0: those of x are made with those of h.
+  int64_t chunk_steps;
+  bool directions_side_by_side;
+  int64_t patience_us;  // how long the first member waits for the others
+};
+
+// The instruction set whose panels of weights serve a layer: those that multiply bf16 take it in pairs, of even sizes,
+// without projection.
+Isa layer_isa(const LayerShape& shape, Isa isa);
+Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights);
+
+void rnn_forward(const ForwardParams& params, const Runtime& runtime);
+void rnn_backward(const BackwardParams& params, const Runtime& runtime);
+
+// Bytes that pack() writes for all directions, for this ISA; the header in front
+// names ISA, cell, dtype and sizes, and packed_matches() holds a buffer against a shape.
+size_t rnn_packed_bytes(const LayerShape& shape, Isa isa);
+void rnn_pack(const LayerShape& shape, const DirectionWeights* weights, Isa isa, void* out);
+bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shape, Isa isa);
+
+// The last call of this thread: its plan, and how many threads really took part.
+struct LastRun {
+  Plan plan;
+  int members;
+  bool backward;
+};
+const LastRun& rnn_last_run();
+
+}  // namespace dlk

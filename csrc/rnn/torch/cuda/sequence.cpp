@@ -1,0 +1,292 @@
+// The sequence operators on CUDA tensors: check, allocate, plan, and run the products outside the recurrence (torch's)
+// around the kernels of this folder. Arguments and results are those of the schemas in ops.cpp.
+//
+// Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
+#include "ops.h"
+#include "rnn/cuda/plan_cap.h"
+#include "sequence_call.h"
+#include "rnn/cuda/steps.h"
+
+namespace dlk {
+namespace {
+
+// What a plan of groups needs besides; lives until its kernel is in the stream.
+struct GroupMemory {
+  Tensor exchange, counters;
+  GroupMemory(const SequenceCall& call, const SequencePlan& plan) {
+    if (plan.kind != SequencePlan::grid) return;
+    exchange = call.on.empty({int64_t{2} * plan.groups * plan.tile * plan.layout.stride}, call.dtype);
+    counters = call.on.empty({plan.groups}, aoti_torch_dtype_int32());
+  }
+  template <class Params>
+  void give(Params* params) const {
+    if (!exchange.get()) return;
+    params->exchange = exchange.data();
+    params->counters = static_cast<unsigned*>(counters.data());
+  }
+};
+
+// The fields that both directions of a sequence have.
+template <class Params>
+Params common_params(const SequenceCall& call, const OptionalTensor& h0, const OptionalTensor& c0,
+                     const SequencePlan& plan) {
+  const LayerShape& shape = call.shape;
+  Params p{};
+  p.cell = shape.cell;
+  p.T = static_cast<int>(shape.T), p.B = static_cast<int>(shape.B), p.H = static_cast<int>(shape.H), p.D = shape.D;
+  p.tile = plan.tile;
+  p.layout = plan.layout;
+  if (call.is_packed()) p.offsets = static_cast<const int*>(call.offsets.data());
+  if (call.has_lengths) p.lengths = static_cast<const int64_t*>(call.lengths.data());
+  for (int d = 0; d < shape.D; ++d) p.w_hh[d] = call.weights[d].w_hh.data();
+  p.h0 = pointer(h0);
+  p.c0 = pointer(c0);
+  p.saved_rows = shape.rows;
+  return p;
+}
+
+void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
+
+}  // namespace
+
+SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const OptionalTensor& h0_given,
+                                     const OptionalTensor& c0_given, const TensorList& weights,
+                                     const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
+                                     bool bidirectional, bool batch_first, bool save, const CallTypes& types) {
+  SequenceCall call(cell, x, types);
+  read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+  check_cell_state(cell, c0_given, "c0");
+  call.check_state(h0_given, "h0");
+  call.check_state(c0_given, "c0");
+  const int32_t of_h = call.result_dtype(types.h, "h_dtype"), of_c = call.result_dtype(types.c, "c_dtype");
+  take_arguments(x, weights, lengths, true, &call);
+  const OptionalTensor h0 = call.operand_or_absent(h0_given), c0 = call.operand_or_absent(c0_given);
+  const LayerShape& shape = call.shape;
+  const bool lstm = call.lstm();
+
+  Tensor y = call.empty_rows(shape.D * shape.H);
+  Tensor h_n = call.on.empty({shape.D, shape.B, shape.H}, call.dtype);
+  Tensor c_n = lstm ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(of_h);
+  Tensor saved = save ? call.empty_saved() : call.on.absent(aoti_torch_dtype_float32());
+  if (shape.B > 0) {
+    const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), false);
+    SequenceForward p = common_params<SequenceForward>(call, h0, c0, plan);
+    const Tensor inputs = matrix(call.x, shape.rows, shape.I);
+    Tensor gates[2];
+    for (int d = 0; d < shape.D; ++d) {
+      gates[d] = call.on.floats({shape.rows, call.gates()});
+      multiply(inputs, transposed(call.weights[d].w_ih), gates[d]);
+      p.gates[d] = call.rows(static_cast<const float*>(gates[d].data()), call.gates(), DType::f32);
+      if (call.weights[d].bias) {
+        p.b_ih[d] = call.weights[d].b_ih.data();
+        p.b_hh[d] = call.weights[d].b_hh.data();
+      }
+    }
+    p.y = call.strided_rows<void*>(y);
+    p.h_n = h_n.data();
+    if (lstm) p.c_n = c_n.data();
+    if (save) p.saved = static_cast<float*>(saved.data());
+    if (plan.kind != SequencePlan::steps) {
+      const GroupMemory memory(call, plan);
+      memory.give(&p);
+      check_launch(launch_sequence(p, shape.dtype, plan, call.on.stream()));
+    } else {
+      copy_or_zero(h_n, h0);
+      if (lstm) copy_or_zero(c_n, c0);
+      const Tensor gates_h = call.on.floats({shape.B, call.gates()});
+      const Tensor state = call.on.floats({shape.D, shape.B, shape.H});
+      copy(state, lstm ? c_n : h_n);
+      const ForwardSteps steps{call.host_sizes(), static_cast<float*>(gates_h.data()),
+                               static_cast<float*>(state.data())};
+      const auto product = [&](int d) {
+        const Tensor h = matrix(h_n, shape.B, shape.H, shape.H, 1, d * shape.B * shape.H);
+        multiply(h, transposed(call.weights[d].w_hh), gates_h);
+        return 0;
+      };
+      check_launch(run_forward_steps(p, steps, shape.dtype, product, call.on.stream()));
+    }
+  }
+  return {returned_as(std::move(y), of_h), returned_as(std::move(h_n), of_h),
+          returned_as(std::move(c_n), lstm ? of_c : of_h), std::move(saved)};
+}
+
+namespace {
+
+// dx and the gradients of the weights, from those of the gates. dgates[d]: [rows, slots * H] in x's order.
+void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tensor& saved, const OptionalTensor& h0,
+                            const Tensor* dx, DType of_dx, Tensor* const* dweights) {
+  const LayerShape& shape = call->shape;
+  const int64_t gates = call->gates(), slots = call->slots(), H = shape.H;
+  // The first slots are those of the input side, in the order of w_ih's rows.
+  const auto input_side = [&](int d) { return matrix(dgates[d], shape.rows, gates, slots, 1); };
+  if (dx) {
+    if (shape.D == 1) {
+      multiply(input_side(0), call->weights[0].w_ih, matrix(*dx, shape.rows, shape.I));
+    } else {
+      Tensor parts[2];
+      for (int d = 0; d < 2; ++d) {
+        parts[d] = call->on.floats({shape.rows, shape.I});
+        multiply(input_side(d), call->weights[d].w_ih, parts[d]);
+      }
+      const AddStates sum{shape.rows * shape.I, static_cast<const float*>(parts[0].data()),
+                          static_cast<const float*>(parts[1].data()), dx->data()};
+      check_launch(launch_add_states(sum, of_dx, call->on.stream()));
+    }
+  }
+  if (!dweights) return;
+
+  Tensor inputs = matrix(call->x, shape.rows, shape.I);
+  const int T = static_cast<int>(shape.T), B = static_cast<int>(shape.B);
+  if (call->has_lengths) {
+    Tensor masked = call->on.empty({shape.rows, shape.I}, call->dtype);
+    const CopyRows rows{T,
+                        B,
+                        shape.I,
+                        item_bytes(shape.dtype),
+                        static_cast<const int64_t*>(call->lengths.data()),
+                        call->rows(static_cast<const void*>(call->x.data()), shape.I, shape.dtype),
+                        call->rows(masked.data(), shape.I, shape.dtype)};
+    check_launch(launch_copy_rows(rows, call->on.stream()));
+    inputs = std::move(masked);
+  }
+  const Tensor before = call->on.empty({shape.rows, H}, call->dtype);
+  HiddenBefore hidden{};
+  hidden.cell = shape.cell;
+  hidden.T = T, hidden.B = B, hidden.H = static_cast<int>(H);
+  if (call->is_packed()) hidden.offsets = static_cast<const int*>(call->offsets.data());
+  if (call->has_lengths) hidden.lengths = static_cast<const int64_t*>(call->lengths.data());
+  hidden.to = call->rows(before.data(), H, shape.dtype);
+  for (int d = 0; d < shape.D; ++d) {
+    multiply(transposed(input_side(d)), inputs, *dweights[2 * d]);
+    hidden.reverse = d == 1;
+    hidden.saved = static_cast<const float*>(saved.data()) + d * shape.rows * shape.record();
+    hidden.h0 = h0 ? offset_by(h0, d * shape.B * H, item_bytes(shape.dtype)) : nullptr;
+    check_launch(launch_hidden_before(hidden, shape.dtype, call->on.stream()));
+    // Of the gru's n the hidden side has a slot of its own, the last.
+    const int64_t together = slots > gates ? gates - H : gates;
+    const Tensor& dw_hh = *dweights[2 * d + 1];
+    multiply(transposed(matrix(dgates[d], shape.rows, together, slots, 1)), before, matrix(dw_hh, together, H));
+    if (together < gates) {
+      multiply(transposed(matrix(dgates[d], shape.rows, H, slots, 1, gates)), before,
+               matrix(dw_hh, H, H, H, 1, together * H));
+    }
+  }
+}
+
+}  // namespace
+
+TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, const OptionalTensor& dh_n_given,
+                                 const OptionalTensor& dc_n_given, const Tensor& x, const OptionalTensor& h0_given,
+                                 const OptionalTensor& c0_given, const TensorList& weights, const Tensor& saved_given,
+                                 const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
+                                 bool batch_first, int64_t bptt_steps, bool need_x, bool need_state, bool need_weights,
+                                 bool gate_grads, const CallTypes& types) {
+  SequenceCall call(cell, x, types);
+  read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+  const LayerShape& shape = call.shape;
+  const bool lstm = call.lstm(), bias = call.weights[0].bias;
+  const int64_t count = bias ? 4 : 2, slots = call.slots();
+  check_cell_state(cell, c0_given, "c0");
+  check_cell_state(cell, dc_n_given, "dc_n");
+  DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
+  call.check_state(h0_given, "h0");
+  call.check_state(c0_given, "c0");
+  call.check_state(dh_n_given, "dh_n");
+  call.check_state(dc_n_given, "dc_n");
+  if (dy_given) call.check_rows(dy_given, "dy", shape.D * shape.H);
+  call.check_saved(saved_given);
+  take_arguments(x, weights, lengths, !need_x, &call);
+  const OptionalTensor h0 = call.operand_or_absent(h0_given), c0 = call.operand_or_absent(c0_given);
+  const OptionalTensor dh_n = call.operand_or_absent(dh_n_given), dc_n = call.operand_or_absent(dc_n_given);
+  const Tensor saved = contiguous_as(saved_given, aoti_torch_dtype_float32());
+  Tensor dy;
+  if (dy_given) dy = call.row_operand(dy_given);
+
+  TensorList grads;
+  grads.reserve(weights.size() + 5);
+  const auto state_grad = [&](bool wanted) -> void* {
+    grads.push_back(wanted ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(call.dtype));
+    return data_if(wanted, grads.back());
+  };
+  grads.push_back(need_x ? empty_like(x) : call.on.absent(x.dtype()));
+  void* dh0 = state_grad(need_state);
+  void* dc0 = state_grad(need_state && lstm);
+  for (const Tensor& w : weights) grads.push_back(need_weights ? empty_like(w) : call.on.absent(w.dtype()));
+  const size_t record = grads.size();
+  if (gate_grads) {
+    grads.push_back(call.empty_gate_grads());
+    grads.push_back(call.on.absent(aoti_torch_dtype_float32()));
+  }
+  const auto returned = [&] {
+    grads[1] = returned_as(std::move(grads[1]), (h0_given ? h0_given : x).dtype());
+    grads[2] = returned_as(std::move(grads[2]), (c0_given ? c0_given : x).dtype());
+    return std::move(grads);
+  };
+  if (shape.B == 0) {
+    for (const Tensor& grad : grads) zero(grad);
+    return returned();
+  }
+
+  const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), true);
+  const bool by_steps = plan.kind == SequencePlan::steps;
+  SequenceBackward p = common_params<SequenceBackward>(call, h0, c0, plan);
+  if (dy_given) p.dy = call.strided_rows<const void*>(dy);
+  p.saved = static_cast<const float*>(saved.data());
+  p.dh_n = pointer(dh_n);
+  p.dc_n = pointer(dc_n);
+  p.bptt_steps = bptt_steps;
+  Tensor dgates[2];
+  for (int d = 0; d < shape.D; ++d) {
+    dgates[d] = call.on.empty({shape.rows, slots}, call.dtype);
+    p.dgates[d] = call.rows(dgates[d].data(), slots, shape.dtype);
+  }
+  if (gate_grads) p.gate_grads = static_cast<float*>(grads[record].data());
+  p.dh0 = dh0;
+  p.dc0 = dc0;
+  const int segments = by_steps ? ceil_div(p.B, kSegmentRows) : plan.groups / shape.D;
+  Tensor bias_sums;
+  if (bias && need_weights) {
+    bias_sums = call.on.floats({segments, shape.D, slots});
+    p.bias_sums = static_cast<float*>(bias_sums.data());
+  }
+  if (!by_steps) {
+    const GroupMemory memory(call, plan);
+    memory.give(&p);
+    check_launch(launch_sequence(p, shape.dtype, plan, call.on.stream()));
+  } else {
+    const Tensor hidden = call.on.empty({shape.D, shape.B, call.gates()}, call.dtype);
+    const Tensor product = call.on.floats({shape.B, shape.H});
+    const Tensor carry = call.on.floats({shape.D, shape.B, shape.H}), dc = call.on.floats({shape.D, shape.B, shape.H});
+    copy_or_zero(carry, dh_n);
+    copy_or_zero(dc, dc_n);
+    zero(hidden);
+    const BackwardSteps steps{call.host_sizes(), hidden.data(), static_cast<float*>(product.data()),
+                              static_cast<float*>(carry.data()), static_cast<float*>(dc.data())};
+    const auto multiply_by_weights = [&](int d) {
+      const int64_t begin = d * shape.B * call.gates();
+      multiply(matrix(hidden, shape.B, call.gates(), call.gates(), 1, begin), call.weights[d].w_hh, product);
+      return 0;
+    };
+    check_launch(run_backward_steps(p, steps, shape.dtype, multiply_by_weights, call.on.stream()));
+  }
+
+  Tensor* dweights[4] = {};
+  for (int d = 0; need_weights && d < shape.D; ++d) {
+    dweights[2 * d] = &grads[static_cast<size_t>(3 + d * count)];
+    dweights[2 * d + 1] = dweights[2 * d] + 1;
+    if (!bias) continue;
+    const BiasSums sums{cell,
+                        p.H,
+                        segments,
+                        shape.D * slots,
+                        p.bias_sums + d * slots,
+                        dweights[2 * d][2].data(),
+                        dweights[2 * d][3].data()};
+    check_launch(launch_bias_sums(sums, call.dtypes.of(weights[0]), call.on.stream()));
+  }
+  products_of_gate_grads(&call, dgates, saved, h0, need_x ? &grads[0] : nullptr, call.dtypes.of(x),
+                         need_weights ? dweights : nullptr);
+  return returned();
+}
+
+}  // namespace dlk

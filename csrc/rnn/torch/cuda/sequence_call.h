@@ -1,0 +1,132 @@
+// The arguments that the sequence operators on CUDA tensors have in common: their checks, and the forms that kernels
+// and products read.
+#pragma once
+
+#include "call.h"
+#include "rnn/cuda/rows.h"
+
+namespace dlk {
+
+struct GpuWeights {
+  Tensor w_ih, w_hh, b_ih, b_hh;  // contiguous; the biases may be absent
+  bool bias = false;
+};
+
+struct SequenceCall : Call {
+  using Call::Call;
+
+  bool is_packed() const { return !batch_sizes.empty(); }
+  const int64_t* host_sizes() const { return is_packed() ? batch_sizes.data() : nullptr; }
+
+  // Of a matrix of rows in the order of `x`: of padded input by time or by sequence, of packed input those of its data.
+  template <class Pointer>
+  RowTensor<Pointer> rows(Pointer data, int64_t features, DType of) const {
+    if (is_packed()) return {data, features, 0, of};
+    return by_time ? RowTensor<Pointer>{data, shape.B * features, features, of}
+                   : RowTensor<Pointer>{data, features, shape.T * features, of};
+  }
+  // Of a tensor with the dimensions of x, by its strides.
+  template <class Pointer>
+  RowTensor<Pointer> strided_rows(const Tensor& tensor) const {
+    const int64_t* strides = tensor.strides();
+    if (is_packed()) return {tensor.data(), strides[0], 0, shape.dtype};
+    return {tensor.data(), strides[batch_first ? 1 : 0], strides[batch_first ? 0 : 1], shape.dtype};
+  }
+  // As x, but that time comes first in memory, as in torch.
+  Tensor empty_rows(int64_t features) const {
+    if (is_packed()) return on.empty({shape.rows, features}, dtype);
+    if (!batch_first) return on.empty({shape.T, shape.B, features}, dtype);
+    const int64_t sizes[] = {shape.B, shape.T, features}, strides[] = {features, shape.B * features, 1};
+    return empty_strided(sizes, strides, 3, dtype, on.device());
+  }
+  // Any strides but that of the features.
+  Tensor row_operand(const Tensor& tensor) const {
+    const int64_t last = tensor.dim() - 1;
+    const bool dense = tensor.strides()[last] == 1 || tensor.size(last) <= 1;
+    return dense && tensor.dtype() == dtype ? another_handle(tensor) : contiguous_as(tensor, dtype);
+  }
+  void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
+    if (is_packed()) {
+      check(tensor, what, {shape.rows, features});
+    } else if (batch_first) {
+      check(tensor, what, {shape.B, shape.T, features});
+    } else {
+      check(tensor, what, {shape.T, shape.B, features});
+    }
+  }
+  // What the backward needs, time-major.
+  Tensor empty_saved() const {
+    if (is_packed()) return on.floats({shape.D, shape.rows, shape.record()});
+    return on.floats({shape.D, shape.T, shape.B, shape.record()});
+  }
+  Tensor empty_gate_grads() const {
+    const int64_t slots = gate_grad_slots(shape.cell);
+    if (is_packed()) return on.floats({shape.D, shape.rows, slots, shape.H});
+    return on.floats({shape.D, shape.T, shape.B, slots, shape.H});
+  }
+  void check_saved(const Tensor& saved) const {
+    const int32_t type = aoti_torch_dtype_float32();
+    if (is_packed()) {
+      check_tensor(saved, "saved", type, {shape.D, shape.rows, shape.record()}, &on.device());
+    } else {
+      check_tensor(saved, "saved", type, {shape.D, shape.T, shape.B, shape.record()}, &on.device());
+    }
+  }
+  void check_state(const OptionalTensor& state, const char* what) const {
+    if (state) check(state, what, {shape.D, shape.B, shape.H});
+  }
+
+  GpuWeights weights[2];
+  std::vector<int64_t> batch_sizes;  // the call's own, empty for padded x
+  Tensor offsets, lengths, x;        // x: its rows lie without gaps, `by_time` or by sequence
+  bool has_lengths = false, batch_first = false, by_time = true;
+};
+
+// Whether time comes first in the memory of batch-first x, as in what a layer before it returned.
+inline bool lies_by_time(const Tensor& x) {
+  const int64_t *sizes = x.sizes(), *strides = x.strides();
+  return strides[2] == 1 && strides[0] == sizes[2] && strides[1] == sizes[0] * sizes[2];
+}
+
+inline void read_sequence(const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
+                          const OptionalTensor& lengths, bool bidirectional, bool batch_first, SequenceCall* call) {
+  LayerShape& shape = call->shape;
+  const Device& device = call->on.device();
+  shape.D = bidirectional ? 2 : 1;
+  call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, &device, &shape);
+  call->batch_first = batch_first && !batch_sizes;
+  call->has_lengths = static_cast<bool>(lengths);
+  shape.I = x.size(x.dim() - 1);
+  call->weights[0].bias = call->weights[1].bias = check_weights(weights, call->dtypes, &device, &shape) >= 4;
+  DLK_CHECK(shape.P == 0, "weights: there are no CUDA kernels for projections");
+  DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
+}
+
+// After the last check, so that nothing is copied for a call that is refused. `any_order`: x may stay in the order that
+// it has in memory.
+inline void take_arguments(const Tensor& x, const TensorList& weights, const OptionalTensor& lengths, bool any_order,
+                           SequenceCall* call) {
+  const LayerShape& shape = call->shape;
+  const size_t count = weights.size() / static_cast<size_t>(shape.D);
+  for (int d = 0; d < shape.D; ++d) {
+    const Tensor* w = &weights[static_cast<size_t>(d) * count];
+    GpuWeights& into = call->weights[d];
+    into.w_ih = call->operand(w[0]);
+    into.w_hh = call->operand(w[1]);
+    if (!into.bias) continue;
+    into.b_ih = call->operand(w[2]);
+    into.b_hh = call->operand(w[3]);
+  }
+  const bool as_it_lies = any_order && call->batch_first && x.dtype() == call->dtype && lies_by_time(x);
+  call->by_time = !call->batch_first || as_it_lies;
+  call->x = as_it_lies ? another_handle(x) : call->operand(x);
+  // Blocks that meet at barriers must see the same lengths, whoever writes to the caller's.
+  if (lengths) call->lengths = contiguous_copy(lengths);
+  if (call->is_packed() && shape.B > 0) {
+    call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
+    check_launch(
+        launch_offsets(call->batch_sizes.data(), shape.T, static_cast<int*>(call->offsets.data()), call->on.stream()));
+  }
+}
+
+}  // namespace dlk

@@ -1,0 +1,139 @@
+// The checks of a recurrent call's sizes that are the same on every device. Those of integers are made on copies:
+// another thread may write to the caller's tensors while the call runs.
+#pragma once
+
+#include <vector>
+
+#include "torch/checks.h"
+#include "ops.h"
+
+namespace dlk {
+
+// The dtypes of a call's tensors. Without a product dtype (CallTypes) all are of x's.
+class Dtypes {
+ public:
+  Dtypes() = default;
+  Dtypes(DType of_x, int64_t product) : of_x_(of_x), product_(of_x), mixed_(product != -1) {
+    if (mixed_) product_ = wanted(product, "product_dtype");
+  }
+
+  DType product() const { return product_; }
+  // That of a result: a number of DType, or -1 for x's.
+  DType result(int64_t number, const char* what) const { return number == -1 ? of_x_ : wanted(number, what); }
+  // That of an argument; what x is not may be refused by `check`.
+  DType of(const Tensor& tensor) const {
+    if (mixed_) {
+      for (DType dtype : {DType::f32, DType::bf16, DType::f16})
+        if (tensor.dtype() == torch_dtype(dtype)) return dtype;
+    }
+    return of_x_;
+  }
+  void check(const Tensor& tensor, const char* what, std::initializer_list<int64_t> shape,
+             const Device* device = nullptr) const {
+    check_tensor(tensor, what, torch_dtype(of(tensor)), shape, device);
+  }
+
+ private:
+  DType wanted(int64_t number, const char* what) const {
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      if (mixed_ && of_x_ != DType::f64 && number == static_cast<int64_t>(dtype)) return dtype;
+    }
+    throw std::runtime_error(concat(what, " must be -1, or in a call of float32, bfloat16 and float16 with a ",
+                                    "product_dtype 0, 2 or 3, got ", number));
+  }
+
+  DType of_x_ = DType::f32, product_ = DType::f32;
+  bool mixed_ = false;
+};
+
+inline std::vector<int64_t> read_batch_sizes(const OptionalTensor& batch_sizes, const Tensor& x, LayerShape* shape) {
+  DLK_CHECK(x.dim() == 2, "x must be packed data of shape [rows, input_size] with batch_sizes, got ", shape_text(x));
+  check_vector(batch_sizes, "batch_sizes", aoti_torch_dtype_int64());
+  shape->T = batch_sizes.numel();
+  shape->rows = x.size(0);
+  DLK_CHECK(shape->T > 0, "batch_sizes must not be empty");
+  DLK_CHECK(shape->T <= shape->rows, "batch_sizes must be positive and must sum to the rows of x, got ", shape->T,
+            " steps for ", shape->rows, " rows");
+  std::vector<int64_t> sizes = copy_values<int64_t>(batch_sizes);
+  int64_t rows = 0;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    DLK_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : shape->rows),
+              "batch_sizes must be positive and must not increase, got ", sizes[t], " at step ", t,
+              t ? concat(" after ", sizes[t - 1]) : concat(" for ", shape->rows, " rows"));
+    if (__builtin_add_overflow(rows, sizes[t], &rows)) rows = INT64_MAX;
+  }
+  DLK_CHECK(rows == shape->rows, "batch_sizes must sum to the rows of x, got ", rows, " and ", shape->rows);
+  shape->B = sizes[0];
+  return sizes;
+}
+
+// Fills T, B and rows; returns a copy of batch_sizes, empty for padded x. The values of lengths are left to the caller:
+// they may lie on a device.
+inline std::vector<int64_t> read_layout(const Tensor& x, const OptionalTensor& batch_sizes,
+                                        const OptionalTensor& lengths, bool batch_first, const Device* device,
+                                        LayerShape* shape) {
+  DLK_CHECK(!(batch_sizes && lengths), "lengths are for padded x, batch_sizes for packed x: give one of them");
+  if (batch_sizes) return read_batch_sizes(batch_sizes, x, shape);
+  DLK_CHECK(x.dim() == 3, "x must have shape ", batch_first ? "[B, T, input_size]" : "[T, B, input_size]", ", got ",
+            shape_text(x));
+  shape->T = x.size(batch_first ? 1 : 0);
+  shape->B = x.size(batch_first ? 0 : 1);
+  shape->rows = shape->T * shape->B;
+  DLK_CHECK(shape->T > 0, "x must have at least one time step, got shape ", shape_text(x));
+  if (lengths) {
+    check_vector(lengths, "lengths", aoti_torch_dtype_int64(), device);
+    check_tensor(lengths, "lengths", aoti_torch_dtype_int64(), {shape->B}, device);
+  }
+  return {};
+}
+
+// A copy of lengths on the CPU, which read_layout has checked but for their values.
+inline std::vector<int64_t> read_lengths(const Tensor& lengths, int64_t T) {
+  std::vector<int64_t> values = copy_values<int64_t>(lengths);
+  for (size_t b = 0; b < values.size(); ++b) {
+    DLK_CHECK_VALUE(values[b] >= 0 && values[b] <= T, "lengths must lie in 0..T (T=", T, "), got ", values[b],
+                    " at position ", b);
+  }
+  return values;
+}
+
+// Fills H and P from the layer's weights, checks them all, and returns how many belong to a direction. The cell, D and
+// I are known.
+inline size_t check_weights(const TensorList& weights, const Dtypes& dtypes, const Device* device, LayerShape* shape) {
+  const size_t count = weights.size() / static_cast<size_t>(shape->D);
+  DLK_CHECK(weights.size() % static_cast<size_t>(shape->D) == 0 && count >= 2 && count <= 5, "weights must hold ",
+            shape->D == 2 ? "two directions of " : "", "w_ih, w_hh[, b_ih, b_hh][, w_hr], got ", weights.size(),
+            " tensors");
+  const bool bias = count >= 4, projected = count % 2 == 1;
+  DLK_CHECK(!projected || shape->cell == CellKind::lstm, "weights: only lstm has projections, ", mode_name(shape->cell),
+            " takes 2 or 4 tensors per direction, got ", count);
+  const int64_t gates = gate_count(shape->cell);
+  DLK_CHECK(weights[1].dim() == 2 && weights[1].size(0) % gates == 0, "w_hh must have shape [", gates,
+            " * hidden_size, ...], got ", shape_text(weights[1]));
+  shape->H = weights[1].size(0) / gates;
+  DLK_CHECK(shape->H > 0, "hidden_size must be positive, got weights of shape ", shape_text(weights[1]));
+  if (projected) {
+    const Tensor& w_hr = weights[count - 1];
+    DLK_CHECK(w_hr.dim() == 2 && w_hr.size(0) > 0, "w_hr must have shape [proj_size, hidden_size], got ",
+              shape_text(w_hr));
+    shape->P = w_hr.size(0);
+  }
+  const int32_t dtype = torch_dtype(dtypes.of(weights[0]));
+  for (int d = 0; d < shape->D; ++d) {
+    const Tensor* w = &weights[static_cast<size_t>(d) * count];
+    check_tensor(w[0], "w_ih", dtype, {gates * shape->H, shape->I}, device);
+    check_tensor(w[1], "w_hh", dtype, {gates * shape->H, shape->outputs()}, device);
+    if (bias) {
+      check_tensor(w[2], "b_ih", dtype, {gates * shape->H}, device);
+      check_tensor(w[3], "b_hh", dtype, {gates * shape->H}, device);
+    }
+    if (projected) check_tensor(w[count - 1], "w_hr", dtype, {shape->P, shape->H}, device);
+  }
+  return count;
+}
+
+inline void check_cell_state(CellKind cell, const OptionalTensor& c, const char* what) {
+  DLK_CHECK(cell == CellKind::lstm || !c, what, " must be None: ", mode_name(cell), " has no cell state");
+}
+
+}  // namespace dlk

@@ -1,0 +1,266 @@
+#include "layout.h"
+#include "core/isa.h"
+#include "boundary.h"
+
+namespace dlk {
+namespace {
+
+// The arguments that forward and backward have in common, checked.
+struct Sequence {
+  LayerShape shape{};
+  DirectionWeights weights[2]{};
+  std::vector<int64_t> batch_sizes, lengths;  // the call's own, empty where not given
+  Dtypes dtypes;
+  int t_dim = 0, b_dim = 1;
+  Inputs inputs;
+
+  bool is_packed() const { return !batch_sizes.empty(); }
+
+  // [T, B, features] or [B, T, features] or [rows, features], as x; time comes first in memory, as in torch.
+  Tensor empty_rows(int64_t features, DType dtype) const {
+    if (is_packed()) return empty({shape.rows, features}, torch_dtype(dtype));
+    if (b_dim == 1) return empty({shape.T, shape.B, features}, torch_dtype(dtype));
+    const int64_t sizes[] = {shape.B, shape.T, features}, strides[] = {features, shape.B * features, 1};
+    return empty_strided(sizes, strides, 3, torch_dtype(dtype));
+  }
+
+  void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
+    if (is_packed()) {
+      dtypes.check(tensor, what, {shape.rows, features});
+    } else if (b_dim == 1) {
+      dtypes.check(tensor, what, {shape.T, shape.B, features});
+    } else {
+      dtypes.check(tensor, what, {shape.B, shape.T, features});
+    }
+  }
+
+  // A per-direction array of [rows, ...], time-major even where x is not.
+  Tensor empty_records(bool wanted, std::initializer_list<int64_t> record) const {
+    const int32_t type = torch_dtype(compute_type(shape.dtype));
+    if (!wanted) return absent(type);
+    int64_t sizes[5] = {shape.D};
+    int64_t dim = 1;
+    if (is_packed()) {
+      sizes[dim++] = shape.rows;
+    } else {
+      sizes[dim++] = shape.T;
+      sizes[dim++] = shape.B;
+    }
+    for (int64_t size : record) sizes[dim++] = size;
+    return empty(sizes, dim, type, cpu_device(), "what the backward needs");
+  }
+
+  RowTensor<const void*> rows(const Tensor& tensor) {
+    return inputs.rows(tensor, t_dim, is_packed() ? -1 : b_dim, dtypes.of(tensor));
+  }
+
+  RowTensor<void*> output_rows(const Tensor& tensor) const {
+    const int64_t* strides = tensor.strides();
+    return {tensor.data(), strides[t_dim], is_packed() ? 0 : strides[b_dim], dtypes.of(tensor)};
+  }
+};
+
+// Checks the weights and fills I, H and P; take_weights then makes them contiguous.
+void check_weights(const TensorList& weights, int64_t features, Sequence* call) {
+  call->shape.I = features;
+  dlk::check_weights(weights, call->dtypes, nullptr, &call->shape);
+}
+
+void take_weights(const TensorList& weights, Sequence* call) {
+  const size_t count = weights.size() / static_cast<size_t>(call->shape.D);
+  const bool bias = count >= 4, projected = count % 2 == 1;
+  for (int d = 0; d < call->shape.D; ++d) {
+    const Tensor* w = &weights[static_cast<size_t>(d) * count];
+    DirectionWeights& into = call->weights[d];
+    into.dtype = call->dtypes.of(w[0]);
+    into.w_ih = call->inputs.contiguous(w[0]);
+    into.w_hh = call->inputs.contiguous(w[1]);
+    if (bias) {
+      into.b_ih = call->inputs.contiguous(w[2]);
+      into.b_hh = call->inputs.contiguous(w[3]);
+    }
+    if (projected) into.w_hr = call->inputs.contiguous(w[count - 1]);
+  }
+}
+
+void read_sequence(CellKind cell, const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
+                   const OptionalTensor& lengths, bool bidirectional, bool batch_first, const CallTypes& types,
+                   Sequence* call) {
+  LayerShape& shape = call->shape;
+  shape.cell = cell;
+  call->dtypes = Dtypes(check_float(x, "x"), types.product);
+  shape.dtype = call->dtypes.product();
+  shape.narrow = has_narrow_slots(shape.dtype);
+  shape.D = bidirectional ? 2 : 1;
+  call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, nullptr, &shape);
+  if (!batch_sizes && batch_first) std::swap(call->t_dim, call->b_dim);
+  check_weights(weights, x.size(x.dim() - 1), call);
+  if (lengths) call->lengths = read_lengths(lengths, shape.T);
+}
+
+void check_state(const OptionalTensor& state, const char* what, int64_t size, const Sequence& call) {
+  if (state) call.dtypes.check(state, what, {call.shape.D, call.shape.B, size});
+}
+
+StateTensor<const void*> take_state(const OptionalTensor& state, Sequence* call) {
+  if (!state) return {};
+  return {call->inputs.contiguous(state), call->dtypes.of(state)};
+}
+
+// A new state, where `wanted`.
+Tensor new_state(bool wanted, int64_t size, DType dtype, const Sequence& call, StateTensor<void*>* into) {
+  Output out = output(wanted, {call.shape.D, call.shape.B, size}, torch_dtype(dtype));
+  *into = {out.data, dtype};
+  return std::move(out.tensor);
+}
+
+const void* read_packed(const Tensor& packed, Isa isa, Sequence* call) {
+  DLK_CHECK(packed.on_cpu() && packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1,
+            "packed must be what the op `pack` returned: one-dimensional, uint8, on the CPU");
+  const void* data = call->inputs.aligned(packed);
+  DLK_CHECK(rnn_packed_matches(data, packed.byte_count(), call->shape, isa),
+            "packed does not fit: it was packed for another cell, size, dtype or instruction set than this ",
+            mode_name(call->shape.cell), " on ", isa_name(isa), "; pack the weights again");
+  return data;
+}
+
+const int64_t* values_or_null(const std::vector<int64_t>& values) { return values.empty() ? nullptr : values.data(); }
+
+void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
+
+}  // namespace
+
+SequenceOutputs sequence_forward(CellKind cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                 const TensorList& weights, const OptionalTensor& packed,
+                                 const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
+                                 bool batch_first, bool save, bool deterministic, const CallTypes& types) {
+  Sequence call;
+  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, types, &call);
+  check_cell_state(cell, c0, "c0");
+  const LayerShape& shape = call.shape;
+  check_state(h0, "h0", shape.outputs(), call);
+  check_state(c0, "c0", shape.H, call);
+  const Runtime runtime = current_runtime();
+
+  ForwardParams params{};
+  params.shape = shape;
+  params.x = call.rows(x);
+  params.h0 = take_state(h0, &call);
+  params.c0 = take_state(c0, &call);
+  take_weights(weights, &call);
+  params.weights[0] = call.weights[0];
+  params.weights[1] = call.weights[1];
+  if (packed) params.packed = read_packed(packed, runtime.isa, &call);
+  params.batch_sizes = values_or_null(call.batch_sizes);
+  params.lengths = values_or_null(call.lengths);
+  params.deterministic = deterministic;
+
+  const bool lstm = cell == CellKind::lstm;
+  const DType of_h = call.dtypes.result(types.h, "h_dtype"), of_c = call.dtypes.result(types.c, "c_dtype");
+  Tensor y = call.empty_rows(shape.D * shape.outputs(), of_h);
+  Tensor h_n = new_state(true, shape.outputs(), of_h, call, &params.h_n);
+  Tensor c_n = new_state(lstm, shape.H, lstm ? of_c : of_h, call, &params.c_n);
+  Tensor saved = call.empty_records(save, {shape.record()});
+  if (shape.B > 0) {
+    params.y = call.output_rows(y);
+    params.saved = data_if(save, saved);
+    rnn_forward(params, runtime);
+    remember_shape(shape);
+  }
+  return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved)};
+}
+
+TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                             const OptionalTensor& dc_n, const Tensor& x, const OptionalTensor& h0,
+                             const OptionalTensor& c0, const TensorList& weights, const Tensor& saved,
+                             const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
+                             bool batch_first, int64_t bptt_steps, bool deterministic, bool need_x, bool need_state,
+                             bool need_weights, bool gate_grads, const CallTypes& types) {
+  Sequence call;
+  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, types, &call);
+  check_cell_state(cell, c0, "c0");
+  check_cell_state(cell, dc_n, "dc_n");
+  DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
+  const LayerShape& shape = call.shape;
+  const bool lstm = cell == CellKind::lstm;
+  check_state(h0, "h0", shape.outputs(), call);
+  check_state(c0, "c0", shape.H, call);
+  check_state(dh_n, "dh_n", shape.outputs(), call);
+  check_state(dc_n, "dc_n", shape.H, call);
+  if (dy) call.check_rows(dy, "dy", shape.D * shape.outputs());
+  const int32_t compute = torch_dtype(compute_type(shape.dtype));
+  if (call.is_packed()) {
+    check_tensor(saved, "saved", compute, {shape.D, shape.rows, shape.record()});
+  } else {
+    check_tensor(saved, "saved", compute, {shape.D, shape.T, shape.B, shape.record()});
+  }
+
+  BackwardParams params{};
+  params.shape = shape;
+  params.x = call.rows(x);
+  params.h0 = take_state(h0, &call);
+  params.c0 = take_state(c0, &call);
+  take_weights(weights, &call);
+  params.weights[0] = call.weights[0];
+  params.weights[1] = call.weights[1];
+  params.batch_sizes = values_or_null(call.batch_sizes);
+  params.lengths = values_or_null(call.lengths);
+  params.saved = call.inputs.contiguous(saved);
+  if (dy) params.dy = call.rows(dy);
+  params.dh_n = take_state(dh_n, &call);
+  params.dc_n = take_state(dc_n, &call);
+  params.bptt_steps = bptt_steps;
+  params.deterministic = deterministic;
+
+  TensorList grads;
+  grads.reserve(weights.size() + 5);
+  grads.push_back(need_x ? empty_like(x) : absent(x.dtype()));
+  if (need_x) params.dx = call.output_rows(grads.back());
+  const DType of_x = call.dtypes.of(x);
+  const DType of_h0 = h0 ? params.h0.dtype : of_x, of_c0 = c0 ? params.c0.dtype : of_x;
+  grads.push_back(new_state(need_state, shape.outputs(), of_h0, call, &params.dh0));
+  grads.push_back(new_state(need_state && lstm, shape.H, of_c0, call, &params.dc0));
+  for (const Tensor& weight : weights) grads.push_back(need_weights ? empty_like(weight) : absent(weight.dtype()));
+  if (need_weights) {
+    const size_t count = weights.size() / static_cast<size_t>(shape.D);
+    for (int d = 0; d < shape.D; ++d) {
+      const Tensor* w = &grads[3 + static_cast<size_t>(d) * count];
+      const bool bias = count >= 4, projected = count % 2 == 1;
+      params.grads[d] = {w[0].data(), w[1].data(), bias ? w[2].data() : nullptr, bias ? w[3].data() : nullptr,
+                         projected ? w[count - 1].data() : nullptr};
+    }
+  }
+  if (gate_grads) {
+    grads.push_back(call.empty_records(true, {gate_grad_slots(cell), shape.H}));
+    params.gate_grads = grads.back().data();
+    grads.push_back(call.empty_records(shape.P > 0, {shape.P}));
+    params.proj_grads = data_if(shape.P > 0, grads.back());
+  }
+
+  if (shape.B > 0) {
+    rnn_backward(params, current_runtime());
+    remember_shape(shape);
+  } else {
+    for (const Tensor& grad : grads) fill_with_zeros(grad);
+  }
+  return grads;
+}
+
+Tensor pack_weights(const std::string& mode, const TensorList& weights, bool bidirectional) {
+  DLK_CHECK(!weights.empty() && weights[0].dim() == 2, "weights must begin with w_ih of two dimensions");
+  Sequence call;
+  call.shape.cell = cell_from_mode(mode);
+  call.shape.dtype = check_float(weights[0], "w_ih");
+  call.shape.D = bidirectional ? 2 : 1;
+  call.dtypes = Dtypes(call.shape.dtype, -1);
+  check_weights(weights, weights[0].size(1), &call);
+  take_weights(weights, &call);
+  const Isa isa = current_isa();
+  const int64_t bytes = static_cast<int64_t>(rnn_packed_bytes(call.shape, isa));
+  Tensor packed = empty({bytes}, aoti_torch_dtype_uint8());
+  fill_with_zeros(packed);  // the kernels leave gaps between panels, and callers save the buffer
+  rnn_pack(call.shape, call.weights, isa, packed.data());
+  return packed;
+}
+
+}  // namespace dlk

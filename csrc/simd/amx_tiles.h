@@ -1,0 +1,255 @@
+// A matrix unit: four tiles of sums, 16 x 16 floats, two by two; two tiles of 16 rows of 32 bf16 values, beside them;
+// two of 16 columns of them, above: of each column 16 pairs of values, [pair][column]. multiply_add adds to each sum
+// the product of its row and its column. Strides are in bytes.
+//
+// With DLK_EMULATE_BF16 in plain C++, to the last bit, and it stops the program where no Session is open.
+#pragma once
+
+#ifndef DLK_ISA
+#define DLK_ISA amx
+#endif
+#include "simd/bf16_pairs.h"
+
+DLK_ISA_BEGIN
+
+#ifdef DLK_EMULATE_BF16
+
+class TileRegisters {
+ public:
+  using Shapes = bool;  // whether there are any
+  static void open(Shapes* before) { *before = mine().configured, mine().configured = true; }
+  static void close(const Shapes& before) { mine().configured = before; }
+
+  template <int kTile>
+  static void zero() {
+    std::memset(tile(kTile), 0, sizeof(Tile));
+  }
+  template <int kTile>
+  static void load(const void* from, int64_t stride) {
+    for (int r = 0; r < 16; ++r) std::memcpy(tile(kTile)[r], static_cast<const char*>(from) + r * stride, 64);
+  }
+  template <int kTile>
+  static void store(void* to, int64_t stride) {
+    for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tile(kTile)[r], 64);
+  }
+  // The even values of a row and the odd ones are summed apart, in order, each from 0.
+  template <int kSums, int kRows, int kColumns>
+  static void multiply_add() {
+    using E = Bf16Emulation;
+    for (int r = 0; r < 16; ++r) {
+      float parts[2][16] = {};
+      for (int p = 0; p < 16; ++p)
+        for (int c = 0; c < 16; ++c)
+          for (int half = 0; half < 2; ++half) {
+            const float x = E::value(tile(kRows)[r][p], half), y = E::value(tile(kColumns)[p][c], half);
+            parts[half][c] = E::fused(x, y, parts[half][c]);
+          }
+      for (int c = 0; c < 16; ++c) {
+        uint32_t& sum = tile(kSums)[r][c];
+        sum = float_bits(E::normal(E::normal(bits_float(sum)) + E::normal(parts[0][c] + parts[1][c])));
+      }
+    }
+  }
+
+ private:
+  using Tile = uint32_t[16][16];
+  struct State {
+    Tile tiles[8];
+    bool configured = false;
+  };
+  static State& mine() {
+    static thread_local State state;
+    return state;
+  }
+  static Tile& tile(int index) {
+    if (!mine().configured) __builtin_trap();
+    return mine().tiles[index];
+  }
+};
+
+#else
+
+// The intrinsics want their tiles as literals.
+struct TileRegisters {
+  struct alignas(64) Shapes {
+    uint8_t bytes[64];  // the first is the palette, 0 where there are no shapes
+  };
+  static DLK_INLINE void open(Shapes* before) {
+    // Palette 1, eight tiles of 64 bytes by 16 rows.
+    static constexpr Shapes kShapes = {
+        {1,  0, 0,  0, 0,  0, 0,  0, 0,  0,  0,  0,  0,  0,  0,  0,                           //
+         64, 0, 64, 0, 64, 0, 64, 0, 64, 0,  64, 0,  64, 0,  64, 0,  0, 0, 0, 0, 0, 0, 0, 0,  //
+         0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0}};
+    _tile_storeconfig(before->bytes);
+    asm volatile("" ::: "memory");  // GCC's intrinsics speak of 8 bytes only
+    _tile_loadconfig(kShapes.bytes);
+  }
+  static DLK_INLINE void close(const Shapes& before) {
+    asm volatile("" ::: "memory");
+    if (before.bytes[0]) {
+      _tile_loadconfig(before.bytes);
+    } else {
+      _tile_release();
+    }
+  }
+  template <int kTile>
+  static DLK_INLINE void zero() {
+    if constexpr (kTile == 0) _tile_zero(0);
+    if constexpr (kTile == 1) _tile_zero(1);
+    if constexpr (kTile == 2) _tile_zero(2);
+    if constexpr (kTile == 3) _tile_zero(3);
+  }
+  template <int kTile>
+  static DLK_INLINE void load(const void* from, int64_t stride) {
+    asm volatile("" ::: "memory");  // GCC's intrinsic does not say that it reads
+    if constexpr (kTile == 0) _tile_loadd(0, from, stride);
+    if constexpr (kTile == 1) _tile_loadd(1, from, stride);
+    if constexpr (kTile == 2) _tile_loadd(2, from, stride);
+    if constexpr (kTile == 3) _tile_loadd(3, from, stride);
+    if constexpr (kTile == 4) _tile_loadd(4, from, stride);
+    if constexpr (kTile == 5) _tile_loadd(5, from, stride);
+    if constexpr (kTile == 6) _tile_loadd(6, from, stride);
+    if constexpr (kTile == 7) _tile_loadd(7, from, stride);
+  }
+  template <int kTile>
+  static DLK_INLINE void store(void* to, int64_t stride) {
+    if constexpr (kTile == 0) _tile_stored(0, to, stride);
+    if constexpr (kTile == 1) _tile_stored(1, to, stride);
+    if constexpr (kTile == 2) _tile_stored(2, to, stride);
+    if constexpr (kTile == 3) _tile_stored(3, to, stride);
+  }
+  template <int kSums, int kRows, int kColumns>
+  static DLK_INLINE void multiply_add() {
+    if constexpr (kSums == 0) _tile_dpbf16ps(0, 4, 6);
+    if constexpr (kSums == 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kSums == 2) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kSums == 3) _tile_dpbf16ps(3, 5, 7);
+  }
+};
+
+#endif
+
+struct Bf16Unit : Bf16Pairs {
+  static constexpr bool kPresent = true;
+  static constexpr int kRows = 16, kDepth = 32;  // of a tile; it has as many columns as rows
+
+  // The tiles' shapes belong to the thread: nothing else may set them while this lives. Those of other libraries, some
+  // of which leave theirs from call to call, are put back.
+  class Session {
+   public:
+    DLK_NOINLINE Session() { TileRegisters::open(&before_); }
+    DLK_NOINLINE ~Session() { TileRegisters::close(before_); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+   private:
+    TileRegisters::Shapes before_;
+  };
+
+  // In what follows kI by kJ of the 2 by 2 sums take part.
+  template <int kI, int kJ>
+  static DLK_INLINE void zero_sums() {
+    TileRegisters::zero<0>();
+    if constexpr (kJ == 2) TileRegisters::zero<1>();
+    if constexpr (kI == 2) TileRegisters::zero<2>();
+    if constexpr (kI == 2 && kJ == 2) TileRegisters::zero<3>();
+  }
+  template <int kI, int kJ>
+  static DLK_INLINE void load_sums(const float* from, int64_t stride) {
+    TileRegisters::load<0>(from, stride);
+    if constexpr (kJ == 2) TileRegisters::load<1>(from + kSize, stride);
+    if constexpr (kI == 2) TileRegisters::load<2>(below(from, stride), stride);
+    if constexpr (kI == 2 && kJ == 2) TileRegisters::load<3>(below(from + kSize, stride), stride);
+  }
+  template <int kI, int kJ>
+  static DLK_INLINE void store_sums(float* to, int64_t stride) {
+    TileRegisters::store<0>(to, stride);
+    if constexpr (kJ == 2) TileRegisters::store<1>(to + kSize, stride);
+    if constexpr (kI == 2) TileRegisters::store<2>(below(to, stride), stride);
+    if constexpr (kI == 2 && kJ == 2) TileRegisters::store<3>(below(to + kSize, stride), stride);
+  }
+  template <int kI>
+  static DLK_INLINE void load_rows(const bf16* from, int64_t stride) {
+    TileRegisters::load<4>(from, stride);
+    if constexpr (kI == 2) TileRegisters::load<5>(below(from, stride), stride);
+  }
+  template <int kJ>
+  static DLK_INLINE void load_columns(const float* from, int64_t stride) {
+    TileRegisters::load<6>(from, stride);
+    if constexpr (kJ == 2) TileRegisters::load<7>(from + kSize, stride);
+  }
+  template <int kI, int kJ>
+  static DLK_INLINE void multiply_add() {
+    TileRegisters::multiply_add<0, 4, 6>();
+    if constexpr (kJ == 2) TileRegisters::multiply_add<1, 4, 7>();
+    if constexpr (kI == 2) TileRegisters::multiply_add<2, 5, 6>();
+    if constexpr (kI == 2 && kJ == 2) TileRegisters::multiply_add<3, 5, 7>();
+  }
+
+  // out [rows][columns] (+)= a b; rows, columns and depth are whole tiles.
+  static DLK_NOINLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const bf16* a, int64_t lda,
+                                    const float* b, int64_t ldb, float* out, int64_t ldo, bool accumulate) {
+    for (int64_t r = 0; r < rows; r += 2 * kSize)
+      for (int64_t c = 0; c < columns; c += 2 * kSize) {
+        const bf16* at = a + r * lda;
+        float* to = out + r * ldo + c;
+        if (rows - r > kSize) {
+          if (columns - c > kSize) {
+            multiply_block<2, 2>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+          } else {
+            multiply_block<2, 1>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+          }
+        } else if (columns - c > kSize) {
+          multiply_block<1, 2>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+        } else {
+          multiply_block<1, 1>(depth, at, lda, b + c, ldb, to, ldo, accumulate);
+        }
+      }
+  }
+
+  // For each lane the sum of a(x) b(x), vectors of bf16 values, in the order of multiply: the diagonal of a product.
+  template <class A, class B>
+  static DLK_INLINE Vec<float> diagonal(int64_t width, A a, B b) {
+    using V = Vec<float>;
+    alignas(64) bf16 rows[kSize * kDepth];
+    alignas(64) float columns[kSize * kSize], sums[kSize * kSize] = {}, diagonal[kSize];
+    const auto value = [&](const auto& of, int64_t x) { return x < width ? of(x) : V::zero(); };
+    for (int64_t x = 0; x < width; x += kDepth) {
+      V block[kSize];
+      for (int p = 0; p < kSize; ++p) {
+        block[p] = pairs(value(a, x + 2 * p), value(a, x + 2 * p + 1));
+        pairs(value(b, x + 2 * p), value(b, x + 2 * p + 1)).store(columns + p * kSize);
+      }
+      transpose(block);
+      for (int r = 0; r < kSize; ++r) store(block[r], rows + r * kDepth);
+      multiply_block<1, 1>(kDepth, rows, kDepth, columns, kSize, sums, kSize, true);
+    }
+    for (int i = 0; i < kSize; ++i) diagonal[i] = sums[i * (kSize + 1)];
+    return V::load(diagonal);
+  }
+
+ private:
+  template <int kI, int kJ>
+  static DLK_INLINE void multiply_block(int64_t depth, const bf16* a, int64_t lda, const float* b, int64_t ldb,
+                                        float* out, int64_t ldo, bool accumulate) {
+    constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
+    if (accumulate) {
+      load_sums<kI, kJ>(out, ldo * kItem);
+    } else {
+      zero_sums<kI, kJ>();
+    }
+    for (; depth > 0; depth -= kDepth, a += kDepth, b += kDepth / 2 * ldb) {
+      load_rows<kI>(a, lda * kHalf);
+      load_columns<kJ>(b, ldb * kItem);
+      multiply_add<kI, kJ>();
+    }
+    store_sums<kI, kJ>(out, ldo * kItem);
+  }
+
+  template <class S>
+  static DLK_INLINE S* below(S* p, int64_t stride) {
+    return p + kSize * stride / static_cast<int64_t>(sizeof(S));
+  }
+};
+
+DLK_ISA_END

@@ -1,0 +1,150 @@
+// exp, Exp2Down, sigmoid, tanh and relu over Vec or Pair, written once for
+// every ISA.
+//
+// y = n ln2 + r with |r| <= ln2 / 2, and e^y = 2^n (1 + p), p = expm1(r) by a
+// polynomial. Keeping 2^n and p apart lets sigmoid and tanh add their own 1 to
+// 2^n, exactly, so that each ends in one fma and one division, and tanh stays
+// relatively exact near 0 without a second branch.
+//
+// p = r + r^2 / 2 + r^3 q(r). The coefficients of q are our own minimax fit
+// (Remez exchange) of the error relative to expm1: 1.4e-8 for float, 2.4e-17 for
+// double. ln2 is split so that n * ln2_hi is exact (Cody and Waite) also where
+// there is no fma.
+#pragma once
+
+#include "simd/vector.h"
+#include "simd/pair.h"
+
+DLK_ISA_BEGIN
+
+template <class C>
+struct ExpConstants;
+
+template <>
+struct ExpConstants<float> {
+  static constexpr float shift = 0x1.8p23f + 127.0f;  // adding it rounds to an integer, biased as an exponent is
+  static constexpr float n_max = 127.0f;
+  static constexpr float normal_min = -87.0f;  // above it e^y is normal
+  static constexpr float tanh_min = -20.0f;    // tanh(y / 2) rounds to -1 from here down
+  static constexpr float underflow = -104.0f, overflow = 89.0f;
+  static constexpr float ln2_hi = 0x1.63p-1f, ln2_lo = -2.12194440054690583e-4f;
+};
+
+template <>
+struct ExpConstants<double> {
+  static constexpr double shift = 0x1.8p52 + 1023.0;
+  static constexpr double n_max = 1023.0;
+  static constexpr double normal_min = -708.0;
+  static constexpr double tanh_min = -40.0;
+  static constexpr double underflow = -746.0, overflow = 710.0;
+  static constexpr double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
+};
+
+template <class V>
+DLK_INLINE V expm1_reduced(V r, float) {
+  const V r2 = r * r;
+  const V q56 = fma(V::set1(1.38982257e-3f), r, V::set1(8.36604089e-3f));
+  const V q34 = fma(V::set1(4.16668542e-2f), r, V::set1(1.66665494e-1f));
+  const V q = fma(q56, r2, q34);
+  return fma(fma(q, r, V::set1(0.5f)), r2, r);
+}
+
+template <class V>
+DLK_INLINE V expm1_reduced(V r, double) {
+  const V r2 = r * r;
+  const V q34 = fma(V::set1(0.04166666666662), r, V::set1(0.16666666666666602));
+  const V q56 = fma(V::set1(0.0013888888920499498), r, V::set1(0.008333333333388383));
+  const V q78 = fma(V::set1(2.4801516361663004e-05), r, V::set1(0.00019841269709358478));
+  const V q9a = fma(V::set1(2.762222098401339e-07), r, V::set1(2.7557425052108367e-06));
+  V q = fma(V::set1(2.5045911110792872e-08), r2, q9a);
+  q = fma(q, r2, q78);
+  q = fma(q, r2, q56);
+  q = fma(q, r2, q34);
+  return fma(fma(q, r, V::set1(0.5)), r2, r);
+}
+
+// e^y = scale * (1 + p)
+template <class V>
+struct ExpParts {
+  V scale, p;
+};
+
+// y >= normal_min or NaN. Where n stops at n_max, r and with it p go on growing: e^y overflows as it should.
+template <class V>
+DLK_INLINE ExpParts<V> exp_parts(V y) {
+  using C = ElementOf<V>;
+  using K = ExpConstants<C>;
+  const V shift = V::set1(K::shift);
+  const V shifted = min(fma(y, V::set1(C(1.4426950408889634)), shift), V::set1(K::shift + K::n_max));
+  const V n = shifted - shift;
+  const V r = fnma(n, V::set1(K::ln2_lo), fnma(n, V::set1(K::ln2_hi), y));
+  return {exponent_from_bits(shifted), expm1_reduced(r, C())};
+}
+
+template <class V>
+DLK_INLINE V exp(V x) {
+  using C = ElementOf<V>;
+  using K = ExpConstants<C>;
+  // Half the way in each factor: neither leaves the normal range where the result is subnormal.
+  const V y = min(V::set1(K::overflow), max(V::set1(K::underflow), x));
+  const V shift = V::set1(K::shift);
+  const V n = fma(y, V::set1(C(1.4426950408889634)), shift) - shift;
+  const V r = fnma(n, V::set1(K::ln2_lo), fnma(n, V::set1(K::ln2_hi), y));
+  const V half = fma(n, V::set1(C(0.5)), shift);
+  const V rest = n - (half - shift) + shift;
+  const V scale = exponent_from_bits(half);
+  return fma(scale, expm1_reduced(r, C()), scale) * exponent_from_bits(rest);
+}
+
+// 2^(factor x) for a factor > 0 and products up to about 0 (to n_max at most); exactly 1 at 0; 0 where it would not be
+// normal, NaN for NaN. For what is rounded to 16 bits in the end kRough is enough: within 3e-6, by a shorter
+// polynomial, our own minimax fit (its coefficients as one of linear programming) of the error relative to 2^-r.
+template <class C, bool kRough = false>
+struct Exp2Down {
+  using V = Vec<C>;
+  using K = ExpConstants<C>;
+  V factor, least;
+
+  DLK_INLINE explicit Exp2Down(C times) : factor(V::set1(times)), least(V::set1(-K::n_max / times)) {}
+
+  // For a Vec or a Pair.
+  template <class W>
+  DLK_INLINE W operator()(W x) const {
+    const W y = max(spread<W>(least), x), times = spread<W>(factor), shift = W::set1(K::shift);
+    const W shifted = fma(y, times, shift);
+    const W scale = exponent_from_bits(shifted);
+    const W minus_r = fnma(y, times, shifted - shift);
+    if constexpr (kRough) {
+      const W p =
+          fma(fma(W::set1(C(-0.00958538242)), minus_r, W::set1(C(0.0559066273))), minus_r, W::set1(C(-0.24024038)));
+      return fnma(fma(p, minus_r, W::set1(C(0.693124175))), minus_r, W::set1(C(1))) * scale;
+    }
+    return fma(scale, expm1_reduced(minus_r * W::set1(C(-0.6931471805599453)), C()), scale);
+  }
+};
+
+template <class V>
+DLK_INLINE V sigmoid(V x) {
+  using C = ElementOf<V>;
+  const V one = V::set1(C(1));
+  const ExpParts<V> e = exp_parts(-min(V::set1(-ExpConstants<C>::normal_min), x));
+  return reciprocal(fma(e.scale, e.p, e.scale + one));
+}
+
+// expm1(2x) / (expm1(2x) + 2) at -|x|, where e^2x + 1 rounds best; odd to the last bit.
+template <class V>
+DLK_INLINE V tanh(V x) {
+  using C = ElementOf<V>;
+  const V one = V::set1(C(1));
+  const V y = max(V::set1(ExpConstants<C>::tanh_min), copysign(x + x, -one));
+  const ExpParts<V> e = exp_parts(y);
+  return copysign(quotient(fma(e.scale, e.p, e.scale - one), fma(e.scale, e.p, e.scale + one)), x);
+}
+
+// NaN stays NaN, as in torch.
+template <class V>
+DLK_INLINE V relu(V x) {
+  return max(V::zero(), x);
+}
+
+DLK_ISA_END

@@ -1,0 +1,278 @@
+// The operators' schemas, and the host module `_C` that Python imports to get them registered.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "boxing.h"
+#include "core/isa.h"
+#include "core/patience.h"
+#include "rnn/torch/ops.h"
+#include "rnn/cpu/plan_reason.h"
+#include "threads.h"
+#include "rnn/cuda/plan_cap.h"
+#ifdef DLKERNELS_CUDA_ARCHS
+#include "rnn/cuda/gpu_limits.h"
+#endif
+#include "module.h"
+
+namespace py = pybind11;
+
+namespace dlk {
+namespace {
+
+using Opt = OptionalTensor;
+
+// One instance per mode, so that the schemas need no mode argument.
+template <CellKind cell>
+struct Ops {
+  static SequenceOutputs forward(const Tensor& x, const Opt& h0, const Opt& c0, const TensorList& weights,
+                                 const Opt& packed, const Opt& batch_sizes, const Opt& lengths, bool bidirectional,
+                                 bool batch_first, bool save, bool deterministic, int64_t product_dtype,
+                                 int64_t h_dtype, int64_t c_dtype) {
+    return sequence_forward(cell, x, h0, c0, weights, packed, batch_sizes, lengths, bidirectional, batch_first, save,
+                            deterministic, {product_dtype, h_dtype, c_dtype});
+  }
+  static TensorList backward(const Opt& dy, const Opt& dh_n, const Opt& dc_n, const Tensor& x, const Opt& h0,
+                             const Opt& c0, const TensorList& weights, const Tensor& saved, const Opt& batch_sizes,
+                             const Opt& lengths, bool bidirectional, bool batch_first, int64_t bptt_steps,
+                             bool deterministic, bool need_x, bool need_state, bool need_weights, bool gate_grads,
+                             int64_t product_dtype) {
+    return sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, bidirectional,
+                             batch_first, bptt_steps, deterministic, need_x, need_state, need_weights, gate_grads,
+                             {product_dtype});
+  }
+  static TensorList step(const Tensor& x, const Opt& h, const Opt& c, const Tensor& w_ih, const Tensor& w_hh,
+                         const Opt& b_ih, const Opt& b_hh, bool save, bool deterministic, int64_t product_dtype,
+                         int64_t h_dtype, int64_t c_dtype) {
+    return cell_forward(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save, deterministic, {product_dtype, h_dtype, c_dtype});
+  }
+  static TensorList step_backward(const Opt& dh, const Opt& dc, const Tensor& x, const Opt& h, const Opt& c,
+                                  const Tensor& w_ih, const Tensor& w_hh, const Opt& b_ih, const Opt& b_hh,
+                                  const Tensor& saved, bool deterministic, bool need_x, bool need_state,
+                                  bool need_weights, bool gate_grads, int64_t product_dtype) {
+    return cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, deterministic, need_x, need_state,
+                         need_weights, gate_grads, {product_dtype});
+  }
+};
+
+using Library = torch::stable::detail::StableLibrary;
+
+void define(Library& library, CellKind cell) {
+  const std::string mode = mode_name(cell);
+  library.def((mode + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
+                      "Tensor? lengths, bool bidirectional, bool batch_first, bool save, bool deterministic, "
+                      "int product_dtype=-1, int h_dtype=-1, int c_dtype=-1) -> "
+                      "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)")
+                  .c_str());
+  library.def((mode + "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
+                      "Tensor[] weights, Tensor saved, Tensor? batch_sizes, Tensor? lengths, bool bidirectional, "
+                      "bool batch_first, int bptt_steps, bool deterministic, bool need_x, bool need_state, "
+                      "bool need_weights, bool gate_grads, int product_dtype=-1) -> Tensor[]")
+                  .c_str());
+  library.def((mode +
+               "_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
+               "bool save, bool deterministic, int product_dtype=-1, int h_dtype=-1, int c_dtype=-1) -> Tensor[]")
+                  .c_str());
+  library.def((mode +
+               "_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, "
+               "Tensor? b_ih, Tensor? b_hh, Tensor saved, bool deterministic, bool need_x, bool need_state, "
+               "bool need_weights, bool gate_grads, int product_dtype=-1) -> Tensor[]")
+                  .c_str());
+}
+
+template <CellKind cell>
+void implement(Library& library) {
+  const std::string mode = mode_name(cell);
+  library.impl(mode.c_str(), &Boxed<&Ops<cell>::forward>::kernel);
+  library.impl((mode + "_backward").c_str(), &Boxed<&Ops<cell>::backward>::kernel);
+  library.impl((mode + "_cell").c_str(), &Boxed<&Ops<cell>::step>::kernel);
+  library.impl((mode + "_cell_backward").c_str(), &Boxed<&Ops<cell>::step_backward>::kernel);
+}
+
+LayerShape make_shape(const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
+                      int64_t P, int D, std::optional<int64_t> rows = std::nullopt) {
+  if (T < 1 || B < 1 || I < 0 || H < 1 || P < 0 || D < 1 || D > 2) {
+    throw std::invalid_argument("sizes must be positive, and D one or two");
+  }
+  return {cell_from_mode(mode), dtype_from_name(py::str(dtype)), T, B, I, H, P, D, rows ? *rows : T * B, false};
+}
+
+py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
+  py::dict dict;
+  dict["kernel"] = std::string("cpu/") + isa_name(plan.isa) + "/" + mode_name(shape.cell);
+  dict["isa"] = isa_name(plan.isa);
+  dict["threads"] = plan.threads;
+  dict["split"] = split_name(plan.split);
+  dict["recurrence"] = plan.recurrence == Plan::dot ? "dot" : "tiles";
+  dict["chunk_steps"] = plan.chunk_steps;
+  dict["directions_side_by_side"] = plan.directions_side_by_side;
+  dict["reason"] = plan_reason(plan, shape);
+  return dict;
+}
+
+py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool backward) {
+  const bool half = shape.dtype != DType::f32;
+  const SliceShape slice = slice_shape(gate_count(shape.cell), half, plan.kind == SequencePlan::cluster, backward);
+  py::dict dict;
+  dict["kernel"] = std::string("cuda/") + plan_kind_name(plan.kind) + "/" + mode_name(shape.cell);
+  dict["kind"] = plan_kind_name(plan.kind);
+  dict["blocks"] = plan.slices * plan.groups;
+  dict["slices"] = plan.slices;
+  dict["groups"] = plan.groups;
+  dict["groups_at_once"] = plan.groups_at_once;
+  dict["tile"] = plan.tile;
+  dict["column_tiles"] = plan.column_tiles;
+  dict["rows"] = slice.rows;
+  dict["terms"] = plan.layout.terms;
+  dict["splits"] = slice.splits;
+  dict["shared_weights"] = plan.layout.exchange - plan.layout.weights;
+  dict["shared_bytes"] = plan.layout.bytes;
+  dict["barriers_per_step"] = plan.kind == SequencePlan::steps ? 0 : 1;
+  dict["reason"] = std::string(plan.reason);
+  return dict;
+}
+
+// The limits of a device of this machine; of an H200 where `device` is none.
+GpuLimits limits_of(std::optional<int> device) {
+#ifdef DLKERNELS_CUDA_ARCHS
+  if (device) return capped(gpu_limits(*device));
+#else
+  if (device) throw std::runtime_error("compiled without CUDA kernels");
+#endif
+  return capped(kH200);
+}
+
+py::dict build_info() {
+  py::list isas;
+  for (Isa isa : compiled_isas()) isas.append(isa_name(isa));
+  py::dict info;
+  info["torch_target"] =
+      std::to_string(TORCH_TARGET_VERSION >> 56) + "." + std::to_string((TORCH_TARGET_VERSION >> 48) & 0xff);
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+#if defined(DLKERNELS_BUILD_FLAGS)
+  info["flags"] = DLKERNELS_BUILD_FLAGS;
+#else
+  info["flags"] = "";
+#endif
+  info["isas"] = isas;
+#ifdef DLKERNELS_CUDA_ARCHS
+  info["with_cuda"] = true;
+  info["cuda_archs"] = DLKERNELS_CUDA_ARCHS;
+  info["why_no_cuda"] = "";
+#else
+  info["with_cuda"] = false;
+  info["cuda_archs"] = "";
+  info["why_no_cuda"] = DLKERNELS_WHY_NO_CUDA;
+#endif
+  return info;
+}
+
+py::dict features_dict() {
+  py::dict dict;
+  for (const auto& [name, present] : cpu_features()) dict[name] = present;
+  return dict;
+}
+
+}  // namespace
+
+DType dtype_from_name(std::string name) {
+  const std::string prefix = "torch.";
+  if (name.rfind(prefix, 0) == 0) name = name.substr(prefix.size());
+  for (auto [known, dtype] : {std::pair{"float32", DType::f32}, std::pair{"float64", DType::f64},
+                              std::pair{"bfloat16", DType::bf16}, std::pair{"float16", DType::f16}}) {
+    if (name == known) return dtype;
+  }
+  throw std::invalid_argument("unknown dtype '" + name + "', expected float32, float64, bfloat16 or float16");
+}
+
+}  // namespace dlk
+
+STABLE_TORCH_LIBRARY(dlkernels, library) {
+  using dlk::CellKind;
+  for (CellKind cell : {CellKind::lstm, CellKind::gru, CellKind::rnn_tanh, CellKind::rnn_relu}) {
+    dlk::define(library, cell);
+  }
+  library.def("pack(str mode, Tensor[] weights, bool bidirectional) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
+  using dlk::CellKind;
+  dlk::implement<CellKind::lstm>(library);
+  dlk::implement<CellKind::gru>(library);
+  dlk::implement<CellKind::rnn_tanh>(library);
+  dlk::implement<CellKind::rnn_relu>(library);
+  library.impl("pack", &dlk::Boxed<&dlk::pack_weights>::kernel);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of dlkernels: importing it registers the operators torch.ops.dlkernels.*.";
+
+  m.def("build_info", &dlk::build_info);
+  m.def("cpu_features", &dlk::features_dict);
+  m.def("isa", [] { return dlk::isa_name(dlk::current_isa()); });
+  m.def("available_isas", [] {
+    py::list names;
+    for (dlk::Isa isa : dlk::available_isas()) names.append(dlk::isa_name(isa));
+    return names;
+  });
+  m.def(
+      "set_isa",
+      [](const std::optional<std::string>& name) {
+        if (name) {
+          dlk::set_isa(dlk::isa_from_name(*name));
+        } else {
+          dlk::reset_isa();
+        }
+      },
+      py::arg("name").none(true));
+  m.def("set_poison", &dlk::set_poison, py::arg("on"));
+  m.def("set_least_patience", &dlk::set_least_patience,
+        "Microseconds that teams of threads wait for their members at least; 0: as planned. For tests.", py::arg("us"));
+  dlk::bind_attention(m);
+  m.def(
+      "plan",
+      [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
+         std::optional<int> threads, bool backward, bool deterministic, bool packed_weights,
+         std::optional<int64_t> rows) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, I, H, P, D, rows);
+        const dlk::Plan plan = dlk::rnn_plan(shape, dlk::current_isa(), threads ? *threads : dlk::thread_count(),
+                                             backward, deterministic, packed_weights);
+        return dlk::plan_dict(plan, shape);
+      },
+      "What would run for these sizes. threads=None: as many as torch uses now. rows: of packed data, else T * B.",
+      py::arg("mode"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0,
+      py::arg("D") = 1, py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
+      py::arg("packed_weights") = false, py::arg("rows") = py::none());
+  m.def(
+      "cuda_plan",
+      [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t H, int D, bool backward,
+         std::optional<int> device) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, 0, H, 0, D);
+        return dlk::cuda_plan_dict(dlk::sequence_plan(shape, dlk::limits_of(device), backward), shape, backward);
+      },
+      "What would run on a CUDA device; on an H200 where device is None, whatever this machine has.", py::arg("mode"),
+      py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("H"), py::arg("D") = 1, py::arg("backward") = false,
+      py::arg("device") = py::none());
+  m.def(
+      "cap_cuda_plan", [](const std::string& kind) { dlk::set_plan_cap(dlk::plan_kind_from_name(kind)); },
+      "The best kind of plan that CUDA layers may take: cluster (all), grid or steps. For tests and measurements.",
+      py::arg("kind"));
+  m.def("last_run", []() -> py::object {
+    const dlk::LayerShape* shape = dlk::last_shape();
+    if (!shape) return py::none();
+    const dlk::LastRun& run = dlk::rnn_last_run();
+    py::dict dict = dlk::plan_dict(run.plan, *shape);
+    dict["members"] = run.members;
+    dict["backward"] = run.backward;
+    return std::move(dict);
+  });
+  m.def(
+      "packed_bytes",
+      [](const std::string& mode, const py::object& dtype, int64_t I, int64_t H, int64_t P, int D) {
+        return dlk::rnn_packed_bytes(dlk::make_shape(mode, dtype, 1, 1, I, H, P, D), dlk::current_isa());
+      },
+      py::arg("mode"), py::arg("dtype"), py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("D") = 1);
+}
