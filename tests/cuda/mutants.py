@@ -1,4 +1,4 @@
-"""Bugs to plant in the kernels: what stands in a file of csrc/rnn/cuda, what takes its place, which build must notice."""
+"""Bugs to plant in the kernels of csrc/rnn/cuda: what stands in a file, what takes its place, which build notices."""
 
 from __future__ import annotations
 

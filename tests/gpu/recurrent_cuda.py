@@ -1,8 +1,8 @@
 """The numbers of the recurrent layers on a CUDA device against float64 on the CPU.
 
 Run by check.py, with recurrent_torch_cuda.py: DLKERNELS_SHARD=2/8 takes each eighth case, DLKERNELS_DEADLINE ends a run
-in time. Without a GPU two others run for them: the CPU's kernels, which rehearses these files, and those of csrc/rnn/cuda
-under emulation (`python tests/cuda/run.py boundary`), which tests their torch boundary.
+in time. Without a GPU two others run for them: the CPU's kernels, which rehearses these files, and those of
+csrc/rnn/cuda under emulation (`python tests/cuda/run.py boundary`), which tests their torch boundary.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 
 CELLS = "csrc/rnn/cells/"
+CHECKS = "csrc/torch/checks.h"
 CORE = "csrc/core/"
 CPU = "csrc/rnn/cpu/"
 GEMM = "csrc/gemm/"
@@ -176,22 +177,22 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("packed-header-cell", CPU + "kernels.cpp", "header.shape.cell = shape.cell;\n", "",
            "panels of another cell are taken", ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_prepack.py")),
     # Boundary.
-    Mutant("batch-sizes-growing", "csrc/rnn_layout.h", "sizes[t] <= (t ? sizes[t - 1] : shape->rows)",
+    Mutant("batch-sizes-growing", TORCH + "layout.h", "sizes[t] <= (t ? sizes[t - 1] : shape->rows)",
            "sizes[t] <= shape->rows", "batch_sizes that grow read past the data", REFUSALS),
-    Mutant("batch-sizes-sum", "csrc/rnn_layout.h", "DLK_CHECK(rows == shape->rows,", "DLK_CHECK(rows >= shape->rows,",
+    Mutant("batch-sizes-sum", TORCH + "layout.h", "DLK_CHECK(rows == shape->rows,", "DLK_CHECK(rows >= shape->rows,",
            "batch_sizes that sum to more than the rows", REFUSALS),
-    Mutant("lengths-negative", "csrc/rnn_layout.h", "values[b] >= 0 && values[b] <= T", "values[b] <= T",
+    Mutant("lengths-negative", TORCH + "layout.h", "values[b] >= 0 && values[b] <= T", "values[b] <= T",
            "negative lengths", REFUSALS),
-    Mutant("lengths-late", "csrc/rnn_layout.h",
+    Mutant("lengths-late", TORCH + "layout.h",
            '    check_tensor(lengths, "lengths", aoti_torch_dtype_int64(), {shape->B}, device);\n', "",
            "as many lengths as there are", REFUSALS),
-    Mutant("dtypes-f16", "csrc/rnn_layout.h", "for (DType dtype : {DType::f32, DType::bf16, DType::f16})\n        if",
+    Mutant("dtypes-f16", TORCH + "layout.h", "for (DType dtype : {DType::f32, DType::bf16, DType::f16})\n        if",
            "for (DType dtype : {DType::f32, DType::bf16})\n        if", "float16 among tensors of several dtypes",
            MIXED),
-    Mutant("dtypes-product", "csrc/rnn_layout.h", 'if (mixed_) product_ = wanted(product, "product_dtype");',
+    Mutant("dtypes-product", TORCH + "layout.h", 'if (mixed_) product_ = wanted(product, "product_dtype");',
            'if (mixed_) wanted(product, "product_dtype");', "products in the dtype of x",
            ("tests/rnn/test_records.py", *MIXED)),
-    Mutant("copy-stride", "csrc/checks.h", "from + static_cast<int64_t>(i) * stride", "from + static_cast<int64_t>(i)",
+    Mutant("copy-stride", CHECKS, "from + static_cast<int64_t>(i) * stride", "from + static_cast<int64_t>(i)",
            "lengths that do not lie side by side",
            ("tests/rnn/test_operators.py -k strides", "tests/rnn/test_operator_refusals.py",
             "tests/rnn/test_packed.py", "tests/attention/test_operators.py")),

@@ -179,7 +179,12 @@ def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
     (root,) = (tmp_path / "unpacked").iterdir()
-    for file in [*(tree / "csrc").rglob("*.h"), *(tree / "csrc").rglob("*.def"), *(tree / "csrc" / "setup").glob("*.py"), tree / "setup.py"]:
+    for file in [
+        *(tree / "csrc").rglob("*.h"),
+        *(tree / "csrc").rglob("*.def"),
+        *(tree / "csrc" / "setup").glob("*.py"),
+        tree / "setup.py",
+    ]:
         assert (root / file.relative_to(tree)).is_file(), file
 
 
