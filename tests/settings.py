@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dlkernels import _native
+from dlkernels._core import extension
 
 
 @contextmanager
@@ -26,14 +26,14 @@ def num_threads(count: int) -> Iterator[None]:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    if not _native.HAVE_NATIVE:
+    if not extension.HAVE_NATIVE:
         yield
         return
-    _native.native.set_isa(name)
+    extension.native.set_isa(name)
     try:
         yield
     finally:
-        _native.native.set_isa(None)
+        extension.native.set_isa(None)
 
 
 def kernels_of(
@@ -50,7 +50,7 @@ def kernels_of(
 
 def whole_pairs(n: int) -> int:
     """n, or the next even number under the instruction set that takes bfloat16 in pairs, of even sizes alone."""
-    return n + n % 2 if _native.native is not None and _native.native.isa() == "avx512_bf16" else n
+    return n + n % 2 if extension.native is not None and extension.native.isa() == "avx512_bf16" else n
 
 
 @contextmanager

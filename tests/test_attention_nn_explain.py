@@ -10,7 +10,7 @@ from attention_modules import Spy, spy
 from torch import Tensor, nn
 
 import dlkernels
-from dlkernels.explain_layers import attention_calls
+from dlkernels.attention.explain_layers import attention_calls
 from dlkernels.nn import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = ["spy"]
