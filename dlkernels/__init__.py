@@ -14,11 +14,11 @@ from dlkernels import functional, nn, reference
 from dlkernels._version import __version__
 
 # A function and the module that holds it share a name here: the modules are loaded now, so that no later
-# `import dlkernels.patch` puts the module in the function's place.
+# `import dlkernels.explain` puts the module in the function's place.
 from dlkernels.explain import explain
 from dlkernels.info import info
-from dlkernels.patch import patch, patch_report, unpatch
-from dlkernels.sdpa_operator import patch_attention
+from dlkernels.integration.patch import patch, patch_report, unpatch
+from dlkernels.integration.sdpa_operator import patch_attention
 
 __all__ = [
     "__version__",

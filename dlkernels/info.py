@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from dlkernels import _native, triton
+from dlkernels._core import extension
 from dlkernels._version import __version__
+from dlkernels.attention import triton
+from dlkernels.rnn.operators import MODES
 
 __all__ = ["format_info", "info"]
 
-MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _ENVIRONMENT = (
     "DLKERNELS_CPU_ISA", "DLKERNELS_NATIVE", "DLKERNELS_NO_NATIVE", "DLKERNELS_REQUIRE_NATIVE", "OMP_NUM_THREADS",
@@ -28,7 +29,7 @@ _ENVIRONMENT = (
 
 def info() -> dict[str, Any]:
     """Everything `python -m dlkernels info` prints, as plain data that json can write."""
-    native = _native.native
+    native = extension.native
     build: dict[str, Any] = dict(native.build_info()) if native is not None else {}
     return {
         "versions": {
@@ -40,7 +41,7 @@ def info() -> dict[str, Any]:
         "native": {
             "loaded": native is not None,
             "file": getattr(native, "__file__", None),
-            "why_not": _native.why_not,
+            "why_not": extension.why_not,
             "build": build,
         },
         "cpu": {
@@ -59,9 +60,9 @@ def info() -> dict[str, Any]:
 
 
 def _isa() -> dict[str, Any]:
-    native = _native.native
+    native = extension.native
     if native is None:
-        return {"in_force": None, "available": [], "reason": _native.why_not}
+        return {"in_force": None, "available": [], "reason": extension.why_not}
     in_force, available = native.isa(), list(native.available_isas())
     cap = os.environ.get("DLKERNELS_CPU_ISA")
     compiled = list(native.build_info().get("isas", []))
@@ -76,11 +77,11 @@ def _isa() -> dict[str, Any]:
 
 def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     """A row for each operator, device and kernel; a row without a kernel says what serves it instead, and why."""
-    native = _native.native
+    native = extension.native
     if with_cuda:
         no_cuda = "" if torch.cuda.is_available() else "torch finds no CUDA device"
     else:
-        no_cuda = f"no CUDA kernels: {_native.why_no_cuda}" if native is not None else _native.why_not
+        no_cuda = f"no CUDA kernels: {extension.why_no_cuda}" if native is not None else extension.why_not
     rows = []
     for mode in MODES:
         for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):
@@ -104,10 +105,10 @@ def _on_cpu(op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[st
     """What serves many rows of even sizes: a row for each kernel, as what multiplies bfloat16 serves nothing else."""
     dtypes: dict[str, list[str]] = {}
     for dtype in _DTYPES:
-        kernel = str(plan(_native.native, dtype)["kernel"]) if _native.native is not None else "reference"
+        kernel = str(plan(extension.native, dtype)["kernel"]) if extension.native is not None else "reference"
         dtypes.setdefault(kernel.removesuffix("/tiles"), []).append(dtype)
     return [
-        {"op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(served), "reason": _native.why_not}
+        {"op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(served), "reason": extension.why_not}
         for kernel, served in dtypes.items()
     ]
 

@@ -17,7 +17,7 @@ if not ALLOW_REFERENCE:
 
 import torch  # noqa: E402
 
-from dlkernels import _native  # noqa: E402
+from dlkernels._core import extension  # noqa: E402
 from tests.support.instruction_sets import available_isas, isas_to_test  # noqa: E402
 
 # Seconds for one test, its fixtures included; `--timeout` and the marker `timeout` say otherwise.
@@ -27,7 +27,7 @@ PATIENCE_US = 1_000_000
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if _native.HAVE_NATIVE:
+    if extension.HAVE_NATIVE:
         return
     if not ALLOW_REFERENCE:
         pytest.exit(
@@ -56,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _optimised() -> bool:
-    flags = str(_native.native.build_info().get("flags", "")) if _native.HAVE_NATIVE else ""
+    flags = str(extension.native.build_info().get("flags", "")) if extension.HAVE_NATIVE else ""
     return "-O0" not in flags
 
 
@@ -96,11 +96,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    if not _native.HAVE_NATIVE:
+    if not extension.HAVE_NATIVE:
         return [f"dlkernels: NO NATIVE MODULE, reference path only; torch {torch.__version__}"]
-    info = _native.native.build_info()
+    info = extension.native.build_info()
     return [
-        f"dlkernels: ISA {_native.native.isa()} of {', '.join(available_isas())}; torch {torch.__version__}; "
+        f"dlkernels: ISA {extension.native.isa()} of {', '.join(available_isas())}; torch {torch.__version__}; "
         f"{torch.get_num_threads()} threads",
         "dlkernels build: " + "; ".join(f"{key} {info.get(key)}" for key in ("compiler", "flags", "torch_target")),
     ]
@@ -118,12 +118,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "reference":
         yield request.param
         return
-    _native.native.set_isa(request.param)
+    extension.native.set_isa(request.param)
     try:
-        assert _native.native.isa() == request.param
+        assert extension.native.isa() == request.param
         yield request.param
     finally:
-        _native.native.set_isa(None)
+        extension.native.set_isa(None)
 
 
 @pytest.fixture
@@ -134,17 +134,17 @@ def best_isa() -> str:
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """Every output and scratch buffer starts as NaN, so that what a kernel forgets to write shows."""
-    if not _native.HAVE_NATIVE:
+    if not extension.HAVE_NATIVE:
         yield
         return
-    _native.native.set_poison(True)
+    extension.native.set_poison(True)
     # Without this a call on a busy machine would go on alone, and a test of several threads would be one of one.
-    _native.native.set_least_patience(PATIENCE_US)
+    extension.native.set_least_patience(PATIENCE_US)
     try:
         yield
     finally:
-        _native.native.set_poison(False)
-        _native.native.set_least_patience(0)
+        extension.native.set_poison(False)
+        extension.native.set_least_patience(0)
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +174,6 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.fixture
 def native() -> Any:
-    if not _native.HAVE_NATIVE:
+    if not extension.HAVE_NATIVE:
         pytest.skip("needs the compiled module (DLKERNELS_TEST_ALLOW_REFERENCE is set)")
-    return _native.native
+    return extension.native

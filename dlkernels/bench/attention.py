@@ -193,7 +193,7 @@ def theirs(case: AttentionCase, t: Tensors) -> Tensor:
 def exact(case: AttentionCase, t: Tensors) -> Tensor:
     """The reference, with the dropout mask that ours draws next."""
     from .. import reference
-    from ..attention import draw_seed
+    from ..attention.functional import draw_seed
 
     return reference.attention(
         t["q"], t["k"], t["v"], mask=_four(t.get("mask")), cu_seqlens_q=t.get("cu"), cu_seqlens_k=t.get("cu"),

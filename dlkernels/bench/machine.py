@@ -18,10 +18,10 @@ _ENVIRONMENT = re.compile(r"^(OMP|KMP|GOMP|MKL|DNNL|ONEDNN|ATEN|TORCH|DLKERNELS|
 def native() -> Any | None:
     """The compiled module, or None where the reference path runs."""
     try:
-        from .. import _native
+        from .._core import extension
     except ImportError:
         return None
-    return _native.native
+    return extension.native
 
 
 def cpu_model() -> str:

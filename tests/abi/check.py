@@ -20,7 +20,7 @@ SMOKE = Path(__file__).with_name("smoke.py")
 
 
 def compiled_module() -> Path:
-    query = "from dlkernels._native import native; print(native.__file__)"
+    query = "from dlkernels._core.extension import native; print(native.__file__)"
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", query], env=environment(), check=True, stdout=subprocess.PIPE, text=True
     )

@@ -7,7 +7,7 @@ import sys
 import torch
 
 import dlkernels
-from dlkernels import _native
+from dlkernels._core import extension
 
 
 def results(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -30,8 +30,8 @@ def check(name: str, **settings: object) -> bool:
 
 
 def main() -> int:
-    print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), {_native.native.__file__}")
-    print(f"  {_native.native.build_info()}, ISA {_native.native.isa()}")
+    print(f"torch {torch.__version__} (CUDA {torch.version.cuda}), {extension.native.__file__}")
+    print(f"  {extension.native.build_info()}, ISA {extension.native.isa()}")
     good = [
         check("LSTM"),
         check("LSTM", num_layers=2, bidirectional=True),
@@ -39,7 +39,7 @@ def main() -> int:
         check("GRU", bidirectional=True),
         check("RNN", nonlinearity="relu"),
     ]
-    kernel = _native.native.last_run()["kernel"]
+    kernel = extension.native.last_run()["kernel"]
     print(f"  last kernel: {kernel}")
     return 0 if all(good) and kernel.startswith("cpu/") else 1
 

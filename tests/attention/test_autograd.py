@@ -287,7 +287,7 @@ def test_opcheck(case: Case) -> None:
 
 
 def test_the_triton_schemas_are_those_of_the_compiled_module() -> None:
-    from dlkernels.triton import OPERATORS
+    from dlkernels.attention.triton import OPERATORS
 
     for name, (_, schema) in OPERATORS.items():
         own = torch._C.parse_schema(f"dlkernels::{name}{schema}")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dlkernels
-from dlkernels import _native
+from dlkernels._core import extension
 from dlkernels.functional import attention, scaled_dot_product_attention
 from tests.support.instruction_sets import kernels_of
 
@@ -30,14 +30,14 @@ def test_the_plan_is_what_ran(name: str, count: int, isa: str, threads: Callable
     plan = dlkernels.explain(attention, q, k, k).layers[0]
     assert plan.path == "native" and not plan.grad and not plan.backward
     attention(q, k, k)
-    ran = _native.native.attention_last_run()
+    ran = extension.native.attention_last_run()
     assert {key: ran[key] for key in plan.forward} == plan.forward and not ran["backward"]
     assert plan.kernel == f"cpu/{kernels_of(isa)}/attention/{'dot' if name == 'dot' else 'tiles'}"
     q = q.clone().requires_grad_()
     plan = dlkernels.explain(attention, q, k, k).layers[0]
     assert plan.grad and "gradient" in plan.reason
     attention(q, k, k).sum().backward()
-    ran = _native.native.attention_last_run()
+    ran = extension.native.attention_last_run()
     assert {key: ran[key] for key in plan.backward} == plan.backward and ran["backward"]
 
 
@@ -55,9 +55,9 @@ def test_the_matrix_unit_is_named(rows: int, isa: str) -> None:
 def test_nothing_is_run() -> None:
     q, k = SHAPES["tiles"]
     attention(q[:, :, :9], k, k)
-    before, state = _native.native.attention_last_run(), torch.get_rng_state()
+    before, state = extension.native.attention_last_run(), torch.get_rng_state()
     dlkernels.explain(attention, q, k, k, dropout_p=0.5)
-    assert _native.native.attention_last_run() == before and torch.equal(state, torch.get_rng_state())
+    assert extension.native.attention_last_run() == before and torch.equal(state, torch.get_rng_state())
 
 
 def test_text() -> None:

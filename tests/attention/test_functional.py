@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from dlkernels import _native, reference
+from dlkernels import reference
+from dlkernels._core import extension
 from dlkernels.functional import attention, attention_map
 from tests.support import attention_oracle as oracle
 from tests.support.attention_calls import arguments, check, run, seed_drawn
@@ -98,9 +99,9 @@ LARGE = pytest.mark.o0_skip(reason="minutes of arithmetic")
 def test_against_float64(case: Case) -> None:
     check(case)
     sizes = {"dtype": str(case.dtype).removeprefix("torch."), "D": case.D}
-    ran = _native.native.attention_last_run()
+    ran = extension.native.attention_last_run()
     assert ran["backward"] and ran["isa"] == kernels_of(
-        _native.native.isa(), attention=case.dtype, dot=ran["kernel"].endswith("/dot")
+        extension.native.isa(), attention=case.dtype, dot=ran["kernel"].endswith("/dot")
     ), (ran, sizes)
 
 
@@ -373,7 +374,7 @@ def test_same_dropout_mask_for_any_tile_and_split(threads: Any) -> None:
                 o = attention(q, k, part, dropout_p=case.dropout)
             assert torch.equal(o != 0, expected[:, :, :M, start : min(start + 150, N)] if N == 1100 else
                                expected[:, :, :M, :N][..., start : start + 150]), (M, N, count)  # fmt: skip
-            ran = _native.native.attention_last_run()
+            ran = extension.native.attention_last_run()
             seen_plans.add((ran["kernel"].rsplit("/", 1)[1], ran["block_m"], ran["split"]))
     assert {plan[0] for plan in seen_plans} == {"dot", "tiles"} and len({plan[1] for plan in seen_plans}) > 2
     assert max(plan[2] for plan in seen_plans) > 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dlkernels
-from dlkernels.explain_layers import attention_calls
+from dlkernels.attention.explain_layers import attention_calls
 from dlkernels.nn import MultiheadAttention, TransformerDecoderLayer, TransformerEncoderLayer
 from tests.support.attention_modules import Spy, spy
 

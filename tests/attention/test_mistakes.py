@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels import _native
+from dlkernels._core import extension
 from dlkernels.functional import attention, attention_map
 
 B, H, HKV, M, N, D, DV = 2, 4, 2, 5, 7, 8, 6
@@ -169,8 +169,8 @@ def test_arguments_that_are_missing_or_unknown(function: Callable[..., Any]) -> 
 
 
 def test_values_of_cu_seqlens_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "HAVE_NATIVE", False)
-    monkeypatch.setattr(_native, "_announced", True)
+    monkeypatch.setattr(extension, "HAVE_NATIVE", False)
+    monkeypatch.setattr(extension, "_announced", True)
     calls = [kwargs for name, what, _, kwargs in MISTAKES if name in ("cu_seqlens", "max_seqlen")]
     assert len(calls) > 20
     for kwargs in calls:

@@ -95,10 +95,12 @@ def test_long_keys_are_split(M: int, N: int, dtype: torch.dtype, best_isa: str) 
 
 
 def plan_of(case: Case, **options: Any) -> dict[str, Any]:
-    from dlkernels import _native
+    from dlkernels._core import extension
 
     c = case
-    plan: dict[str, Any] = _native.native.attention_plan(str(c.dtype), c.B, c.H, c.Hkv, c.M, c.N, c.D, c.Dv, **options)
+    plan: dict[str, Any] = extension.native.attention_plan(
+        str(c.dtype), c.B, c.H, c.Hkv, c.M, c.N, c.D, c.Dv, **options
+    )
     return plan
 
 

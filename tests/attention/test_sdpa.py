@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention as imported
 from torch.testing._internal.common_methods_invocations import op_db
 
 import dlkernels
-from dlkernels import sdpa
+from dlkernels.attention import sdpa
 from dlkernels.functional import scaled_dot_product_attention as ours
 from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, error, floor
 from tests.support.attention_modules import operators

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 def test_several_python_threads(threads: Any) -> None:
     """Different calls at once, with torch's own matrix product beside them."""
-    from dlkernels import _native
+    from dlkernels._core import extension
 
     threads(2)
     work = [(case, make_data(case)) for case in CASES if not case.dropout]  # whose seed is patched in, see run()
@@ -37,9 +37,9 @@ def test_several_python_threads(threads: Any) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(body, range(60)))
-        assert pool.submit(_native.native.attention_last_run).result() is not None
+        assert pool.submit(extension.native.attention_last_run).result() is not None
     fresh = ThreadPoolExecutor(1)
-    assert fresh.submit(_native.native.attention_last_run).result() is None  # it belongs to its thread
+    assert fresh.submit(extension.native.attention_last_run).result() is None  # it belongs to its thread
     fresh.shutdown()
 
 
@@ -47,13 +47,13 @@ PRELUDE = """
 import numpy
 import torch
 import dlkernels
-from dlkernels import _native
+from dlkernels._core import extension
 from tests.support.attention_calls import check, prepare, run
 from tests.support.attention_oracle import make_data
 from tests.support.regions_and_forks import in_forked_child, in_parallel_region
 from tests.support.threaded_cases import ATTENTION_CASES as CASES
-_native.native.set_poison(True)
-last_run = _native.native.attention_last_run
+extension.native.set_poison(True)
+last_run = extension.native.attention_last_run
 """
 
 

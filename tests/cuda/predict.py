@@ -77,9 +77,9 @@ def table(plan_of: Any, mode: str) -> list[str]:
 
 
 def main() -> None:
-    from dlkernels import _native
+    from dlkernels._core import extension
 
-    native = _native.native
+    native = extension.native
     assert native is not None
 
     def plan_of(mode: str, batch: int, hidden: int) -> dict[str, Any]:

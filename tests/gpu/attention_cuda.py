@@ -13,10 +13,10 @@ from torch import Tensor
 from turns import first_shard, mine, on_a_gpu
 
 import dlkernels
-import dlkernels.triton
+import dlkernels.attention.triton
 from dlkernels.testing import Verdict
 
-dlkernels.triton.register()
+dlkernels.attention.triton.register()
 # Longer than under the interpreter: several of the shipped tiles, whole and cut.
 LENGTHS = ((1, 1), (1, 513), (7, 97), (97, 7), (300, 300), (257, 1030), (1025, 130))
 CASES = pairwise(FACTORS | {"lengths": LENGTHS[:4] if REHEARSAL else LENGTHS})
@@ -136,7 +136,7 @@ def test_the_function_runs_these_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
     """`dlkernels.functional.attention` with gradients, compiled and not; on a GPU it is the Triton code that ran."""
     ran: list[str] = []
     if not REHEARSAL:
-        from dlkernels.triton import attention as host
+        from dlkernels.attention.triton import host
 
         for name in ("attention_forward", "attention_backward"):
             original = getattr(host, name)

@@ -13,7 +13,7 @@ from timing import DEVICE, REHEARSAL, milliseconds, run_all, why
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import dlkernels.triton
+import dlkernels.attention.triton
 
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -111,7 +111,7 @@ def decode(length: int) -> dict[str, Any]:
 
 
 def main(path: Path) -> int:
-    dlkernels.triton.register()
+    dlkernels.attention.triton.register()
     grid = [
         functools.partial(case, torch.bfloat16, width, causal, length)
         for length in LENGTHS for width in (64, 128) for causal in (False, True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from turns import ON_GPU
 
-from dlkernels import _native
+from dlkernels._core import extension
 
 # A library whose CUDA layers serve CPU tensors, with emulated kernels: tests/cuda/run.py makes it.
 EMULATED = os.environ.get("DLKERNELS_EMULATED", "")
@@ -35,7 +35,7 @@ def best_plan(kind: str) -> Iterator[None]:
     """Layers run by plans of this kind, if they can, or of a later one."""
 
     def cap(name: str) -> None:
-        _native.native.cap_cuda_plan(name)
+        extension.native.cap_cuda_plan(name)
         if _emulated:
             _emulated[0].boundary_cap_plan(KINDS.index(name))
 
@@ -48,7 +48,7 @@ def best_plan(kind: str) -> Iterator[None]:
 
 def plan_kind(mode: str, dtype: torch.dtype, T: int, B: int, H: int, D: int, backward: bool = False) -> str:
     device = torch.cuda.current_device() if ON_GPU else None
-    return str(_native.native.cuda_plan(mode, dtype, T, B, H, D, backward, device)["kind"])
+    return str(extension.native.cuda_plan(mode, dtype, T, B, H, D, backward, device)["kind"])
 
 
 def replayable(work: Callable[[], Any]) -> Callable[[], Any]:

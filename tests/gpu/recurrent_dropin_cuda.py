@@ -16,8 +16,10 @@ from torch import Tensor
 from turns import first_shard
 
 import dlkernels
-from dlkernels import ops, reference
-from dlkernels.ops import DTYPES
+from dlkernels import reference
+from dlkernels._core.dtypes import DTYPES
+from dlkernels.rnn import operators
+from dlkernels.rnn.dtypes import SAME, Types
 from dlkernels.testing import within_rule
 from tests.support.layer_cases import Case, assert_bit_equal, leaf, make_data, new_layer
 
@@ -135,9 +137,9 @@ def test_relu_passes_the_gradient_of_nan(kind: str) -> None:
     assert found[0][0][-1, 1].abs().min() > 0
 
 
-def numbers(product: torch.dtype) -> ops.Types:
+def numbers(product: torch.dtype) -> Types:
     """What CUDA's autocast asks for: all results in the dtype of the products."""
-    return ops.Types(*[DTYPES.index(product)] * 3)
+    return Types(*[DTYPES.index(product)] * 3)
 
 
 def judge(named: dict[str, tuple[Tensor, Tensor, Tensor, torch.dtype]], product: torch.dtype) -> None:
@@ -169,16 +171,16 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
     dh_n, dc_n = data.dh[:, :B], data.dc[:, :B] if mode == "lstm" else None
     given64 = [x64, data.h0[:, :B], *([data.c0[:, :B]] if data.c0 is not None else []), *data.params.values()]
 
-    def run(types: ops.Types, dtypes: Sequence[torch.dtype], product: torch.dtype) -> list[Tensor]:
+    def run(types: Types, dtypes: Sequence[torch.dtype], product: torch.dtype) -> list[Tensor]:
         of_x, of_h, of_c, of_weights = dtypes
         x, h0 = x64.to(of_x), given64[1].to(of_h)
         c0 = None if data.c0 is None else given64[2].to(of_c)
         weights = [value.to(of_weights) for value in data.params.values()]
-        y, h_n, c_n, saved = ops.sequence_forward(
+        y, h_n, c_n, saved = operators.sequence_forward(
             mode, x, h0, c0, weights, None, sizes, lengths, True, batch_first, True, False, types
         )
         assert saved.dtype == F32
-        grads = ops.sequence_backward(
+        grads = operators.sequence_backward(
             mode, dy.to(product), dh_n.to(product), None if dc_n is None else dc_n.to(product), x, h0, c0, weights,
             saved, sizes, lengths, True, batch_first, 0, False, True, True, True, False, types,
         )  # fmt: skip
@@ -199,7 +201,7 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
     turn = MODES.index(mode) + FORMS.index(form)
     with best_plan(KINDS[turn % 3]):
         for product, *dtypes in MIXED[turn % 2 :: 2]:
-            ours, plain = run(numbers(product), dtypes, product), run(ops.SAME, [product] * 4, product)
+            ours, plain = run(numbers(product), dtypes, product), run(SAME, [product] * 4, product)
             states_of = dtypes[:3] if mode == "lstm" else dtypes[:2]
             expected = [*[product] * len(outputs), *states_of, *[dtypes[3]] * len(data.params)]
             judge(dict(zip(names, zip(ours, plain, exact, expected, strict=True), strict=True)), product)
@@ -216,14 +218,14 @@ def test_each_tensor_of_a_cell_in_a_dtype_of_its_own(mode: str) -> None:
     given64 = [data.x[0], data.h0[0], *([data.c0[0]] if data.c0 is not None else []), *data.params.values()]
     cotangents = [data.dh[0], *([data.dc[0]] if lstm else [])]
 
-    def run(types: ops.Types, dtypes: Sequence[torch.dtype], product: torch.dtype) -> list[Tensor]:
+    def run(types: Types, dtypes: Sequence[torch.dtype], product: torch.dtype) -> list[Tensor]:
         of_x, of_h, of_c, of_weights = dtypes
         x, h = given64[0].to(of_x), given64[1].to(of_h)
         c = given64[2].to(of_c) if lstm else None
         weights = [value.to(of_weights) for value in data.params.values()]
-        *outputs, saved = ops.cell_forward(mode, x, h, c, *weights, True, False, types)
+        *outputs, saved = operators.cell_forward(mode, x, h, c, *weights, True, False, types)
         dh, dc = cotangents[0].to(product), cotangents[1].to(product) if lstm else None
-        grads = ops.cell_backward(mode, dh, dc, x, h, c, *weights, saved, False, True, True, True, False, types)
+        grads = operators.cell_backward(mode, dh, dc, x, h, c, *weights, saved, False, True, True, True, False, types)
         return [*outputs, *grads[: 3 if lstm else 2], *grads[3:]]
 
     leaves = [value.cpu().detach().requires_grad_() for value in given64]
@@ -233,7 +235,7 @@ def test_each_tensor_of_a_cell_in_a_dtype_of_its_own(mode: str) -> None:
     names = ["h", "c", "dx", "dh", "dc"] if lstm else ["h", "dx", "dh"]
     names += [f"d{name}" for name in data.params]
     for product, *dtypes in MIXED:
-        ours, plain = run(numbers(product), dtypes, product), run(ops.SAME, [product] * 4, product)
+        ours, plain = run(numbers(product), dtypes, product), run(SAME, [product] * 4, product)
         expected = [*[product] * len(outputs), *dtypes[: 3 if lstm else 2], *[dtypes[3]] * len(data.params)]
         judge(dict(zip(names, zip(ours, plain, exact, expected, strict=True), strict=True)), product)
 
@@ -249,8 +251,8 @@ def test_results_in_other_dtypes_than_the_products(mode: str) -> None:
         data.x.float(), None, None, [value.float() for value in data.params.values()], None, None, None, True, False,
         False, False,
     )  # fmt: skip
-    types = ops.Types(DTYPES.index(BF16), DTYPES.index(F32), DTYPES.index(F16))
-    found, plain = (ops.sequence_forward(mode, *args, t) for t in (types, numbers(BF16)))
+    types = Types(DTYPES.index(BF16), DTYPES.index(F32), DTYPES.index(F16))
+    found, plain = (operators.sequence_forward(mode, *args, t) for t in (types, numbers(BF16)))
     assert_bit_equal("y", found[0], plain[0].float())
     assert_bit_equal("h_n", found[1], plain[1].float())
     assert_bit_equal("c_n", found[2], plain[2].to(F16 if mode == "lstm" else F32))

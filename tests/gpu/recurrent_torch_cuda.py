@@ -16,7 +16,7 @@ from torch import Tensor
 from turns import ON_GPU, first_shard, on_a_gpu
 
 import dlkernels
-from dlkernels import _native
+from dlkernels._core import extension
 from tests.support.layer_cases import error, make_data, new_layer
 
 
@@ -203,7 +203,7 @@ def test_what_is_used_of_torch_cuda_exists() -> None:
 @first_shard
 def test_this_build_is_for_this_gpu() -> None:
     major, minor = torch.cuda.get_device_capability()
-    archs = _native.native.build_info()["cuda_archs"].split()
+    archs = extension.native.build_info()["cuda_archs"].split()
     assert any(arch.rstrip("a") == f"{major}{minor}" or (arch == "80" and major == 8) for arch in archs), archs
 
 

@@ -16,9 +16,8 @@ from cases import FACTORS, GRADIENTS, Inputs, Judge, build, label, pairwise
 from oracle import keep_mask, probabilities
 from torch import Tensor
 
-from dlkernels.triton import attention as host
-from dlkernels.triton import heuristics
-from dlkernels.triton.heuristics import Plan, Tile
+from dlkernels.attention.triton import heuristics, host
+from dlkernels.attention.triton.heuristics import Plan, Tile
 
 faulthandler.enable()
 interpreter.install_bfloat16()

@@ -12,8 +12,7 @@ import offline
 import pytest
 import torch
 
-from dlkernels.triton import attention as host
-from dlkernels.triton import heuristics
+from dlkernels.attention.triton import heuristics, host
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 KERNELS = ("forward", "combine", "preprocess", "backward_query", "backward_key", "mask_gradient", "map_kernel")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from attention_offline import check, compile_call
 
-from dlkernels.triton import heuristics
+from dlkernels.attention.triton import heuristics
 
 
 def test_shared_memory_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import dlkernels.triton
-from dlkernels.triton import attention as host
+import dlkernels.attention.triton
+from dlkernels.attention.triton import host
 
 SCHEMAS = Path(__file__).resolve().parents[2] / "csrc" / "attention" / "torch" / "registration.cpp"
 
@@ -27,9 +27,9 @@ def schema_in_cpp(operator: str) -> torch._C.FunctionSchema:
     raise AssertionError(f"{SCHEMAS} defines no {operator}")
 
 
-@pytest.mark.parametrize("operator", dlkernels.triton.OPERATORS)
+@pytest.mark.parametrize("operator", dlkernels.attention.triton.OPERATORS)
 def test_arguments(operator: str) -> None:
-    function, schema = dlkernels.triton.OPERATORS[operator]
+    function, schema = dlkernels.attention.triton.OPERATORS[operator]
     ours, theirs = torch._C.parse_schema(operator + schema), schema_in_cpp(operator)
     assert str(ours) == str(theirs)
     parameters = inspect.signature(getattr(host, function)).parameters
@@ -37,8 +37,8 @@ def test_arguments(operator: str) -> None:
 
 
 def test_operators_have_a_cuda_implementation() -> None:
-    dlkernels.triton.register()
-    for operator in dlkernels.triton.OPERATORS:
+    dlkernels.attention.triton.register()
+    for operator in dlkernels.attention.triton.OPERATORS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dlkernels::{operator}", "CUDA"), operator
 
 

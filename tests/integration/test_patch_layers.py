@@ -205,3 +205,18 @@ def test_nothing_is_warned_without_a_skip() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dlkernels.patch(nn.Sequential(nn.Linear(2, 2), nn.GRU(2, 2)))
+
+
+def test_pickles_of_earlier_versions_find_the_layers() -> None:
+    """They name the modules in which the classes stood then; new ones name where users find them."""
+    homes = {
+        "attention": ("MultiheadAttention",),
+        "cells": ("RNNCell", "LSTMCell", "GRUCell"),
+        "rnn": ("RNN", "LSTM", "GRU"),
+        "transformer": ("TransformerEncoderLayer", "TransformerDecoderLayer"),
+    }
+    for home, names in homes.items():
+        for name in names:
+            layer = getattr(dlkernels.nn, name)
+            assert pickle.loads(f"cdlkernels.nn.{home}\n{name}\n.".encode()) is layer
+            assert layer.__module__ == "dlkernels.nn"

@@ -18,7 +18,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import dlkernels
-from dlkernels import sdpa_operator
+from dlkernels.integration import sdpa_operator
 from dlkernels.testing import within_rule
 from tests.support.attention_modules import operators
 from tests.support.fresh_python import run_python
@@ -219,7 +219,7 @@ FORKED = """
 import torch
 import torch.nn.functional as F
 import dlkernels
-from dlkernels import sdpa_operator
+from dlkernels.integration import sdpa_operator
 from tests.support.regions_and_forks import in_forked_child
 
 def grad_kernel():

@@ -99,10 +99,10 @@ def test_set_isa_refuses_nonsense(native, name: str) -> None:
 
 CAPPED = """
 import torch
-from dlkernels import _native
+from dlkernels._core import extension
 from tests.support.layer_cases import *
 from tests.support.instruction_sets import kernels_of
-native = _native.native
+native = extension.native
 print("isa", native.isa())
 print("available", *native.available_isas())
 for mode in MODES:
@@ -125,8 +125,8 @@ def test_environment_of_nonsense() -> None:
         """
         try:
             import torch, dlkernels.nn
-            from dlkernels import _native
-            _native.native.isa()
+            from dlkernels._core import extension
+            extension.native.isa()
             dlkernels.nn.GRU(3, 4)(torch.randn(2, 1, 3))
         except Exception as error:
             print(type(error).__name__, error)

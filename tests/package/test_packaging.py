@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -13,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlkernels import _native
+import dlkernels
+from dlkernels._core import extension
 
 pytestmark = pytest.mark.o0_skip(reason="packaging does not depend on the optimiser")
 
 ROOT = Path(__file__).resolve().parents[2]
 SETUP = ROOT / "csrc" / "setup"
-PACKAGE = Path(_native.__file__).parent
+PACKAGE = Path(dlkernels.__file__).parent
 FOUND = "import find_torch as f; t = f.find_torch(); print(t and t.folder); print(f.torch_requirement())"
 
 has_source = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
@@ -230,7 +232,7 @@ assert y.dtype == c.dtype == torch.float32
 
 
 def test_a_second_copy_is_refused_by_name(tmp_path: Path) -> None:
-    first = _native.native.__file__
+    first = extension.native.__file__
     shutil.copytree(PACKAGE, tmp_path / "dlkernels", ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
     second = tmp_path / "dlkernels" / f"_C{EXTENSION_SUFFIXES[0]}"
     shutil.copy(first, second)
@@ -269,7 +271,7 @@ def test_module_needs_no_more_than_the_stable_abi() -> None:
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("readelf is not installed")
-    file = _native.native.__file__
+    file = extension.native.__file__
     needed = subprocess.run([readelf, "-d", file], capture_output=True, text=True, check=True).stdout
     assert "libtorch.so" in needed and "libc10" not in needed and "libtorch_python" not in needed
     symbols = subprocess.run([readelf, "--dyn-syms", "-W", file], capture_output=True, text=True, check=True).stdout
@@ -277,3 +279,20 @@ def test_module_needs_no_more_than_the_stable_abi() -> None:
     assert not [
         name for name in undefined if name.startswith(("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch"))
     ]
+
+
+def _imports(folder: str) -> set[str]:
+    """The parts of the package that the modules of a folder import."""
+    found = set()
+    for file in (PACKAGE / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found |= {name.split(".")[1] for name in names if name and name.startswith("dlkernels.")}
+    return found
+
+
+def test_the_families_do_not_know_each_other() -> None:
+    assert _imports("_core") <= {"_core"}
+    assert _imports("rnn") <= {"_core", "rnn"}
+    assert _imports("attention") <= {"_core", "attention"}

@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from dlkernels import functional, reference
-from dlkernels.autograd import CellConfig, SequenceConfig, cell, route, sequence
+from dlkernels.rnn.autograd.cell import cell
+from dlkernels.rnn.autograd.sequence import sequence
+from dlkernels.rnn.config import CellConfig, SequenceConfig
+from dlkernels.rnn.routing import route
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 T, B, I, H, P = 3, 2, 2, 3, 2

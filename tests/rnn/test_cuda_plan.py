@@ -10,10 +10,11 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 import dlkernels
-from dlkernels import _native
-from dlkernels.autograd import attention_route, route
+from dlkernels._core import extension
+from dlkernels.attention.routing import route as attention_route
+from dlkernels.rnn.routing import route
 
-_compiled: Any = _native.native
+_compiled: Any = extension.native
 SHARED_BYTES = 232448  # of a block on an H200
 MULTIPROCESSORS = 132
 
@@ -65,15 +66,15 @@ def test_plans_fit_the_gpu_and_cover_the_call(mode: str, dtype: str, backward: b
 
 @pytest.mark.parametrize(("cap", "kind"), [("cluster", "cluster"), ("grid", "grid"), ("steps", "steps")])
 def test_a_cap_leaves_the_later_kinds(cap: str, kind: str) -> None:
-    assert _native.native is not None
-    _native.native.cap_cuda_plan(cap)
+    assert extension.native is not None
+    extension.native.cap_cuda_plan(cap)
     try:
         assert plan("lstm", "bfloat16", 8, 64)["kind"] == kind
         assert plan("lstm", "bfloat16", 16, 4096)["kind"] == "steps"
     finally:
-        _native.native.cap_cuda_plan("cluster")
+        extension.native.cap_cuda_plan("cluster")
     with pytest.raises(ValueError, match="expected cluster, grid or steps"):
-        _native.native.cap_cuda_plan("clusters")
+        extension.native.cap_cuda_plan("clusters")
 
 
 class OnAnH200:
@@ -91,8 +92,8 @@ class OnAnH200:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors on a GPU that is not there, and kernels for it."""
-    monkeypatch.setattr(_native, "HAVE_CUDA_KERNELS", True)
-    monkeypatch.setattr(_native, "native", OnAnH200())
+    monkeypatch.setattr(extension, "HAVE_CUDA_KERNELS", True)
+    monkeypatch.setattr(extension, "native", OnAnH200())
     # A torch without CUDA has nothing to fill even a fake tensor with.
     monkeypatch.setattr(torch.nn.init, "uniform_", lambda tensor, *bounds: tensor)
     with FakeTensorMode():
@@ -116,9 +117,11 @@ def autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("why", ["it was built without nvcc", "DLKERNELS_CUDA is 0"])
 def test_a_module_without_cuda_kernels_says_so(cuda: None, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     layer, x = dlkernels.nn.GRU(3, 5, device="cuda"), torch.empty(2, 4, 3, device="cuda")
-    monkeypatch.setattr(_native, "HAVE_CUDA_KERNELS", False)
-    monkeypatch.setattr(_native, "why_no_cuda", why)
-    monkeypatch.setattr(dlkernels.triton, "_device_reason", lambda index: "")  # a torch with CUDA would ask the driver
+    monkeypatch.setattr(extension, "HAVE_CUDA_KERNELS", False)
+    monkeypatch.setattr(extension, "why_no_cuda", why)
+    monkeypatch.setattr(
+        dlkernels.attention.triton, "_device_reason", lambda index: ""
+    )  # a torch with CUDA would ask the driver
     reason = f"the compiled module has no CUDA kernels: {why}"
     assert route(x) == ("reference", reason)
     explained = dlkernels.explain(layer, x)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import dlkernels
-from dlkernels import _native
+from dlkernels._core import extension
 from tests.support.instruction_sets import kernels_of
 
 MODES = {"RNN": "rnn_tanh", "LSTM": "lstm", "GRU": "gru", "RNNCell": "rnn_tanh", "LSTMCell": "lstm", "GRUCell": "gru"}
@@ -41,11 +41,11 @@ def test_the_kernel_named_is_the_kernel_that_ran(name: str, isa: str) -> None:
         return
     assert inference.native
     assert inference.kernel == f"cpu/{kernels_of(isa)}/{MODES[name]}"
-    ran = _native.native.last_run()
+    ran = extension.native.last_run()
     assert {key: ran[key] for key in inference.layers[0].forward} == inference.layers[0].forward
     result = module(x)
     (result if name in ("RNNCell", "GRUCell") else result[0]).sum().backward()
-    ran = _native.native.last_run()
+    ran = extension.native.last_run()
     assert ran["backward"]
     assert {key: ran[key] for key in explanation.layers[0].backward} == explanation.layers[0].backward
 
@@ -65,14 +65,14 @@ def test_the_plan_of_packed_input_is_what_runs(
     with torch.no_grad():
         inference = dlkernels.explain(layer, packed).layers[0].forward
         layer(packed)
-    ran = _native.native.last_run()
+    ran = extension.native.last_run()
     assert {key: ran[key] for key in inference} == inference
     training = dlkernels.explain(layer, packed).layers[0]
     y, _ = layer(packed)
-    ran = _native.native.last_run()
+    ran = extension.native.last_run()
     assert {key: ran[key] for key in training.forward} == training.forward
     y.data.sum().backward()
-    ran = _native.native.last_run()
+    ran = extension.native.last_run()
     assert ran["backward"] and {key: ran[key] for key in training.backward} == training.backward
 
 
@@ -110,7 +110,7 @@ def test_every_form_of_input() -> None:
     assert "given hx" in dlkernels.explain(layer, torch.randn(5, 8), torch.zeros(1, 16)).call
     with pytest.raises(ValueError, match="2D or 3D"):
         dlkernels.explain(layer, torch.randn(8))
-    if _native.HAVE_NATIVE:
+    if extension.HAVE_NATIVE:
         assert dlkernels.explain(layer, torch.randn(0, 5, 8)).layers[0].path == "nothing"
 
 
@@ -141,7 +141,7 @@ def test_later_layers_are_planned_for_the_width_of_the_one_below(isa: str, threa
         assert (stack.forward, stack.backward) == (alone.forward, alone.backward), (batch, steps, hidden)
 
 
-@pytest.mark.skipif(not _native.HAVE_NATIVE, reason="nothing is packed on the reference path")
+@pytest.mark.skipif(not extension.HAVE_NATIVE, reason="nothing is packed on the reference path")
 def test_prepacked_weights_are_explained() -> None:
     layer, x = make("GRU")
     layer.prepack()
@@ -171,15 +171,15 @@ def test_info_is_complete_plain_data() -> None:
     assert json.loads(json.dumps(data, default=str))["versions"]["torch"] == torch.__version__
     ops = {row["op"] for row in data["kernels"]}
     assert len(ops) == 19 and "attention_map" in ops
-    assert data["native"]["loaded"] is _native.HAVE_NATIVE
+    assert data["native"]["loaded"] is extension.HAVE_NATIVE
     assert all(row["reason"] for row in data["kernels"] if row["kernel"] == "reference")
-    if _native.HAVE_NATIVE:
-        assert data["isa"]["in_force"] == _native.native.isa()
+    if extension.HAVE_NATIVE:
+        assert data["isa"]["in_force"] == extension.native.isa()
         for op, cell, of in (("attention", "attention", "attention"), ("gru_cell_backward", "gru", "layer")):
             served = {dtype: row["kernel"] for row in data["kernels"] if row["op"] == op and row["device"] == "cpu"
                       for dtype in row["dtypes"].split(", ")}  # fmt: skip
             for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-                isa = kernels_of(_native.native.isa(), **{of: dtype})
+                isa = kernels_of(extension.native.isa(), **{of: dtype})
                 assert served.pop(str(dtype).removeprefix("torch.")) == f"cpu/{isa}/{cell}"
             assert not served
 

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
 import dlkernels
-from dlkernels import _native
+from dlkernels._core import extension
+from dlkernels.rnn import functional
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
@@ -161,13 +162,13 @@ def test_cells(name: str, bias: bool) -> None:
 def test_common_calls_of_cells_go_past_the_checks(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     function = f"{name.lower().removesuffix('cell')}_cell"
-    honest = getattr(dlkernels.functional, function)
+    honest = getattr(functional, function)
 
     def spy(*args, **options):
         checked.append(name)
         return honest(*args, **options)
 
-    monkeypatch.setattr(dlkernels.functional, function, spy)
+    monkeypatch.setattr(functional, function, spy)
     cell = getattr(dlkernels.nn, name)(4, 6)
     with torch.set_grad_enabled(training):
         out = cell(torch.randn(3, 4))
@@ -372,7 +373,7 @@ def test_prepacked_layers_say_so() -> None:
     layer = dlkernels.nn.LSTM(4, 6)
     plain = repr(layer)
     assert layer.prepack() is layer
-    if _native.HAVE_NATIVE:
+    if extension.HAVE_NATIVE:
         assert repr(layer) == "LSTM(4, 6, prepacked=True)"
     assert repr(copy.deepcopy(layer)) == repr(pickle.loads(pickle.dumps(layer))) == plain
     assert layer.unpack() is layer

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels import ops
+from dlkernels.rnn import operators
 from tests.support.rnn_op_calls import B, Call, CellCall, H, I, P, T, op
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -81,7 +81,7 @@ def test_forward_refuses(name: str) -> None:
 
 def test_panels_of_another_cell_are_refused() -> None:
     call = Call("rnn_relu")
-    packed = ops.pack("rnn_tanh", call.args["weights"], False)
+    packed = operators.pack("rnn_tanh", call.args["weights"], False)
     with pytest.raises(RuntimeError, match="it was packed for another cell"):
         call.forward(packed=packed)
 
@@ -143,4 +143,4 @@ def test_only_the_lstm_has_a_cell_state_and_projections(mode: str) -> None:
 
 def test_pack_refuses_an_unknown_mode() -> None:
     with pytest.raises(ValueError, match="unknown mode 'peephole', expected lstm, gru, rnn_tanh or rnn_relu"):
-        ops.pack("peephole", [zeros(24, I), zeros(24, H)], False)
+        operators.pack("peephole", [zeros(24, I), zeros(24, H)], False)

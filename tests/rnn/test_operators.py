@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from dlkernels import ops
+from dlkernels.rnn import operators
 from tests.support.rnn_op_calls import GATES, LENGTHS, SLOTS, B, Call, CellCall, H, I, P, T, op
 
 pytestmark = pytest.mark.usefixtures("native")
 
 LAYOUTS = ("padded", "batch_first", "packed", "packed_h0", "lengths")
-VARIANTS = [(mode, 0) for mode in ops.MODES] + [("lstm", P)]
+VARIANTS = [(mode, 0) for mode in operators.MODES] + [("lstm", P)]
 
 variants = pytest.mark.parametrize(("mode", "proj"), VARIANTS, ids=lambda value: str(value))
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 directions = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
-modes = pytest.mark.parametrize("mode", ops.MODES)
+modes = pytest.mark.parametrize("mode", operators.MODES)
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
@@ -123,7 +123,7 @@ def test_values(mode: str, proj: int, layout: str, bidirectional: bool) -> None:
 @variants
 def test_packed_weights(mode: str, proj: int) -> None:
     call = Call(mode, proj, True)
-    packed = ops.pack(mode, call.args["weights"], True)
+    packed = operators.pack(mode, call.args["weights"], True)
     for ours, expected in zip(call.forward(packed=packed), call.forward(), strict=True):
         assert_close(ours, expected)
     # A buffer that begins off a cache line's boundary, as after loading from a file.

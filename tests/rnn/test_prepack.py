@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import dlkernels.nn
-from dlkernels import _native, ops
+from dlkernels._core import extension
+from dlkernels.rnn import operators
 from tests.support.instruction_sets import available_isas
 from tests.support.layer_cases import (
     DTYPES,
@@ -41,16 +42,16 @@ def infer(layer: torch.nn.Module, case: Case) -> Results:
 @pytest.fixture
 def pack_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The modes for which `pack` was called: whoever packs behind the user's back shows here."""
-    from dlkernels import ops
+    from dlkernels.rnn import operators
 
     calls: list[str] = []
-    honest = ops.pack
+    honest = operators.pack
 
     def counted(mode, *args):
         calls.append(mode)
         return honest(mode, *args)
 
-    monkeypatch.setattr(ops, "pack", counted)
+    monkeypatch.setattr(operators, "pack", counted)
     return calls
 
 
@@ -205,19 +206,19 @@ def test_another_isa_than_packed_for(mode: str, native) -> None:
 
 def test_a_foreign_buffer_is_refused(native) -> None:
     """The op holds the buffer against the call: another mode, other sizes, half a buffer, a wrong dtype."""
-    from dlkernels import ops
+    from dlkernels.rnn import operators
 
     def weights(mode: str, i: int, h: int) -> list[torch.Tensor]:
         gates = {"lstm": 4, "gru": 3}.get(mode, 1)
         return [torch.randn(gates * h, i), torch.randn(gates * h, h), torch.randn(gates * h), torch.randn(gates * h)]
 
     own = weights("gru", 5, 20)
-    good = ops.pack("gru", own, False)
+    good = operators.pack("gru", own, False)
     foreign = {
-        "other cell": ops.pack("lstm", weights("lstm", 5, 20), False),
-        "other size": ops.pack("gru", weights("gru", 5, 24), False),
-        "other directions": ops.pack("gru", own + own, True),
-        "other dtype": ops.pack("gru", [w.double() for w in own], False),
+        "other cell": operators.pack("lstm", weights("lstm", 5, 20), False),
+        "other size": operators.pack("gru", weights("gru", 5, 24), False),
+        "other directions": operators.pack("gru", own + own, True),
+        "other dtype": operators.pack("gru", [w.double() for w in own], False),
         "cut": good[: good.numel() // 2].clone(),
         "empty": good[:0].clone(),
         "a few bytes": good[:3].clone(),
@@ -286,8 +287,8 @@ def test_padding_is_not_left_to_chance(mode: str, dtype: torch.dtype) -> None:
     weights = [torch.randn(shape).to(dtype) for shape in ((rows, 3), (rows, 5), (rows,), (rows,))]
     buffers = []
     for poison in (True, False):
-        _native.native.set_poison(poison)
-        buffers.append(ops.pack(mode, weights, False))
+        extension.native.set_poison(poison)
+        buffers.append(operators.pack(mode, weights, False))
     assert torch.equal(*buffers)
 
 

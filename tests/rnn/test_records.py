@@ -6,8 +6,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlkernels.nn
-from dlkernels import ops
-from dlkernels.ops import records
+from dlkernels._core.dtypes import DTYPES
+from dlkernels.rnn import operators, records
+from dlkernels.rnn.dtypes import Types
 from tests.support.rnn_op_calls import GATES
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -28,7 +29,7 @@ def test_h_is_saved_as_y_has_it(mode: str, dtype: torch.dtype, hidden: int) -> N
     x, weights = torch.randn(T, B, I).to(dtype), weights_of(mode, hidden, dtype)
 
     def forward(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
-        return ops.sequence_forward(mode, x, None, None, weights, None, None, None, False, False, True, False)
+        return operators.sequence_forward(mode, x, None, None, weights, None, None, None, False, False, True, False)
 
     y, _, _, saved = forward(x, weights)
     narrow = dtype.itemsize == 2
@@ -52,8 +53,8 @@ def test_the_dtype_of_products_decides(mode: str) -> None:
     hidden = 5
     for of_x, product in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         x, weights = torch.randn(T, B, I).to(of_x), weights_of(mode, hidden, product)
-        types = ops.Types(ops.DTYPES.index(product), 0, 0)
-        saved = ops.sequence_forward(
+        types = Types(DTYPES.index(product), 0, 0)
+        saved = operators.sequence_forward(
             mode, x, None, None, weights, None, None, None, False, False, True, False, types
         )[3]  # fmt: skip
         assert saved.shape[-1] == records.size(mode, hidden, 0, product, x.device)

@@ -78,14 +78,14 @@ def test_one_layer_from_several_threads(isa: str, deterministic: None) -> None:
 PRELUDE = """
 import numpy
 import torch
-from dlkernels import _native
+from dlkernels._core import extension
 import dlkernels.nn
 from tests.support.layer_cases import *
 from tests.support.regions_and_forks import in_forked_child, in_parallel_region
 from tests.support.threaded_cases import cases_of
-if _native.HAVE_NATIVE:
-    _native.native.set_poison(True)
-last_run = _native.native.last_run if _native.HAVE_NATIVE else lambda: None
+if extension.HAVE_NATIVE:
+    extension.native.set_poison(True)
+last_run = extension.native.last_run if extension.HAVE_NATIVE else lambda: None
 """
 
 

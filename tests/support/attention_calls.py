@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dlkernels.attention
+import dlkernels.attention.functional
 from dlkernels import functional
 from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, error, floor
 from tests.support import attention_oracle as oracle
@@ -24,13 +24,13 @@ CAUSAL: dict[int, Any] = {0: False, 1: True, 2: "bottom_right"}
 @contextmanager
 def seed_drawn(rng: Tensor | None) -> Iterator[None]:
     """The dropout mask that the next calls draw."""
-    drawn = dlkernels.attention.draw_seed
+    drawn = dlkernels.attention.functional.draw_seed
     if rng is not None:
-        dlkernels.attention.draw_seed = lambda: rng
+        dlkernels.attention.functional.draw_seed = lambda: rng
     try:
         yield
     finally:
-        dlkernels.attention.draw_seed = drawn
+        dlkernels.attention.functional.draw_seed = drawn
 
 
 def arguments(case: Case, data: Data) -> tuple[dict[str, Tensor], dict[str, Any]]:

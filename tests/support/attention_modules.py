@@ -15,7 +15,7 @@ from torch.testing._internal.common_modules import FunctionInput, ModuleInput
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlkernels
-from dlkernels import functional
+from dlkernels.attention import functional
 from dlkernels.testing import FACTOR_GRAD, within_rule
 from tests.support.layer_cases import acceptable_nearby
 from tests.support.module_samples import errors_nearby, evaluate

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dlkernels import _native
+from dlkernels._core import extension
 
 BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 # Kernels of attention alone.
@@ -16,9 +16,9 @@ WITHOUT_LAYERS = ("amx",)
 
 def available_isas() -> list[str]:
     """What set_isa accepts here, weakest first; DLKERNELS_CPU_ISA caps it."""
-    if not _native.HAVE_NATIVE:
+    if not extension.HAVE_NATIVE:
         return ["reference"]
-    return sorted(_native.native.available_isas(), key=BEST_ISA_LAST.index)
+    return sorted(extension.native.available_isas(), key=BEST_ISA_LAST.index)
 
 
 def isas_to_test(*, layers_only: bool) -> list[str]:
@@ -28,14 +28,14 @@ def isas_to_test(*, layers_only: bool) -> list[str]:
 
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
-    if not _native.HAVE_NATIVE:
+    if not extension.HAVE_NATIVE:
         yield
         return
-    _native.native.set_isa(name)
+    extension.native.set_isa(name)
     try:
         yield
     finally:
-        _native.native.set_isa(None)
+        extension.native.set_isa(None)
 
 
 def kernels_of(
@@ -52,4 +52,4 @@ def kernels_of(
 
 def whole_pairs(n: int) -> int:
     """n, or the next even number under the instruction set that takes bfloat16 in pairs, of even sizes alone."""
-    return n + n % 2 if _native.native is not None and _native.native.isa() == "avx512_bf16" else n
+    return n + n % 2 if extension.native is not None and extension.native.isa() == "avx512_bf16" else n

@@ -1,0 +1,1 @@
+"""What both families stand on. Nothing here imports dlkernels.rnn or dlkernels.attention."""

@@ -1,0 +1,45 @@
+"""Fakes that refuse to mix devices: a call with one tensor on the meta device reaches the fake, whatever the others are
+on, and would come back with memory that nobody wrote."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlkernels._core.private_torch import schema_of
+
+__all__ = ["register_fake"]
+
+# What the kernels may want on the CPU.
+_ANYWHERE = frozenset(("batch_sizes", "lengths", "cu_seqlens_q", "cu_seqlens_k", "rng"))
+
+
+def register_fake(name: str, fake: Callable[..., Any]) -> None:
+    """For the operator dlkernels::`name`."""
+    schema = schema_of(getattr(torch.ops.dlkernels, name).default)
+    names = [argument.name for argument in schema.arguments]
+
+    @functools.wraps(fake)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check(name, dict(zip(names, args, strict=False)) | kwargs)
+        return fake(*args, **kwargs)
+
+    torch.library.register_fake(f"dlkernels::{name}", checked)
+
+
+def _check(op: str, arguments: dict[str, Any]) -> None:
+    first, device = "", None
+    for name, value in arguments.items():
+        if name in _ANYWHERE:
+            continue
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if device is None:
+                first, device = name, tensor.device
+            elif tensor.device != device:
+                raise RuntimeError(f"{op}: {name} must be on {device}, as {first} is, got {tensor.device}")

@@ -1,0 +1,89 @@
+"""The answer of `dlkernels.explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlkernels._core.autocast import autocast_dtype
+
+__all__ = ["Explanation", "LayerExplanation", "describe", "settings"]
+
+_DETAILS = (
+    "threads", "split", "recurrence", "chunk_steps", "block_m", "block_n",
+    "kind", "blocks", "groups", "tile", "barriers_per_step",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """How one layer of the stack, the cell, or one call of attention would run.
+
+    path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (not a layer of dlkernels) or
+    "nothing" (an empty batch). `forward` and `backward` are the plans of the native path: kernel, isa, threads, split
+    and reason; of recurrent layers also recurrence (dot or tiles), chunk_steps and directions_side_by_side, on CUDA
+    kind (cluster, grid, steps or cell), blocks, slices, groups, tile, shared_bytes and barriers_per_step instead; of
+    attention block_m and block_n.
+    """
+
+    name: str
+    path: str
+    reason: str
+    grad: bool
+    forward: dict[str, Any] = field(default_factory=dict)
+    backward: dict[str, Any] = field(default_factory=dict)
+    packed_weights: str = ""
+
+    @property
+    def kernel(self) -> str:
+        """For example "cpu/avx512/lstm"; the path where no kernel of ours runs."""
+        return str(self.forward.get("kernel", self.path))
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: {self.kernel} ({self.reason})"]
+        for title, plan in (("forward", self.forward), ("backward", self.backward)):
+            if plan:
+                details = ", ".join(f"{key} {plan[key]}" for key in _DETAILS if key in plan)
+                lines += [f"  {title}: {details}", f"    {plan['reason']}"]
+        if self.packed_weights:
+            lines.append(f"  prepacked weights: {self.packed_weights}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """`layers` has one entry for each layer of the stack or attention of a layer, one for a cell or a function.
+    `str()` is for reading."""
+
+    module: str
+    call: str
+    layers: tuple[LayerExplanation, ...]
+
+    @property
+    def kernel(self) -> str:
+        return self.layers[0].kernel
+
+    @property
+    def native(self) -> bool:
+        return all(layer.path == "native" for layer in self.layers)
+
+    def __str__(self) -> str:
+        return "\n".join([self.module, self.call, *map(str, self.layers)])
+
+
+def describe(name: str, tensor: Tensor) -> str:
+    shape = f"nested, {tensor.size(0)} sequences," if tensor.is_nested else str(list(tensor.shape))
+    return f"{name} {shape} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"
+
+
+def settings(input: Tensor) -> str:
+    parts = [f"grad mode {'on' if torch.is_grad_enabled() else 'off'}", f"{torch.get_num_threads()} threads"]
+    if torch.are_deterministic_algorithms_enabled():
+        parts.append("deterministic")
+    dtype = autocast_dtype(input)
+    if dtype is not None:
+        parts.append(f"autocast {str(dtype).removeprefix('torch.')}")
+    return ", ".join(parts)

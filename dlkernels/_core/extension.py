@@ -1,0 +1,139 @@
+"""Loads the compiled module `_C`, once, or says why there is none.
+
+`HAVE_NATIVE` and `native` tell what was found, `why_not` the reason when it is nothing, `HAVE_CUDA_KERNELS` and
+`why_no_cuda` the same of kernels for CUDA, and `announce_reference()` is what the first call on the reference path says
+to the user.
+
+Environment: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` does without it,
+`DLKERNELS_REQUIRE_NATIVE=1` makes its absence an ImportError.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from dlkernels._core.private_torch import operator_names
+
+_MODULE = "dlkernels._C"
+_PACKAGE = Path(__file__).resolve().parents[1]
+_NAMESPACE = "dlkernels"
+# Left on the operator namespace, which outlives sys.modules, so that a second copy can name the first.
+_FILE_ATTRIBUTE = "native_file"
+
+
+def flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
+
+
+def _locate() -> tuple[Path | None, str]:
+    """The file to load, or None and the reason."""
+    if flag("DLKERNELS_NO_NATIVE"):
+        return None, "DLKERNELS_NO_NATIVE is set"
+    override = os.environ.get("DLKERNELS_NATIVE")
+    if override:
+        file = Path(override).resolve()
+        if not file.is_file():
+            raise ImportError(f"DLKERNELS_NATIVE={override}: there is no such file")
+        return file, ""
+    folder = _PACKAGE
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        file = folder / f"_C{suffix}"
+        if file.is_file():
+            return file, ""
+    others = ", ".join(sorted(file.name for file in folder.glob("_C.*.so")))
+    if others:
+        return None, f"{folder} holds only {others}, built for another Python than {sys.version.split()[0]}"
+    return None, f"{folder} holds no compiled module: dlkernels was installed without a C++ compiler"
+
+
+def _registered() -> bool:
+    prefix = f"{_NAMESPACE}::"
+    return any(name.startswith(prefix) for name in operator_names())
+
+
+def _refuse_second_copy(file: Path | None) -> None:
+    """Two copies of the library in one process register the same operators twice, which ends in a segfault."""
+    if not _registered():
+        return
+    first = getattr(torch.ops.dlkernels, _FILE_ATTRIBUTE, None)
+    if first is not None and file is not None and os.path.samefile(first, file):
+        return
+    raise ImportError(
+        f"two copies of dlkernels in one process: its operators are already registered by "
+        f"{first or 'a library loaded earlier, of unknown path'}, and this import would use "
+        f"{file or _PACKAGE}; keep one of them"
+    )
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    file, reason = _locate()
+    _refuse_second_copy(file)
+    if file is None:
+        if flag("DLKERNELS_REQUIRE_NATIVE"):
+            raise ImportError(f"DLKERNELS_REQUIRE_NATIVE is set and dlkernels has no compiled module: {reason}")
+        return None, reason
+    loader = importlib.machinery.ExtensionFileLoader(_MODULE, str(file))
+    spec = importlib.util.spec_from_file_location(_MODULE, str(file), loader=loader)
+    assert spec is not None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        loader.exec_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{file} does not load under torch {torch.__version__}: {error}. It needs torch >= 2.11 and the Python "
+            f"that built it; reinstall dlkernels in this environment, or set DLKERNELS_NO_NATIVE=1 to do without",
+            path=str(file),
+        ) from error
+    sys.modules[_MODULE] = module
+    setattr(torch.ops.dlkernels, _FILE_ATTRIBUTE, str(file))
+    if os.environ.get("DLKERNELS_CPU_ISA"):
+        module.isa()  # ValueError for a name that is none
+    return module, ""
+
+
+def _runs_as_command() -> bool:
+    """Whether this import is the beginning of `python -m dlkernels` or of a module in it: Python imports the package
+    with "-m" in place of the program's name before it runs any of the program."""
+    if sys.argv[:1] != ["-m"]:
+        return False
+    module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
+    return module.partition(".")[0] == "dlkernels"
+
+
+def _load_or_exit() -> tuple[ModuleType | None, str]:
+    try:
+        return _load()
+    except (ImportError, ValueError) as error:
+        if not _runs_as_command():
+            raise
+        print(f"dlkernels: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+native, why_not = _load_or_exit()
+HAVE_NATIVE: bool = native is not None
+HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
+why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not
+_announced = False
+
+
+def announce_reference() -> None:
+    """Warn, the first time in a process, that calls run on plain PyTorch because nothing was compiled."""
+    global _announced
+    if _announced or HAVE_NATIVE:
+        return
+    _announced = True
+    warnings.warn(
+        f"dlkernels runs on its PyTorch reference path, which is slow: {why_not}. "
+        f"Install a C++ compiler (g++ or clang++) and reinstall dlkernels.",
+        RuntimeWarning,
+        stacklevel=3,
+    )

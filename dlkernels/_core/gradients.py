@@ -1,0 +1,69 @@
+"""Gradients by torch.func: of a formula, and of the formula of a gradient. And the copies that a Function is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dlkernels._core.private_copy import private_copy
+
+__all__ = ["Tensors", "differentiate", "private", "pullback"]
+
+Tensors = tuple[Tensor, ...]
+
+
+def private(tensors: Sequence[Tensor | None], first_weight: int | None = None) -> Sequence[Tensor | None]:
+    """What a Function is given, in compiled code copies. Compiled code checks no versions: an input that it edits after
+    the call would be read edited in the backward. And Dynamo refuses a Function that is given one tensor twice.
+
+    There are two kinds of copies. Tensors that require a gradient and all weights (from `first_weight` on) are cloned,
+    and the compiler removes the clone if nothing edits them. All others may be inputs of the graph, whose clones
+    Inductor removes even if they are edited, so they go through `private_copy`."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    weights_at = len(tensors) if first_weight is None else first_weight
+    return [
+        None if tensor is None else tensor.clone() if at >= weights_at or tensor.requires_grad else private_copy(tensor)
+        for at, tensor in enumerate(tensors)
+    ]
+
+
+def pullback(
+    forward: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradient of `forward` for every input, None for those that are None.
+
+    None among the cotangents: that output does not count. Uses torch.func, so it holds under functorch too and can be
+    differentiated again.
+    """
+    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
+    counted = [i for i, tensor in enumerate(cotangents) if tensor is not None]
+
+    def outputs(*tensors: Tensor) -> Tensors:
+        full: list[Tensor | None] = [None] * len(inputs)
+        for i, tensor in zip(present, tensors, strict=True):
+            full[i] = tensor
+        results = forward(*full)
+        return tuple(results[i] for i in counted)  # type: ignore[misc]
+
+    vjp: Callable[..., Tensors] = torch.func.vjp(outputs, *(inputs[i] for i in present))[1]
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(present, vjp(tuple(cotangents[i] for i in counted)), strict=True):
+        grads[i] = grad
+    return grads
+
+
+def differentiate(
+    gradients: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], wanted: Sequence[bool],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """The second derivative: cotangents of `gradients(*inputs)` pulled back to the wanted inputs, else None."""
+
+    def of_wanted(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+        return gradients(*(t if want else fixed for t, want, fixed in zip(tensors, wanted, inputs, strict=True)))
+
+    variable = [tensor if want else None for tensor, want in zip(inputs, wanted, strict=True)]
+    return pullback(of_wanted, variable, cotangents)

@@ -1,0 +1,157 @@
+"""All of torch that this package uses and that torch does not promise to keep.
+
+Each name has a line that says what it is for and in which releases of torch it is: the tests run it on 2.13, and
+torch 2.11, the oldest that the package takes, has the name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._dynamo import eval_frame
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
+from torch.library import Library
+from torch.nn.modules import module as module_hooks
+
+__all__ = [
+    "HAS_ONEDNN",
+    "FakeTensor",
+    "FunctionalTensor",
+    "add_batch_dim",
+    "are_transforms_active",
+    "cpp_apply",
+    "enter_vmap_level",
+    "forward_ad",
+    "has_global_forward_hooks",
+    "has_saved_tensors_hooks",
+    "is_any_autocast_enabled",
+    "is_in_backward",
+    "is_legacy_batched",
+    "is_onednn_enabled",
+    "is_tracing",
+    "jagged_dim",
+    "jagged_longest",
+    "leave_vmap_level",
+    "nested_like",
+    "onednn_takes_bf16",
+    "onednn_takes_f16",
+    "operator_names",
+    "remove_batch_dim",
+    "safe_softmax",
+    "schema_of",
+    "skip_in_dynamo",
+    "strided_sizes",
+    "unregister",
+    "unwrap_dead_wrapper",
+    "unwrap_dead_wrappers",
+    "without_python",
+]
+
+# Imported above. `forward_ad._current_level`: at least 0 inside of forward-mode differentiation (2.11, 2.13).
+# `FakeTensor`, `FunctionalTensor`: the plain tensors of a trace, which are subclasses of Tensor (2.11, 2.13).
+# `unwrap_dead_wrappers`: the tensors in wrappers that a transform of torch.func left behind (2.11, 2.13).
+
+# The same of one tensor (2.11, 2.13).
+unwrap_dead_wrapper: Callable[[Any], Any] = torch._C._functorch.unwrap_if_dead
+# Whether a transform of torch.func runs (2.11, 2.13).
+are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+# Whether torch.jit.trace records (2.11, 2.13).
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+# Whether autocast is on for any device, in one call (2.11, 2.13).
+is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+# The names of all operators that are registered, of this package and of others (2.11, 2.13).
+operator_names: Callable[[], list[str]] = torch._C._dispatch_get_all_op_names
+# Whether a tensor is mapped by the vmap of before torch.func (2.11, 2.13).
+is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
+# Its levels: entering one returns how many there are then (2.11, 2.13).
+enter_vmap_level: Callable[[], int] = torch._C._vmapmode_increment_nesting
+leave_vmap_level: Callable[[], int] = torch._C._vmapmode_decrement_nesting
+# Its wrappers, on and off (2.11, 2.13).
+add_batch_dim: Callable[..., Tensor] = torch._add_batch_dim
+remove_batch_dim: Callable[..., Tensor] = torch._remove_batch_dim
+# Whether torch was built with oneDNN, which runs its LSTM on the CPU (2.11, 2.13).
+HAS_ONEDNN = bool(torch._C._has_mkldnn)
+# Softmax with zeros where every score is -inf (2.11, 2.13).
+safe_softmax: Callable[..., Tensor] = torch._safe_softmax
+# Whether `torch.backends.mkldnn` leaves it on (2.11, 2.13).
+is_onednn_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
+
+
+def onednn_takes_bf16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this processor (2.11, 2.13)."""
+    return HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def onednn_takes_f16() -> bool:
+    """Whether oneDNN computes in float16 on this processor (2.11, 2.13)."""
+    return HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def schema_of(overload: Any) -> Any:
+    """The schema of an operator's overload, which has `arguments` (2.11, 2.13)."""
+    return overload._schema
+
+
+def without_python(overload: Any) -> Callable[..., Any]:
+    """The same operator without the Python around its overload, which costs a microsecond (2.11, 2.13)."""
+    return overload._op  # type: ignore[no-any-return]
+
+
+def cpp_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The C++ `apply` of a Function alone: a fifth of the cost of Function.apply, which serves functorch and binds
+    default arguments (2.11, 2.13)."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+
+
+def unregister(library: Library) -> None:
+    """Takes the kernels of a library out of the dispatcher again (2.11, 2.13)."""
+    library._destroy()  # type: ignore[no-untyped-call]
+
+
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward (2.11, 2.13)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def has_saved_tensors_hooks() -> bool:
+    """Whether hooks on saved tensors are in force, as torch.utils.checkpoint sets them (2.11, 2.13)."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def skip_in_dynamo(function: Callable[..., Any]) -> None:
+    """Dynamo runs this function as it is, wherever a compiled program calls it (2.11, 2.13)."""
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether hooks for the forward of all modules are registered (2.11, 2.13)."""
+    return bool(module_hooks._global_forward_pre_hooks or module_hooks._global_forward_hooks)
+
+
+def jagged_dim(nested: Any) -> int:
+    """Which dimension of a jagged tensor is the ragged one (2.11, 2.13)."""
+    return int(nested._ragged_idx)
+
+
+def jagged_longest(nested: Any) -> int:
+    """The length of its longest sequence (2.11, 2.13)."""
+    return nested._get_max_seqlen()  # type: ignore[no-any-return]
+
+
+def strided_sizes(nested: Any) -> Tensor:
+    """The sizes of the parts of a strided nested tensor, [B, dimensions] on the CPU (2.11, 2.13)."""
+    return nested._nested_tensor_size()  # type: ignore[no-any-return]
+
+
+def nested_like(buffer: Tensor, like: Any) -> Tensor:
+    """A strided nested tensor over `buffer` whose parts lie as those of `like` (2.11, 2.13)."""
+    return torch._nested_view_from_buffer(
+        buffer, like._nested_tensor_size(), like._nested_tensor_strides(), like._nested_tensor_storage_offsets()
+    )

@@ -1,0 +1,115 @@
+"""Which kernel runs a call of attention, and why: of the functions, and of the layers that come down to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from dlkernels._core import extension
+from dlkernels._core.explanation import Explanation, LayerExplanation, describe, settings
+from dlkernels.attention import functional, sdpa
+from dlkernels.attention.config import AttentionConfig
+from dlkernels.attention.explain_layers import LAYERS, attention_calls
+from dlkernels.attention.routing import route
+
+__all__ = ["FUNCTIONS", "LAYERS", "explain_function", "explain_layer"]
+
+_SDPA = (sdpa.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
+FUNCTIONS = (functional.attention, *_SDPA)
+
+
+def explain_function(function: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """What `function(*args, **kwargs)` would run. `F.scaled_dot_product_attention` is explained as it is inside of
+    `dlkernels.patch_attention()`. Mistakes raise what the call itself would, those of sdpa excepted."""
+    if function in _SDPA:
+        query, only = _explain_sdpa(*args, **kwargs)
+        return Explanation("scaled_dot_product_attention", f"{describe('query', query)}, {settings(query)}", (only,))
+    q, *_ = tensors = [*args, *(kwargs[name] for name in ("q", "k", "v") if name in kwargs)]
+    only = _explain_one("call", *args, **kwargs)
+    given = [describe(name, tensor) for name, tensor in zip("qkv", tensors, strict=False)]
+    return Explanation("attention", f"{', '.join(given)}, {settings(q)}", (only,))
+
+
+def explain_layer(layer: Module, *args: Any, **kwargs: Any) -> Explanation:
+    """What `layer(*args, **kwargs)` would run, for one of LAYERS."""
+    explained = []
+    for call in attention_calls(layer, *args, **kwargs):
+        if call.reason:
+            grad = torch.is_grad_enabled() and call.q.requires_grad
+            explained.append(LayerExplanation(call.name, "torch", call.reason, grad))
+        else:
+            explained.append(_explain_one(call.name, call.q, call.k, call.v, **call.options))
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return Explanation(repr(layer), f"{describe('input', first)}, {settings(first)}", tuple(explained))
+
+
+def _explain_one(name: str, *args: Any, **options: Any) -> LayerExplanation:
+    """A call of `functional.attention`."""
+    options.pop("return_lse", None)
+    options.pop("deterministic", None)
+    return _explain(name, functional.checked(*args, **options))
+
+
+def _explain_sdpa(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0, is_causal: Any = False, *,
+    scale: Any = None, enable_gqa: Any = False,
+) -> tuple[Any, LayerExplanation]:  # fmt: skip
+    call = sdpa.arrange(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if isinstance(call, str):
+        return query, LayerExplanation("call", "torch", f"torch's own function: {call}", grad=False)
+    own = functional.Call(call.cfg, call.q, call.k, call.v, call.mask, None, None, None, None)
+    return query, _explain("call", own)
+
+
+def _explain(name: str, call: functional.Call) -> LayerExplanation:
+    q, k, v = call.q, call.k, call.v
+    assert v is not None
+    tensors = (q, k, v, call.mask, call.slopes, call.sinks)
+    decided = route(*tensors)
+    grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not decided.native:
+        return LayerExplanation(name, "reference", decided.reason, grad)
+    sizes = _sizes(call)
+    if sizes["B"] * sizes["H"] * sizes["M"] == 0:
+        return LayerExplanation(name, "nothing", "there is nothing to compute", grad)
+    if q.is_cuda:
+        plans = [_cuda_plan(q, call.cfg, call.mask, sizes)]
+    else:
+        native = extension.native
+        assert native is not None
+        sides = (False, True) if grad else (False,)
+        plans = [dict(native.attention_plan(q.dtype, **sizes, backward=backward)) for backward in sides]
+    forward, *backward = plans
+    return LayerExplanation(name, "native", decided.reason, grad, forward, backward[0] if backward else {})
+
+
+def _sizes(call: functional.Call) -> dict[str, int]:
+    """Of packed sequences: as many sequences, of mean length."""
+    q, k, v = call.q, call.k, call.v
+    assert v is not None
+    sizes = {"H": q.shape[1], "Hkv": k.shape[1], "D": q.shape[-1], "Dv": v.shape[-1]}
+    if call.cu_q is None:
+        return {**sizes, "B": q.shape[0], "M": q.shape[2], "N": k.shape[2]}
+    count = call.cu_q.shape[0] - 1
+    return {**sizes, "B": count, "M": -(-q.shape[0] // max(count, 1)), "N": -(-k.shape[0] // max(count, 1))}
+
+
+def _cuda_plan(q: Tensor, cfg: AttentionConfig, mask: Tensor | None, sizes: dict[str, int]) -> dict[str, Any]:
+    from dlkernels.attention.triton import heuristics
+
+    properties = torch.cuda.get_device_properties(q.device)
+    busy = bool(cfg.dropout_p or cfg.softcap or (mask is not None and mask.dtype != torch.bool))
+    width = max(heuristics.padded(sizes["D"]), heuristics.padded(sizes["Dv"]))
+    plan = heuristics.forward_plan(
+        heuristics.family((properties.major, properties.minor)), properties.multi_processor_count,
+        q.element_size() == 2, width, busy, sizes["B"], sizes["H"], sizes["H"] // max(sizes["Hkv"], 1),
+        cfg.max_seqlen_q or sizes["M"], cfg.max_seqlen_k or sizes["N"],
+    )  # fmt: skip
+    block_m, block_n = plan.tile[:2]
+    return {
+        "kernel": f"cuda/{plan.kernel}", "split": plan.splits, "block_m": block_m, "block_n": block_n,
+        "reason": plan.reason,
+    }  # fmt: skip

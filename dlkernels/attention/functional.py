@@ -1,0 +1,192 @@
+"""Attention, with every feature on every device; `dlkernels.functional` exports it.
+
+Sizes: B sequences, H heads of queries, Hkv heads of keys and values (H is a multiple of it), M queries, N keys, widths
+D of queries and keys, Dv of values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlkernels._core.autocast import autocast_dtype, cast
+from dlkernels._core.private_torch import are_transforms_active
+from dlkernels.attention import autograd, checks
+from dlkernels.attention.config import AttentionConfig
+from dlkernels.attention.routing import route
+
+__all__ = ["attention", "attention_map"]
+
+Causal = bool | Literal["top_left", "bottom_right"]
+Window = tuple[int | None, int | None]
+
+
+class Call(NamedTuple):
+    """Checked arguments, as the operators want them."""
+
+    cfg: AttentionConfig
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    mask: Tensor | None
+    slopes: Tensor | None
+    sinks: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, causal: Causal = False, dropout_p: float = 0.0,
+    softmax_scale: float | None = None, window: Window = (None, None), alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    enable_gqa: bool = True, return_lse: bool = False, deterministic: bool = True,
+) -> Any:  # fmt: skip
+    """o = softmax(q k^T) v, or (o, lse), without an M x N matrix, forward or backward, but for the gradient of a mask
+    that is one.
+
+    q: [B, H, M, D], k: [B, Hkv, N, D], v: [B, Hkv, N, Dv] of one dtype and device, any strides; query head h reads the
+        head h // (H // Hkv) of k and v. With cu_seqlens [rows, heads, width], see there.
+    attn_mask: bool (True = may attend) or added to the scores (the dtype of q, or float32; it may require grad), of 2
+        to 4 dimensions, broadcastable to [B, H, M, N]. Or what torch.nn.attention.bias.causal_upper_left(M, N) or
+        causal_lower_right(M, N) gives, which means `causal`.
+    causal: True or "top_left": query i sees the keys j <= i; "bottom_right": j <= i + N - M. The right side is the
+        position p(i) of a query, which the window and ALiBi go by as well; without "bottom_right" it is i.
+    dropout_p: probability with which a weight is zeroed; always active. The mask is drawn from torch's CPU generator.
+    softmax_scale: factor of the scores, 1 / sqrt(D) for None.
+    window: (left, right): keys p - left .. p + right are seen; None or -1 is unbounded.
+    alibi_slopes: [H] or [B, H], floating: -slope * |p - j| is added (Press et al. 2022).
+    softcap: c > 0 replaces a scaled score s by c * tanh(s / c); a c whose reciprocal float32 (float64 for float64)
+        does not hold, 8.5e37 and above, is an error.
+    sinks: [H], floating: a logit per head that takes part in the softmax's denominator only.
+    cu_seqlens_q, cu_seqlens_k: integers [B + 1]: sequence b has the rows cu[b] .. cu[b + 1] of q, and of k and v. The
+        result is [rows, H, Dv].
+    max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; None finds out.
+    enable_gqa: False makes Hkv != H an error.
+    return_lse: also the logarithm of the softmax's denominator, [B, H, M] or [H, rows], float32 (float64 for float64).
+    deterministic: the kernels always are, from run to run, forward and backward; False asks for nothing else.
+
+    The order is: scale, softcap, ALiBi, additive mask, masking, sinks, softmax, dropout. A query that sees nothing
+    gives 0 (lse -inf, or the sink) and no gradient, and what is masked may hold anything, NaN too. Under autocast q, k,
+    v and an additive mask are cast as torch casts those of F.scaled_dot_product_attention.
+    """
+    checks.flag("return_lse", return_lse)
+    checks.flag("deterministic", deterministic)
+    call = checked(
+        q, k, v, attn_mask, causal, dropout_p, softmax_scale, window, alibi_slopes, softcap, sinks, cu_seqlens_q,
+        cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa,
+    )  # fmt: skip
+    assert call.v is not None
+    rng = draw_seed() if call.cfg.dropout_p else None
+    o, lse = autograd.attention(
+        call.cfg, call.q, call.k, call.v, call.mask, call.slopes, call.sinks, call.cu_q, call.cu_k, rng
+    )
+    return (o, lse) if return_lse else o
+
+
+def attention_map(
+    q: Tensor, k: Tensor, *, attn_mask: Tensor | None = None, causal: Causal = False,
+    softmax_scale: float | None = None, window: Window = (None, None), alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, enable_gqa: bool = True, rows: int = 64, cols: int = 64,
+) -> Tensor:  # fmt: skip
+    """The attention probabilities as a picture [B, H, rows, cols], float32 (float64 for float64), in linear memory.
+
+    Queries fall into `rows` bins (i into i * rows // M), keys into `cols`. A cell is the probability that a query of
+    its row gives to the keys of its column, averaged over the queries; so a row sums to 1 (less with sinks). Bins
+    without a query are 0. Arguments as for `attention`, padded only; not differentiable.
+    """
+    rows, cols = checks.bins("rows", rows), checks.bins("cols", cols)
+    call = checked(
+        q, k, None, attn_mask, causal, 0.0, softmax_scale, window, alibi_slopes, softcap, sinks, enable_gqa=enable_gqa,
+        of_map=True,
+    )  # fmt: skip
+    return autograd.attention_map(call.q, call.k, call.mask, call.slopes, call.sinks, call.cfg, rows, cols)
+
+
+def draw_seed() -> Tensor:
+    """Seed and offset of a dropout mask, from the generator that torch.manual_seed sets."""
+    return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device="cpu")
+
+
+def checked(
+    q: Tensor, k: Tensor, v: Tensor | None, attn_mask: Tensor | None = None, causal: Any = False,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, window: Any = (None, None),
+    alibi_slopes: Tensor | None = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, enable_gqa: bool = True, of_map: bool = False,
+) -> Call:  # fmt: skip
+    """Checks the arguments of `attention`, or of `attention_map`, which has no v."""
+    function = "attention_map" if of_map else "attention"
+    checks.tensors(function, (("q", q), ("k", k)) if of_map else (("q", q), ("k", k), ("v", v)))
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        q, k, v = cast(q, dtype), cast(k, dtype), cast(v, dtype)
+        attn_mask = (
+            cast(attn_mask, dtype) if isinstance(attn_mask, Tensor) and not checks.is_bias(attn_mask) else attn_mask
+        )
+    checks.same_kind(q, k, v)
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    checks.heads(q, k, v, packed, checks.flag("enable_gqa", enable_gqa))
+    if checks.is_bias(attn_mask) and not packed:
+        causal, attn_mask = checks.bias_alignment(attn_mask, causal, q.shape[2], k.shape[2]), None
+    left, right = checks.window(window)
+    longest = checks.max_seqlen("max_seqlen_q", max_seqlen_q), checks.max_seqlen("max_seqlen_k", max_seqlen_k)
+    cfg = AttentionConfig(
+        *longest, checks.scale(softmax_scale, q.shape[-1]), checks.causal(causal), left, right,
+        checks.softcap(softcap, q.dtype), checks.probability(dropout_p),
+    )  # fmt: skip
+    mask = cu_q = cu_k = None
+    if packed:
+        if attn_mask is not None:
+            raise ValueError(f"attn_mask: expected None with cu_seqlens, got {type(attn_mask).__name__}")
+        cu_q, cu_k = checks.cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
+        cfg, cu_q, cu_k = _with_lengths(cfg, q, k, cu_q, cu_k)
+    else:
+        checks.no_lengths(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
+        if attn_mask is not None:
+            mask = unexpanded(checks.mask(function, attn_mask, q, k.shape[2]))
+    heads, batch = q.shape[1], q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    if alibi_slopes is not None:
+        checks.per_head(function, "alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
+    if sinks is not None:
+        checks.per_head(function, "sinks", sinks, q, ((heads,),))
+    return Call(cfg, q, k, v, mask, alibi_slopes, sinks, cu_q, cu_k)
+
+
+def _with_lengths(
+    cfg: AttentionConfig, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor
+) -> tuple[AttentionConfig, Tensor, Tensor]:  # fmt: skip
+    """What the CPU operators find out themselves: whether the values of cu_seqlens are right, and the longest ones.
+    Where values are read, the copies that they were read from are returned for the call."""
+    readable = not torch.compiler.is_compiling() and not are_transforms_active()
+    if q.is_cpu:
+        if readable and not route(q, k, k).native:
+            cu_q = checks.cu_values("cu_seqlens_q", cu_q, q.shape[0], cfg.max_seqlen_q)
+            cu_k = checks.cu_values("cu_seqlens_k", cu_k, k.shape[0], cfg.max_seqlen_k)
+        return cfg, cu_q, cu_k
+    if not readable or q.device.type == "meta":
+        longest = [cfg.max_seqlen_q or q.shape[0], cfg.max_seqlen_k or k.shape[0]]
+        return cfg._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1]), cu_q, cu_k
+    if not cfg.max_seqlen_q:
+        cu_q = cu_q.clone()
+        cfg = cfg._replace(max_seqlen_q=_longest(cu_q))
+    if not cfg.max_seqlen_k:
+        cu_k = cu_k.clone()
+        cfg = cfg._replace(max_seqlen_k=_longest(cu_k))
+    return cfg, cu_q, cu_k
+
+
+def _longest(cu: Tensor) -> int:
+    return int(cu.diff().max()) if cu.shape[0] > 1 else 0
+
+
+def unexpanded(mask: Tensor) -> Tensor:
+    """What expand made large is made small again, except where its gradient is wanted, which has a value for each."""
+    if mask.requires_grad or are_transforms_active():
+        return mask
+    for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            mask = mask.narrow(dim, 0, 1)
+    return mask

@@ -1,0 +1,92 @@
+"""CUDA kernels in Triton. Importing this package imports no Triton: the first call on a CUDA tensor does.
+
+`register()` makes them the CUDA implementation of the operators; `why_not(x)` says why they would not serve a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlkernels._core.private_torch import operator_names
+
+__all__ = ["OPERATORS", "register", "why_not"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 256
+OLDEST = (8, 0)  # older ones lack bfloat16 and asynchronous copies
+
+_FEATURES = "Tensor? mask, Tensor? alibi_slopes, Tensor? sinks"
+_PACKED = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, int max_seqlen_q, int max_seqlen_k"
+_SCALARS = "float softmax_scale, int causal, int window_left, int window_right, float softcap"
+# operator -> (function in dlkernels.attention.triton.host, schema for an installation without the compiled module)
+OPERATORS = {
+    "attention": (
+        "attention_forward",
+        f"(Tensor q, Tensor k, Tensor v, {_FEATURES}, {_PACKED}, {_SCALARS}, float dropout_p, bool contiguous) "
+        "-> (Tensor o, Tensor lse, Tensor stats)",
+    ),
+    "attention_backward": (
+        "attention_backward",
+        f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, {_FEATURES}, {_PACKED}, "
+        f"{_SCALARS}, float dropout_p, bool need_q, bool need_kv, bool need_mask, bool need_slopes, bool need_sinks)"
+        " -> Tensor[]",
+    ),
+    "attention_map": (
+        "attention_map",
+        f"(Tensor q, Tensor k, {_FEATURES}, {_SCALARS}, int rows, int cols) -> Tensor",
+    ),
+}
+
+_libraries: list[torch.library.Library] = []
+
+
+def _implementation(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        # What these allocate and add up is not to be recorded: autograd has done its part.
+        with torch.no_grad():
+            return getattr(importlib.import_module("dlkernels.attention.triton.host"), name)(*args)
+
+    call.__name__ = name
+    return call
+
+
+def register() -> None:
+    """Once per process. Operators that the compiled module did not define are defined here."""
+    if _libraries:
+        return
+    library = torch.library.Library("dlkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _libraries.append(library)
+    known = set(operator_names())
+    for operator, (function, schema) in OPERATORS.items():
+        if f"dlkernels::{operator}" not in known:
+            library.define(operator + schema)  # type: ignore[no-untyped-call]
+        library.impl(operator, _implementation(function), "CUDA")  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _device_reason(index: int) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < OLDEST:
+        return f"compute capability {capability[0]}.{capability[1]}, the Triton kernels need 8.0"
+    return ""
+
+
+def why_not(q: Tensor, v: Tensor | None = None) -> str:
+    """Why the Triton kernels do not serve these, or "" if they do."""
+    if not q.is_cuda:
+        return f"no Triton kernel for {q.device.type} tensors"
+    if q.dtype not in DTYPES:
+        return f"no CUDA kernel for {q.dtype}"
+    width = max(q.size(-1), q.size(-1) if v is None else v.size(-1))
+    if width > MAX_WIDTH:
+        return f"head size {width}, the CUDA kernels take up to {MAX_WIDTH}"
+    return _device_reason(torch.cuda.current_device() if q.device.index is None else q.device.index)

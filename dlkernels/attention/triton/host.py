@@ -1,0 +1,410 @@
+"""The operators `dlkernels::attention*` on CUDA: argument lists as in their schemas, launches of the Triton kernels.
+
+Allocates what grows with M or N only; the one exception is the gradient of a full mask, which is as large as the mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlkernels.attention.triton import heuristics
+from dlkernels.attention.triton.heuristics import Tile, padded
+from dlkernels.attention.triton.kernels import elements
+from dlkernels.attention.triton.kernels.backward_key import backward_key
+from dlkernels.attention.triton.kernels.backward_query import backward_query, preprocess
+from dlkernels.attention.triton.kernels.forward import combine, forward
+from dlkernels.attention.triton.kernels.map import attention_map as map_kernel
+from dlkernels.attention.triton.kernels.mask_gradient import mask_gradient
+
+__all__ = ["attention_backward", "attention_forward", "attention_map"]
+
+LOG2E = math.log2(math.e)
+_PREPROCESS_ROWS = 64
+_COMBINE_ROWS = 16
+_MAP_TILE = 32
+_MAX_ROW_STRIDE = 2**31 // 256  # 256 rows are more than a tile has
+BUSY = sum(bit.value for bit in (elements.DROPOUT, elements.FLOAT_MASK, elements.SOFTCAP))
+
+
+class Call(NamedTuple):
+    """What the kernels of one call have in common."""
+
+    B: int
+    H: int
+    GROUP: int
+    M: int  # of the longest sequence
+    N: int
+    D: int
+    DV: int
+    features: int
+    left: int
+    right: int
+    softmax_scale: float
+    scale: float
+    cap: float
+    seed: int
+    offset: int
+    threshold: int
+    keep_scale: float
+    half: bool
+    precision: str
+
+    def tile(self, kernel: str, arch: str) -> Tile:
+        width = max(padded(self.D), padded(self.DV))
+        return heuristics.tile(kernel, arch, self.half, width, bool(self.features & BUSY))
+
+    def options(self, warps: int, stages: int) -> dict[str, Any]:
+        """In float32 the scaled score is rounded before anything is subtracted from it: fused, p would miss 1 at its
+        row's maximum by the score's own rounding, which in a saturated row is all the error there is."""
+        return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": self.half}
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        return self.D, self.DV, padded(self.D), padded(self.DV)
+
+    @property
+    def elementwise(self) -> tuple[Any, ...]:
+        return self.left, self.right, self.scale, self.cap
+
+    @property
+    def dropout(self) -> tuple[Any, ...]:
+        return self.seed, self.offset, self.threshold
+
+
+def _describe(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None, rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
+    causal: int, window_left: int, window_right: int, softcap: float, dropout_p: float,
+) -> Call:  # fmt: skip
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise NotImplementedError(f"dlkernels: no CUDA attention kernel for {q.dtype}")
+    D, DV = q.size(-1), v.size(-1)
+    if max(D, DV) > 256:
+        raise NotImplementedError(f"dlkernels: the CUDA attention kernel takes head sizes up to 256, got {max(D, DV)}")
+    if cu_seqlens_q is None:
+        (B, H, M), (HKV, N) = q.shape[:3], k.shape[1:3]
+        reach = M + N
+    else:
+        B, H, HKV, M, N = cu_seqlens_q.numel() - 1, q.size(1), k.size(1), max_seqlen_q, max_seqlen_k
+        reach = q.size(0) + k.size(0)
+    # No distance is as large as `reach`: such an edge bounds nothing. Below it 32 bits hold every position.
+    left = window_left if 0 <= window_left < reach else -1
+    right = window_right if 0 <= window_right < reach else -1
+    if causal:
+        right = 0
+    features = 0
+    for bit, on in (
+        (elements.SOFTCAP, softcap > 0), (elements.ALIBI, alibi_slopes is not None),
+        (elements.BOOL_MASK, mask is not None and mask.dtype == torch.bool),
+        (elements.FLOAT_MASK, mask is not None and mask.dtype != torch.bool), (elements.DROPOUT, dropout_p > 0),
+        (elements.SINKS, sinks is not None), (elements.LEFT, left >= 0), (elements.RIGHT, right >= 0),
+        (elements.VARLEN, cu_seqlens_q is not None), (elements.BOTTOM_RIGHT, causal == 2),
+        (elements.SIGNED_SCALE, softmax_scale < 0),
+    ):  # fmt: skip
+        features |= bit.value if on else 0
+    seed = offset = threshold = 0
+    if dropout_p > 0:
+        assert rng is not None
+        seed, offset = rng.tolist()
+        threshold = min(math.floor(dropout_p * 2**32), 2**32 - 1)
+    half = q.dtype != torch.float32
+    unit = LOG2E if half else 1.0  # as elements.unit
+    return Call(
+        B, H, max(H // max(HKV, 1), 1), M, N, D, DV, features, max(left, 0), max(right, 0), softmax_scale,
+        softmax_scale / softcap if softcap > 0 else softmax_scale * unit, softcap * unit, seed,
+        offset & 0xFFFFFFFF, threshold, 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0, half, _precision(q.dtype),
+    )  # fmt: skip
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products are float32 unless the user let torch use tf32."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _machine(q: Tensor) -> tuple[str, int]:
+    """The table's family and the number of multiprocessors. A CPU tensor means Triton's interpreter."""
+    if not q.is_cuda:
+        return "sm_80", 1
+    properties = torch.cuda.get_device_properties(q.device)
+    return heuristics.family((properties.major, properties.minor)), properties.multi_processor_count
+
+
+def _on(q: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+
+
+def _new(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, fill_zero: bool = False) -> Tensor:
+    """Every buffer comes from here; the tests hand out guarded memory instead."""
+    make = torch.zeros if fill_zero else torch.empty
+    return make(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def _result(q: Tensor, width: int, varlen: bool, contiguous: bool) -> Tensor:
+    """o; see `dlkernels.attention.operators`."""
+    if varlen:
+        return _new((*q.shape[:2], width), q, fill_zero=True)
+    if not contiguous and width == q.size(-1) and q.stride(-1) == 1:
+        strides = torch.empty_like(q, device="meta").stride()
+        if strides[-1] == 1 or width == 1:
+            return _new((q.numel(),), q).as_strided(q.shape, strides)
+    return _new((*q.shape[:3], width), q)
+
+
+def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
+    """[B, H, M, width] in the memory order [B, M, H, width], as torch's own gradients have it; varlen as it is.
+    Rows of packed tensors that no sequence covers are 0."""
+    if varlen:
+        return _new((x.size(0), x.size(1), width), x, fill_zero=True)
+    B, H, M = x.shape[:3]
+    return _new((B, M, H, width), x).transpose(1, 2)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x as the kernels take it: neighbours in a row lie side by side, and offsets within a tile fit 32 bits."""
+    rows = x.stride(-2) if x.dim() == 4 else x.stride(0)
+    fits = x.stride(-1) == 1 or x.size(-1) <= 1
+    return x if fits and rows < _MAX_ROW_STRIDE else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """(batch, head, row); packed tensors have no batch."""
+    if x.dim() == 3:
+        return 0, x.stride(1), x.stride(0)
+    return x.stride(0), x.stride(1), x.stride(2)
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+    if mask is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+
+
+def _slope_stride(alibi_slopes: Tensor | None) -> int:
+    return alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
+
+
+def _row_strides(call: Call, q: Tensor) -> tuple[int, int]:
+    """(batch, head) of the log-sum-exp: [B, H, M], or [H, total_q] when packed. Statistics have twice these."""
+    return (0, q.size(0)) if call.features & elements.VARLEN.value else (call.H * call.M, call.M)
+
+
+def _row_shape(call: Call, q: Tensor) -> tuple[int, ...]:
+    return (call.H, q.size(0)) if call.features & elements.VARLEN.value else (call.B, call.H, call.M)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int,
+    softmax_scale: float, causal: int, window_left: int, window_right: int, softcap: float, dropout_p: float,
+    contiguous: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(o, lse, stats); see the operator's schema. stats are in the units of the scores (kernels/elements.py)."""
+    call = _describe(
+        q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, rng, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+        window_left, window_right, softcap, dropout_p,
+    )  # fmt: skip
+    varlen = cu_seqlens_q is not None
+    o = _result(q, call.DV, varlen, contiguous)
+    *heads_shape, total = _row_shape(call, q)
+    lse = _new((*heads_shape, total), q, torch.float32, fill_zero=varlen)
+    stats = _new((*heads_shape, 2, total), q, torch.float32, fill_zero=varlen)
+    if lse.numel() == 0 or call.M == 0:
+        return o, lse, stats
+    q, k, v = _readable(q), _readable(k), _readable(v)
+    arch, processors = _machine(q)
+    plan = heuristics.forward_plan(
+        arch, processors, call.half, max(padded(call.D), padded(call.DV)), bool(call.features & BUSY),
+        call.B, call.H, call.GROUP, call.M, call.N,
+    )  # fmt: skip
+    block_m, block_n, warps, stages = plan.tile
+    rows = call.M * call.GROUP if plan.packed else call.M
+    heads = call.H // call.GROUP if plan.packed else call.H
+    tiles_m = _cdiv(rows, block_m)
+    split = plan.splits > 1
+    part, part_stats = o, stats
+    if split:
+        part = _new((plan.splits, *o.shape), o, torch.float32)
+        part_stats = _new((plan.splits, *stats.shape), stats)
+    part_strides = (part.stride(0) if split else 0, *_strides(part[0] if split else part))
+    row_strides = (part_stats.stride(0) if split else 0, *_row_strides(call, q))
+    with _on(q):
+        forward[(tiles_m * call.B * heads, plan.splits)](
+            q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, part, lse, part_stats, *_strides(q),
+            *_strides(k), *_strides(v), *_mask_strides(mask), _slope_stride(alibi_slopes), *part_strides, *row_strides,
+            call.M, call.N, call.H, call.GROUP, tiles_m, plan.splits, *call.elementwise, *call.dropout, call.keep_scale,
+            call.features, plan.packed, split, *call.widths, block_m, block_n, stages, call.precision,
+            **call.options(warps, stages),
+        )  # fmt: skip
+        if split:
+            combine[(_cdiv(call.M, _COMBINE_ROWS), call.B * call.H)](
+                part, part_stats, sinks, cu_seqlens_q, o, lse, stats, *part_strides, *row_strides, *_strides(o), call.M,
+                call.H, plan.splits, call.features, call.DV, padded(call.DV), _COMBINE_ROWS, padded(plan.splits),
+            )  # fmt: skip
+    return o, lse, stats
+
+
+def attention_backward(
+    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, mask: Tensor | None,
+    alibi_slopes: Tensor | None, sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: int, window_left: int,
+    window_right: int, softcap: float, dropout_p: float, need_q: bool, need_kv: bool, need_mask: bool,
+    need_slopes: bool, need_sinks: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[dq, dk, dv, dmask, dslopes, dsinks], [0]-shaped where not wanted; see the operator's schema."""
+    call = _describe(
+        q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, rng, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
+        window_left, window_right, softcap, dropout_p,
+    )  # fmt: skip
+    varlen = cu_seqlens_q is not None
+    if stats.numel() == 0 or call.M == 0:
+        return _no_queries(q, k, v, mask, alibi_slopes, sinks, need_q, need_kv, need_mask, need_slopes, need_sinks)
+    q, k, v, o, do = _readable(q), _readable(k), _readable(v), _readable(o), _readable(do)
+    stats = stats.contiguous()
+    arch, _ = _machine(q)
+
+    def nothing() -> Tensor:
+        return _new((0,), q)
+
+    dq = dk = dv = dmask = dslopes = dsinks = None
+    by_row, by_key, full = _mask_gradient_kind(mask) if need_mask else (False, False, False)
+    with _on(q):
+        spare = elements.SPARE.value
+        if varlen:
+            stat_strides = (spare, q.size(0) + call.B * spare)
+            stat_shape: tuple[int, ...] = (call.H, stat_strides[1])
+        else:
+            stat_strides = (call.H * (call.M + spare), call.M + spare)
+            stat_shape = (call.B, call.H, call.M + spare)
+        top, weight, delta = (_new(stat_shape, stats) for _ in range(3))
+        tiles = _cdiv(call.M + spare, _PREPROCESS_ROWS)
+        sink_part = _new((call.B * call.H * tiles,), stats) if need_sinks else None
+        preprocess[(call.B * call.H * tiles,)](
+            o, do, stats, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, top, weight, delta,
+            sink_part, *_strides(o), *_strides(do), *_row_strides(call, q), *stat_strides, call.M, call.H, tiles,
+            call.features, dlse is not None, need_sinks, call.DV, padded(call.DV), _PREPROCESS_ROWS,
+        )  # fmt: skip
+        if sink_part is not None and sinks is not None:
+            dsinks = sink_part.view(call.B, call.H, tiles).sum((0, 2)).to(sinks.dtype)
+
+        inputs = (
+            *_strides(q), *_strides(k), *_strides(v), *_strides(do), *_mask_strides(mask), _slope_stride(alibi_slopes),
+            *stat_strides,
+        )  # fmt: skip
+        if need_q or need_slopes or by_row:
+            block_m, block_n, warps, stages = call.tile("backward_query", arch)
+            tiles = _cdiv(call.M, block_m)
+            dq = _rows_like(q, call.D, varlen)
+            slope_part = _new((call.B * call.H * tiles,), stats) if need_slopes else None
+            mask_part = _new((call.B, call.H, call.M, 1), stats) if by_row else None
+            backward_query[(call.B * call.H * tiles,)](
+                q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part,
+                mask_part, *inputs, *_strides(dq), call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
+                call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features, need_slopes,
+                by_row, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
+            )  # fmt: skip
+            if slope_part is not None and alibi_slopes is not None:
+                dslopes = slope_part.view(call.B, call.H, tiles).sum(2)
+                dslopes = (dslopes.sum(0) if alibi_slopes.dim() == 1 else dslopes).to(alibi_slopes.dtype)
+            if mask_part is not None and mask is not None:
+                dmask = _reduce_to(mask_part, mask)
+
+        if need_kv or by_key:
+            block_m, block_n, warps, stages = call.tile("backward_key", arch)
+            tiles = _cdiv(call.N, block_n)
+            dk, dv = _rows_like(k, call.D, varlen), _rows_like(v, call.DV, varlen)
+            mask_part = _new((call.B, call.H, 1, call.N), stats) if by_key else None
+            if tiles:
+                backward_key[(call.B * (call.H // call.GROUP) * tiles,)](
+                    q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv, mask_part,
+                    *inputs, *_strides(dk), *_strides(dv), call.M, call.N, call.H, call.GROUP, tiles, call.left,
+                    call.right, call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features,
+                    by_key, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
+                )  # fmt: skip
+            if mask_part is not None and mask is not None:
+                dmask = _reduce_to(mask_part, mask)
+
+        if full and mask is not None:
+            block_m, block_n, warps, _ = call.tile("backward_query", arch)
+            tiles_m, tiles_n = _cdiv(call.M, block_m), _cdiv(call.N, block_n)
+            dmask = _new(mask.shape, mask)
+            per_batch, per_head = mask.size(0) > 1, mask.size(1) > 1
+            if tiles_n:
+                mask_gradient[(tiles_m * tiles_n * mask.size(0) * mask.size(1),)](
+                    q, k, v, do, top, weight, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
+                    call.GROUP, tiles_m, tiles_n, call.left, call.right, call.scale, call.cap, *call.dropout,
+                    call.keep_scale, call.features, per_batch, per_head, *call.widths, block_m, block_n, 1,
+                    call.precision, **call.options(warps, 1),
+                )  # fmt: skip
+    wanted = (
+        (dq, need_q), (dk, need_kv), (dv, need_kv), (dmask, need_mask), (dslopes, need_slopes), (dsinks, need_sinks),
+    )  # fmt: skip
+    return [gradient if need and gradient is not None else nothing() for gradient, need in wanted]
+
+
+def _mask_gradient_kind(mask: Tensor | None) -> tuple[bool, bool, bool]:
+    """(one value per query, or one in all; one per key; one for each pair)."""
+    if mask is None or mask.dtype == torch.bool:
+        return False, False, False
+    by_row = mask.size(3) == 1
+    by_key = not by_row and mask.size(2) == 1
+    return by_row, by_key, not (by_row or by_key)
+
+
+def _reduce_to(part: Tensor, mask: Tensor) -> Tensor:
+    dims = [dim for dim in range(4) if mask.size(dim) == 1 and part.size(dim) != 1]
+    return (part.sum(dims, keepdim=True) if dims else part).to(mask.dtype)
+
+
+def _no_queries(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    need_q: bool, need_kv: bool, need_mask: bool, need_slopes: bool, need_sinks: bool,
+) -> list[Tensor]:  # fmt: skip
+    varlen = q.dim() == 3
+    dk, dv = _rows_like(k, k.size(-1), varlen), _rows_like(v, v.size(-1), varlen)
+    wanted = (
+        (_rows_like(q, q.size(-1), varlen), need_q), (dk, need_kv), (dv, need_kv), (mask, need_mask),
+        (alibi_slopes, need_slopes), (sinks, need_sinks),
+    )  # fmt: skip
+    return [
+        _new((0,), q) if x is None or not need else x.zero_() if x is dk or x is dv else torch.zeros_like(x)
+        for x, need in wanted
+    ]
+
+
+def attention_map(
+    q: Tensor, k: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, softmax_scale: float,
+    causal: int, window_left: int, window_right: int, softcap: float, rows: int, cols: int,
+) -> Tensor:  # fmt: skip
+    """[B, H, rows, cols]; see the operator's schema."""
+    features = (mask, alibi_slopes, sinks, None, None, None, 0, 0, softmax_scale, causal, window_left, window_right)
+    no_values = k[..., :0]
+    call = _describe(
+        q, k, no_values, mask, alibi_slopes, sinks, None, None, 0, 0, softmax_scale, causal, window_left, window_right,
+        softcap, 0.0,
+    )  # fmt: skip
+    out = _new((call.B, call.H, rows, cols), q, torch.float32)
+    if out.numel() == 0:
+        return out
+    if call.M == 0 or call.N == 0:
+        return out.zero_()
+    # The forward pass, over values of no width, for its statistics.
+    _, _, stats = attention_forward(q, k, no_values, *features, softcap, 0.0, True)
+    q, k = _readable(q), _readable(k)
+    with _on(q):
+        map_kernel[(out.numel(),)](
+            q, k, stats, mask, alibi_slopes, out, *_strides(q), *_strides(k), *_mask_strides(mask),
+            _slope_stride(alibi_slopes), call.M, call.N, call.H, call.GROUP, rows, cols, *call.elementwise,
+            call.features, call.D, padded(call.D), _MAP_TILE, _MAP_TILE, call.precision, **call.options(4, 2),
+        )  # fmt: skip
+    return out

@@ -1,0 +1,1 @@
+"""What carries both families into models that were written for torch.nn."""

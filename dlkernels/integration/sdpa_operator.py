@@ -1,0 +1,226 @@
+"""aten::scaled_dot_product_attention on our kernels: the switch for models that call torch's function.
+
+While it is on, kernels of ours stand in the dispatcher before torch's composite one. So they are reached from every
+thread, from C++ and TorchScript, and from the recomputation that torch.utils.checkpoint does during a backward.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import ctypes
+import os
+import threading
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.overrides import TorchFunctionMode
+
+from dlkernels._core import extension
+from dlkernels._core.private_torch import (
+    are_transforms_active,
+    has_saved_tensors_hooks,
+    is_in_backward,
+    schema_of,
+    skip_in_dynamo,
+    unregister,
+)
+from dlkernels._version import __version__
+from dlkernels.attention.sdpa import scaled_dot_product_attention
+
+__all__ = ["AttentionPatch", "patch_attention"]
+
+_OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
+# With and without autograd: inference mode skips the autograd keys.
+_KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
+# Part of the key of Inductor's caches, which see torch's operator and not what it is traced to: a call of ours, whose
+# arguments may change from one build to the next.
+_SCHEMAS = "".join(
+    str(schema_of(getattr(torch.ops.dlkernels, name).default)) for name in ("attention", "attention_backward")
+)
+_TAG = f"[dlkernels {__version__} attention {extension.HAVE_NATIVE} {zlib.crc32(_SCHEMAS.encode())}]"
+# More than any model has of calls that wait for their backward; 100 bytes each.
+_MOST_DRAWS = 2**16
+
+
+class _State:
+    """Of the process. `draws` maps a state of the generator (hashed) to what is known of the mask drawn from it. False:
+    our kernel drew it, and no backward has drawn it again. True: a backward has. None: torch drew from the same state
+    too, so nobody can tell whose mask is to be drawn again.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.library: Library | None = None
+        self.draws: dict[int, bool | None] = {}
+
+    def renew_lock(self) -> None:
+        """In a forked child: the thread that held the lock may not exist there."""
+        self.lock = threading.Lock()
+
+
+class _Running(threading.local):
+    """Of this thread. `depth`: blocks that it entered and did not leave; torch's configuration, which has the tag, is
+    the thread's own too."""
+
+    inside = False
+    depth = 0
+
+
+_state = _State()
+_running = _Running()
+os.register_at_fork(after_in_child=_state.renew_lock)
+
+
+class AttentionPatch(contextlib.ContextDecorator):
+    """What `patch_attention` returns. It may be entered again, nested, and left in any order and by any thread."""
+
+    def __enter__(self) -> AttentionPatch:
+        with _state.lock:
+            if _state.library is None:
+                _state.library = _register()
+            _state.users += 1
+        _running.depth += 1
+        if not _is_tagged():
+            torch.compiler.config.cache_key_tag += _TAG
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _state.lock:
+            _state.users -= 1
+            off = _state.users == 0
+            # A kernel must not be taken away while another thread may be about to call it. And a recomputation that
+            # comes later must find out whether its dropout mask was ours.
+            if off and _state.library is not None and not _thread._count() and not _state.draws:
+                unregister(_state.library)
+                _state.library = None
+        _running.depth = 0 if off else max(_running.depth - 1, 0)
+        if _running.depth == 0:
+            _untag()
+
+    def _recreate_cm(self) -> Any:
+        return patch_attention()
+
+
+def patch_attention() -> AttentionPatch:
+    """`with dlkernels.patch_attention():` runs models that call torch.nn.functional.scaled_dot_product_attention on our
+    kernels, however they call it: also torch.nn.MultiheadAttention and the Transformer layers where they come down to
+    it, C++ and TorchScript, all threads, recomputation by torch.utils.checkpoint, and what is compiled inside of the
+    block. It also works as a decorator. What our kernels do not serve is torch's, errors too.
+
+    Run the backward of checkpointed calls inside of the block as well. After it, calls without dropout are recomputed
+    by torch, which is a CheckpointError unless `use_reentrant=True`; calls with dropout by the kernel that drew the
+    mask. A compiled graph keeps the kernels that it was compiled with. A thread that compiles enters the block itself.
+    """
+    if torch.compiler.is_compiling():
+        return _Traced()  # type: ignore[return-value]
+    return AttentionPatch()
+
+
+class _Traced(TorchFunctionMode):
+    """The switch inside of a function that torch.compile traces: Dynamo puts our function into its graph."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            func = scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
+def _register() -> Library:
+    library = Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    try:
+        for key in _KEYS:
+            library.impl("scaled_dot_product_attention", _kernel, key)  # type: ignore[no-untyped-call]
+    except BaseException:
+        unregister(library)
+        raise
+    return library
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    # Our function hands what it does not serve to torch's, which comes here again.
+    if _running.inside or not _is_ours(query, dropout_p):
+        return _OPERATOR.decompose(  # type: ignore[no-any-return]
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    _running.inside = True
+    try:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    finally:
+        _running.inside = False
+
+
+def _is_ours(query: Tensor, dropout_p: float) -> bool:
+    on = _state.users > 0
+    # A transform of torch.func that has come down to this level cannot take an autograd.Function any more.
+    if are_transforms_active():
+        return False
+    if type(query) not in (Tensor, torch.nn.Parameter):
+        # Traced: what comes out may be kept in a cache under a key with the tag of this thread.
+        if not on:
+            _untag()  # another thread left the block that this one entered
+        return on and _is_tagged()
+    if dropout_p <= 0:
+        return on
+    if is_in_backward():
+        return _was_ours()
+    if not torch.is_grad_enabled() or has_saved_tensors_hooks():
+        _remember(on)
+    return on
+
+
+def _remember(ours: bool) -> None:
+    """A call whose dropout mask checkpoint may have to draw again: of either kind, or within a Function of the user."""
+    draws, draw = _state.draws, _draw()
+    with _state.lock:
+        if ours:
+            draws[draw] = False
+            if len(draws) > _MOST_DRAWS:
+                draws.pop(next(iter(draws)))
+        elif draws.get(draw, True):
+            draws.pop(draw, None)
+        else:
+            draws[draw] = None
+
+
+def _was_ours() -> bool:
+    """Whether the mask that a backward draws again was drawn by our kernel."""
+    draws, draw = _state.draws, _draw()
+    with _state.lock:
+        if draw not in draws:
+            return False
+        if draws[draw] is None:
+            raise RuntimeError(
+                "scaled_dot_product_attention: cannot tell whether a dropout mask that is to be drawn again was drawn "
+                "inside or outside of dlkernels.patch_attention(), as calls of both kinds started from the same state "
+                "of the random number generator; run the backward of checkpointed calls inside of the block"
+            )
+        draws[draw] = True
+    return True
+
+
+def _draw() -> int:
+    """Which dropout mask would be drawn now: checkpoint restores the generator's state."""
+    state = torch.get_rng_state()
+    return hash(ctypes.string_at(state.data_ptr(), state.numel()))
+
+
+def _is_tagged() -> bool:
+    return _TAG in torch.compiler.config.cache_key_tag
+
+
+def _untag() -> None:
+    torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_TAG, "")
+
+
+# Dynamo must not trace the kernel where a compiled program calls the operator outside of its graphs.
+skip_in_dynamo(_kernel)

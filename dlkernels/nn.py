@@ -1,0 +1,25 @@
+"""Drop-ins for torch.nn's recurrent layers and cells, attention and Transformer layers: same arguments, parameters,
+state_dict and results."""
+
+import sys
+
+from dlkernels.attention.layers import MultiheadAttention
+from dlkernels.attention.transformer import TransformerDecoderLayer, TransformerEncoderLayer
+from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
+from dlkernels.rnn.layers import GRU, LSTM, RNN
+
+# Pickles of earlier versions name the modules in which the classes stood then.
+for _name in ("attention", "cells", "rnn", "transformer"):
+    sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "MultiheadAttention",
+    "RNNCell",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+]

@@ -1,0 +1,1 @@
+"""The recurrent operators as autograd Functions, with vmap and double backward."""

@@ -1,0 +1,205 @@
+"""Autograd of single steps; the structure is that of `sequence.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlkernels._core import batching, extension, legacy
+from dlkernels._core.gradients import differentiate, private
+from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrapper, unwrap_dead_wrappers
+from dlkernels.rnn import operators
+from dlkernels.rnn.autograd import per_sample
+from dlkernels.rnn.autograd.formulas import cell_gradients, run_cell
+from dlkernels.rnn.config import CellConfig, Wanted
+from dlkernels.rnn.routing import route
+
+
+def cell(
+    cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, ...] | list[Tensor]:  # fmt: skip
+    """One step: x [B, I], h and c [B, H] or None -> h' first, then for the lstm c'; the rest is for the backward."""
+    path = route(x, h, c, w_ih, w_hh, b_ih, b_hh).path
+    if path == "op":
+        return operators.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, False, cfg.deterministic, cfg.types)
+    if path == "reference":
+        extension.announce_reference()
+        new_h, new_c = run_cell(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        return (new_h,) if new_c is None else (new_h, new_c)
+    tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if path == "eager":
+        return _apply(cfg, *unwrap_dead_wrappers(tensors))  # type: ignore[no-any-return]
+    return Cell.apply(cfg, *private(tensors, first_weight=3))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class Cell(torch.autograd.Function):
+    """(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h', [c' if lstm], saved)."""
+
+    @staticmethod
+    def forward(
+        cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None, b_hh: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return tuple(
+            operators.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, True, cfg.deterministic, cfg.types)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # Not h' and c', which the caller may edit: `saved` has what the backward wants of them.
+        cfg, *tensors = inputs
+        saved = output[-1]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(saved)
+        ctx.save_for_backward(*tensors, saved)
+        ctx.cfg = cfg
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        dc = others[0] if ctx.cfg.mode == "lstm" else None
+        if dh is None and dc is None:
+            return (None,) * len(needs)
+        wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[4:]))
+        args = (ctx.cfg, wanted, dh, dc, *ctx.saved_tensors)
+        grads = legacy.run_backward(CellBackward, (dh, dc), args, _apply_backward)
+        return (None, *(grad if need else None for grad, need in zip(grads, needs[1:], strict=True)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        n, (cfg, x, h, c, *weights) = info.batch_size, args
+        _, x_dim, h_dim, c_dim, *weight_dims = in_dims
+        if batching.is_mapped(weight_dims):
+            return batching.each_sample(Cell.apply, n, (None, *in_dims[1:]), args)
+        outputs = Cell.apply(  # type: ignore[no-untyped-call]
+            cfg, batching.fold(x, x_dim, 0, n), batching.fold(h, h_dim, 0, n), batching.fold(c, c_dim, 0, n), *weights
+        )
+        return batching.unfold_all(outputs, (0,) * len(outputs), n)
+
+
+class CellBackward(torch.autograd.Function):
+    """(cfg, wanted, dh', dc', x, h, c, w_ih, w_hh, b_ih, b_hh, saved) -> the gradients of x to b_hh.
+
+    What is not wanted comes back empty.
+    """
+
+    @staticmethod
+    def forward(
+        cfg: CellConfig, wanted: Wanted, dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor | None,
+        c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, saved: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        grouped = wanted.groups > 0
+        grads = operators.cell_backward(
+            cfg.mode, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, cfg.deterministic, wanted.x, wanted.state,
+            wanted.weights and not grouped, grouped, cfg.types,
+        )  # fmt: skip
+        if not grouped:
+            return tuple(grads)
+        return (
+            *grads[:3],
+            *per_sample.cell_weight_grads(cfg.mode, wanted.groups, x, h, w_ih, w_hh, b_ih, b_hh, grads[-1]),
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        cfg, wanted, *tensors = inputs
+        _, _, _, h, c, _, _, b_ih, *_ = tensors
+        given = (
+            wanted.x, wanted.state and h is not None, wanted.state and c is not None, wanted.weights, wanted.weights,
+            wanted.weights and b_ih is not None, wanted.weights and b_ih is not None,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(grad for grad, want in zip(output, given, strict=True) if not want))
+        ctx.save_for_backward(*tensors[:9])
+        ctx.cfg, ctx.groups = cfg, wanted.groups
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * len(needs)
+        cfg, groups = ctx.cfg, ctx.groups
+
+        def gradients(*tensors: Tensor | None) -> list[Tensor | None]:
+            if groups:
+                return _grouped_gradients(cfg, groups, tensors[:2], tensors[2:])
+            return cell_gradients(cfg, tensors[:2], tensors[2:])
+
+        tensors = ctx.saved_tensors
+        grads = legacy.differentiate(lambda *given: differentiate(gradients, tensors, needs[2:11], given), cotangents)
+        return (None, None, *grads, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
+        n, (cfg, wanted, *tensors) = info.batch_size, args
+        _, _, *dims = in_dims
+        if batching.is_mapped(dims[5:9]):  # the weights
+            return batching.each_sample(CellBackward.apply, n, (None, None, *dims), args)
+        folded = [
+            tensor if 5 <= i < 9 else batching.fold(tensor, dim, 0, n)
+            for i, (tensor, dim) in enumerate(zip(tensors, dims, strict=True))
+        ]
+        groups = n * max(wanted.groups, 1) if wanted.weights else 0
+        grads = CellBackward.apply(  # type: ignore[no-untyped-call]
+            cfg, wanted._replace(groups=groups), *folded
+        )
+        inputs, inputs_dims = batching.unfold_all(grads[:3], (0, 0, 0), n)
+        dweights, dweights_dims = per_sample.unfold_groups(grads[3:], wanted.groups, n)
+        return inputs + dweights, inputs_dims + dweights_dims
+
+
+def _grouped_gradients(
+    cfg: CellConfig, groups: int, cotangents: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """`cell_gradients` of a batch of groups x B: weight gradients per group, [groups, *shape]."""
+    batched = (*cotangents, *inputs[:3])
+    split = [None if t is None else batching.unfold(t, 0, groups)[0] for t in batched]
+    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
+
+    def one_group(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        grads = cell_gradients(cfg, tensors[:2], tensors[2:])
+        return tuple(grads[i] for i in present)  # type: ignore[misc]
+
+    in_dims = (*(None if t is None else 0 for t in split), None, None, None, None)
+    grads: list[Tensor | None] = [None] * len(inputs)
+    for i, grad in zip(present, torch.vmap(one_group, in_dims)(*split, *inputs[3:]), strict=True):
+        grads[i] = grad.flatten(0, 1) if i < 3 else grad
+    return grads
+
+
+class Refused(Exception):
+    """The operator did not take what `unchecked_cell` was given."""
+
+
+class UncheckedCell(Cell):
+    """Tells what the operator refuses from what others raise: hooks on saved tensors, the tracer of torch.jit."""
+
+    @staticmethod
+    def forward(
+        cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+        b_ih: Tensor | None, b_hh: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        try:
+            return Cell.forward(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise Refused from error
+
+
+def unchecked_cell(
+    mode: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, deterministic: bool
+) -> Sequence[Tensor]:
+    """`cell` where the path is known to be "eager", without any check but the operator's: raises `Refused`."""
+    try:
+        tensors = [t if t is None else unwrap_dead_wrapper(t) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)]
+    except TypeError as error:
+        raise Refused from error
+    return _apply_unchecked(CellConfig(mode, deterministic), *tensors)  # type: ignore[no-any-return]
+
+
+_apply: Callable[..., Any] = cpp_apply(Cell)
+_apply_unchecked: Callable[..., Any] = cpp_apply(UncheckedCell)
+_apply_backward: Callable[..., Any] = cpp_apply(CellBackward)

@@ -1,0 +1,74 @@
+"""First-order gradients of layers and cells, written with PyTorch operations: what double backward differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from dlkernels._core.gradients import Tensors, pullback
+from dlkernels.rnn import reference
+from dlkernels.rnn.config import CellConfig, SequenceConfig
+from dlkernels.rnn.dtypes import dtype_of
+
+
+def run_sequence(
+    cfg: SequenceConfig, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
+    batch_sizes: Tensor | None, lengths: Tensor | None, **cut: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The call by PyTorch operations."""
+    return reference.sequence(
+        cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
+        h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x), **cut,
+    )  # fmt: skip
+
+
+def run_cell(
+    cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same of one step."""
+    return reference.cell(
+        cfg.mode, x, h, c, *weights, h_dtype=dtype_of(cfg.types.h, x),  # type: ignore[arg-type]
+        c_dtype=dtype_of(cfg.types.c, x),
+    )  # fmt: skip
+
+
+def sequence_gradients(
+    cfg: SequenceConfig, batch_sizes: Tensor | None, lengths: Tensor | None, cotangents: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients for inputs = (x, h0, c0, *weights) given cotangents = (dy, dh_n, dc_n), as the backward op has them.
+
+    Truncation (bptt_steps) makes the first-order gradient something else than a derivative of the outputs: the state
+    that enters a cut step counts as a constant, but in the gradient formula it still is the value that all earlier
+    steps produced. So the states at the cuts are computed first, without cutting, and then stand in for the detached
+    ones: a constant for the differentiation here, a function of every input for the one around it.
+    """
+
+    def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor, **cut: Any) -> Tensors:
+        return run_sequence(cfg, x, h0, c0, weights, batch_sizes, lengths, **cut)
+
+    if not cfg.bptt_steps:
+        return pullback(run, inputs, cotangents)
+
+    states: list[tuple[Tensor, Tensor | None]] = []
+
+    def record(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        states.append((h, c))
+        return h, c
+
+    run(*inputs, cut=record)  # type: ignore[arg-type]
+
+    def truncated(*tensors: Tensor) -> Tensors:
+        at_cuts = iter(states)
+        return run(*tensors, cut=lambda h, c: next(at_cuts))
+
+    return pullback(truncated, inputs, cotangents)
+
+
+def cell_gradients(
+    cfg: CellConfig, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients for inputs = (x, h, c, w_ih, w_hh, b_ih, b_hh) given cotangents = (dh', dc')."""
+    return pullback(lambda *tensors: run_cell(cfg, *tensors), inputs, cotangents)

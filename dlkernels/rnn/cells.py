@@ -1,0 +1,157 @@
+"""RNNCell, LSTMCell and GRUCell: torch.nn's classes with another forward.
+
+A cell's work is a few microseconds. So forward first looks whether the call is a common one (batched, on the CPU, no
+transform) and then hands it to the operator, or to the Function around it where a gradient is wanted; the operator
+refuses whatever does not fit. Only then comes the functional form, with all the checks that find the right words for a
+mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlkernels._core.extension import HAVE_NATIVE
+from dlkernels._core.private_torch import are_transforms_active, forward_ad, is_any_autocast_enabled, is_tracing
+from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer
+from dlkernels.rnn import functional, operators
+from dlkernels.rnn.autograd.cell import Refused, unchecked_cell
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell"]
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_is_deterministic = torch.are_deterministic_algorithms_enabled
+_operator = operators.eager_cell
+_ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
+
+Weights = tuple[Any, Any, Any, Any]
+
+
+def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
+    """h' first, then for the lstm c'; None where the call is not a common one, or a mistake."""
+    if not HAVE_NATIVE or _is_compiling() or are_transforms_active() or is_any_autocast_enabled() or is_tracing():
+        return None
+    if forward_ad._current_level >= 0:  # the operator would drop the tangents
+        return None
+    weights: dict[str, Any] = cell._parameters
+    try:
+        w_ih, w_hh, b_ih, b_hh = weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"]
+        if not x.is_cpu:
+            return None
+        wants_gradient = _is_grad_enabled() and (
+            w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh))
+        )
+    except (AttributeError, KeyError):  # KeyError: a parametrized weight
+        return None
+    try:
+        if wants_gradient:
+            return unchecked_cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, _is_deterministic())
+    except Refused:
+        return None
+    try:
+        return _operator[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
+    except (RuntimeError, TypeError, ValueError):
+        return None
+
+
+def _weights(cell: torch.nn.RNNCellBase) -> Weights:
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
+
+
+def _check_rank(name: str, tensor: Any, what: str) -> None:
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {tensor.dim()}D instead")
+
+
+def _check(name: str, input: Any, states: dict[str, Any], weights: Weights) -> None:
+    """What torch.nn has other exceptions for than the functional form: all that concerns ranks."""
+    _check_rank(name, input, "input")
+    for what, state in states.items():
+        _check_rank(name, state, what)
+    for what, state in states.items():
+        if input.dim() == 1 and state.dim() == 2:
+            raise RuntimeError(f"For unbatched 1-D input, {what} should also be 1-D but got 2-D tensor")
+    # IndexErrors, where a weight has no such dimension.
+    w_ih, w_hh = weights[:2]
+    if isinstance(w_ih, Tensor) and isinstance(w_hh, Tensor):
+        w_ih.size(0 if name == "RNNCell" else 1), w_hh.size(1)
+
+
+class _Cell(KnownLayer):
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """torch.nn.Module's call comes here only while torch.jit.trace runs. It records the operator of torch.nn's own
+        cell, unless a subclass has another forward."""
+        theirs = _RECORDED.get(type(self).forward)
+        if theirs is None or "forward" in self.__dict__ or not is_tracing():
+            return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
+        self.__dict__["forward"] = MethodType(theirs, self)
+        try:
+            return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
+        finally:
+            del self.__dict__["forward"]
+
+
+class RNNCell(_Cell, torch.nn.RNNCell):
+    """`torch.nn.RNNCell` on a fused kernel."""
+
+    __module__ = PUBLIC_MODULE
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        mode = _ELMAN_MODES.get(self.nonlinearity)
+        if mode is not None:
+            out = _unchecked(mode, self, input, hx, None)
+            if out is not None:
+                return out[0]
+        weights = _weights(self)
+        _check("RNNCell", input, {} if hx is None else {"hidden": hx}, weights)
+        if mode is None:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
+
+
+class GRUCell(_Cell, torch.nn.GRUCell):
+    """`torch.nn.GRUCell` on a fused kernel."""
+
+    __module__ = PUBLIC_MODULE
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        out = _unchecked("gru", self, input, hx, None)
+        if out is not None:
+            return out[0]
+        weights = _weights(self)
+        _check("GRUCell", input, {} if hx is None else {"hidden": hx}, weights)
+        return functional.gru_cell(input, hx, *weights)
+
+
+class LSTMCell(_Cell, torch.nn.LSTMCell):
+    """`torch.nn.LSTMCell` on a fused kernel."""
+
+    __module__ = PUBLIC_MODULE
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        h = c = None
+        if type(hx) is tuple and len(hx) == 2:
+            h, c = hx
+        # One state of two is a mistake, and another kind of hx is left to the checks.
+        if hx is None or (h is not None and c is not None):
+            out = _unchecked("lstm", self, input, h, c)
+            if out is not None:
+                return out[0], out[1]
+        weights = _weights(self)
+        states = {} if hx is None else {f"hx[{at}]": state for at, state in enumerate(hx)}
+        _check("LSTMCell", input, states, weights)
+        if hx is not None and input.dim() == 1:
+            hx = hx[0], hx[1]
+        return functional.lstm_cell(input, hx, *weights)
+
+
+_RECORDED: dict[Any, Any] = {
+    RNNCell.forward: torch.nn.RNNCell.forward,
+    GRUCell.forward: torch.nn.GRUCell.forward,
+    LSTMCell.forward: torch.nn.LSTMCell.forward,
+}

@@ -1,0 +1,143 @@
+"""Which kernel runs a recurrent layer or cell for a given input, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.utils.rnn import PackedSequence
+
+from dlkernels._core import extension
+from dlkernels._core.autocast import autocast_dtype
+from dlkernels._core.explanation import Explanation, LayerExplanation, describe, settings
+from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
+from dlkernels.rnn.layers import RecurrentLayer
+from dlkernels.rnn.routing import route
+
+__all__ = ["LAYERS", "explain_layer"]
+
+LAYERS = (RecurrentLayer, RNNCell, LSTMCell, GRUCell)
+_CELL_MODES = {torch.nn.LSTMCell: "lstm", torch.nn.GRUCell: "gru"}
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The sizes of a call, whatever form its input has."""
+
+    text: str
+    input: Tensor
+    states: list[Tensor]
+    steps: int
+    batch: int
+
+
+def explain_layer(
+    layer: Module, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, bptt_steps: int
+) -> Explanation:  # fmt: skip
+    """What a call of one of LAYERS with these arguments would run."""
+    if isinstance(layer, RecurrentLayer):
+        call = _layer_call(layer, input, hx, lengths, bptt_steps)
+        layers = _explain_stack(layer, call)
+    else:
+        call = _cell_call(input, hx)
+        layers = (_explain_cell(layer, call),)
+    return Explanation(repr(layer), f"{call.text}, {settings(call.input)}", layers)
+
+
+def _states(hx: Any) -> list[Tensor]:
+    return [] if hx is None else [hx] if isinstance(hx, Tensor) else list(hx)
+
+
+def _layer_call(
+    layer: RecurrentLayer, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int
+) -> _Call:  # fmt: skip
+    states = _states(hx)
+    if isinstance(input, PackedSequence):
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        text = f"packed {describe('input', input.data)} of {batch} sequences, up to {steps} steps"
+        data = input.data
+    else:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"explain: expected input to be 2D or 3D, got {input.dim()}D")
+        data = input
+        time, rows = (1, 0) if layer.batch_first and input.dim() == 3 else (0, 1)
+        steps, batch = input.size(time), input.size(rows) if input.dim() == 3 else 1
+        text = describe("input", input) + (", with lengths" if lengths is not None else "")
+    if bptt_steps:
+        text += f", gradients cut every {bptt_steps} steps"
+    return _Call(text + (", given hx" if states else ", hx zeros"), data, states, steps, batch)
+
+
+def _cell_call(input: Any, hx: Any) -> _Call:
+    states = _states(hx)
+    text = describe("input", input) + (", given hx" if states else ", hx zeros")
+    return _Call(text, input, states, 1, input.size(0) if input.dim() == 2 else 1)
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    dtype = autocast_dtype(input)
+    return input.dtype if dtype is None or input.dtype == torch.float64 else dtype
+
+
+def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation, ...]:
+    weights = layer.weight_list()
+    prepacked = layer._prepacked
+    packed = prepacked.why_not(weights) or "used" if prepacked is not None else ""
+    per_layer = len(weights) // layer.num_layers
+    directions = 2 if layer.bidirectional else 1
+    outputs = (layer.proj_size or layer.hidden_size) * directions
+    explained = []
+    for index in range(layer.num_layers):
+        # A layer's input is recorded for autograd if anything below it is.
+        tensors = [call.input, *call.states, *weights[: (index + 1) * per_layer]]
+        sizes = {
+            "I": layer.input_size if index == 0 else outputs,
+            "H": layer.hidden_size, "P": layer.proj_size, "D": directions,
+        }  # fmt: skip
+        explained.append(_explain_one(f"layer {index}", layer.op_mode, call, tensors, sizes, packed))
+    return tuple(explained)
+
+
+def _explain_cell(cell: Any, call: _Call) -> LayerExplanation:
+    mode = next((mode for base, mode in _CELL_MODES.items() if isinstance(cell, base)), None)
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    tensors = [call.input, *call.states, *(weight for weight in weights if weight is not None)]
+    sizes = {"I": cell.input_size, "H": cell.hidden_size, "P": 0, "D": 1}
+    return _explain_one("cell", mode or f"rnn_{cell.nonlinearity}", call, tensors, sizes, "")
+
+
+def _explain_one(
+    name: str, mode: str, call: _Call, tensors: list[Tensor], sizes: dict[str, int], packed: str
+) -> LayerExplanation:  # fmt: skip
+    dtype = _compute_dtype(call.input)
+    probe = torch.empty(0, dtype=dtype, device=call.input.device)
+    decided = route(probe, *tensors, projected=sizes["P"] > 0)
+    grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not decided.native:
+        packed = packed and "ignored: no kernel runs"
+        return LayerExplanation(name, "reference", decided.reason, grad, packed_weights=packed)
+    if call.batch == 0 or sizes["H"] == 0:
+        return LayerExplanation(name, "nothing", "there is nothing to compute", grad)
+    native = extension.native
+    assert native is not None
+
+    def plan(backward: bool) -> dict[str, Any]:
+        if call.input.is_cuda and name == "cell":
+            reason = "products by torch, one fused kernel for gates and state"
+            return {"kernel": f"cuda/cell/{mode}", "kind": "cell", "reason": reason}
+        if call.input.is_cuda:
+            return dict(native.cuda_plan(
+                mode, dtype, call.steps, call.batch, sizes["H"], sizes["D"], backward, call.input.device.index
+            ))  # fmt: skip
+        return dict(native.plan(
+            mode, dtype, call.steps, call.batch, *(sizes[key] for key in "IHPD"), torch.get_num_threads(), backward,
+            torch.are_deterministic_algorithms_enabled(), packed == "used" and not backward,
+            call.input.numel() // max(1, call.input.size(-1)),
+        ))  # fmt: skip
+
+    if packed and packed != "used":
+        packed = f"ignored: {packed}"
+    return LayerExplanation(name, "native", decided.reason, grad, plan(False), plan(True) if grad else {}, packed)

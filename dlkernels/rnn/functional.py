@@ -1,0 +1,289 @@
+"""Stateless recurrent layers, whose weights come as arguments; `dlkernels.functional` exports them.
+
+They take floating-point tensors of one dtype and one device (float32, float64, bfloat16 and float16 have kernels
+on the CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast input, states and
+weights may be of any dtypes but float64. Products may be rounded to autocast's dtype, sums and states are float32
+inside, and results have the dtypes that torch.nn returns: on CUDA autocast's, on the CPU also that to which it and the
+state promote (docs/differences.md). Gradients arrive in the dtypes that came in.
+
+Sizes in this module: T steps, B sequences, I input features, H hidden units, D directions, L layers, P projected units,
+O = P with a projection and H without. Errors have the types that torch.nn raises for the same mistake: RuntimeError for
+sizes, devices, bad batch_sizes and a T of 0, ValueError for the rank and dtype of the input and for values out of range
+(those of lengths are clamped on CUDA, where nothing waits to read them), TypeError for arguments of a wrong type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as apply_dropout
+
+from dlkernels._core.autocast import cast
+from dlkernels._core.dtypes import DTYPES
+from dlkernels._core.private_torch import are_transforms_active
+from dlkernels.rnn import checks
+from dlkernels.rnn.autograd.cell import cell as cell_step
+from dlkernels.rnn.autograd.sequence import sequence as layer_forward
+from dlkernels.rnn.config import CellConfig, SequenceConfig
+from dlkernels.rnn.dtypes import SAME, Types, recurrent_types
+from dlkernels.rnn.routing import route
+
+__all__ = [
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "rnn",
+    "rnn_cell",
+]
+
+Pair = tuple[Tensor, Tensor]
+
+
+def lstm(
+    input: Tensor, hx: Pair | None, weights: Sequence[Tensor], *, num_layers: int = 1, bidirectional: bool = False,
+    batch_first: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None, bptt_steps: int | None = 0, packed: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Pair]:  # fmt: skip
+    """Long short-term memory (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
+
+        i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f = sigmoid(W_if x + b_if + W_hf h + b_hf)
+        g = tanh(W_ig x + b_ig + W_hg h + b_hg)         o = sigmoid(W_io x + b_io + W_ho h + b_ho)
+        c' = f * c + i * g                              h' = o * tanh(c')
+    and with a projection (Sak et al. 2014)             h' = W_hr (o * tanh(c'))
+
+    input: [T, B, I], [B, T, I] with `batch_first`, [T, I] unbatched, or the data [rows, I] of a PackedSequence with its
+        `batch_sizes` (int64 [T] on the CPU, descending).
+    hx: (h_0 [L*D, B, O], c_0 [L*D, B, H]) or None for zeros; unbatched without B.
+    weights: flat, as `torch.nn.LSTM._flat_weights` has them: for each layer and direction w_ih [4H, I], w_hh [4H, O],
+        then b_ih, b_hh [4H] if there are biases, then w_hr [P, H] if there is a projection.
+    dropout: probability with which an output of every layer but the last is zeroed when `training`; the masks are those
+        of torch.nn for the same seed.
+    lengths: integers [B] of 0..T, in any order, for padded batches: outputs after a sequence's end are 0, its states
+        are its last ones (h_0, c_0 for length 0) and its reverse direction starts at its own end.
+    bptt_steps: k > 0 cuts the gradient that flows through the state before every k-th step (truncated back-propagation
+        through time); 0 or None never cuts.
+    packed: one buffer of `dlkernels.rnn.operators.pack` for each layer, made of these very weights.
+
+    Returns output (the layout of `input`, D*O features) and (h_n, c_n), shaped as hx.
+    """
+    h0, c0 = checks.states("lstm", hx)
+    y, h_n, c_n = _layers(
+        "lstm", "LSTM", input, h0, c0, weights, num_layers, bidirectional, batch_first, dropout, training, lengths,
+        batch_sizes, bptt_steps, packed,
+    )  # fmt: skip
+    return y, (h_n, c_n)
+
+
+def gru(
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, num_layers: int = 1, bidirectional: bool = False,
+    batch_first: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None, bptt_steps: int | None = 0, packed: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gated recurrent units (Cho et al. 2014), with torch's and cuDNN's reset gate after the matrix product.
+
+        r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)      z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
+        n = tanh(W_in x + b_in + r * (W_hn h + b_hn))   h' = (1 - z) * n + z * h
+
+    Arguments as for `lstm`, but hx: h_0 [L*D, B, H] or None, and weights w_ih [3H, I], w_hh [3H, H], b_ih, b_hh [3H].
+    Returns output and h_n.
+    """
+    if hx is not None:
+        checks.tensor("gru", "hx", hx)
+    return _layers(
+        "gru", "GRU", input, hx, None, weights, num_layers, bidirectional, batch_first, dropout, training, lengths,
+        batch_sizes, bptt_steps, packed,
+    )[:2]  # fmt: skip
+
+
+def rnn(
+    input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, nonlinearity: str = "tanh", num_layers: int = 1,
+    bidirectional: bool = False, batch_first: bool = False, dropout: float = 0.0, training: bool = False,
+    lengths: Tensor | None = None, batch_sizes: Tensor | None = None, bptt_steps: int | None = 0,
+    packed: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Simple recurrent layer (Elman 1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu by `nonlinearity`.
+
+    Arguments as for `lstm`, but hx: h_0 [L*D, B, H] or None, and weights w_ih [H, I], w_hh [H, H], b_ih, b_hh [H].
+    Returns output and h_n. ValueError for another nonlinearity.
+    """
+    if hx is not None:
+        checks.tensor("rnn", "hx", hx)
+    return _layers(
+        _rnn_mode(nonlinearity), "RNN", input, hx, None, weights, num_layers, bidirectional, batch_first, dropout,
+        training, lengths, batch_sizes, bptt_steps, packed,
+    )[:2]  # fmt: skip
+
+
+def lstm_cell(
+    input: Tensor, hx: Pair | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Pair:
+    """One step of `lstm`: input [B, I] or [I], hx = (h, c) [B, H] or [H] each or None for zeros -> (h', c')."""
+    h, c = (None, None) if hx is None else checks.states("lstm_cell", hx)
+    out = _cell("lstm", "LSTMCell", 4, input, h, c, w_ih, w_hh, b_ih, b_hh)
+    return out[0], out[1]
+
+
+def gru_cell(
+    input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
+) -> Tensor:
+    """One step of `gru`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'."""
+    return _cell("gru", "GRUCell", 3, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def rnn_cell(
+    input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None, *, nonlinearity: str = "tanh",
+) -> Tensor:  # fmt: skip
+    """One step of `rnn`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'."""
+    return _cell(_rnn_mode(nonlinearity), "RNNCell", 1, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def _rnn_mode(nonlinearity: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    return "rnn_tanh" if nonlinearity == "tanh" else "rnn_relu"
+
+
+def _layers(
+    mode: str, name: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], num_layers: int,
+    bidirectional: bool, batch_first: bool, dropout: float, training: bool, lengths: Tensor | None,
+    batch_sizes: Tensor | None, bptt_steps: int | None, packed: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    checks.tensor(name.lower(), "input", x)
+    directions = 2 if bidirectional else 1
+    count = checks.weight_count(name.lower(), mode, weights, num_layers, directions)
+    checks.rank(name, x, batch_sizes is not None)
+    if batch_sizes is None:
+        checks.state_ranks(x.dim() == 3, h0, c0)
+        if x.dim() == 2:
+            if lengths is not None:
+                raise ValueError("lengths: needs batched 3-D input, got 2-D input")
+            y, h_n, c_n = _layers(
+                mode, name, x.unsqueeze(1), None if h0 is None else h0.unsqueeze(1),
+                None if c0 is None else c0.unsqueeze(1), weights, num_layers, bidirectional, False, dropout, training,
+                None, None, bptt_steps, packed,
+            )  # fmt: skip
+            return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if mode == "lstm" else c_n
+
+    projected = count // directions % 2 == 1
+    types = recurrent_types(mode, x, h0, c0, weights, projected=projected, batch_sizes=batch_sizes)
+    mixed = types != SAME
+    if mixed:
+        weights = _of_one_dtype(types, weights)
+        if packed is not None and DTYPES[types.product] != weights[0].dtype:
+            packed = None
+    checks.same_kind(x, (h0, c0), weights, mixed=mixed)
+    checks.input_size(x, weights[0])
+    if dropout:
+        checks.dropout(dropout)
+    steps_between_cuts = checks.bptt_steps(bptt_steps)
+
+    if batch_sizes is not None:
+        if lengths is not None:
+            raise ValueError("lengths: packed input has its own, pass lengths or batch_sizes")
+        checks.batch_sizes(x, batch_sizes)
+        batch_first, steps = False, 0
+        # The number of sequences is data; a compiler leaves it to the operator.
+        batch = None if torch.compiler.is_compiling() or (h0 is None and c0 is None) else int(batch_sizes[0])
+    else:
+        steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            lengths = checks.lengths(lengths, batch, x.device)
+
+    features = x.shape[-1]
+    for layer in range(num_layers):
+        hidden, outputs = checks.layer_weights(
+            mode, layer, weights[layer * count : (layer + 1) * count], features, directions
+        )
+        features = directions * outputs
+        if layer == 0 and batch is not None:
+            checks.state_sizes(h0, c0, num_layers * directions, batch, outputs, hidden)
+    if (lengths is not None or batch_sizes is not None) and x.is_cpu and _readable() and not route(x).native:
+        batch_sizes, lengths = checks.values_for_reference(x, batch_sizes, lengths, steps)
+
+    cfg = SequenceConfig(
+        mode, bool(bidirectional), bool(batch_first), steps_between_cuts, torch.are_deterministic_algorithms_enabled(),
+        types,
+    )  # fmt: skip
+    if num_layers == 1:
+        return layer_forward(cfg, x, h0, c0, weights, None if packed is None else packed[0], batch_sizes, lengths)
+    return _stack(cfg, x, h0, c0, weights, num_layers, dropout if training else 0.0, lengths, batch_sizes, packed)
+
+
+def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The operators take weights of another dtype than the rest, but of one."""
+    if all(weight.dtype == weights[0].dtype for weight in weights):
+        return weights
+    return [cast(weight, DTYPES[types.product]) for weight in weights]
+
+
+def _readable() -> bool:
+    return not torch.compiler.is_compiling() and not are_transforms_active()
+
+
+def _stack(
+    cfg: SequenceConfig, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], num_layers: int,
+    dropout: float, lengths: Tensor | None, batch_sizes: Tensor | None, packed: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    count = len(weights) // num_layers
+    directions = 2 if cfg.bidirectional else 1
+    h_n, c_n = [], []
+    # torch draws its masks on time-major outputs, so all layers but the last run time-major when there are masks.
+    swapped = bool(dropout) and cfg.batch_first
+    if swapped:
+        x = x.transpose(0, 1)
+        cfg = cfg._replace(batch_first=False)
+    for layer in range(num_layers):
+        if layer and dropout:
+            x = apply_dropout(x, dropout, True)
+        if swapped and layer == num_layers - 1:
+            x = x.transpose(0, 1)
+            cfg = cfg._replace(batch_first=True)
+        here = slice(layer * directions, (layer + 1) * directions)
+        x, h, c = layer_forward(
+            cfg, x, None if h0 is None else h0[here], None if c0 is None else c0[here],
+            weights[layer * count : (layer + 1) * count], None if packed is None else packed[layer], batch_sizes,
+            lengths,
+        )  # fmt: skip
+        h_n.append(h)
+        c_n.append(c)
+    return x, torch.cat(h_n), torch.cat(c_n) if cfg.mode == "lstm" else c_n[0]
+
+
+def _cell(
+    mode: str, name: str, gates: int, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
+    b_ih: Tensor | None, b_hh: Tensor | None,
+) -> Sequence[Tensor]:  # fmt: skip
+    function = f"{name[:-4].lower()}_cell"
+    for argument, value in (("input", x), ("w_ih", w_ih), ("w_hh", w_hh)):
+        checks.tensor(function, argument, value)
+    for argument, optional in (("hx", h), ("b_ih", b_ih), ("b_hh", b_hh)):
+        if optional is not None:
+            checks.tensor(function, argument, optional)
+    if x.dim() != 2:
+        if x.dim() != 1:
+            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x.dim()}D instead")
+        h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
+        out = _cell(mode, name, gates, x.unsqueeze(0), h, c, w_ih, w_hh, b_ih, b_hh)
+        return [state.squeeze(0) for state in out[: 2 if mode == "lstm" else 1]]
+    if b_ih is None and b_hh is not None:
+        b_ih = torch.zeros_like(b_hh)
+    elif b_hh is None and b_ih is not None:
+        b_hh = torch.zeros_like(b_ih)
+    weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
+    types = recurrent_types(mode, x, h, c, weights, layer=False)
+    if types != SAME:
+        weights = _of_one_dtype(types, weights)
+        w_ih, w_hh, *biases = weights
+        b_ih, b_hh = biases or (None, None)
+    checks.same_kind(x, (h, c), weights, RuntimeError, mixed=types != SAME)
+    checks.cell(name, x, h, c, w_ih, w_hh, gates)
+    if b_ih is not None:
+        checks.cell_biases(b_ih, b_hh, w_ih.shape[0])
+    cfg = CellConfig(mode, torch.are_deterministic_algorithms_enabled(), types)
+    return cell_step(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)

@@ -1,0 +1,377 @@
+"""RNN, LSTM and GRU with every argument, parameter name and input form of their torch.nn namesakes.
+
+They derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its sisters: Dynamo refuses any instance of those.
+Nothing is cached between calls: the weights are looked up by name in every forward, so parametrizations, weight tying,
+`functional_call` and writes through `.data` take effect at once. The one exception is what `prepack()` was asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.nn import Module, RNNBase
+from torch.nn.utils.rnn import PackedSequence
+from typing_extensions import Self
+
+from dlkernels._core.autocast import autocast_dtype
+from dlkernels._core.extension import HAVE_NATIVE, announce_reference
+from dlkernels._core.private_torch import is_any_autocast_enabled
+from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer, is_tracing
+from dlkernels.rnn import functional, operators
+
+__all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
+
+# What an instance may hold besides its state.
+_NO_STATE = ("_prepacked", "_flat")
+_PACKABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Prepacked:
+    """The packed weights of a layer, one buffer for each entry of its stack, and which tensors they were made from."""
+
+    weights: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    buffers: tuple[Tensor, ...]
+
+    def why_not(self, weights: list[Tensor]) -> str:
+        """Why these buffers must not stand in for `weights` in a call made now; empty when they may."""
+        if torch.compiler.is_compiling():
+            return "compiled code could not notice that the weights were written to"
+        if any(now is not then for now, then in zip(weights, self.weights, strict=True)):
+            return "the weights are no longer the tensors that were packed"
+        if tuple(map(_version, weights)) != self.versions:
+            return "the weights were written to after prepack()"
+        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+            return "gradients of the weights are wanted"
+        if autocast_dtype(weights[0]) not in (None, weights[0].dtype):
+            return "autocast computes in another dtype"
+        return ""
+
+
+@dataclass(frozen=True)
+class FlatWeights:
+    """The list that a program got from or gave to `_flat_weights`, and the weights under their names at that time."""
+
+    weights: list[Any]
+    named: list[Any]
+
+    def holds(self, named: list[Any]) -> bool:
+        """Whether a call takes the list: no weight was replaced by name since, in which case torch.nn takes `named`."""
+        pairs = zip(named, self.named, strict=True)
+        return all(now is None or then is None or now is then for now, then in pairs)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count of their writes
+
+
+class RecurrentLayer(KnownLayer, RNNBase):
+    """What the three layers share. `hx` is one tensor, or for the LSTM a pair."""
+
+    _prepacked: Prepacked | None = None
+    _flat: FlatWeights | None = None
+
+    @property
+    def op_mode(self) -> str:
+        """The name of the layer's operators: "lstm", "gru", "rnn_tanh" or "rnn_relu"."""
+        return self.mode.lower()
+
+    # torch.nn's forward reads the list `_flat_weights`, and programs that compute the weights anew assign to it or to
+    # its items. Here the list exists once somebody asked for it or assigned it, until a weight is replaced by name.
+
+    @property
+    def _flat_weights(self) -> list[Any]:
+        named = self._named_weights(None)
+        if self._flat is None or not self._flat.holds(named):
+            self.__dict__["_flat"] = FlatWeights(list(named), named)
+        return self.__dict__["_flat"].weights  # type: ignore[no-any-return]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Any]) -> None:
+        self.__dict__["_flat"] = FlatWeights(weights, self._named_weights(None))
+
+    def _named_weights(self, *missing: None) -> list[Any]:
+        """The weights under their names; `missing` for those that were deleted, without it an AttributeError."""
+        parameters: dict[str, Any] = self._parameters
+        try:
+            return [parameters[name] for name in self._flat_weights_names]
+        except KeyError:  # parametrized, weight-normed or replicated: an attribute of another kind
+            return [getattr(self, name, *missing) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None:
+        self.__dict__.pop("_flat", None)
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read the weights where they lie."""
+
+    def __setattr__(self, attr: str, value: Any) -> None:
+        if self._flat is not None and attr in self._flat_weights_names:
+            self._flat.weights[self._flat_weights_names.index(attr)] = value
+        Module.__setattr__(self, attr, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.unpack()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+        for name in _NO_STATE:
+            replica.__dict__.pop(name, None)
+        return replica
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _NO_STATE}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", prepacked=True" if self._prepacked is not None else "")
+
+    def weight_list(self) -> list[Tensor]:
+        """The weights as they are now, in the order of `_flat_weights_names`."""
+        flat = self._flat
+        if flat is not None:
+            if flat.holds(self._named_weights(None)):
+                return list(flat.weights)
+            del self.__dict__["_flat"]
+        return self._named_weights()
+
+    def prepack(self) -> Self:
+        """Packs the weights for inference on the CPU; calls that want no weight gradients then use the packed copy.
+
+        The copy is not part of the state: saving, copying, pickling and `to()` leave it out. Replacing a parameter or
+        writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) puts the copy out
+        of use, but a write through `.data` or numpy is NOT noticed: call `prepack()` again after it, or `unpack()`.
+        Under torch.compile the weights are used as they lie.
+        """
+        self.unpack()
+        weights = self.weight_list()
+        if self._flat is None and any(self._parameters.get(name) is None for name in self._flat_weights_names):
+            raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
+        first = weights[0]
+        if first.device.type != "cpu" or first.dtype not in _PACKABLE:
+            raise RuntimeError(
+                f"prepack: expected weights of a floating dtype on the CPU, got {first.dtype} {first.device}"
+            )
+        if not HAVE_NATIVE:
+            announce_reference()
+            return self
+        per_layer = len(weights) // self.num_layers
+        with torch.no_grad():
+            buffers = tuple(
+                operators.pack(self.op_mode, weights[at : at + per_layer], bool(self.bidirectional))
+                for at in range(0, len(weights), per_layer)
+            )
+        self._prepacked = Prepacked(tuple(weights), tuple(map(_version, weights)), buffers)
+        return self
+
+    def unpack(self) -> Self:
+        """Forgets what `prepack()` made."""
+        self.__dict__.pop("_prepacked", None)
+        return self
+
+    def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
+        # The functional form does the checking. What is asked of the arguments here, `dim` above all, is what torch.nn
+        # asks of them too, and fails with the same exceptions.
+        weights = self.weight_list()
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths: a PackedSequence has its own, pass one or the other")
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            self._check_packed(data, batch_sizes, hx, weights)
+            output, hidden = self._call(data, hx, weights, None, batch_sizes, bptt_steps)
+            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(hidden, unsorted_indices)
+        input.dim()
+        if hx is not None:
+            self._check_states(input, hx)
+        return self._call(input, hx, weights, lengths, None, bptt_steps)
+
+    def _call(
+        self, input: Tensor, hx: Any, weights: list[Tensor], lengths: Tensor | None, batch_sizes: Tensor | None,
+        bptt_steps: int,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
+        if not isinstance(self.bidirectional, bool):
+            raise TypeError(f"bidirectional should be of type bool, got: {type(self.bidirectional).__name__}")
+        prepacked = self._prepacked
+        packed = prepacked.buffers if prepacked is not None and not prepacked.why_not(weights) else None
+        return self._function(
+            input, hx, weights, num_layers=self.num_layers, bidirectional=self.bidirectional,
+            batch_first=self.batch_first, dropout=self.dropout, training=self.training, lengths=lengths,
+            batch_sizes=batch_sizes, bptt_steps=bptt_steps, packed=packed,
+        )  # fmt: skip
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+    # What torch.jit.trace records: torch's own operators, which a saved file may hold and which have gradients there.
+    _traced: Any
+
+    def _check_states(self, input: Tensor, hx: Any) -> None:
+        hx.dim()
+
+    def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
+        batch_sizes[0]  # of no sequences at all an IndexError, as in torch
+        if hx is not None:
+            hx.size()
+        elif batch_sizes.is_floating_point():
+            raise TypeError(f"batch_sizes should be of dtype torch.int64, got {batch_sizes.dtype}")
+
+
+class _OneState(RecurrentLayer):
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, bptt_steps: int = 0
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, *, lengths: None = None, bptt_steps: int = 0
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
+        """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
+        0, h_n is its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0: never).
+        """
+        if is_tracing() and lengths is None and not bptt_steps:
+            return self._traced(input, hx)
+        return self._run(input, hx, lengths, bptt_steps)
+
+
+class RNN(_OneState):
+    """`torch.nn.RNN` on fused kernels: Elman layers with tanh or ReLU."""
+
+    __module__ = PUBLIC_MODULE
+
+    nonlinearity: str
+
+    @overload
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh", bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, device: Any = None,
+        dtype: Any = None,
+    ) -> None: ...  # fmt: skip
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        return functional.rnn(input, hx, weights, nonlinearity=self.mode[4:].lower(), **options)
+
+    _traced: Any = torch.nn.RNN.forward
+
+
+class GRU(_OneState):
+    """`torch.nn.GRU` on fused kernels."""
+
+    __module__ = PUBLIC_MODULE
+
+    @overload
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, device: Any = None, dtype: Any = None,
+    ) -> None: ...  # fmt: skip
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _refuse_proj_size(kwargs)
+        super().__init__("GRU", *args, **kwargs)
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        return functional.gru(input, hx, weights, **options)
+
+    _traced: Any = torch.nn.GRU.forward
+
+
+class LSTM(RecurrentLayer):
+    """`torch.nn.LSTM` on fused kernels, projections (`proj_size`) included."""
+
+    __module__ = PUBLIC_MODULE
+
+    @overload
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
+        dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None, dtype: Any = None,
+    ) -> None: ...  # fmt: skip
+
+    @overload
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
+        bptt_steps: int = 0,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: None = None,
+        bptt_steps: int = 0,
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...  # fmt: skip
+
+    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
+        """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
+        0, h_n and c_n are its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0:
+        never).
+        """
+        if is_tracing() and lengths is None and not bptt_steps:
+            return self._traced(input, hx)
+        return self._run(input, hx, lengths, bptt_steps)
+
+    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
+        return functional.lstm(input, hx, weights, **options)
+
+    _traced: Any = torch.nn.LSTM.forward
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
+    check_forward_args = torch.nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = torch.nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def _check_states(self, input: Tensor, hx: Any) -> None:
+        if isinstance(hx, Tensor):
+            torch.nn.LSTM.forward(self, input, hx)  # type: ignore[call-overload]  # raises, in one of several ways
+        hx[0].dim(), hx[1].dim()
+
+    def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
+        # torch.nn.LSTM leaves packed input to its kernels, which find other words for some mistakes.
+        batch_sizes[0]
+        if hx is None and batch_sizes.is_floating_point():
+            raise TypeError(f"batch_sizes should be of dtype torch.int64, got {batch_sizes.dtype}")
+        if data.dtype != weights[0].dtype and not is_any_autocast_enabled():
+            raise RuntimeError(f"RNN input dtype ({data.dtype}) does not match weight dtype ({weights[0].dtype})")
+        if isinstance(hx, (tuple, list)):
+            for name, state in zip(("hx", "cx"), hx, strict=False):
+                if isinstance(state, Tensor) and state.dim() < 3:
+                    raise IndexError(f"For packed input, {name} should be 3-D but got {state.dim()}-D tensor")
+
+
+def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
+    if "proj_size" in kwargs:
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
