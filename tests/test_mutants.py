@@ -14,7 +14,7 @@ pytestmark = pytest.mark.o0_skip(reason="texts alone are compared")
 PARTS = (
     "csrc/cells/", "csrc/cpu/generic/", "csrc/cpu/plan.cpp", "csrc/cpu/attention_plan.cpp", "csrc/cpu/team.",
     "csrc/cpu/rnn_sequence.cpp", "csrc/cpu/attention_boundary.cpp", "dlkernels/autograd/", "dlkernels/_checks.py",
-    "dlkernels/patch.py", "dlkernels/nn/", "dlkernels/sdpa.py", "dlkernels/bench/",
+    "dlkernels/patch.py", "dlkernels/nn/", "dlkernels/sdpa.py", "dlkernels/bench/", "benchmarks/",
 )  # fmt: skip
 
 
