@@ -49,10 +49,10 @@ def read_sources(length: int) -> Tensor:
     folder = Path(sysconfig.get_paths()["stdlib"])
     text = ""
     for path in sorted(folder.glob("[a-z]*.py")):
-        text += path.read_text(errors="replace")
+        text += path.read_text("utf-8", "replace")
         if len(text) >= length:
             break
-    index = {character: place for place, character in enumerate(ALPHABET)}
+    index = {character: number for number, character in enumerate(ALPHABET)}
     return torch.tensor([index.get(character, len(ALPHABET)) for character in text[:length]])
 
 

@@ -60,7 +60,7 @@ class Command:
         p = argparse.ArgumentParser(prog=self.prog, description="dlkernels against torch on this machine.")
         add = p.add_argument
         add("--suite", choices=tuple(self.suites), default=next(iter(self.suites)), help=self.suite_help)
-        add("--quick", action="store_true", help="a few cases, in under a minute")
+        add("--quick", action="store_true", help="less of everything: under a minute")
         add("--only", metavar="PATTERN", action="append", default=[], help="cases whose name contains or matches this")
         add("--threads", metavar="N,...", type=_list_of(_thread_count), help="thread counts (default: 1 and all cores)")
         add("--dtypes", metavar="NAME,...", type=_list_of(str, DTYPES), default=["float32", "bfloat16"])
