@@ -65,7 +65,7 @@ test-install: $(ENV_STAMP)
 	$(PY) tests/install/check.py '$(TORCH_SPEC)'
 
 bench: build
-	$(PY) -m dlkernels bench $(ARGS)
+	$(PY) -m benchmarks $(ARGS)
 
 lint: $(DEV_STAMP)
 	$(PY) -m ruff check

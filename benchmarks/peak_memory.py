@@ -1,6 +1,6 @@
 """Peak memory of a training step of ours and of torch.nn's, for the training cases of the grid:
 
-    python benchmarks/peak_memory.py [--only PART ...] [--out FILE]
+    python -m benchmarks.peak_memory [--only PART ...] [--out FILE]
 
 A forked child for each case and side measures how far the resident memory rises over what it was before the step.
 Prints MiB of both and ours over theirs, then the geometric mean and the largest of the cases in which torch needs a MiB
@@ -9,16 +9,18 @@ or more. Linux.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import math
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from dlkernels.bench.layers import Inputs, Workload, grid, ours, theirs
+
+from . import ratios
 
 # Memory that is freed goes back to the system at once, so that what is resident is what is in use.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
@@ -57,22 +59,13 @@ def in_child(measure: Callable[[], int]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name has one of these in it")
-    parser.add_argument("--out", type=Path, help="a JSON file")
-    arguments = parser.parse_args()
+    options = ratios.parser(__doc__).parse_args()
     if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
-    import torch
-
-    from dlkernels.bench.cases import grid
-    from dlkernels.bench.machine import describe
-    from dlkernels.bench.workload import Inputs, Workload, ours, theirs
-
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
     torch.set_num_threads(1)  # before the forks: a child has no threads of its parent
     found: dict[str, dict[str, Any]] = {}
     for case in grid([1], ["float32", "bfloat16"]):
-        if not case.training or case.against != "torch" or not any(part in case.name for part in arguments.only):
+        if not case.training or case.against != "torch" or not ratios.is_chosen(case.name, options):
             continue
         inputs = Inputs.make(case)
         steps = [functools.partial(Workload, case, inputs, build) for build in (ours, theirs)]
@@ -80,11 +73,8 @@ def main() -> None:
         found[case.name] = {"ours": mine, "torch": other, "ratio": mine / max(other, 1)}
         print(f"{case.name:50} {mine / 2**20:9.2f} {other / 2**20:9.2f} MiB  {mine / max(other, 1):.3f}", flush=True)
     # What takes less than a MiB is a matter of pages.
-    ratios = [row["ratio"] for row in found.values() if row["torch"] >= 2**20]
-    mean = math.exp(statistics.fmean(map(math.log, ratios)))
-    print(f"{len(ratios)} cases of a MiB or more, ours over torch's: mean {mean:.3f}, largest {max(ratios):.3f}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"machine": describe(), "mean": mean, "cases": found}, indent=1) + "\n")
+    rated = [row["ratio"] for row in found.values() if row["torch"] >= 2**20]
+    ratios.finish("cases of a MiB or more, ours over torch's", rated, found, options.out)
 
 
 if __name__ == "__main__":

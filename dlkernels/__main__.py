@@ -19,9 +19,9 @@ def main(argv: list[str]) -> int:
 
         return print_info(rest)
     if command == "bench":
-        from dlkernels.bench import main as run_bench
+        from dlkernels.bench.cli import Command
 
-        return run_bench(rest)
+        return Command().run(rest)
     asked = command in ("-h", "--help", "help")
     print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2

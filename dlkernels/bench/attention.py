@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -14,7 +13,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from .cases import SHORT_DTYPE
+from .. import functional, reference
+from ..attention.functional import draw_seed
+from .cases import SHORT_DTYPE, packed_lengths
 
 # torch's backends, which a case may name instead of torch's own choice. On the CPU there are no others.
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
@@ -80,15 +81,11 @@ class AttentionCase:
     @property
     def lengths(self) -> list[int]:
         """Of a packed case."""
-        first, last = self.M, max(1, self.M // 4)
-        return [first - (first - last) * b // max(1, self.B - 1) for b in range(self.B)]
+        return packed_lengths(self.M, self.B)
 
     @property
     def valid_fraction(self) -> float:
         return 1.0  # both sides do the same work
-
-    def matches(self, pattern: str) -> bool:
-        return pattern in self.name or fnmatch(self.name, pattern)
 
 
 # (B, H, M, D)
@@ -127,23 +124,6 @@ def grid(threads: Sequence[int], dtypes: Sequence[str], quick: bool = False) -> 
     return [dataclasses.replace(case, threads=count) for case in made for count in counts(case)]
 
 
-def targets(threads: Sequence[int] = (1, 2)) -> list[AttentionCase]:
-    """The committed speed targets."""
-    train = functools.partial(AttentionCase, training=True)
-    first = SQUARE[0]
-    made = [AttentionCase(*shape, target=1.0) for shape in SQUARE]
-    made.append(AttentionCase(*first, causal=True, target=1.3))
-    made += [AttentionCase(*shape, dtype="bfloat16", target=1.3) for shape in SQUARE]
-    made.append(AttentionCase(1, 8, 1024, 128, dtype="bfloat16", target=1.1))
-    for dtype, goal in (("bfloat16", 2.0), ("float32", 1.1)):
-        made += [train(*shape, dtype=dtype, target=goal) for shape in (*SQUARE, (8, 12, 197, 64))]
-    # What torch has for the general case only.
-    made += [train(*first, dropout=0.1, target=2.0), train(*first, mask="grad", target=2.0)]
-    made += [AttentionCase(*first, Dv=32, training=training, target=2.0) for training in (False, True)]
-    made += [dataclasses.replace(DECODE, dtype=dtype, target=2.0) for dtype in ("float32", "bfloat16")]
-    return [dataclasses.replace(case, threads=count) for case in made for count in threads]
-
-
 Tensors = dict[str, Tensor]
 
 
@@ -169,8 +149,6 @@ Run = Callable[[AttentionCase, Tensors], Tensor]
 
 
 def ours(case: AttentionCase, t: Tensors) -> Tensor:
-    from .. import functional
-
     return functional.attention(  # type: ignore[no-any-return]
         t["q"], t["k"], t["v"], attn_mask=t.get("mask"), causal=case.causal, dropout_p=case.dropout,
         cu_seqlens_q=t.get("cu"), cu_seqlens_k=t.get("cu"),
@@ -192,9 +170,6 @@ def theirs(case: AttentionCase, t: Tensors) -> Tensor:
 
 def exact(case: AttentionCase, t: Tensors) -> Tensor:
     """The reference, with the dropout mask that ours draws next."""
-    from .. import reference
-    from ..attention.functional import draw_seed
-
     return reference.attention(
         t["q"], t["k"], t["v"], mask=_four(t.get("mask")), cu_seqlens_q=t.get("cu"), cu_seqlens_k=t.get("cu"),
         softmax_scale=case.D**-0.5, causal=int(case.causal), dropout_p=case.dropout,

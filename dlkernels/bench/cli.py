@@ -4,26 +4,145 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from . import attention, cases, charlm, machine, plots, results, tables
-from .progress import Progress
-from .runner import Result, Runner
+from . import attention, cases, layers, machine, plots, report
+from .runner import AnyCase, Result, Runner
 from .timing import Budget
 
-SUITES = ("main", "grid", "attention", "targets", "attention-targets", "charlm", "all")
-
-AnyCase = cases.Case | attention.AttentionCase
 # No case is started after this, so that a busy machine makes --quick measure less, not last longer.
 QUICK_SECONDS = 45.0
 MOST_THREADS = 1024
 DTYPES = tuple(cases.SHORT_DTYPE)
+
+# What a suite is put together of: lists of cases, made from the options.
+Part = Callable[[argparse.Namespace], Sequence[AnyCase]]
+# Trains a model with both sides, prints how it went and returns an entry of the result file's "charlm".
+Job = Callable[[], dict[str, Any]]
+
+
+def layer_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
+    return layers.grid(_threads(args), args.dtypes, args.quick)
+
+
+def attention_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
+    return attention.grid(_threads(args), args.dtypes, args.quick)
+
+
+class Command:
+    """`python -m dlkernels bench`. benchmarks/ derives from it and adds suites, jobs and their pictures."""
+
+    prog = "python -m dlkernels bench"
+    suites: Mapping[str, Sequence[Part]] = {  # the first is the default
+        "grid": (layer_grid, attention_grid),
+        "attention": (attention_grid,),
+    }
+    suite_help = "grid (the default) is layers and attention"
+
+    def jobs(self, args: argparse.Namespace) -> list[Job]:
+        return []
+
+    def seconds(self, args: argparse.Namespace) -> float:
+        """Measuring time of a case where --seconds is not given, nor --quick."""
+        return 1.0
+
+    def draw(self, doc: dict[str, Any], path: Path) -> list[Path]:
+        return plots.draw(doc, path)
+
+    def parser(self) -> argparse.ArgumentParser:
+        p = argparse.ArgumentParser(prog=self.prog, description="dlkernels against torch on this machine.")
+        add = p.add_argument
+        add("--suite", choices=tuple(self.suites), default=next(iter(self.suites)), help=self.suite_help)
+        add("--quick", action="store_true", help="less of everything: under a minute")
+        add("--only", metavar="PATTERN", action="append", default=[], help="cases whose name contains or matches this")
+        add("--threads", metavar="N,...", type=_list_of(_thread_count), help="thread counts (default: 1 and all cores)")
+        add("--dtypes", metavar="NAME,...", type=_list_of(str, DTYPES), default=["float32", "bfloat16"])
+        add("--seconds", metavar="S", type=_seconds, help="measuring time for each case")
+        add("--out", metavar="DIR", type=Path, help="where results go (default: benchmarks/results)")
+        add("--no-plot", action="store_true", help="no pictures")
+        add("--list", action="store_true", help="print the names of the cases and stop")
+        return p
+
+    def run(self, argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
+        """0 = done, 1 = some result is wrong, 2 = a speed target is missed, or bad arguments."""
+        args = self.parser().parse_args(argv)
+        chosen = cases.select([case for part in self.suites[args.suite] for case in part(args)], args.only)
+        if args.list:
+            print("\n".join(case.name for case in chosen))
+            return 0
+        jobs = self.jobs(args)
+        if not chosen and not jobs:
+            print("no case matches", file=sys.stderr)
+            return 2
+        runner = runner or Runner(self._budget(args))
+        host, root = machine.describe(), args.out or report.home()
+        try:
+            report.folder(root, host)
+        except OSError as error:
+            print(f"--out: results cannot be written to {root}: {error.strerror}", file=sys.stderr)
+            return 2
+        print(machine.headline(host, machine.versions()), flush=True)
+        deadline = time.monotonic() + QUICK_SECONDS if args.quick else float("inf")
+        trained = [job() for job in jobs]
+        measured = _measure(chosen, runner, deadline)
+        doc = report.document(("quick-" if args.quick else "") + args.suite, measured, trained, host)
+        if measured:
+            print("\n" + report.results_table(measured) + "\n\n" + report.summary_text(doc["summary"]))
+        path = report.write(doc, root)
+        print(f"\nresults: {path}")
+        if not args.no_plot:
+            self._plot(doc, path)
+        if any(r.wrong for r in measured) or not all(job["agree"] for job in trained):
+            return 1
+        if len(measured) < len(chosen) and not args.quick:
+            return 130  # the shell's status of a program ended by Ctrl-C
+        return 2 if any(r.reached is False for r in measured) else 0
+
+    def _budget(self, args: argparse.Namespace) -> Budget:
+        if args.quick:
+            return Budget(args.seconds or 0.3, block_seconds=0.01, min_pairs=3, max_seconds=3.0)
+        return Budget(args.seconds or self.seconds(args))
+
+    def _plot(self, doc: dict[str, Any], path: Path) -> None:
+        try:
+            for picture in self.draw(doc, path):
+                print(f"picture: {picture}")
+        except ImportError:
+            print("no pictures: matplotlib is not installed")
+
+
+def _measure(chosen: Sequence[AnyCase], runner: Runner, deadline: float) -> list[Result]:
+    if not chosen:
+        return []
+    progress = Progress(len(chosen), "cases")
+    found: list[Result] = []
+    progress.show(chosen[0].name)
+    reason = "this machine is too slow or too busy for --quick"
+    try:
+        for result in runner.run(chosen):
+            found.append(result)
+            progress.advance()
+            if time.monotonic() > deadline:
+                break
+            if len(found) < len(chosen):
+                progress.show(chosen[len(found)].name)
+    except KeyboardInterrupt:  # what was measured until now is reported and written all the same
+        reason = "interrupted"
+    progress.finish()
+    if len(found) < len(chosen):
+        print(f"\n{len(chosen) - len(found)} cases left out: {reason}")
+    return found
+
+
+def _threads(args: argparse.Namespace) -> list[int]:
+    return args.threads or sorted({1, torch.get_num_threads()})
 
 
 def _list_of(convert: Any, allowed: Sequence[str] | None = None) -> Any:
@@ -54,120 +173,43 @@ def _seconds(text: str) -> float:
     return value
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m dlkernels bench", description="dlkernels against torch on this machine."
-    )
-    add = p.add_argument
-    add("--suite", choices=SUITES, default="main", help="main (the default) is charlm and grid, all adds targets")
-    add("--quick", action="store_true", help="a few cases and short training: under a minute")
-    add("--only", metavar="PATTERN", action="append", default=[], help="cases whose name contains or matches this")
-    add("--threads", metavar="N,...", type=_list_of(_thread_count), help="thread counts (default: 1 and all cores)")
-    add("--dtypes", metavar="NAME,...", type=_list_of(str, DTYPES), default=["float32", "bfloat16"])
-    add("--seconds", metavar="S", type=_seconds, help="measuring time for each case")
-    add("--out", metavar="DIR", type=Path, help="where results go (default: benchmarks/results)")
-    add("--no-plot", action="store_true", help="no pictures")
-    add("--list", action="store_true", help="print the names of the cases and stop")
-    return p
+class Progress:
+    """A progress bar on stderr: one line that moves on a terminal, one line per tenth elsewhere."""
+
+    def __init__(self, total: int, what: str, stream: TextIO | None = None):
+        self.total, self.what = max(1, total), what
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.done = 0
+        self.tenth = -1
+        self.start = time.monotonic()
+
+    def show(self, label: str) -> None:
+        """Says what runs now."""
+        if self.live:
+            bar = "#" * (20 * self.done // self.total)
+            line = f"{self.what} [{bar:<20}] {self.done}/{self.total} {self._left()} {label}"
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write("\r" + line[:width].ljust(width))
+        elif 10 * self.done // self.total > self.tenth:
+            self.tenth = 10 * self.done // self.total
+            self.stream.write(f"{self.what} {self.done}/{self.total} {self._left()} {label}\n")
+        self.stream.flush()
+
+    def advance(self, count: int = 1) -> None:
+        self.done += count
+
+    def finish(self) -> None:
+        if self.live:
+            self.stream.write("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r")
+        self.stream.write(f"{self.what}: {self.done} of {self.total} in {_clock(time.monotonic() - self.start)}\n")
+        self.stream.flush()
+
+    def _left(self) -> str:
+        if not self.done:
+            return ""
+        return _clock((time.monotonic() - self.start) / self.done * (self.total - self.done)) + " left"
 
 
-def run(argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
-    args = parser().parse_args(argv)
-    chosen = _cases(args)
-    if args.list:
-        print("\n".join(case.name for case in chosen))
-        return 0
-    trains = args.suite in ("main", "charlm", "all") and not args.only
-    jobs = [_job(args, mode) for mode in ("lstm", "gru")] if trains else []
-    if not chosen and not jobs:
-        print("no case matches", file=sys.stderr)
-        return 2
-    runner = runner or Runner(_budget(args))
-    host, root = machine.describe(), args.out or results.home()
-    try:
-        results.folder(root, host)
-    except OSError as error:
-        print(f"--out: results cannot be written to {root}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(machine.headline(host, machine.versions()), flush=True)
-    deadline = time.monotonic() + QUICK_SECONDS if args.quick else float("inf")
-    trained = _train(jobs, args)
-    measured = _measure(chosen, runner, deadline)
-    doc = results.document(("quick-" if args.quick else "") + args.suite, measured, trained, host)
-    if measured:
-        print("\n" + tables.results_table(measured) + "\n\n" + tables.summary_text(doc["summary"]))
-    path = results.write(doc, root)
-    print(f"\nresults: {path}")
-    if not args.no_plot:
-        _plot(doc, path)
-    if any(r.wrong for r in measured) or not all(job["agree"] for job in trained):
-        return 1
-    if len(measured) < len(chosen) and not args.quick:
-        return 130  # the shell's status of a program ended by Ctrl-C
-    return 2 if any(r.reached is False for r in measured) else 0
-
-
-def _cases(args: argparse.Namespace) -> list[AnyCase]:
-    found: list[AnyCase] = []
-    threads = args.threads or sorted({1, torch.get_num_threads()})
-    if args.suite in ("main", "grid", "all"):
-        found += cases.grid(threads, args.dtypes, args.quick)
-    if args.suite in ("main", "grid", "attention", "all"):
-        found += attention.grid(threads, args.dtypes, args.quick)
-    if args.suite in ("targets", "all"):
-        found += cases.targets(args.threads or (1, 2))
-    if args.suite in ("targets", "attention-targets", "all"):
-        found += attention.targets(args.threads or (1, 2))
-    return cases.select(found, args.only)
-
-
-def _budget(args: argparse.Namespace) -> Budget:
-    if args.quick:
-        return Budget(args.seconds or 0.3, block_seconds=0.01, min_pairs=3, max_seconds=3.0)
-    return Budget(args.seconds or (2.0 if args.suite.endswith("targets") else 1.0))
-
-
-def _job(args: argparse.Namespace, mode: str) -> charlm.Config:
-    return charlm.Config.quick(mode) if args.quick else charlm.Config(mode)
-
-
-def _train(jobs: Sequence[charlm.Config], args: argparse.Namespace) -> list[dict[str, Any]]:
-    trained = []
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(args.threads) if args.threads else before)
-    for job in jobs:
-        trained.append(charlm.train_both(job))
-        print("\n" + charlm.text(trained[-1]), flush=True)
-    torch.set_num_threads(before)
-    return trained
-
-
-def _measure(chosen: Sequence[AnyCase], runner: Runner, deadline: float) -> list[Result]:
-    if not chosen:
-        return []
-    progress = Progress(len(chosen), "cases")
-    found: list[Result] = []
-    progress.show(chosen[0].name)
-    reason = "this machine is too slow or too busy for --quick"
-    try:
-        for result in runner.run(chosen):
-            found.append(result)
-            progress.advance()
-            if time.monotonic() > deadline:
-                break
-            if len(found) < len(chosen):
-                progress.show(chosen[len(found)].name)
-    except KeyboardInterrupt:  # what was measured until now is reported and written all the same
-        reason = "interrupted"
-    progress.finish()
-    if len(found) < len(chosen):
-        print(f"\n{len(chosen) - len(found)} cases left out: {reason}")
-    return found
-
-
-def _plot(doc: dict[str, Any], path: Path) -> None:
-    try:
-        for picture in plots.draw(doc, path):
-            print(f"picture: {picture}")
-    except ImportError:
-        print("no pictures: matplotlib is not installed")
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -12,16 +12,10 @@ from typing import Any
 
 import torch
 
+from .._core.extension import native
+from .._version import __version__
+
 _ENVIRONMENT = re.compile(r"^(OMP|KMP|GOMP|MKL|DNNL|ONEDNN|ATEN|TORCH|DLKERNELS|LD_PRELOAD|MALLOC)(_|$)")
-
-
-def native() -> Any | None:
-    """The compiled module, or None where the reference path runs."""
-    try:
-        from .._core import extension
-    except ImportError:
-        return None
-    return extension.native
 
 
 def cpu_model() -> str:
@@ -41,19 +35,16 @@ def cpu_model() -> str:
 
 def isa() -> str:
     """The instruction set our kernels use, or torch's capability where none are compiled."""
-    module = native()
-    return str(module.isa()) if module else torch.backends.cpu.get_cpu_capability().lower()
+    return str(native.isa()) if native else torch.backends.cpu.get_cpu_capability().lower()
 
 
 def last_kernel() -> dict[str, Any]:
     """The plan of the last op call of this thread; what ran, not what was intended."""
-    module = native()
-    return _plan(module.last_run() if module else None)
+    return _plan(native.last_run() if native else None)
 
 
 def last_attention_kernel() -> dict[str, Any]:
-    module = native()
-    return _plan(module.attention_last_run() if module else None)
+    return _plan(native.attention_last_run() if native else None)
 
 
 def _plan(run: dict[str, Any] | None) -> dict[str, Any]:
@@ -94,8 +85,6 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, Any]:
-    from .._version import __version__
-
     found: dict[str, Any] = {
         "dlkernels": __version__,
         "torch": torch.__version__,
@@ -103,8 +92,7 @@ def versions() -> dict[str, Any]:
         "mkl": torch._C.has_mkl,
         "onednn": torch._C._has_mkldnn,
     }
-    module = native()
-    found["build"] = {k: v for k, v in module.build_info().items() if k != "path"} if module else "none: reference path"
+    found["build"] = {k: v for k, v in native.build_info().items() if k != "path"} if native else "none: reference path"
     return found
 
 

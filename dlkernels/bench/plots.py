@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from . import picture
-from .cases import MODES, REGIMES
+import torch
+from torch import Tensor
+
+from ..functional import attention_map
+from .cases import REGIMES
+from .layers import MODES
 from .machine import headline
 
 # Okabe-Ito colours, told apart by colour-blind readers too.
 _COLOURS = dict(zip((*MODES, "attention"), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 _MARKERS = "osD^v"
+# The attention maps: tokens, bins of an axis, width of a head.
+LENGTH, BINS, WIDTH = 16384, 96, 64
 
 
 def draw(doc: dict[str, Any], path: Path) -> list[Path]:
-    """PNGs of the ratios and of the loss curves, named after the result file. Raises ImportError without matplotlib."""
+    """PNGs of the ratios and of attention maps, named after the result file. Raises ImportError without matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,8 +32,6 @@ def draw(doc: dict[str, Any], path: Path) -> list[Path]:
         made.append(_ratios(doc, entries, path.with_suffix(".png")))
     if any(e["case"]["mode"] == "attention" for e in doc["results"]):
         made.append(_heat_map(path.with_name(path.stem + "-attention.png")))
-    if doc["charlm"]:
-        made.append(_curves(doc, path.with_name(path.stem + "-charlm.png")))
     return made
 
 
@@ -78,7 +83,7 @@ def _heat_map(path: Path) -> Path:
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
-    titles, maps = picture.heads()
+    titles, maps = attention_maps()
     figure, panels = plt.subplots(1, len(titles), figsize=(3.2 * len(titles), 3.6), layout="constrained")
     for panel, title, values in zip(panels, titles, maps, strict=True):
         image = panel.imshow(
@@ -90,7 +95,7 @@ def _heat_map(path: Path) -> Path:
         panel.set_xlabel("keys", fontsize=8)
     panels[0].set_ylabel("queries", fontsize=8)
     figure.colorbar(image, ax=panels, shrink=0.8, label="share of a bin's attention")
-    figure.suptitle(f"attention_map of {picture.LENGTH:,} tokens in {picture.BINS} x {picture.BINS} bins", fontsize=9)
+    figure.suptitle(f"attention_map of {LENGTH:,} tokens in {BINS} x {BINS} bins", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
@@ -104,24 +109,29 @@ def _rows(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def _curves(doc: dict[str, Any], path: Path) -> Path:
-    import matplotlib.pyplot as plt
+def attention_maps() -> tuple[list[str], list[Tensor]]:
+    """Titles, and maps [BINS, BINS] of four heads over a long text, each with another feature of `attention`."""
+    q, k = _queries_and_keys()
+    kinds = {
+        "full": attention_map(q, k, rows=BINS, cols=BINS),
+        "causal": attention_map(q, k, causal=True, rows=BINS, cols=BINS),
+        "causal, ALiBi": attention_map(
+            q, k, causal=True, alibi_slopes=torch.tensor([2**-9]), softcap=20.0, rows=BINS, cols=BINS
+        ),
+        "window, sink": attention_map(
+            q, k, window=(LENGTH // 8, LENGTH // 32), sinks=torch.tensor([9.0]), rows=BINS, cols=BINS
+        ),
+    }
+    return list(kinds), [values[0, 0] for values in kinds.values()]
 
-    jobs = doc["charlm"]
-    figure, panels = plt.subplots(2, len(jobs), figsize=(5 * len(jobs), 6), squeeze=False, layout="constrained")
-    for column, job in enumerate(jobs):
-        steps = range(1, job["steps"] + 1)
-        for row, panel in enumerate(panels[:, column]):
-            for side, style in (("torch", {"color": "#999999", "linewidth": 3}), ("dlkernels", {"color": "#D55E00"})):
-                seconds = job["seconds"][side]
-                x = steps if row == 0 else [s * seconds / job["steps"] for s in steps]
-                panel.plot(x, job["losses"][side], label=f"{side}, {seconds:.1f} s", **{"linewidth": 1, **style})
-            panel.set_xlabel("step" if row == 0 else "wall time, s")
-            panel.set_ylabel("training loss, nats per character")
-            panel.legend(fontsize=8)
-            panel.grid(alpha=0.25)
-        panels[0, column].set_title(f"char-LM, {job['mode'].upper()}", fontsize=9)
-    figure.suptitle(headline(doc["machine"], doc["versions"]), fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+
+def _queries_and_keys() -> tuple[Tensor, Tensor]:
+    """[1, 1, LENGTH, WIDTH]: tokens drift in topic and come back to it, queries look for their own topic."""
+    generator = torch.Generator().manual_seed(0)
+    place = torch.arange(LENGTH)[:, None] / LENGTH
+    turns = torch.randn(1, WIDTH // 2, generator=generator) * 2
+    angle = 2 * math.pi * (place * turns + 0.5 * torch.sin(2 * math.pi * 3 * place))
+    topic = torch.cat((angle.cos(), angle.sin()), 1)
+    noise = [torch.randn(LENGTH, WIDTH, generator=generator) * 0.4 for _ in range(2)]
+    q, k = (((topic + n) * 1.3)[None, None] for n in noise)
+    return q, k

@@ -1,27 +1,112 @@
-"""Check, then time: turns cases into results."""
+"""Check, then time: turns cases into results. A case whose results disagree with torch.nn and float64 is not timed."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from . import attention, machine, workload
-from .attention import AttentionCase, AttentionWorkload
-from .cases import REGIMES, Case
-from .checks import Agreement, Checker
+from ..testing import Verdict, within_rule
+from . import attention, layers, machine
+from .attention import AttentionCase, AttentionWorkload, Run, Tensors
+from .layers import Inputs, LayerCase, Workload
 from .timing import Budget, Sample, Side, alternate
-from .workload import Build, Inputs, Workload
 
+AnyCase = LayerCase | AttentionCase
 Status = Literal["ok", "disagree", "error", "no peer"]
 
 
 @dataclasses.dataclass(frozen=True)
+class Agreement:
+    """The worst tensor of a check: the one whose error is the largest part of its limit."""
+
+    ok: bool
+    worst: str
+    ours: float
+    theirs: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.worst}: error {self.ours:.2e}, torch's {self.theirs:.2e}, limit {self.limit:.2e}"
+
+
+class Checker:
+    """Keeps the float64 reference and torch's results of the last workload: cases that differ in their thread count
+    only come one after another and share them."""
+
+    def __init__(self, theirs: layers.Build, their_attention: Run = attention.theirs):
+        self.theirs = theirs
+        self.their_attention = their_attention
+        self._key = ""
+        self._reference: dict[str, Tensor] = {}
+        self._measure: dict[str, Tensor] = {}
+
+    def __call__(self, case: LayerCase, inputs: Inputs, ours: Workload) -> Agreement:
+        if case.workload != self._key:
+            plain = dataclasses.replace(case, against="torch")
+            self._reference = Workload(plain, inputs, self.theirs, dtype=torch.float64).results()
+            self._measure = Workload(plain, inputs, self.theirs).results()
+            self._key = case.workload
+        return compare(ours.results(), self._measure, self._reference, getattr(torch, case.dtype))
+
+    def attention(self, case: AttentionCase, inputs: Tensors, ours: AttentionWorkload) -> Agreement:
+        if case.workload != self._key:
+            self._reference = AttentionWorkload(case, inputs, attention.exact, dtype=torch.float64).results()
+            # With dropout the peer draws another mask; plain PyTorch with ours is the measure then.
+            peer = attention.exact if case.dropout else self.their_attention
+            self._measure = AttentionWorkload(case, inputs, peer, padded=not case.dropout).results()
+            self._key = case.workload
+        return compare(ours.results(), self._measure, self._reference, getattr(torch, case.dtype))
+
+
+def compare(
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype
+) -> Agreement:
+    if ours.keys() != reference.keys():
+        missing = ", ".join(sorted(ours.keys() ^ reference.keys()))
+        return _refusal(f"not in both: {missing}")
+    worst, verdict = "", Verdict(True, 0.0, 0.0, 0.0)
+    share = -1.0
+    for name, ref in reference.items():
+        if problem := _unusable(ours[name], ref, dtype):
+            return _refusal(f"{name} ({problem})")
+        one = within_rule(ours[name], theirs[name], ref, dtype, grad=name.startswith("d"))
+        one = _bounded(one, ref)
+        part = one.ours / one.limit if one.limit > 0 else (0.0 if one.ours == 0 else float("inf"))
+        if part > share:
+            worst, verdict, share = name, one, part
+    return Agreement(verdict.ok, worst, verdict.ours, verdict.theirs, verdict.limit)
+
+
+def _refusal(why: str) -> Agreement:
+    return Agreement(False, why, float("inf"), 0.0, 0.0)
+
+
+def _unusable(value: Tensor, ref: Tensor, dtype: torch.dtype) -> str:
+    """Why a result cannot be judged by its error: a case's numbers are ordinary, so each side's have to be finite."""
+    if value.shape != ref.shape:
+        return f"shape {tuple(value.shape)} where the reference has {tuple(ref.shape)}"
+    if value.dtype != dtype:
+        return f"{value.dtype} where the case is {dtype}"
+    for side, tensor in (("ours", value), ("the reference", ref)):
+        if not bool(tensor.isfinite().all()):
+            return f"{side} has NaN or infinity"
+    return ""
+
+
+def _bounded(verdict: Verdict, ref: Tensor) -> Verdict:
+    """A limit at which a tensor of zeros would pass shows nothing, however wrong the peer is: it is not granted."""
+    largest = ref.abs().max().item() if ref.numel() else 0.0
+    limit = min(verdict.limit, largest / 2)
+    return verdict._replace(ok=verdict.ours <= limit, limit=limit)
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    case: Case | AttentionCase
+    case: AnyCase
     status: Status
     message: str = ""
     sample: Sample | None = None
@@ -83,12 +168,12 @@ class Result:
 @dataclasses.dataclass
 class Runner:
     budget: Budget = dataclasses.field(default_factory=Budget)
-    ours: Build = workload.ours
-    theirs: Build = workload.theirs
-    our_attention: attention.Run = attention.ours
-    their_attention: attention.Run = attention.theirs
+    ours: layers.Build = layers.ours
+    theirs: layers.Build = layers.theirs
+    our_attention: Run = attention.ours
+    their_attention: Run = attention.theirs
 
-    def run(self, cases: Iterable[Case | AttentionCase]) -> Iterator[Result]:
+    def run(self, cases: Iterable[AnyCase]) -> Iterator[Result]:
         """One result per case; torch's thread count and deterministic mode are put back at the end."""
         threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
         checker = Checker(self.theirs, self.their_attention)
@@ -103,7 +188,7 @@ class Runner:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic)
 
-    def _layer(self, case: Case, checker: Checker) -> Result:
+    def _layer(self, case: LayerCase, checker: Checker) -> Result:
         inputs = Inputs.make(case)
 
         def mine() -> tuple[Workload, Agreement]:
@@ -125,7 +210,7 @@ class Runner:
         return self._one(case, peer, mine, machine.last_attention_kernel)
 
     def _one(
-        self, case: Case | AttentionCase, make_peer: Callable[[], Side],
+        self, case: AnyCase, make_peer: Callable[[], Side],
         make_mine: Callable[[], tuple[Side, Agreement]], last_kernel: Callable[[], dict[str, Any]],
     ) -> Result:  # fmt: skip
         try:
@@ -144,37 +229,13 @@ class Runner:
         except Exception as problem:
             return Result(case, "error", _first_line(problem))
 
-    def _peer(self, case: Case, inputs: Inputs) -> Workload:
+    def _peer(self, case: LayerCase, inputs: Inputs) -> Workload:
         if case.against == "torch":
             return Workload(case, inputs, self.theirs)
         if case.against == "padded":
             padded = dataclasses.replace(case, packed=False)
             return Workload(padded, Inputs.make(padded), self.ours)
         return Workload(case, inputs, self.ours)
-
-
-def geometric_mean(values: Sequence[float]) -> float | None:
-    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
-
-
-def summarize(results: Sequence[Result]) -> dict[str, Any]:
-    """Geometric means against torch, over all cases, per regime and per op."""
-    rated = [(r.case, r.speedup) for r in results if r.case.against == "torch" and r.speedup is not None]
-
-    def mean(kept: list[float]) -> dict[str, Any] | None:
-        value = geometric_mean(kept)
-        return None if value is None else {"speedup": round(value, 4), "cases": len(kept)}
-
-    groups: dict[str, Any] = {"overall": mean([s for _, s in rated])}
-    groups["regimes"] = {g: mean([s for c, s in rated if c.regime == g]) for g in REGIMES}
-    groups["ops"] = {
-        op: mean([s for c, s in rated if c.workload.split("-")[0] == op])
-        for op in sorted({c.workload.split("-")[0] for c, _ in rated})
-    }
-    judged = [r.reached for r in results if r.reached is not None]
-    groups["targets"] = {"reached": sum(judged), "of": len(judged)} if judged else None
-    groups["wrong"] = [r.case.name for r in results if r.wrong]
-    return groups
 
 
 def _first_line(problem: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The attention cases of the benchmark: checked before they are timed, the committed targets, the picture."""
+"""The attention cases of the benchmark: checked before they are timed, the committed targets, the plots."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels.bench import attention, cases, cli, picture, plots, readme, results, tables
+from benchmarks import readme, result_files, targets
+from benchmarks.suites import ProjectCommand
+from dlkernels.bench import attention, cases, plots, report
 from dlkernels.bench.attention import AttentionCase, AttentionWorkload
-from dlkernels.bench.runner import Runner, summarize
+from dlkernels.bench.report import summarize
+from dlkernels.bench.runner import Runner
 from dlkernels.bench.timing import Budget
 
 pytestmark = [
@@ -84,7 +87,7 @@ def test_both_sides_of_a_packed_case_see_the_same_rows() -> None:
 
 
 def test_names_and_order() -> None:
-    for found in (attention.grid([1, 2], ["float32", "bfloat16"]), attention.targets()):
+    for found in (attention.grid([1, 2], ["float32", "bfloat16"]), targets.attention()):
         assert len({case.name for case in found}) == len(found)
         names = [case.workload for case in found]
         assert sum(a != b for a, b in itertools.pairwise(names)) + 1 == len(set(names))
@@ -102,7 +105,7 @@ def test_every_feature_is_in_the_grid() -> None:
 
 
 def test_targets() -> None:
-    goals = {case.name: case.target for case in attention.targets()}
+    goals = {case.name: case.target for case in targets.attention()}
     assert goals["attention-infer-f32-B1-H8-M1024-D64-1t"] == goals["attention-infer-f32-B4-H8-M512-D64-2t"] == 1.0
     assert goals["attention-infer-causal-f32-B1-H8-M1024-D64-1t"] == 1.3
     assert goals["attention-infer-bf16-B1-H8-M1024-D64-1t"] == 1.3
@@ -118,7 +121,7 @@ def test_targets() -> None:
 def test_suites(capsys: pytest.CaptureFixture[str]) -> None:
     found = {}
     for suite in ("attention", "attention-targets", "targets", "main", "charlm"):
-        assert cli.run(["--suite", suite, "--threads", "1", "--list"]) == 0
+        assert ProjectCommand().run(["--suite", suite, "--threads", "1", "--list"]) == 0
         found[suite] = capsys.readouterr().out.split()
     assert all(name.startswith("attention-") for name in found["attention"] + found["attention-targets"])
     assert len(found["attention"]) > len(found["attention-targets"]) > 15 and not found["charlm"]
@@ -127,13 +130,13 @@ def test_suites(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     small = [dataclasses.replace(SMALL, target=goal, against=side) for goal, side in ((1e-9, "torch"), (None, "math"))]
-    monkeypatch.setattr(attention, "targets", lambda threads: small)
-    monkeypatch.setattr(picture, "LENGTH", 400)
-    code = cli.run(["--suite", "targets", "--only", "attention-*", "--out", str(tmp_path)], Runner(TINY))
+    monkeypatch.setattr(targets, "attention", lambda threads: small)
+    monkeypatch.setattr(plots, "LENGTH", 400)
+    code = ProjectCommand().run(["--suite", "targets", "--only", "attention-*", "--out", str(tmp_path)], Runner(TINY))
     out = capsys.readouterr().out
     assert code == 0 and "attention-infer-f32-B2-H4-M40-D16-1t" in out and "math backend" in out
     (path,) = tmp_path.rglob("*.json")
-    doc = results.load(path)
+    doc = result_files.load(path)
     assert doc["summary"]["ops"].keys() == {"attention"} and doc["summary"]["targets"] == {"reached": 1, "of": 1}
     text = readme.render({"x.json": doc})
     assert "| (2, 4, 40, 16) | attention |" in text and "against math" in text
@@ -142,15 +145,15 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_tables_have_a_heading_for_every_backend() -> None:
-    assert attention.BACKENDS.keys() <= tables._AGAINST.keys()
+    assert attention.BACKENDS.keys() <= report._AGAINST.keys()
     assert summarize([])["overall"] is None and "attention" in plots._COLOURS
 
 
 def test_the_picture_shows_what_its_titles_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(picture, "LENGTH", 960)
-    titles, maps = picture.heads()
+    monkeypatch.setattr(plots, "LENGTH", 960)
+    titles, maps = plots.attention_maps()
     named = dict(zip(titles, maps, strict=True))
-    assert all(values.shape == (picture.BINS, picture.BINS) for values in maps)
+    assert all(values.shape == (plots.BINS, plots.BINS) for values in maps)
     assert (named["causal"].triu(1) == 0).all() and named["full"].triu(1).sum() > 1
     assert named["window, sink"].triu(5).sum() == 0 and (named["window, sink"].sum(-1) < 1).all()
-    torch.testing.assert_close(named["full"].sum(-1), torch.ones(picture.BINS))
+    torch.testing.assert_close(named["full"].sum(-1), torch.ones(plots.BINS))

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from dlkernels.bench import cli
+from dlkernels.bench.cli import Command
 
 BAD_SETTINGS = {
     "DLKERNELS_CPU_ISA": ("foo", ("unknown instruction set 'foo'", "scalar, avx2, avx512, avx512_bf16 or amx")),
     "DLKERNELS_NATIVE": ("/no/such/file.so", ("/no/such/file.so", "no such file")),
 }
+COMMANDS = [("-m", "dlkernels", "info"), ("-mdlkernels", "bench", "--list"), ("-m", "benchmarks", "--list")]
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -25,7 +26,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.parametrize("name", BAD_SETTINGS)
-@pytest.mark.parametrize("arguments", [("-m", "dlkernels", "info"), ("-mdlkernels", "bench", "--list")], ids=str)
+@pytest.mark.parametrize("arguments", COMMANDS, ids=str)
 def test_a_bad_setting_is_one_line(name: str, arguments: tuple[str, ...]) -> None:
     value, expected = BAD_SETTINGS[name]
     run = python(*arguments, **{name: value})
@@ -57,7 +58,7 @@ def test_an_import_with_a_bad_setting_raises(name: str, kind: str, tmp_path: Pat
 ])  # fmt: skip
 def test_numbers_that_are_none(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_status:
-        cli.run([option, "--list"])
+        Command().run([option, "--list"])
     assert exit_status.value.code == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert f"argument {option.partition('=')[0]}" in message and "expected" in message
@@ -72,7 +73,7 @@ class NoRunner:
 def test_a_place_for_results_is_tried_first(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     out = str(tmp_path / place)
-    assert cli.run(["--quick", "--suite", "grid", "--only", "rnncell", "--out", out], NoRunner()) == 2  # type: ignore[arg-type]
+    assert Command().run(["--quick", "--suite", "grid", "--only", "rnncell", "--out", out], NoRunner()) == 2  # type: ignore[arg-type]
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith(f"--out: results cannot be written to {out}: ")

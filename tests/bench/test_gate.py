@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlkernels.bench import attention, results, tables
+from benchmarks import result_files
+from dlkernels.bench import attention, report
 from dlkernels.bench.attention import AttentionCase
-from dlkernels.bench.cases import Case
-from dlkernels.bench.checks import compare
-from dlkernels.bench.runner import Result, Runner, summarize
+from dlkernels.bench.layers import LayerCase, theirs
+from dlkernels.bench.report import summarize
+from dlkernels.bench.runner import AnyCase, Result, Runner, compare
 from dlkernels.bench.timing import Budget
-from dlkernels.bench.workload import theirs
 
 pytestmark = pytest.mark.o0_skip(reason="the runner is Python alone")
 
@@ -65,10 +65,10 @@ class SpoiledGradient(torch.autograd.Function):
         return ctx.spoil(grad), None
 
 
-def layer_with(output: Spoil | None = None, gradient: Spoil | None = None) -> Callable[[Case], nn.Module]:
+def layer_with(output: Spoil | None = None, gradient: Spoil | None = None) -> Callable[[LayerCase], nn.Module]:
     """torch's layer, whose last result or whose gradient of x is spoiled."""
 
-    def build(case: Case) -> nn.Module:
+    def build(case: LayerCase) -> nn.Module:
         module = theirs(case)
 
         def after(module: nn.Module, args: Any, out: Any) -> Any:
@@ -101,7 +101,7 @@ def attention_with(output: Spoil | None = None, gradient: Spoil | None = None) -
 
 
 LAYERS = [
-    Case(mode, T, 3, 4, 5, cell=T == 1, training=training)
+    LayerCase(mode, T, 3, 4, 5, cell=T == 1, training=training)
     for mode in ("lstm", "gru")
     for T in (1, 3)
     for training in (False, True)
@@ -115,13 +115,13 @@ def assert_nothing_claimed(result: Result) -> None:
     assert result.wrong and result.speedup is None and result.spread is None, result
     entry = result.as_json()
     assert entry["status"] in ("disagree", "error") and not {"speedup", "ours_ms", "ratio_of_all"} & entry.keys()
-    text = tables.results_table([result])
+    text = report.results_table([result])
     assert ("results disagree" in text or "error: " in text) and "0x" not in text
     assert summarize([result])["overall"] is None and summarize([result])["wrong"] == [result.case.name]
 
 
 @pytest.mark.parametrize("case", [*LAYERS, *ATTENTION], ids=lambda c: c.name + c.dtype)
-def test_the_peer_itself_passes(case: Case | AttentionCase) -> None:
+def test_the_peer_itself_passes(case: AnyCase) -> None:
     """So that what fails below fails by what was spoiled."""
     (result,) = Runner(TINY, ours=layer_with(), our_attention=attention_with()).run([case])
     assert result.status == "ok" and result.speedup, result.message
@@ -129,7 +129,7 @@ def test_the_peer_itself_passes(case: Case | AttentionCase) -> None:
 
 @pytest.mark.parametrize("what", [*VALUES, *FORMS])
 @pytest.mark.parametrize("case", [*LAYERS, *ATTENTION], ids=lambda c: c.name)
-def test_a_wrong_result_is_refused(case: Case | AttentionCase, what: str) -> None:
+def test_a_wrong_result_is_refused(case: AnyCase, what: str) -> None:
     spoil = {**VALUES, **FORMS}[what]
     (result,) = Runner(TINY, ours=layer_with(spoil), our_attention=attention_with(spoil)).run([case])
     assert_nothing_claimed(result)
@@ -139,7 +139,7 @@ def test_a_wrong_result_is_refused(case: Case | AttentionCase, what: str) -> Non
 
 @pytest.mark.parametrize("what", VALUES)
 @pytest.mark.parametrize("case", [c for c in (*LAYERS, *ATTENTION) if c.training], ids=lambda c: c.name)
-def test_a_wrong_gradient_is_refused(case: Case | AttentionCase, what: str) -> None:
+def test_a_wrong_gradient_is_refused(case: AnyCase, what: str) -> None:
     spoil = VALUES[what]
     sides = {"ours": layer_with(gradient=spoil), "our_attention": attention_with(gradient=spoil)}
     (result,) = Runner(TINY, **sides).run([case])  # type: ignore[arg-type]
@@ -149,11 +149,11 @@ def test_a_wrong_gradient_is_refused(case: Case | AttentionCase, what: str) -> N
 
 @pytest.mark.parametrize("what", VALUES)
 @pytest.mark.parametrize("case", [LAYERS[0], ATTENTION[0]], ids=lambda c: c.name)
-def test_a_peer_as_wrong_as_we_are_excuses_nothing(case: Case | AttentionCase, what: str) -> None:
+def test_a_peer_as_wrong_as_we_are_excuses_nothing(case: AnyCase, what: str) -> None:
     """torch's error is the measure of ours. In float64 torch is right, so this wrong one serves the measure only."""
     spoil = VALUES[what]
 
-    def wrong_layer(case: Case) -> nn.Module:
+    def wrong_layer(case: LayerCase) -> nn.Module:
         module = theirs(case)
         module.register_forward_hook(
             lambda m, args, out: out if m.weight_hh.dtype == torch.float64 else (spoil(out[0]), spoil(out[1]))
@@ -206,18 +206,18 @@ class TestCompare:
 
 def test_a_result_file_claims_nothing_for_a_case_that_failed() -> None:
     (result,) = Runner(TINY, ours=layer_with(VALUES["nan"])).run([LAYERS[0]])
-    doc = results.document("main", [result], [], {})
-    assert results.problems(doc) == []
+    doc = report.document("main", [result], [], {})
+    assert result_files.problems(doc) == []
     for claim in ("speedup", "ours_ms", "ratio_of_all", "spread"):
         spoiled = {**doc, "results": [{**doc["results"][0], claim: 2.0}]}
-        assert results.problems(spoiled), claim
+        assert result_files.problems(spoiled), claim
 
 
 def test_the_gate_looks_at_the_side_that_is_timed() -> None:
     """One module is built, so what was checked is what is timed."""
     built: list[nn.Module] = []
 
-    def build(case: Case) -> nn.Module:
+    def build(case: LayerCase) -> nn.Module:
         built.append(theirs(case))
         return built[-1]
 

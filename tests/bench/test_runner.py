@@ -13,28 +13,29 @@ import pytest
 import torch
 from torch import nn
 
-from dlkernels.bench import attention, cases, charlm, cli, machine, plots, readme, results, tables, timing
-from dlkernels.bench.cases import Case
-from dlkernels.bench.checks import Checker
-from dlkernels.bench.progress import Progress
-from dlkernels.bench.runner import Result, Runner, geometric_mean, summarize
+from benchmarks import charlm, readme, result_files, targets
+from benchmarks.suites import ProjectCommand
+from dlkernels.bench import cases, layers, machine, report, timing
+from dlkernels.bench.cli import Command, Progress
+from dlkernels.bench.layers import Inputs, LayerCase, Workload, ours, theirs
+from dlkernels.bench.report import geometric_mean, summarize
+from dlkernels.bench.runner import Checker, Result, Runner
 from dlkernels.bench.timing import Budget, Sample
-from dlkernels.bench.workload import Inputs, Workload, ours, theirs
 from dlkernels.testing import assert_close_to_reference, error, within_rule
 
 pytestmark = pytest.mark.o0_skip(reason="the runner is Python alone")
 
 TINY = Budget(seconds=0.02, block_seconds=1e-3, discard_seconds=0.0, min_pairs=2, max_pairs=3)
-LAYER = Case("lstm", 2, 3, 4, 5)
+LAYER = LayerCase("lstm", 2, 3, 4, 5)
 KINDS = [
     dataclasses.replace(LAYER, mode=mode, cell=cell, T=1 if cell else 3, training=training, packed=packed)
-    for mode in cases.MODES
+    for mode in layers.MODES
     for cell, packed in ((True, False), (False, False), (False, True))
     for training in (False, True)
 ]
 
 
-def shifted(case: Case) -> nn.Module:
+def shifted(case: LayerCase) -> nn.Module:
     """A layer whose results are off by a little: parameters are scaled after they are loaded."""
     module = theirs(case)
 
@@ -47,15 +48,15 @@ def shifted(case: Case) -> nn.Module:
     return module
 
 
-def broken(case: Case) -> nn.Module:
+def broken(case: LayerCase) -> nn.Module:
     raise RuntimeError("no such kernel\nsecond line")
 
 
-def run(chosen: list[Case], **sides: object) -> list[Result]:
+def run(chosen: list[LayerCase], **sides: object) -> list[Result]:
     return list(Runner(TINY, **({"ours": theirs, "theirs": theirs} | sides)).run(chosen))  # type: ignore[arg-type]
 
 
-def fake(case: Case, ratio: float) -> Result:
+def fake(case: LayerCase, ratio: float) -> Result:
     return Result(case, "ok", sample=Sample(ratio * 1e-3, 1e-3, (ratio * 0.9, ratio, ratio * 1.2), (3, 3)))
 
 
@@ -150,56 +151,56 @@ class TestTiming:
 
 class TestCases:
     def test_names_are_unique(self) -> None:
-        for found in (cases.grid([1, 2], ["float32", "bfloat16"]), cases.targets()):
+        for found in (layers.grid([1, 2], ["float32", "bfloat16"]), targets.layers()):
             assert len({case.name for case in found}) == len(found)
 
     def test_threads_are_innermost_so_references_are_shared(self) -> None:
-        for found in (cases.grid([1, 2], ["float32"]), cases.targets()):
+        for found in (layers.grid([1, 2], ["float32"]), targets.layers()):
             names = [case.workload for case in found]
             assert sum(a != b for a, b in itertools.pairwise(names)) + 1 == len(set(names))
 
     def test_every_kind_is_in_the_grid(self) -> None:
-        found = cases.grid([1, 2], ["float32", "bfloat16"])
+        found = layers.grid([1, 2], ["float32", "bfloat16"])
         kinds = {(c.mode, c.cell, c.training, c.packed) for c in found}
         assert kinds == {(c.mode, c.cell, c.training, c.packed) for c in KINDS}
         assert {c.regime for c in found} == set(cases.REGIMES)
-        assert len(cases.grid([1, 2], ["float32"], quick=True)) < 30
+        assert len(layers.grid([1, 2], ["float32"], quick=True)) < 30
 
     def test_lengths(self) -> None:
-        case = Case("gru", 32, 1000, 64, 64, packed=True)
+        case = LayerCase("gru", 32, 1000, 64, 64, packed=True)
         assert case.lengths[0] == 1000 and case.lengths[-1] == 250 and case.valid_fraction == pytest.approx(0.625, 1e-2)
-        assert Case("gru", 1, 3, 4, 4, packed=True).lengths == [3]
+        assert LayerCase("gru", 1, 3, 4, 4, packed=True).lengths == [3]
 
     def test_targets(self) -> None:
-        goals = {case.name: case.target for case in cases.targets()}
+        goals = {case.name: case.target for case in targets.layers()}
         assert goals["gru-train-f32-B1-T100-I128-H128-1t"] == 4.0
         assert goals["lstmcell-infer-f32-B1-I128-H128-2t"] == 2.0
         assert goals["rnn-train-packed-f32-B32-T1000-I64-H64-2t"] == 15.0
         assert goals["lstm-train-packed-vs-padded-f32-B32-T1000-I64-H64-1t"] == pytest.approx(1 / 1.2)
 
     def test_select(self) -> None:
-        found = cases.grid([1], ["float32"])
+        found = layers.grid([1], ["float32"])
         assert {c.mode for c in cases.select(found, ["gru-*", "grucell"])} == {"gru"}
         assert cases.select(found, []) == found
 
 
 class TestRunner:
     @pytest.mark.parametrize("case", KINDS, ids=lambda c: c.name)
-    def test_every_kind_runs(self, case: Case) -> None:
+    def test_every_kind_runs(self, case: LayerCase) -> None:
         (result,) = run([case])
         assert result.status == "ok" and result.speedup and result.speedup > 0, result.message
         assert result.agreement and result.agreement.ok
 
     @pytest.mark.parametrize("case", KINDS, ids=lambda c: c.name)
-    def test_no_speed_without_agreement(self, case: Case) -> None:
+    def test_no_speed_without_agreement(self, case: LayerCase) -> None:
         (result,) = run([case], ours=shifted)
         assert result.status == "disagree" and result.wrong
         assert result.speedup is None and "speedup" not in result.as_json()
-        text = tables.results_table([result])
+        text = report.results_table([result])
         assert "results disagree" in text and "0x" not in text
 
     @pytest.mark.parametrize("case", KINDS, ids=lambda c: c.name)
-    def test_our_layers_agree(self, case: Case) -> None:
+    def test_our_layers_agree(self, case: LayerCase) -> None:
         case = dataclasses.replace(case, dtype="float64")
         inputs = Inputs.make(case)
         agreement = Checker(theirs)(case, inputs, Workload(case, inputs, ours))
@@ -240,11 +241,11 @@ class TestRunner:
         case = dataclasses.replace(LAYER, target=2.0)
         assert fake(case, 2.5).reached and fake(case, 1.9).reached is False
         assert fake(LAYER, 0.5).reached is None
-        assert "2.00 pass" in tables.results_table([fake(case, 2.5)])
-        assert "2.00 MISSED" in tables.results_table([fake(case, 1.9)])
+        assert "2.00 pass" in report.results_table([fake(case, 2.5)])
+        assert "2.00 MISSED" in report.results_table([fake(case, 1.9)])
 
     def test_summary(self) -> None:
-        big = Case("gru", 64, 3, 512, 512)
+        big = LayerCase("gru", 64, 3, 512, 512)
         found = [fake(LAYER, 2.0), fake(big, 8.0), run([LAYER], ours=shifted)[0]]
         summary = summarize(found)
         assert summary["overall"] == {"speedup": 4.0, "cases": 2}
@@ -291,7 +292,7 @@ def document() -> dict[str, object]:
     found = [fake(LAYER, 2.0), fake(dataclasses.replace(LAYER, training=True, threads=2, target=3.0), 2.0)]
     found += run([dataclasses.replace(LAYER, mode="gru")], ours=shifted)
     job = charlm.train_both(small_job(), convert=lambda model: model)
-    return results.document("main", found, [job], machine.describe())
+    return report.document("main", found, [job], machine.describe())
 
 
 @pytest.fixture
@@ -301,18 +302,18 @@ def doc(document: dict[str, object]) -> dict[str, object]:
 
 class TestResults:
     def test_written_file_is_valid(self, doc: dict[str, object], tmp_path: Path) -> None:
-        path = results.write(doc, tmp_path)
+        path = report.write(doc, tmp_path)
         assert path.parent.parent == tmp_path and path.name.endswith("-main.json")
-        assert results.load(path) == json.loads(json.dumps(doc))
+        assert result_files.load(path) == json.loads(json.dumps(doc))
 
     def test_problems(self, doc: dict[str, object]) -> None:
-        assert results.problems(doc) == []
+        assert result_files.problems(doc) == []
         entries: list[dict[str, object]] = doc["results"]  # type: ignore[assignment]
         entries[2]["speedup"] = 9.0
-        assert results.problems(doc) == ["gru-infer-f32-B2-T3-I4-H5-1t: a speed-up without agreement"]
+        assert result_files.problems(doc) == ["gru-infer-f32-B2-T3-I4-H5-1t: a speed-up without agreement"]
         del entries[0]["ours_ms"]
-        assert "lstm-infer-f32-B2-T3-I4-H5-1t: ours_ms should be float" in results.problems(doc)
-        assert results.problems({"schema": 1})
+        assert "lstm-infer-f32-B2-T3-I4-H5-1t: ours_ms should be float" in result_files.problems(doc)
+        assert result_files.problems({"schema": 1})
 
     def test_slug(self) -> None:
         assert machine.slug("Intel(R) Xeon(R) CPU @ 2.50GHz", "avx512") == "intel-xeon-cpu-2.50ghz-avx512"
@@ -324,14 +325,14 @@ class TestResults:
 
     def test_pictures(self, doc: dict[str, object], tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
-        made = plots.draw(doc, tmp_path / "x.json")
+        made = ProjectCommand().draw(doc, tmp_path / "x.json")
         assert [p.name for p in made] == ["x.png", "x-charlm.png"]
         assert all(p.read_bytes().startswith(b"\x89PNG") for p in made)
 
 
 class TestReadme:
     def test_rewrite_then_check(self, doc: dict[str, object], tmp_path: Path) -> None:
-        path = results.write(doc, tmp_path / "results").relative_to(tmp_path)
+        path = report.write(doc, tmp_path / "results").relative_to(tmp_path)
         page = tmp_path / "README.md"
         page.write_text(f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\n\nrest\n")
         arguments = ["--readme", str(page)]
@@ -366,7 +367,7 @@ class TestReadme:
 class TestCommand:
     def command(self, tmp_path: Path, *arguments: str, **sides: object) -> int:
         runner = Runner(TINY, **({"ours": theirs, "theirs": theirs} | sides))  # type: ignore[arg-type]
-        return cli.run([*arguments, "--out", str(tmp_path)], runner)
+        return ProjectCommand().run([*arguments, "--out", str(tmp_path)], runner)
 
     def test_runs(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         code = self.command(tmp_path, "--quick", "--only", "rnncell", "--threads", "1", "--no-plot")
@@ -374,7 +375,7 @@ class TestCommand:
         assert code == 0 and "rnncell-train-f32-B1-I128-H128-1t" in out and "geometric mean" in out
         assert "cases: 2 of 2" in err and not list(tmp_path.rglob("*.png"))
         (path,) = tmp_path.rglob("*.json")
-        assert results.load(path)["suite"] == "quick-main"
+        assert result_files.load(path)["suite"] == "quick-main"
 
     def test_wrong_results_fail(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.command(tmp_path, "--quick", "--only", "rnncell-infer*", "--no-plot", ours=shifted) == 1
@@ -383,7 +384,7 @@ class TestCommand:
     def test_ctrl_c_writes_what_there_is(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         made = itertools.count()
 
-        def impatient(case: Case) -> nn.Module:
+        def impatient(case: LayerCase) -> nn.Module:
             if next(made) == 1:
                 raise KeyboardInterrupt
             return theirs(case)
@@ -391,7 +392,7 @@ class TestCommand:
         assert self.command(tmp_path, "--suite", "grid", "--only", "rnncell*", "--no-plot", ours=impatient) == 130
         assert "interrupted" in capsys.readouterr().out
         (path,) = tmp_path.rglob("*.json")
-        assert len(results.load(path)["results"]) == 1
+        assert len(result_files.load(path)["results"]) == 1
 
     def test_missed_target(self, tmp_path: Path) -> None:
         pattern = "rnncell-infer-f32-B1-I128-H128-1t"
@@ -399,12 +400,28 @@ class TestCommand:
 
     def test_list(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.command(tmp_path, "--suite", "targets", "--list") == 0
-        assert len(capsys.readouterr().out.split()) == len(cases.targets()) + len(attention.targets())
+        assert len(capsys.readouterr().out.split()) == len(targets.layers()) + len(targets.attention())
 
+    @pytest.mark.parametrize("command", [Command, ProjectCommand])
     @pytest.mark.parametrize("bad", [("--threads", "0"), ("--dtypes", "int8"), ("--suite", "x")])
-    def test_bad_arguments(self, bad: tuple[str, str]) -> None:
+    def test_bad_arguments(self, bad: tuple[str, str], command: type[Command]) -> None:
         with pytest.raises(SystemExit):
-            cli.run(list(bad))
+            command().run(list(bad))
+
+    def test_the_command_of_the_wheel(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """It measures the grid of the main suite, and trains nothing."""
+        for more in ([], ["--quick"], ["--suite", "attention"]):
+            assert Command().run(["--list", *more]) == 0
+            mine = capsys.readouterr().out
+            assert ProjectCommand().run(["--list", *more]) == 0
+            assert mine == capsys.readouterr().out and len(mine.split()) > 4
+        assert Command().jobs(Command().parser().parse_args([])) == []
+        assert len(ProjectCommand().jobs(ProjectCommand().parser().parse_args([]))) == 2
+        arguments = ["--quick", "--only", "rnncell", "--threads", "1", "--no-plot", "--out", str(tmp_path)]
+        assert Command().run(arguments, Runner(TINY, ours=theirs, theirs=theirs)) == 0
+        (path,) = tmp_path.rglob("*.json")
+        doc = result_files.load(path)
+        assert doc["suite"] == "quick-grid" and doc["charlm"] == [] and len(doc["results"]) == 2
 
     def test_no_case(self, tmp_path: Path) -> None:
         assert self.command(tmp_path, "--only", "nothing") == 2

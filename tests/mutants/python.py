@@ -32,17 +32,17 @@ AUTOCAST = ("tests/rnn/test_autocast.py", "tests/integration/test_contract.py -k
 
 PYTHON: tuple[Mutant, ...] = (
     # The benchmark's gate.
-    Mutant("gate-finite", BENCH + "checks.py", "if not bool(tensor.isfinite().all()):",
+    Mutant("gate-finite", BENCH + "runner.py", "if not bool(tensor.isfinite().all()):",
            "if bool(tensor.isnan().any()):", "infinity agrees where the reference has it",
            ("tests/bench/test_gate.py -k bad_value", *GATE)),
-    Mutant("gate-dtype", BENCH + "checks.py", "if value.dtype != dtype:", "if value.dtype != value.dtype:",
+    Mutant("gate-dtype", BENCH + "runner.py", "if value.dtype != dtype:", "if value.dtype != value.dtype:",
            "float64 results are compared as if they were float32", GATE),
-    Mutant("gate-worst", BENCH + "checks.py", "if part > share:", "if part >= 0:", "only the last tensor counts", GATE),
-    Mutant("gate-limit", BENCH + "checks.py", "limit = min(verdict.limit, largest / 2)", "limit = verdict.limit",
+    Mutant("gate-worst", BENCH + "runner.py", "if part > share:", "if part >= 0:", "only the last tensor counts", GATE),
+    Mutant("gate-limit", BENCH + "runner.py", "limit = min(verdict.limit, largest / 2)", "limit = verdict.limit",
            "a peer that is wrong excuses us", GATE),
     Mutant("gate-ignored", BENCH + "runner.py", "if not agreement.ok:", "if agreement.ok is None:",
            "disagreement is timed all the same", ("tests/bench/test_runner.py -k 'no_speed or wrong_results'", *GATE)),
-    Mutant("gate-gradients", BENCH + "workload.py", 'found["d" + name] = tensor.grad',
+    Mutant("gate-gradients", BENCH + "layers.py", 'found["d" + name] = tensor.grad',
            'found.setdefault("dx", tensor.grad)', "only one gradient is compared", GATE),
     Mutant("error-nan", "dlkernels/testing.py", "return math.inf if math.isnan(worst) else worst",
            "return 0.0 if math.isnan(worst) else worst",
@@ -55,7 +55,7 @@ PYTHON: tuple[Mutant, ...] = (
            ("tests/bench/test_runner.py -k ratio_is", *GATE)),
     Mutant("speed-up-padded", BENCH + "runner.py", 'self.case.valid_fraction if self.case.against == "padded" else 1.0',
            "1.0", "padding counts as work", ("tests/bench/test_runner.py -k padded", *GATE)),
-    Mutant("charlm-nan", BENCH + "charlm.py", "agree = early <= EARLY_LIMIT and drift <= FINAL_LIMIT",
+    Mutant("charlm-nan", "benchmarks/charlm.py", "agree = early <= EARLY_LIMIT and drift <= FINAL_LIMIT",
            "agree = not (early > EARLY_LIMIT or drift > FINAL_LIMIT)", "a loss of NaN agrees",
            ("tests/bench/test_runner.py -k curves", *GATE)),
     # Autograd.

@@ -16,7 +16,7 @@ PARTS = (
     "csrc/rnn/torch/sequence.cpp", "csrc/attention/torch/boundary.cpp", "dlkernels/_core/",
     "dlkernels/rnn/autograd/", "dlkernels/rnn/checks.py", "dlkernels/rnn/layers.py", "dlkernels/rnn/dtypes.py",
     "dlkernels/attention/autograd.py", "dlkernels/attention/masks.py", "dlkernels/attention/sdpa.py",
-    "dlkernels/integration/patch.py", "dlkernels/bench/",
+    "dlkernels/integration/patch.py", "dlkernels/bench/", "benchmarks/",
 )  # fmt: skip
 
 

@@ -93,9 +93,11 @@ def test_backend_asks_for_build_tools_only_where_it_compiles(tmp_path: Path) -> 
 def source_tree(folder: Path, with_csrc: bool = False) -> Path:
     """The project, to be built elsewhere; without C++ sources of its own unless asked."""
     tree = folder / "tree"
-    leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.cuh", *(() if with_csrc else ("*.h",)))
+    headers = () if with_csrc else ("*.h",)
+    leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.cuh", "results", *headers)
     shutil.copytree(ROOT / "csrc", tree / "csrc", ignore=leave_out)
-    shutil.copytree(ROOT / "dlkernels", tree / "dlkernels", ignore=leave_out)
+    for name in ("dlkernels", "benchmarks"):
+        shutil.copytree(ROOT / name, tree / name, ignore=leave_out)
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     return tree
@@ -118,7 +120,8 @@ def test_install_without_a_compiler_works_and_says_so_once(tmp_path: Path) -> No
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(target)
-    assert not [name for name in names if name.endswith((".so", ".cpp"))] and "dlkernels/py.typed" in names
+    assert not [name for name in names if name.endswith((".so", ".cpp"))]
+    assert {"dlkernels/py.typed", "dlkernels/bench/cli.py"} <= set(names)
     use = """
 import warnings
 import torch
@@ -162,7 +165,7 @@ def test_what_was_compiled_is_in_the_wheel(tmp_path: Path) -> None:
     (wheel,) = (tree / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.startswith("dlkernels/_C.") and name.endswith(".so")]
-    assert not [name for name in names if name.startswith(("csrc", "tests"))]
+    assert not [name for name in names if name.startswith(("csrc", "tests", "benchmarks"))]
     assert "py3-none-any" not in wheel.name
 
 

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .progress import Progress
+import dlkernels
+from dlkernels.bench.cli import Progress
+from dlkernels.bench.machine import headline
 
 # Printable ASCII and newline; everything else is one more character.
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
@@ -109,8 +111,6 @@ class Trainer:
 
 
 def patched(model: nn.Module) -> nn.Module:
-    import dlkernels
-
     dlkernels.patch(model)
     if not type(model.rnn).__module__.startswith("dlkernels"):
         raise RuntimeError("dlkernels.patch left the recurrent layer as it was")
@@ -199,3 +199,27 @@ def text(job: dict[str, Any]) -> str:
     else:
         lines.append(f"  LOSS CURVES DISAGREE, no speed-up claimed: {job['message']}")
     return "\n".join(lines)
+
+
+def curves(doc: dict[str, Any], path: Path) -> Path:
+    """A picture of the jobs of a result file: loss by step and by wall time."""
+    import matplotlib.pyplot as plt
+
+    jobs = doc["charlm"]
+    figure, panels = plt.subplots(2, len(jobs), figsize=(5 * len(jobs), 6), squeeze=False, layout="constrained")
+    for column, job in enumerate(jobs):
+        steps = range(1, job["steps"] + 1)
+        for row, panel in enumerate(panels[:, column]):
+            for side, style in (("torch", {"color": "#999999", "linewidth": 3}), ("dlkernels", {"color": "#D55E00"})):
+                seconds = job["seconds"][side]
+                x = steps if row == 0 else [s * seconds / job["steps"] for s in steps]
+                panel.plot(x, job["losses"][side], label=f"{side}, {seconds:.1f} s", **{"linewidth": 1, **style})
+            panel.set_xlabel("step" if row == 0 else "wall time, s")
+            panel.set_ylabel("training loss, nats per character")
+            panel.legend(fontsize=8)
+            panel.grid(alpha=0.25)
+        panels[0, column].set_title(f"char-LM, {job['mode'].upper()}", fontsize=9)
+    figure.suptitle(headline(doc["machine"], doc["versions"]), fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path

@@ -1,18 +1,13 @@
-"""The result file: its shape, where it lies, reading and writing."""
+"""Reading a result file, once it has the shape that it should have."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import machine
-from .runner import Result, summarize
+from dlkernels.bench.report import SCHEMA
 
-SCHEMA = 1
 _Schema = dict[str, type]
 _TOP: _Schema = {"schema": int, "suite": str, "date": str}
 _TOP |= dict.fromkeys(("machine", "versions", "summary"), dict) | dict.fromkeys(("results", "charlm"), list)
@@ -24,21 +19,6 @@ _CHARLM |= {"seconds": dict, "losses": dict, "validation": dict, "agree": bool, 
 # What only a case whose results agree may carry.
 _CLAIMS = {"speedup": "a speed-up", "spread": "a spread", "ours_ms": "a time of ours", "ratio_of_all": "a ratio"}
 _CHARLM_CLAIM: _Schema = {"speedup": float, "spread": list}
-
-
-def document(
-    suite: str, results: Sequence[Result], charlm: Sequence[dict[str, Any]], host: dict[str, Any]
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        "suite": suite,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": host,
-        "versions": machine.versions(),
-        "summary": summarize(results),
-        "charlm": list(charlm),
-        "results": [result.as_json() for result in results],
-    }
 
 
 def problems(doc: dict[str, Any]) -> list[str]:
@@ -68,33 +48,6 @@ def _mismatches(mapping: dict[str, Any], schema: _Schema, where: str) -> list[st
         for key, kind in schema.items()
         if not isinstance(mapping.get(key), (float, int) if kind is float else kind)
     ]
-
-
-def home() -> Path:
-    """benchmarks/results of the checkout, or of the current folder for an installed package."""
-    checkout = Path(__file__).resolve().parents[2]
-    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "benchmarks" / "results"
-
-
-def folder(root: Path, host: dict[str, Any]) -> Path:
-    """<root>/<machine>, made where there is none. OSError where no file can be written to it."""
-    found = root / machine.slug(host["cpu"], host["isa"])
-    found.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=found):
-        pass
-    return found
-
-
-def write(doc: dict[str, Any], root: Path) -> Path:
-    """<root>/<machine>/<date>-<suite>.json; one case a line, so that diffs read well."""
-    path = folder(root, doc["machine"]) / f"{doc['date'][:10]}-{doc['suite']}.json"
-    lists = ("charlm", "results")
-    head = json.dumps({k: v for k, v in doc.items() if k not in lists}, indent=1)
-    for key in lists:
-        body = ",\n".join("  " + json.dumps(entry) for entry in doc[key])
-        head = head[:-2] + f',\n "{key}": [\n{body}\n ]\n}}'
-    path.write_text(head + "\n")
-    return path
 
 
 def load(path: Path) -> dict[str, Any]:

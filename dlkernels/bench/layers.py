@@ -1,36 +1,139 @@
-"""One side of a case made runnable: a module, its input, and the call that is timed."""
+"""The cases of the recurrent layers and cells, and one side of such a case made runnable."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from .cases import Case
+from .. import nn as our_nn
+from .cases import SHORT_DTYPE, packed_lengths
 
-Build = Callable[[Case], nn.Module]
+MODES = ("lstm", "gru", "rnn")
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCase:
+    """`against` is what our side is measured against: torch.nn, or our own layer in another mode of use:
+    "padded" (this case is packed; compared per valid step) or "default" (this case is deterministic)."""
+
+    mode: str
+    B: int
+    T: int
+    I: int
+    H: int
+    cell: bool = False
+    training: bool = False
+    packed: bool = False
+    dtype: str = "float32"
+    threads: int = 1
+    against: str = "torch"
+    target: float | None = None
+
+    @property
+    def workload(self) -> str:
+        """The name without the thread count."""
+        return "-".join(
+            [
+                self.mode + ("cell" if self.cell else ""),
+                "train" if self.training else "infer",
+                *(["packed"] if self.packed else []),
+                *(["deterministic"] if self.against == "default" else []),
+                *(["vs-padded"] if self.against == "padded" else []),
+                SHORT_DTYPE[self.dtype],
+                self.shape_text,
+            ]
+        )
+
+    @property
+    def name(self) -> str:
+        return f"{self.workload}-{self.threads}t"
+
+    @property
+    def shape_text(self) -> str:
+        return f"B{self.B}-I{self.I}-H{self.H}" if self.cell else f"B{self.B}-T{self.T}-I{self.I}-H{self.H}"
+
+    @property
+    def regime(self) -> str:
+        if self.B <= 4:
+            return "latency"
+        return "GEMM-bound" if self.B * self.H * self.H >= 16_000_000 else "middle"
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of a packed case: evenly from T down to T/4."""
+        return packed_lengths(self.T, self.B)
+
+    @property
+    def valid_fraction(self) -> float:
+        return sum(self.lengths) / (self.B * self.T)
+
+
+GRID_SHAPES: tuple[Shape, ...] = (
+    (1, 1, 128, 128),
+    (1, 100, 128, 128),
+    (1, 100, 512, 512),
+    (16, 100, 256, 256),
+    (256, 100, 64, 64),
+    (64, 100, 512, 512),
+)
+PACKED_SHAPES: tuple[Shape, ...] = ((32, 200, 64, 64), (64, 100, 256, 256))
+CELL_SHAPES: tuple[Shape, ...] = ((1, 1, 128, 128), (16, 1, 256, 256), (128, 1, 512, 512))
+# Of the other dtypes, one shape per regime.
+DTYPE_SHAPES: tuple[Shape, ...] = ((1, 100, 128, 128), (16, 100, 256, 256), (64, 100, 512, 512))
+QUICK_SHAPES: tuple[Shape, ...] = ((1, 100, 128, 128), (16, 100, 256, 256))
+
+
+def grid(threads: Sequence[int], dtypes: Sequence[str], quick: bool = False) -> list[LayerCase]:
+    """Thread counts are innermost, so the runner computes each reference once."""
+    first = dtypes[0]
+    made: list[LayerCase] = []
+    if quick:
+        threads, dtypes = threads[-1:], (first,)
+    padded, packed, cells = (
+        (QUICK_SHAPES, PACKED_SHAPES[:1], CELL_SHAPES[:1]) if quick else (GRID_SHAPES, PACKED_SHAPES, CELL_SHAPES)
+    )
+    for dtype, cell, is_packed in itertools.product(dtypes, (True, False), (False, True)):
+        if cell and is_packed:
+            continue
+        shapes = cells if cell else packed if is_packed else padded
+        counts = threads
+        if dtype != first:
+            # The other dtypes are sampled: the first dtype's grid already shows the effect of layout and threads.
+            shapes = () if is_packed else CELL_SHAPES[:1] if cell else DTYPE_SHAPES
+            counts = threads[-1:]
+        for shape, mode, training, count in itertools.product(shapes, MODES, (False, True), counts):
+            made.append(
+                LayerCase(mode, *shape, cell=cell, training=training, packed=is_packed, dtype=dtype, threads=count)
+            )
+    if not quick:
+        for mode in MODES:
+            shape = (16, 100, 256, 256)
+            made.append(LayerCase(mode, *shape, training=True, dtype=first, threads=threads[-1], against="default"))
+    return made
+
+
+Build = Callable[[LayerCase], nn.Module]
 
 
 def from_namespace(namespace: Any) -> Build:
     """Builds a case's module from `torch.nn` or anything with the same class names."""
 
-    def build(case: Case) -> nn.Module:
+    def build(case: LayerCase) -> nn.Module:
         module: nn.Module = getattr(namespace, case.mode.upper() + ("Cell" if case.cell else ""))(case.I, case.H)
         return module
 
     return build
 
 
-def ours(case: Case) -> nn.Module:
-    import dlkernels.nn
-
-    return from_namespace(dlkernels.nn)(case)
-
-
+ours = from_namespace(our_nn)
 theirs = from_namespace(nn)
 
 
@@ -45,7 +148,7 @@ class Inputs:
     weights: dict[str, Tensor]
 
     @staticmethod
-    def make(case: Case, seed: int = 0) -> Inputs:
+    def make(case: LayerCase, seed: int = 0) -> Inputs:
         gen = torch.Generator().manual_seed(seed)
         dtype = getattr(torch, case.dtype)
 
@@ -67,7 +170,12 @@ class Workload:
     """Calling it runs the layer once: forward under inference_mode, or forward and backward of a fixed gradient."""
 
     def __init__(
-        self, case: Case, inputs: Inputs, build: Build, dtype: torch.dtype | None = None, deterministic: bool = False
+        self,
+        case: LayerCase,
+        inputs: Inputs,
+        build: Build,
+        dtype: torch.dtype | None = None,
+        deterministic: bool = False,
     ):
         dtype = dtype or getattr(torch, case.dtype)
         self.training = case.training

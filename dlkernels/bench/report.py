@@ -1,14 +1,20 @@
-"""Results as text."""
+"""What is told of results: a table and a summary for the terminal, and the result file."""
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from . import machine
 from .cases import REGIME_TEXT, REGIMES
 from .runner import Result
 
+SCHEMA = 1
 _AGAINST = {
     "padded": "packed against our own padded run, per valid step (1.00 = as fast)",
     "default": "deterministic mode against our own default mode (its cost)",
@@ -94,3 +100,69 @@ def summary_text(summary: dict[str, Any]) -> str:
     if summary["wrong"]:
         lines.append("  WRONG RESULTS, no speed-up claimed: " + ", ".join(summary["wrong"]))
     return "\n".join(lines)
+
+
+def geometric_mean(values: Sequence[float]) -> float | None:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None
+
+
+def summarize(results: Sequence[Result]) -> dict[str, Any]:
+    """Geometric means against torch, over all cases, per regime and per op."""
+    rated = [(r.case, r.speedup) for r in results if r.case.against == "torch" and r.speedup is not None]
+
+    def mean(kept: list[float]) -> dict[str, Any] | None:
+        value = geometric_mean(kept)
+        return None if value is None else {"speedup": round(value, 4), "cases": len(kept)}
+
+    groups: dict[str, Any] = {"overall": mean([s for _, s in rated])}
+    groups["regimes"] = {g: mean([s for c, s in rated if c.regime == g]) for g in REGIMES}
+    groups["ops"] = {
+        op: mean([s for c, s in rated if c.workload.split("-")[0] == op])
+        for op in sorted({c.workload.split("-")[0] for c, _ in rated})
+    }
+    judged = [r.reached for r in results if r.reached is not None]
+    groups["targets"] = {"reached": sum(judged), "of": len(judged)} if judged else None
+    groups["wrong"] = [r.case.name for r in results if r.wrong]
+    return groups
+
+
+def document(
+    suite: str, results: Sequence[Result], charlm: Sequence[dict[str, Any]], host: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": host,
+        "versions": machine.versions(),
+        "summary": summarize(results),
+        "charlm": list(charlm),
+        "results": [result.as_json() for result in results],
+    }
+
+
+def home() -> Path:
+    """benchmarks/results of the checkout, or of the current folder for an installed package."""
+    checkout = Path(__file__).resolve().parents[2]
+    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "benchmarks" / "results"
+
+
+def folder(root: Path, host: dict[str, Any]) -> Path:
+    """<root>/<machine>, made where there is none. OSError where no file can be written to it."""
+    found = root / machine.slug(host["cpu"], host["isa"])
+    found.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=found):
+        pass
+    return found
+
+
+def write(doc: dict[str, Any], root: Path) -> Path:
+    """<root>/<machine>/<date>-<suite>.json; one case a line, so that diffs read well."""
+    path = folder(root, doc["machine"]) / f"{doc['date'][:10]}-{doc['suite']}.json"
+    lists = ("charlm", "results")
+    head = json.dumps({k: v for k, v in doc.items() if k not in lists}, indent=1)
+    for key in lists:
+        body = ",\n".join("  " + json.dumps(entry) for entry in doc[key])
+        head = head[:-2] + f',\n "{key}": [\n{body}\n ]\n}}'
+    path.write_text(head + "\n")
+    return path

@@ -1,7 +1,7 @@
 """Rewrites the benchmark block of README.md from committed result files.
 
-    python -m dlkernels.bench.readme benchmarks/results/<machine>/<file>.json ...
-    python -m dlkernels.bench.readme --check
+    python -m benchmarks.readme benchmarks/results/<machine>/<file>.json ...
+    python -m benchmarks.readme --check
 
 The block remembers its files; `--check` fails when it is not what they say.
 """
@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import results
-from .cases import REGIMES, SHORT_DTYPE
-from .machine import headline
+from dlkernels.bench.cases import REGIMES, SHORT_DTYPE
+from dlkernels.bench.machine import headline
+from dlkernels.bench.report import geometric_mean
+
+from . import result_files
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SOURCES = re.compile(r"<!-- from: (.*?) -->")
@@ -50,8 +52,6 @@ def _times(value: float | None) -> str:
 
 def _regimes(doc: dict[str, Any]) -> str:
     """Geometric means: op by regime, and the overall one."""
-    from .runner import geometric_mean
-
     rated = [e for e in doc["results"] if "speedup" in e and e["case"]["against"] == "torch"]
     rows = [["speed-up over torch", *REGIMES]]
     for op in _OP_ORDER:
@@ -164,7 +164,7 @@ def rewrite(text: str, docs: dict[str, dict[str, Any]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m dlkernels.bench.readme", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m benchmarks.readme", description=__doc__.splitlines()[0])
     p.add_argument("files", nargs="*", help="result files, relative to the README; default: those the block came from")
     p.add_argument("--readme", type=Path, default=Path("README.md"))
     p.add_argument("--check", action="store_true", help="change nothing; fail if the block is out of date")
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not paths:
         print("no result file named, here or in the README's block", file=sys.stderr)
         return 2
-    new = rewrite(old, {path: results.load(args.readme.parent / path) for path in paths})
+    new = rewrite(old, {path: result_files.load(args.readme.parent / path) for path in paths})
     if args.check:
         if new != old:
             print(f"{args.readme}: the benchmark block is not what {' '.join(paths)} give", file=sys.stderr)
