@@ -13,17 +13,9 @@
 #pragma once
 
 #include "core/types.h"
+#include "rnn/cells/traits.h"
 
 namespace dlk {
-
-enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };
-
-constexpr int gate_count(CellKind cell) { return cell == CellKind::lstm ? 4 : cell == CellKind::gru ? 3 : 1; }
-constexpr int saved_slots(CellKind cell) { return cell == CellKind::lstm || cell == CellKind::gru ? 5 : 1; }
-// Of these the last ones, which may be narrow: h', which y rounds as well, and gru's W_hn h + b_hn, a factor.
-constexpr int narrow_slots(CellKind cell) { return cell == CellKind::lstm ? 0 : cell == CellKind::gru ? 2 : 1; }
-// Gate gradients per unit: gru keeps the input and the hidden half of n apart.
-constexpr int gate_grad_slots(CellKind cell) { return cell == CellKind::gru ? 4 : gate_count(cell); }
 
 struct LayerShape {
   CellKind cell;

@@ -237,6 +237,7 @@ def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
         "-fvisibility=hidden",
         "-fvisibility-inlines-hidden",
         "-Wall",
+        "-Werror=switch",
         "-pthread",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DDLKERNELS_BUILD_FLAGS="{" ".join(tuning)}"',

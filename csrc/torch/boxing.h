@@ -102,6 +102,73 @@ void give_results(StableIValue* stack, std::tuple<T...> results) {
   std::apply([&](T&... result) { ((*stack++ = Crossing<T>::give(std::move(result))), ...); }, results);
 }
 
+// How a type is written in a schema.
+template <class T>
+constexpr const char* kSchemaName = nullptr;
+template <>
+inline constexpr const char* kSchemaName<bool> = "bool";
+template <>
+inline constexpr const char* kSchemaName<int64_t> = "int";
+template <>
+inline constexpr const char* kSchemaName<double> = "float";
+template <>
+inline constexpr const char* kSchemaName<Tensor> = "Tensor";
+template <>
+inline constexpr const char* kSchemaName<OptionalTensor> = "Tensor?";
+template <>
+inline constexpr const char* kSchemaName<std::vector<Tensor>> = "Tensor[]";
+
+// DLK_ARGUMENTS(Name, LIST) makes a struct of an operator's arguments from the one list of them:
+//   #define LIST(ARGUMENT) ARGUMENT(Tensor, x, "") ARGUMENT(int64_t, steps, "=0")
+// with type, name and what follows the name in the schema. Name::schema() is their part of the schema, Name::take reads
+// them from the stack.
+#define DLK_MEMBER_OF_ARGUMENTS(Type, name, rest) Type name;
+#define DLK_SCHEMA_OF_ARGUMENTS(Type, name, rest) \
+  text += text.empty() ? "" : ", ";               \
+  text += std::string(kSchemaName<Type>) + " " #name rest;
+#define DLK_TAKE_ARGUMENTS(Type, name, rest) taken.name = Crossing<Type>::take(*stack++);
+#define DLK_ARGUMENTS(Name, LIST)           \
+  struct Name {                             \
+    LIST(DLK_MEMBER_OF_ARGUMENTS)           \
+    static std::string schema() {           \
+      std::string text;                     \
+      LIST(DLK_SCHEMA_OF_ARGUMENTS)         \
+      return text;                          \
+    }                                       \
+    static Name take(StableIValue* stack) { \
+      Name taken;                           \
+      LIST(DLK_TAKE_ARGUMENTS)              \
+      return taken;                         \
+    }                                       \
+  };
+
+// Runs an operator and leaves its results on the stack.
+template <class Run>
+void give_results_of(StableIValue* stack, Run run) {
+  // Of the standard library's containers; tensors and working memory name their bytes.
+  static constexpr const char* kNoMemory = "DefaultCPUAllocator: can't allocate memory for the tables of this call";
+  try {
+    give_results(stack, run());
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(kNoMemory);
+  } catch (const std::length_error&) {
+    throw std::runtime_error(kNoMemory);
+  }
+}
+
+// An operator whose arguments are a struct, behind what its registration fixes.
+template <auto function, auto fixed>
+struct BoxedCall;
+
+template <class Result, class Fixed, class Arguments, Result (*function)(Fixed, const Arguments&), Fixed fixed>
+struct BoxedCall<function, fixed> {
+  static void kernel(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
+    const NoGrad guard;
+    const Arguments arguments = Arguments::take(stack);
+    give_results_of(stack, [&] { return function(fixed, arguments); });
+  }
+};
+
 template <auto function>
 struct Boxed;
 
@@ -111,19 +178,10 @@ struct Boxed<function> {
     const NoGrad guard;
     // Braces, so that the values are taken in order.
     const std::tuple<std::decay_t<Args>...> args = take(stack, std::index_sequence_for<Args...>());
-    try {
-      give_results(stack, std::apply(function, args));
-    } catch (const std::bad_alloc&) {
-      throw std::runtime_error(kNoMemory);
-    } catch (const std::length_error&) {
-      throw std::runtime_error(kNoMemory);
-    }
+    give_results_of(stack, [&] { return std::apply(function, args); });
   }
 
  private:
-  // Of the standard library's containers; tensors and working memory name their bytes.
-  static constexpr const char* kNoMemory = "DefaultCPUAllocator: can't allocate memory for the tables of this call";
-
   template <size_t... I>
   static std::tuple<std::decay_t<Args>...> take(StableIValue* stack, std::index_sequence<I...>) {
     return std::tuple<std::decay_t<Args>...>{Crossing<std::decay_t<Args>>::take(stack[I])...};

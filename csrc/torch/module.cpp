@@ -1,4 +1,4 @@
-// The operators' schemas, and the host module `_C` that Python imports to get them registered.
+// The host module `_C`, which Python imports to get the operators registered.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,75 +18,6 @@ namespace py = pybind11;
 
 namespace dlk {
 namespace {
-
-using Opt = OptionalTensor;
-
-// One instance per mode, so that the schemas need no mode argument.
-template <CellKind cell>
-struct Ops {
-  static SequenceOutputs forward(const Tensor& x, const Opt& h0, const Opt& c0, const TensorList& weights,
-                                 const Opt& packed, const Opt& batch_sizes, const Opt& lengths, bool bidirectional,
-                                 bool batch_first, bool save, bool deterministic, int64_t product_dtype,
-                                 int64_t h_dtype, int64_t c_dtype) {
-    return sequence_forward(cell, x, h0, c0, weights, packed, batch_sizes, lengths, bidirectional, batch_first, save,
-                            deterministic, {product_dtype, h_dtype, c_dtype});
-  }
-  static TensorList backward(const Opt& dy, const Opt& dh_n, const Opt& dc_n, const Tensor& x, const Opt& h0,
-                             const Opt& c0, const TensorList& weights, const Tensor& saved, const Opt& batch_sizes,
-                             const Opt& lengths, bool bidirectional, bool batch_first, int64_t bptt_steps,
-                             bool deterministic, bool need_x, bool need_state, bool need_weights, bool gate_grads,
-                             int64_t product_dtype) {
-    return sequence_backward(cell, dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, bidirectional,
-                             batch_first, bptt_steps, deterministic, need_x, need_state, need_weights, gate_grads,
-                             {product_dtype});
-  }
-  static TensorList step(const Tensor& x, const Opt& h, const Opt& c, const Tensor& w_ih, const Tensor& w_hh,
-                         const Opt& b_ih, const Opt& b_hh, bool save, bool deterministic, int64_t product_dtype,
-                         int64_t h_dtype, int64_t c_dtype) {
-    return cell_forward(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, save, deterministic, {product_dtype, h_dtype, c_dtype});
-  }
-  static TensorList step_backward(const Opt& dh, const Opt& dc, const Tensor& x, const Opt& h, const Opt& c,
-                                  const Tensor& w_ih, const Tensor& w_hh, const Opt& b_ih, const Opt& b_hh,
-                                  const Tensor& saved, bool deterministic, bool need_x, bool need_state,
-                                  bool need_weights, bool gate_grads, int64_t product_dtype) {
-    return cell_backward(cell, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, deterministic, need_x, need_state,
-                         need_weights, gate_grads, {product_dtype});
-  }
-};
-
-using Library = torch::stable::detail::StableLibrary;
-
-void define(Library& library, CellKind cell) {
-  const std::string mode = mode_name(cell);
-  library.def((mode + "(Tensor x, Tensor? h0, Tensor? c0, Tensor[] weights, Tensor? packed, Tensor? batch_sizes, "
-                      "Tensor? lengths, bool bidirectional, bool batch_first, bool save, bool deterministic, "
-                      "int product_dtype=-1, int h_dtype=-1, int c_dtype=-1) -> "
-                      "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)")
-                  .c_str());
-  library.def((mode + "_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? h0, Tensor? c0, "
-                      "Tensor[] weights, Tensor saved, Tensor? batch_sizes, Tensor? lengths, bool bidirectional, "
-                      "bool batch_first, int bptt_steps, bool deterministic, bool need_x, bool need_state, "
-                      "bool need_weights, bool gate_grads, int product_dtype=-1) -> Tensor[]")
-                  .c_str());
-  library.def((mode +
-               "_cell(Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, "
-               "bool save, bool deterministic, int product_dtype=-1, int h_dtype=-1, int c_dtype=-1) -> Tensor[]")
-                  .c_str());
-  library.def((mode +
-               "_cell_backward(Tensor? dh, Tensor? dc, Tensor x, Tensor? h, Tensor? c, Tensor w_ih, Tensor w_hh, "
-               "Tensor? b_ih, Tensor? b_hh, Tensor saved, bool deterministic, bool need_x, bool need_state, "
-               "bool need_weights, bool gate_grads, int product_dtype=-1) -> Tensor[]")
-                  .c_str());
-}
-
-template <CellKind cell>
-void implement(Library& library) {
-  const std::string mode = mode_name(cell);
-  library.impl(mode.c_str(), &Boxed<&Ops<cell>::forward>::kernel);
-  library.impl((mode + "_backward").c_str(), &Boxed<&Ops<cell>::backward>::kernel);
-  library.impl((mode + "_cell").c_str(), &Boxed<&Ops<cell>::step>::kernel);
-  library.impl((mode + "_cell_backward").c_str(), &Boxed<&Ops<cell>::step_backward>::kernel);
-}
 
 LayerShape make_shape(const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
                       int64_t P, int D, std::optional<int64_t> rows = std::nullopt) {
@@ -189,23 +120,6 @@ DType dtype_from_name(std::string name) {
 }
 
 }  // namespace dlk
-
-STABLE_TORCH_LIBRARY(dlkernels, library) {
-  using dlk::CellKind;
-  for (CellKind cell : {CellKind::lstm, CellKind::gru, CellKind::rnn_tanh, CellKind::rnn_relu}) {
-    dlk::define(library, cell);
-  }
-  library.def("pack(str mode, Tensor[] weights, bool bidirectional) -> Tensor");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
-  using dlk::CellKind;
-  dlk::implement<CellKind::lstm>(library);
-  dlk::implement<CellKind::gru>(library);
-  dlk::implement<CellKind::rnn_tanh>(library);
-  dlk::implement<CellKind::rnn_relu>(library);
-  library.impl("pack", &dlk::Boxed<&dlk::pack_weights>::kernel);
-}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of dlkernels: importing it registers the operators torch.ops.dlkernels.*.";

@@ -8,11 +8,7 @@
 DLK_CELLS_BEGIN
 
 template <bool kRelu>
-struct ElmanCell {
-  static constexpr int kGates = 1, kSaved = 1, kNarrow = 1, kGateGrads = 1;
-  static constexpr bool kHiddenBias = false;
-  static constexpr bool kCellState = false, kDirectPath = false;
-
+struct ElmanCell : CellConstants<kRelu ? CellKind::rnn_relu : CellKind::rnn_tanh> {
   template <class V>
   static DLK_INLINE V forward(const V* x, const V* h, V, V* saved) {
     const V pre = x[0] + h[0];

@@ -10,28 +10,27 @@
 
 DLK_CELLS_BEGIN
 
-struct GruCell {
-  static constexpr int kGates = 3, kSaved = 5, kNarrow = 2, kGateGrads = 4;
-  static constexpr bool kHiddenBias = true;
-  static constexpr bool kCellState = false, kDirectPath = true;  // h reaches h' past the gates
+struct GruCell : CellConstants<CellKind::gru> {
+  enum Slot { kR, kZ, kN, kHiddenN, kH };
+  static_assert(kH == kStateSlot && kN == kPartedGate);
 
   template <class V>
   static DLK_INLINE V forward(const V* x, const V* hidden, V h, V* saved) {
     const V r = sigmoid(x[0] + hidden[0]);
     const V z = sigmoid(x[1] + hidden[1]);
     const V n = tanh(fma(r, hidden[2], x[2]));
-    saved[0] = r;
-    saved[1] = z;
-    saved[2] = n;
-    saved[3] = hidden[2];
-    saved[4] = fma(z, h - n, n);
-    return saved[4];
+    saved[kR] = r;
+    saved[kZ] = z;
+    saved[kN] = n;
+    saved[kHiddenN] = hidden[2];
+    saved[kH] = fma(z, h - n, n);
+    return saved[kH];
   }
 
   // h' of a saved record; at(slot) reads one of its slots.
   template <class At>
   static DLK_INLINE auto hidden(At at) {
-    return at(4);
+    return at(kH);
   }
 
   // dgates: r, z, n on the input side, n on the hidden side. Returns the part of dh
@@ -39,7 +38,7 @@ struct GruCell {
   template <class V>
   static DLK_INLINE V backward(const V* saved, V h, V dh, V* dgates) {
     const V one = V::set1(1);
-    const V r = saved[0], z = saved[1], n = saved[2], h_n = saved[3];
+    const V r = saved[kR], z = saved[kZ], n = saved[kN], h_n = saved[kHiddenN];
     const V dn = dh * (one - z) * fnma(n, n, one);
     dgates[0] = dn * h_n * (r * (one - r));
     dgates[1] = dh * (h - n) * (z * (one - z));

@@ -10,10 +10,9 @@
 
 DLK_CELLS_BEGIN
 
-struct LstmCell {
-  static constexpr int kGates = 4, kSaved = 5, kNarrow = 0, kGateGrads = 4;
-  static constexpr bool kHiddenBias = false;  // b_hh may be added on the input side
-  static constexpr bool kCellState = true, kDirectPath = false;
+struct LstmCell : CellConstants<CellKind::lstm> {
+  enum Slot { kI, kF, kG, kO, kC };
+  static_assert(kC == kStateSlot);
 
   template <class V>
   static DLK_INLINE V forward(const V* x, const V* h, V c, V* saved) {
@@ -22,18 +21,18 @@ struct LstmCell {
     const V g = tanh(x[2] + h[2]);
     const V o = sigmoid(x[3] + h[3]);
     const V c_new = fma(f, c, i * g);
-    saved[0] = i;
-    saved[1] = f;
-    saved[2] = g;
-    saved[3] = o;
-    saved[4] = c_new;
+    saved[kI] = i;
+    saved[kF] = f;
+    saved[kG] = g;
+    saved[kO] = o;
+    saved[kC] = c_new;
     return o * tanh(c_new);
   }
 
   // h' of a saved record; at(slot) reads one of its slots. o and c' give it again.
   template <class At>
   static DLK_INLINE auto hidden(At at) {
-    return at(3) * tanh(at(4));
+    return at(kO) * tanh(at(kC));
   }
 
   // dc comes in as the gradient of c' and leaves as that of c. Returns dgates i, f, g, o
@@ -41,8 +40,8 @@ struct LstmCell {
   template <class V>
   static DLK_INLINE V backward(const V* saved, V c, V dh, V* dc, V* dgates) {
     const V one = V::set1(1);
-    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V tanh_c = tanh(saved[4]);
+    const V i = saved[kI], f = saved[kF], g = saved[kG], o = saved[kO];
+    const V tanh_c = tanh(saved[kC]);
     const V d = fma(dh * o, fnma(tanh_c, tanh_c, one), *dc);
     dgates[0] = d * g * (i * (one - i));
     dgates[1] = d * c * (f * (one - f));

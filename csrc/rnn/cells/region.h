@@ -2,6 +2,8 @@
 // unless whoever includes them has set the marks, as the CUDA kernels do (rnn/cuda/real.h).
 #pragma once
 
+#include "rnn/cells/traits.h"
+
 #ifndef DLK_CELLS_BEGIN
 #include "simd/math.h"
 #define DLK_CELLS_BEGIN DLK_ISA_BEGIN

@@ -53,7 +53,8 @@ struct Backward<C, Cell>::Walk::CellRow {
     for (int k = 0; k < Cell::kSaved; ++k) slots[k] = f.record_.load(saved, k, j, n);
     if constexpr (Cell::kCellState) {
       V dc = V::zero();
-      const V previous = past ? f.record_.load(past, 4, j, n) : load_state<C>(f.p_.c0, walk.state(i, H) + j, n);
+      const V previous =
+          past ? f.record_.load(past, Cell::kStateSlot, j, n) : load_state<C>(f.p_.c0, walk.state(i, H) + j, n);
       if (is_joining) {
         dc = load_state<C>(f.p_.dc_n, walk.state(i, H) + j, n);
       } else if (!is_cut) {

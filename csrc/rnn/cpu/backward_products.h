@@ -71,9 +71,10 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   };
   const Operand<C>* values = operand_values(d, parity);
   add(values, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
-  if constexpr (Cell::kDirectPath) {
-    add(values, ld_gates_, 2 * H, hs, x.h_panels, x.dw_hh);
-    add(values + 3 * H, ld_gates_, H, hs, x.h_panels, x.dw_hh + 2 * H * O_);
+  if constexpr (Cell::kHasPartedGate) {
+    constexpr int kGate = Cell::kPartedGate;
+    add(values, ld_gates_, kGate * H, hs, x.h_panels, x.dw_hh);
+    add(values + Cell::kGates * H, ld_gates_, H, hs, x.h_panels, x.dw_hh + kGate * H * O_);
   } else {
     add(values, ld_gates_, G_, hs, x.h_panels, x.dw_hh);
   }
@@ -138,9 +139,10 @@ void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
   store(to.w_hh, x.dw_hh, G_ * O_);
   store(to.w_hr, x.dw_hr, s_.P * s_.H);
   store(to.b_ih, x.dbias, G_);
-  if constexpr (Cell::kDirectPath) {
-    store(to.b_hh, x.dbias, 2 * s_.H);
-    if (to.b_hh) store(advance(to.b_hh, w.dtype, 2 * s_.H), x.dbias + 3 * s_.H, s_.H);
+  if constexpr (Cell::kHasPartedGate) {
+    constexpr int kGate = Cell::kPartedGate;
+    store(to.b_hh, x.dbias, kGate * s_.H);
+    if (to.b_hh) store(advance(to.b_hh, w.dtype, kGate * s_.H), x.dbias + G_, s_.H);
   } else {
     store(to.b_hh, x.dbias, G_);
   }

@@ -100,7 +100,8 @@ struct Backward<C, Cell>::Walk {
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = f.hh_;
     const Panels<C> panels = f.panels(shape, x.hh, d, f.p_.weights[d].w_hh, panel_buffer);
-    const int64_t H = s().H, head = item_count(Cell::kDirectPath ? 2 * H : f.G_), ld = item_count(f.ld_gates_);
+    const int64_t H = s().H, head = item_count(Cell::kHasPartedGate ? Cell::kPartedGate * H : f.G_),
+                  ld = item_count(f.ld_gates_);
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
@@ -119,7 +120,7 @@ struct Backward<C, Cell>::Walk {
           const bool zero = skip(i0 + r);
           any |= !zero;
           a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * ld;
-          tail[r] = zero ? f.zeros_ : a[r] + item_count(3 * H);
+          tail[r] = zero ? f.zeros_ : a[r] + item_count(Cell::kGates * H);
         }
         if (turn == p0 && member.size > 1) collect(rows, a, item_count(kSlots * H));
         if (any) {
@@ -128,7 +129,7 @@ struct Backward<C, Cell>::Walk {
             for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
           });
           // gru: r and z, then n's hidden half, which lies behind its input half.
-          if constexpr (Cell::kDirectPath)
+          if constexpr (Cell::kHasPartedGate)
             run_tile(rows, tail, item_count(H), panel.from(head), out.data, true, ahead, [](int, int) {});
         } else {
           std::fill_n(out.data, rows * width, C(0));

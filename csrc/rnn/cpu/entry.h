@@ -20,9 +20,10 @@ DLK_INLINE auto with_cell(CellKind cell, F f) {
       return f(GruCell{});
     case CellKind::rnn_tanh:
       return f(ElmanCell<false>{});
-    default:
+    case CellKind::rnn_relu:
       return f(ElmanCell<true>{});
   }
+  __builtin_unreachable();
 }
 
 // Runs `work` over all directions: side by side when the team is large enough, else in turn.

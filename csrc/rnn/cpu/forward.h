@@ -48,7 +48,7 @@ class Forward {
         blocks_((s_.H + V::size - 1) / V::size),
         record_(s_),
         in_place_(params.saved && record_.holds_products()),
-        fused_(!Cell::kHiddenBias && !fresh_ && plan.chunk_steps == 0) {}
+        fused_(!Cell::kHasPartedGate && !fresh_ && plan.chunk_steps == 0) {}
 
   void carve(Scratch& scratch) {
     const int64_t rows = slots();

@@ -339,7 +339,7 @@ struct Forward<C, Cell>::Walk {
   }
   DLK_INLINE V hidden_product(const Units& u, int g) const {
     const V sum = V::load(u.hidden + g * V::size);
-    if (Cell::kHiddenBias && g == 2) return sum + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + u.j);
+    if (g == Cell::kPartedGate) return sum + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + u.j);
     return sum;
   }
   DLK_INLINE V state_before(int64_t parity, const Units& u) const {
@@ -354,8 +354,8 @@ struct Forward<C, Cell>::Walk {
       for (int k = 0; k < Cell::kSaved; ++k) f.record_.store(table.saved[u.row], k, u.j, saved[k], u.n);
     }
     if constexpr (Cell::kCellState) {
-      saved[4].store(c(u.i, u.j));
-      if (f.p_.c_n && is_last(u.i, t)) store_state<C>(f.p_.c_n, state(u.i, s().H) + u.j, saved[4], u.n);
+      saved[Cell::kStateSlot].store(c(u.i, u.j));
+      if (f.p_.c_n && is_last(u.i, t)) store_state<C>(f.p_.c_n, state(u.i, s().H) + u.j, saved[Cell::kStateSlot], u.n);
     }
     if (s().P) {
       out.store(cell_out(u.i) + u.j);

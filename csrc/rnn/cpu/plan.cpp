@@ -52,8 +52,9 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const int64_t item = shape.dtype == DType::f64 ? 8 : plan.isa == Isa::avx512_bf16 ? 2 : 4;
   const int64_t weight_bytes = gates * shape.H * outputs * item;
   // Not for gru, whose n wants the two products apart, nor where a sequence must not notice how many are beside it.
-  const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles && shape.cell != CellKind::gru &&
-                     shape.T > 1 && shape.rows >= kFusedRows * shape.T &&
+  const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles &&
+                     cell_traits(shape.cell).parted_gate == kNone && shape.T > 1 &&
+                     shape.rows >= kFusedRows * shape.T &&
                      weight_bytes + gates * shape.H * shape.I * item <= kFusedBytes;
   plan.chunk_steps = fused ? 0 : std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
   plan.patience_us =

@@ -43,15 +43,16 @@ DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& 
     if (w.b_ih) sum = load_any<C>(w.dtype, w.b_ih, j, m) + load_any<C>(w.dtype, w.b_hh, j, m);
     sum.store(bias + j);
   }
-  if constexpr (Cell::kHiddenBias) {
+  if constexpr (Cell::kHasPartedGate) {
+    constexpr int kGate = Cell::kPartedGate;
     for (int64_t j = 0; j < H; j += V::size) {
       const int m = static_cast<int>(H - j < V::size ? H - j : V::size);
       V input = V::zero(), own = V::zero();
       if (w.b_ih) {
-        input = load_any<C>(w.dtype, w.b_ih, 2 * H + j, m);
-        own = load_any<C>(w.dtype, w.b_hh, 2 * H + j, m);
+        input = load_any<C>(w.dtype, w.b_ih, kGate * H + j, m);
+        own = load_any<C>(w.dtype, w.b_hh, kGate * H + j, m);
       }
-      input.store(bias + 2 * H + j, m);
+      input.store(bias + kGate * H + j, m);
       own.store(hidden + j);
     }
   }

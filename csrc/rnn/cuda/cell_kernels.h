@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_consta
 
   store_state<kWidth, S>(p.h, b, j, h);
   store_state<kWidth, S>(p.y, b, j, h);
-  store_state<kWidth, S>(p.new_state, b, j, out[Cell::kSaved - 1]);
-  if constexpr (Cell::kCellState) store_state<kWidth, S>(p.c_n, b, j, out[Cell::kSaved - 1]);
+  store_state<kWidth, S>(p.new_state, b, j, out[Cell::kStateSlot]);
+  if constexpr (Cell::kCellState) store_state<kWidth, S>(p.c_n, b, j, out[Cell::kStateSlot]);
   DLK_UNROLL
   for (int s = 0; s < Cell::kSaved; ++s) store_state<kWidth, S>(p.saved, b, static_cast<int64_t>(s) * p.H + j, out[s]);
 }

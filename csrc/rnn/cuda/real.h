@@ -108,7 +108,7 @@ DLK_DEVICE float hidden_of(const float* record, int64_t distance) {
 // Which of the gate gradients belong to the hidden side: all, but gru's third is the input half of n.
 template <class Cell>
 DLK_DEVICE constexpr int hidden_slot(int gate) {
-  return Cell::kDirectPath && gate == 2 ? 3 : gate;
+  return gate == Cell::kPartedGate ? Cell::kGates : gate;
 }
 
 }  // namespace gpu

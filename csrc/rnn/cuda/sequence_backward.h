@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
           state[i] = load_or_zero<S>(Cell::kCellState ? p.c0 : p.h0, (state0 + b) * p.H + j);
         } else {
           const int64_t before = row_number(p.offsets, p.B, d == 0 ? t - 1 : t + 1, first + b);
-          state[i] = saved[(before * Cell::kSaved + Cell::kSaved - 1) * p.H];
+          state[i] = saved[(before * Cell::kSaved + Cell::kStateSlot) * p.H];
         }
       }
       if (chunk == 0) group.wait();

@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   // Both biases on the input side, but that of gru's n, which stays with the recurrent product.
   for (int i = thread; i < (kGates + 1) * kUnits; i += kSequenceThreads) {
     const int g = i / kUnits, u = first_unit + i % kUnits;
-    const bool apart = Cell::kHiddenBias && g >= kGates - 1;
-    const int64_t at = static_cast<int64_t>(g < kGates ? g : kGates - 1) * p.H + u;
+    const bool apart = Cell::kHasPartedGate && (g == Cell::kPartedGate || g == kGates);
+    const int64_t at = static_cast<int64_t>(g < kGates ? g : Cell::kHasPartedGate ? Cell::kPartedGate : 0) * p.H + u;
     float sum = 0.0f;
     if (u < p.H && g < kGates) sum += load_or_zero<S>(p.b_ih[d], at);
     if (u < p.H && (g < kGates ? !apart : apart)) sum += load_or_zero<S>(p.b_hh[d], at);
@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
           hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
           x[i][g] += bias[g * kUnits + unit];
         }
-        if constexpr (Cell::kHiddenBias) hidden[kGates - 1] += bias[kGates * kUnits + unit];
+        if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += bias[kGates * kUnits + unit];
         float* state = states + b * kUnits + unit;
         h_new[i] = step_forward<Cell>(relu, x[i], hidden, *state, out[i]);
-        if (live) *state = out[i][Cell::kSaved - 1];
+        if (live) *state = out[i][Cell::kStateSlot];
         group.send(s, b, j, from_float<S>(exists ? h_new[i] : 0.0f), live);
       }
       if (last_chunk) group.arrive();
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         if (t == (d == 0 ? lengths[b] - 1 : 0)) {
           const int64_t at = (state0 + b) * p.H + j;
           static_cast<S*>(p.h_n)[at] = from_float<S>(h_new[i]);
-          if constexpr (Cell::kCellState) static_cast<S*>(p.c_n)[at] = from_float<S>(out[i][Cell::kSaved - 1]);
+          if constexpr (Cell::kCellState) static_cast<S*>(p.c_n)[at] = from_float<S>(out[i][Cell::kStateSlot]);
         }
       }
     }

@@ -40,17 +40,7 @@ class StepPlaces {
 };
 
 // Whether a step takes a state in float32 from the one before: c of the lstm, h of the gru.
-bool has_state(CellKind cell) {
-  switch (cell) {
-    case CellKind::lstm:
-    case CellKind::gru:
-      return true;
-    case CellKind::rnn_tanh:
-    case CellKind::rnn_relu:
-      return false;
-  }
-  return false;
-}
+bool has_state(CellKind cell) { return cell_traits(cell).cell_state || cell_traits(cell).direct_path; }
 
 template <class Pointer>
 Pointer at(Pointer data, int64_t bytes) {
@@ -65,7 +55,7 @@ int run_forward_steps(const SequenceForward& p, const ForwardSteps& steps, DType
   const int64_t H = p.H, states = static_cast<int64_t>(p.B) * H, gates = gate_count(p.cell) * H;
   const int64_t slots = saved_slots(p.cell) * H;
   const int size = dtype == DType::f32 ? 4 : 2;
-  const bool f32 = dtype == DType::f32, lstm = p.cell == CellKind::lstm;
+  const bool f32 = dtype == DType::f32, lstm = cell_traits(p.cell).cell_state;
   const StepPlaces places(steps.batch_sizes, p.T, p.B);
   for (int s = 0; s < p.T; ++s) {
     for (int d = 0; d < p.D; ++d) {
@@ -99,7 +89,7 @@ int run_backward_steps(const SequenceBackward& p, const BackwardSteps& steps, DT
   const int64_t H = p.H, states = static_cast<int64_t>(p.B) * H, gates = gate_count(p.cell) * H;
   const int64_t saved = saved_slots(p.cell) * H, slots = gate_grad_slots(p.cell) * H;
   const int size = dtype == DType::f32 ? 4 : 2;
-  const bool f32 = dtype == DType::f32, lstm = p.cell == CellKind::lstm;
+  const bool f32 = dtype == DType::f32, lstm = cell_traits(p.cell).cell_state;
   const StepPlaces places(steps.batch_sizes, p.T, p.B);
   for (int s = 0; s < p.T; ++s) {
     for (int d = 0; d < p.D; ++d) {

@@ -1,4 +1,4 @@
-#include "layout.h"
+#include "rnn/torch/checks.h"
 #include "core/isa.h"
 #include "boundary.h"
 
@@ -22,16 +22,6 @@ struct Sequence {
     if (b_dim == 1) return empty({shape.T, shape.B, features}, torch_dtype(dtype));
     const int64_t sizes[] = {shape.B, shape.T, features}, strides[] = {features, shape.B * features, 1};
     return empty_strided(sizes, strides, 3, torch_dtype(dtype));
-  }
-
-  void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
-    if (is_packed()) {
-      dtypes.check(tensor, what, {shape.rows, features});
-    } else if (b_dim == 1) {
-      dtypes.check(tensor, what, {shape.T, shape.B, features});
-    } else {
-      dtypes.check(tensor, what, {shape.B, shape.T, features});
-    }
   }
 
   // A per-direction array of [rows, ...], time-major even where x is not.
@@ -60,12 +50,6 @@ struct Sequence {
   }
 };
 
-// Checks the weights and fills I, H and P; take_weights then makes them contiguous.
-void check_weights(const TensorList& weights, int64_t features, Sequence* call) {
-  call->shape.I = features;
-  dlk::check_weights(weights, call->dtypes, nullptr, &call->shape);
-}
-
 void take_weights(const TensorList& weights, Sequence* call) {
   const size_t count = weights.size() / static_cast<size_t>(call->shape.D);
   const bool bias = count >= 4, projected = count % 2 == 1;
@@ -83,23 +67,16 @@ void take_weights(const TensorList& weights, Sequence* call) {
   }
 }
 
-void read_sequence(CellKind cell, const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
-                   const OptionalTensor& lengths, bool bidirectional, bool batch_first, const CallTypes& types,
-                   Sequence* call) {
+template <class Arguments>
+void read_call(CellKind cell, const Arguments& a, Sequence* call) {
   LayerShape& shape = call->shape;
   shape.cell = cell;
-  call->dtypes = Dtypes(check_float(x, "x"), types.product);
+  call->dtypes = Dtypes(check_float(a.x, "x"), a.product_dtype);
   shape.dtype = call->dtypes.product();
   shape.narrow = has_narrow_slots(shape.dtype);
-  shape.D = bidirectional ? 2 : 1;
-  call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, nullptr, &shape);
-  if (!batch_sizes && batch_first) std::swap(call->t_dim, call->b_dim);
-  check_weights(weights, x.size(x.dim() - 1), call);
-  if (lengths) call->lengths = read_lengths(lengths, shape.T);
-}
-
-void check_state(const OptionalTensor& state, const char* what, int64_t size, const Sequence& call) {
-  if (state) call.dtypes.check(state, what, {call.shape.D, call.shape.B, size});
+  call->batch_sizes = read_sequence(a, call->dtypes, nullptr, &shape);
+  if (!a.batch_sizes && a.batch_first) std::swap(call->t_dim, call->b_dim);
+  if (a.lengths) call->lengths = read_lengths(a.lengths, shape.T);
 }
 
 StateTensor<const void*> take_state(const OptionalTensor& state, Sequence* call) {
@@ -130,99 +107,77 @@ void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data()
 
 }  // namespace
 
-SequenceOutputs sequence_forward(CellKind cell, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                 const TensorList& weights, const OptionalTensor& packed,
-                                 const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
-                                 bool batch_first, bool save, bool deterministic, const CallTypes& types) {
+namespace on_cpu {
+
+SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& a) {
   Sequence call;
-  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, types, &call);
-  check_cell_state(cell, c0, "c0");
+  read_call(cell, a, &call);
   const LayerShape& shape = call.shape;
-  check_state(h0, "h0", shape.outputs(), call);
-  check_state(c0, "c0", shape.H, call);
   const Runtime runtime = current_runtime();
 
   ForwardParams params{};
   params.shape = shape;
-  params.x = call.rows(x);
-  params.h0 = take_state(h0, &call);
-  params.c0 = take_state(c0, &call);
-  take_weights(weights, &call);
+  params.x = call.rows(a.x);
+  params.h0 = take_state(a.h0, &call);
+  params.c0 = take_state(a.c0, &call);
+  take_weights(a.weights, &call);
   params.weights[0] = call.weights[0];
   params.weights[1] = call.weights[1];
-  if (packed) params.packed = read_packed(packed, runtime.isa, &call);
+  if (a.packed) params.packed = read_packed(a.packed, runtime.isa, &call);
   params.batch_sizes = values_or_null(call.batch_sizes);
   params.lengths = values_or_null(call.lengths);
-  params.deterministic = deterministic;
+  params.deterministic = a.deterministic;
 
-  const bool lstm = cell == CellKind::lstm;
-  const DType of_h = call.dtypes.result(types.h, "h_dtype"), of_c = call.dtypes.result(types.c, "c_dtype");
+  const bool lstm = cell_traits(cell).cell_state;
+  const DType of_h = call.dtypes.result(a.h_dtype, "h_dtype"), of_c = call.dtypes.result(a.c_dtype, "c_dtype");
   Tensor y = call.empty_rows(shape.D * shape.outputs(), of_h);
   Tensor h_n = new_state(true, shape.outputs(), of_h, call, &params.h_n);
   Tensor c_n = new_state(lstm, shape.H, lstm ? of_c : of_h, call, &params.c_n);
-  Tensor saved = call.empty_records(save, {shape.record()});
+  Tensor saved = call.empty_records(a.save, {shape.record()});
   if (shape.B > 0) {
     params.y = call.output_rows(y);
-    params.saved = data_if(save, saved);
+    params.saved = data_if(a.save, saved);
     rnn_forward(params, runtime);
     remember_shape(shape);
   }
   return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved)};
 }
 
-TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const OptionalTensor& dh_n,
-                             const OptionalTensor& dc_n, const Tensor& x, const OptionalTensor& h0,
-                             const OptionalTensor& c0, const TensorList& weights, const Tensor& saved,
-                             const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
-                             bool batch_first, int64_t bptt_steps, bool deterministic, bool need_x, bool need_state,
-                             bool need_weights, bool gate_grads, const CallTypes& types) {
+TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) {
   Sequence call;
-  read_sequence(cell, x, weights, batch_sizes, lengths, bidirectional, batch_first, types, &call);
-  check_cell_state(cell, c0, "c0");
-  check_cell_state(cell, dc_n, "dc_n");
-  DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
+  read_call(cell, a, &call);
+  check_sequence_gradients(a, call.dtypes, nullptr, call.shape);
   const LayerShape& shape = call.shape;
-  const bool lstm = cell == CellKind::lstm;
-  check_state(h0, "h0", shape.outputs(), call);
-  check_state(c0, "c0", shape.H, call);
-  check_state(dh_n, "dh_n", shape.outputs(), call);
-  check_state(dc_n, "dc_n", shape.H, call);
-  if (dy) call.check_rows(dy, "dy", shape.D * shape.outputs());
-  const int32_t compute = torch_dtype(compute_type(shape.dtype));
-  if (call.is_packed()) {
-    check_tensor(saved, "saved", compute, {shape.D, shape.rows, shape.record()});
-  } else {
-    check_tensor(saved, "saved", compute, {shape.D, shape.T, shape.B, shape.record()});
-  }
+  const bool lstm = cell_traits(cell).cell_state;
 
   BackwardParams params{};
   params.shape = shape;
-  params.x = call.rows(x);
-  params.h0 = take_state(h0, &call);
-  params.c0 = take_state(c0, &call);
-  take_weights(weights, &call);
+  params.x = call.rows(a.x);
+  params.h0 = take_state(a.h0, &call);
+  params.c0 = take_state(a.c0, &call);
+  take_weights(a.weights, &call);
   params.weights[0] = call.weights[0];
   params.weights[1] = call.weights[1];
   params.batch_sizes = values_or_null(call.batch_sizes);
   params.lengths = values_or_null(call.lengths);
-  params.saved = call.inputs.contiguous(saved);
-  if (dy) params.dy = call.rows(dy);
-  params.dh_n = take_state(dh_n, &call);
-  params.dc_n = take_state(dc_n, &call);
-  params.bptt_steps = bptt_steps;
-  params.deterministic = deterministic;
+  params.saved = call.inputs.contiguous(a.saved);
+  if (a.dy) params.dy = call.rows(a.dy);
+  params.dh_n = take_state(a.dh_n, &call);
+  params.dc_n = take_state(a.dc_n, &call);
+  params.bptt_steps = a.bptt_steps;
+  params.deterministic = a.deterministic;
 
   TensorList grads;
-  grads.reserve(weights.size() + 5);
-  grads.push_back(need_x ? empty_like(x) : absent(x.dtype()));
-  if (need_x) params.dx = call.output_rows(grads.back());
-  const DType of_x = call.dtypes.of(x);
-  const DType of_h0 = h0 ? params.h0.dtype : of_x, of_c0 = c0 ? params.c0.dtype : of_x;
-  grads.push_back(new_state(need_state, shape.outputs(), of_h0, call, &params.dh0));
-  grads.push_back(new_state(need_state && lstm, shape.H, of_c0, call, &params.dc0));
-  for (const Tensor& weight : weights) grads.push_back(need_weights ? empty_like(weight) : absent(weight.dtype()));
-  if (need_weights) {
-    const size_t count = weights.size() / static_cast<size_t>(shape.D);
+  grads.reserve(a.weights.size() + 5);
+  grads.push_back(a.need_x ? empty_like(a.x) : absent(a.x.dtype()));
+  if (a.need_x) params.dx = call.output_rows(grads.back());
+  const DType of_x = call.dtypes.of(a.x);
+  const DType of_h0 = a.h0 ? params.h0.dtype : of_x, of_c0 = a.c0 ? params.c0.dtype : of_x;
+  grads.push_back(new_state(a.need_state, shape.outputs(), of_h0, call, &params.dh0));
+  grads.push_back(new_state(a.need_state && lstm, shape.H, of_c0, call, &params.dc0));
+  for (const Tensor& weight : a.weights) grads.push_back(a.need_weights ? empty_like(weight) : absent(weight.dtype()));
+  if (a.need_weights) {
+    const size_t count = a.weights.size() / static_cast<size_t>(shape.D);
     for (int d = 0; d < shape.D; ++d) {
       const Tensor* w = &grads[3 + static_cast<size_t>(d) * count];
       const bool bias = count >= 4, projected = count % 2 == 1;
@@ -230,7 +185,7 @@ TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const Opti
                          projected ? w[count - 1].data() : nullptr};
     }
   }
-  if (gate_grads) {
+  if (a.gate_grads) {
     grads.push_back(call.empty_records(true, {gate_grad_slots(cell), shape.H}));
     params.gate_grads = grads.back().data();
     grads.push_back(call.empty_records(shape.P > 0, {shape.P}));
@@ -246,6 +201,8 @@ TensorList sequence_backward(CellKind cell, const OptionalTensor& dy, const Opti
   return grads;
 }
 
+}  // namespace on_cpu
+
 Tensor pack_weights(const std::string& mode, const TensorList& weights, bool bidirectional) {
   DLK_CHECK(!weights.empty() && weights[0].dim() == 2, "weights must begin with w_ih of two dimensions");
   Sequence call;
@@ -253,7 +210,8 @@ Tensor pack_weights(const std::string& mode, const TensorList& weights, bool bid
   call.shape.dtype = check_float(weights[0], "w_ih");
   call.shape.D = bidirectional ? 2 : 1;
   call.dtypes = Dtypes(call.shape.dtype, -1);
-  check_weights(weights, weights[0].size(1), &call);
+  call.shape.I = weights[0].size(1);
+  check_weights(weights, call.dtypes, nullptr, &call.shape);
   take_weights(weights, &call);
   const Isa isa = current_isa();
   const int64_t bytes = static_cast<int64_t>(rnn_packed_bytes(call.shape, isa));

@@ -1,9 +1,8 @@
 // What the CUDA operators share: tensors on a device, its stream, torch's products, checks.
 #pragma once
 
-#include "rnn/torch/ops.h"
-#include "rnn/torch/layout.h"
 #include "rnn/cuda/gpu_limits.h"
+#include "rnn/torch/checks.h"
 
 // Absent where torch was built without CUDA, and then never called.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
@@ -135,15 +134,12 @@ inline DType check_gpu_float(const Tensor& x) {
 // products run in one dtype: arguments of others are copied to it for the time of the call.
 class Call {
  public:
-  Call(CellKind cell, const Tensor& x, const CallTypes& types) : on(x), dtypes(check_gpu_float(x), types.product) {
+  Call(CellKind cell, const Tensor& x, int64_t product_dtype) : on(x), dtypes(check_gpu_float(x), product_dtype) {
     shape.cell = cell;
     shape.dtype = dtypes.product();
     dtype = torch_dtype(shape.dtype);
   }
 
-  void check(const Tensor& tensor, const char* what, std::initializer_list<int64_t> sizes) const {
-    dtypes.check(tensor, what, sizes, &on.device());
-  }
   Tensor operand(const Tensor& tensor) const { return contiguous_as(tensor, dtype); }
   OptionalTensor operand_or_absent(const OptionalTensor& tensor) const {
     return tensor ? OptionalTensor(operand(tensor).release()) : OptionalTensor();
@@ -151,7 +147,7 @@ class Call {
   int32_t result_dtype(int64_t number, const char* what) const { return torch_dtype(dtypes.result(number, what)); }
   int64_t gates() const { return gate_count(shape.cell) * shape.H; }
   int64_t slots() const { return gate_grad_slots(shape.cell) * shape.H; }
-  bool lstm() const { return shape.cell == CellKind::lstm; }
+  bool lstm() const { return cell_traits(shape.cell).cell_state; }
   bool f32() const { return shape.dtype == DType::f32; }
 
   LayerShape shape{};

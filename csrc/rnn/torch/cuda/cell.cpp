@@ -1,53 +1,32 @@
 // The cell operators on CUDA tensors: two products by torch, one kernel for everything else.
 #include "rnn/cuda/cell.h"
-#include "ops.h"
 #include "rnn/cuda/rows.h"
+#include "rnn/torch/cuda/call.h"
+#include "rnn/torch/ops.h"
 
 namespace dlk {
 namespace {
 
 struct CellCall : Call {
-  CellCall(CellKind cell, const Tensor& x_given, const OptionalTensor& h_given, const OptionalTensor& c_given,
-           const Tensor& w_ih_given, const Tensor& w_hh_given, const OptionalTensor& b_ih_given,
-           const OptionalTensor& b_hh_given, const CallTypes& types)
-      : Call(cell, x_given, types) {
-    DLK_CHECK(x_given.dim() == 2, "x must have shape [B, input_size], got ", shape_text(x_given));
-    DLK_CHECK(w_hh_given.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(w_hh_given));
-    DLK_CHECK(!b_ih_given == !b_hh_given, "b_ih and b_hh must both be given or both be None");
-    check_cell_state(cell, c_given, "c");
-    shape.T = shape.D = 1;
-    shape.B = shape.rows = x_given.size(0);
-    shape.I = x_given.size(1);
-    shape.H = w_hh_given.size(1);
+  template <class Arguments>
+  CellCall(CellKind cell, const Arguments& a) : Call(cell, a.x, a.product_dtype) {
+    read_cell(a, dtypes, &on.device(), &shape);
     DLK_CHECK(shape.B < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.B);
-    of_weights = dtypes.of(w_ih_given);
-    const int32_t weights_dtype = torch_dtype(of_weights);
-    check_tensor(w_ih_given, "w_ih", weights_dtype, {gates(), shape.I}, &on.device());
-    check_tensor(w_hh_given, "w_hh", weights_dtype, {gates(), shape.H}, &on.device());
-    if (b_ih_given) {
-      check_tensor(b_ih_given, "b_ih", weights_dtype, {gates()}, &on.device());
-      check_tensor(b_hh_given, "b_hh", weights_dtype, {gates()}, &on.device());
-    }
-    check_states(h_given, "h");
-    check_states(c_given, "c");
-    of_x = x_given.dtype();
-    of_h = h_given ? h_given.dtype() : of_x;
-    of_c = c_given ? c_given.dtype() : of_x;
+    of_weights = dtypes.of(a.w_ih);
+    of_x = a.x.dtype();
+    of_h = a.h ? a.h.dtype() : of_x;
+    of_c = a.c ? a.c.dtype() : of_x;
   }
   // After the last check, so that nothing is copied for a call that is refused.
-  void take(const Tensor& x_given, const OptionalTensor& h_given, const OptionalTensor& c_given,
-            const Tensor& w_ih_given, const Tensor& w_hh_given, const OptionalTensor& b_ih_given,
-            const OptionalTensor& b_hh_given) {
-    x = operand(x_given);
-    w_ih = operand(w_ih_given);
-    w_hh = operand(w_hh_given);
-    h = operand_or_absent(h_given);
-    c = operand_or_absent(c_given);
-    b_ih = operand_or_absent(b_ih_given);
-    b_hh = operand_or_absent(b_hh_given);
-  }
-  void check_states(const OptionalTensor& state, const char* what) const {
-    if (state) check(state, what, {shape.B, shape.H});
+  template <class Arguments>
+  void take(const Arguments& a) {
+    x = operand(a.x);
+    w_ih = operand(a.w_ih);
+    w_hh = operand(a.w_hh);
+    h = operand_or_absent(a.h);
+    c = operand_or_absent(a.c);
+    b_ih = operand_or_absent(a.b_ih);
+    b_hh = operand_or_absent(a.b_hh);
   }
   bool has_work() const { return shape.B > 0 && shape.H > 0; }
   StepRows rows() const { return {0, 1, nullptr, nullptr, false}; }
@@ -68,17 +47,17 @@ struct CellCall : Call {
 
 }  // namespace
 
-TensorList gpu_cell_forward(CellKind cell, const Tensor& x, const OptionalTensor& h, const OptionalTensor& c,
-                            const Tensor& w_ih, const Tensor& w_hh, const OptionalTensor& b_ih,
-                            const OptionalTensor& b_hh, bool save, const CallTypes& types) {
-  CellCall call(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types);
+namespace on_cuda {
+
+TensorList cell_forward(CellKind cell, const CellForwardArguments& a) {
+  CellCall call(cell, a);
   const LayerShape& shape = call.shape;
-  const int32_t of_new_h = call.result_dtype(types.h, "h_dtype"), of_new_c = call.result_dtype(types.c, "c_dtype");
-  call.take(x, h, c, w_ih, w_hh, b_ih, b_hh);
+  const int32_t of_new_h = call.result_dtype(a.h_dtype, "h_dtype"), of_new_c = call.result_dtype(a.c_dtype, "c_dtype");
+  call.take(a);
   TensorList results;
   results.push_back(call.on.empty({shape.B, shape.H}, call.dtype));
   if (call.lstm()) results.push_back(call.on.empty({shape.B, shape.H}, call.dtype));
-  if (save) results.push_back(call.on.floats({shape.B, shape.record()}));
+  if (a.save) results.push_back(call.on.floats({shape.B, shape.record()}));
   const auto returned = [&] {
     results[0] = returned_as(std::move(results[0]), of_new_h);
     if (call.lstm()) results[1] = returned_as(std::move(results[1]), of_new_c);
@@ -104,41 +83,34 @@ TensorList gpu_cell_forward(CellKind cell, const Tensor& x, const OptionalTensor
   p.state = call.state_rows(pointer(call.lstm() ? call.c : call.h));
   p.h = call.state_rows(results[0].data());
   if (call.lstm()) p.new_state = call.state_rows(results[1].data());
-  if (save) p.saved = call.float_rows<float>(results.back(), shape.record());
+  if (a.save) p.saved = call.float_rows<float>(results.back(), shape.record());
   check_launch(launch_cell(p, shape.dtype, call.on.stream()));
   return returned();
 }
 
-TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, const OptionalTensor& dc_given,
-                             const Tensor& x, const OptionalTensor& h, const OptionalTensor& c, const Tensor& w_ih,
-                             const Tensor& w_hh, const OptionalTensor& b_ih, const OptionalTensor& b_hh,
-                             const Tensor& saved_given, bool need_x, bool need_state, bool need_weights,
-                             bool gate_grads, const CallTypes& types) {
-  CellCall call(cell, x, h, c, w_ih, w_hh, b_ih, b_hh, types);
+TensorList cell_backward(CellKind cell, const CellBackwardArguments& a) {
+  CellCall call(cell, a);
+  check_cell_gradients(a, call.dtypes, &call.on.device(), call.shape);
   const LayerShape& shape = call.shape;
   const int64_t B = shape.B, H = shape.H, gates = call.gates(), slots = call.slots();
-  const bool lstm = call.lstm(), bias = need_weights && b_ih;
+  const bool lstm = call.lstm(), bias = a.need_weights && a.b_ih;
   const int32_t f32 = aoti_torch_dtype_float32(), of_weights = torch_dtype(call.of_weights);
-  check_cell_state(cell, dc_given, "dc");
-  check_tensor(saved_given, "saved", f32, {B, shape.record()}, &call.on.device());
-  call.check_states(dh_given, "dh");
-  call.check_states(dc_given, "dc");
-  call.take(x, h, c, w_ih, w_hh, b_ih, b_hh);
-  const OptionalTensor dh = call.operand_or_absent(dh_given), dc = call.operand_or_absent(dc_given);
-  const Tensor saved = contiguous_as(saved_given, f32);
+  call.take(a);
+  const OptionalTensor dh = call.operand_or_absent(a.dh), dc = call.operand_or_absent(a.dc);
+  const Tensor saved = contiguous_as(a.saved, f32);
 
   TensorList grads;
   const auto output = [&](bool wanted, std::initializer_list<int64_t> sizes, int32_t dtype) {
     grads.push_back(wanted ? call.on.empty(sizes, dtype) : call.on.absent(dtype));
   };
-  output(need_x, {B, shape.I}, call.of_x);
-  output(need_state, {B, H}, call.of_h);
-  output(need_state && lstm, {B, H}, call.dtype);
-  output(need_weights, {gates, shape.I}, of_weights);
-  output(need_weights, {gates, H}, of_weights);
+  output(a.need_x, {B, shape.I}, call.of_x);
+  output(a.need_state, {B, H}, call.of_h);
+  output(a.need_state && lstm, {B, H}, call.dtype);
+  output(a.need_weights, {gates, shape.I}, of_weights);
+  output(a.need_weights, {gates, H}, of_weights);
   output(bias, {gates}, of_weights);
   output(bias, {gates}, of_weights);
-  if (gate_grads) grads.push_back(call.on.floats({B, gate_grad_slots(cell), H}));
+  if (a.gate_grads) grads.push_back(call.on.floats({B, gate_grad_slots(cell), H}));
   // Of all gradients only dc comes from a kernel that knows but one dtype.
   const auto returned = [&] {
     grads[2] = returned_as(std::move(grads[2]), call.of_c);
@@ -151,7 +123,7 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
 
   const Tensor dgates = call.on.empty({B, slots}, call.dtype);
   const int segments = ceil_div(static_cast<int>(B), kSegmentRows);
-  const bool direct = cell == CellKind::gru;  // h also reaches h' past the gates
+  const bool direct = cell_traits(cell).direct_path;  // h also reaches h' past the gates
   Tensor carry, hidden, bias_sums;
   CellBackward p{};
   p.cell = cell;
@@ -168,9 +140,9 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
     p.hidden = {hidden.data(), gates, call.f32()};
   }
   p.dc = call.state_rows(pointer(dc));
-  if (lstm && need_state) p.new_dc = call.state_rows(grads[2].data());
+  if (lstm && a.need_state) p.new_dc = call.state_rows(grads[2].data());
   p.dgates = {dgates.data(), slots, call.f32()};
-  if (gate_grads) p.gate_grads = call.float_rows<float>(grads.back(), slots);
+  if (a.gate_grads) p.gate_grads = call.float_rows<float>(grads.back(), slots);
   if (bias) {
     bias_sums = call.on.floats({segments, slots});
     p.bias_sums = static_cast<float*>(bias_sums.data());
@@ -180,16 +152,16 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
 
   const Tensor input_side = matrix(dgates, B, gates, slots, 1);
   const Tensor& hidden_side = direct ? hidden : input_side;
-  if (need_x) multiply(input_side, call.w_ih, grads[0]);
-  if (need_state && !direct) multiply(hidden_side, call.w_hh, grads[1]);
-  if (need_state && direct) {
+  if (a.need_x) multiply(input_side, call.w_ih, grads[0]);
+  if (a.need_state && !direct) multiply(hidden_side, call.w_hh, grads[1]);
+  if (a.need_state && direct) {
     const Tensor product = call.on.floats({B, H});
     multiply(hidden_side, call.w_hh, product);
     const AddStates sum{B * H, static_cast<const float*>(carry.data()), static_cast<const float*>(product.data()),
                         grads[1].data()};
-    check_launch(launch_add_states(sum, h ? call.dtypes.of(h) : call.dtypes.of(x), call.on.stream()));
+    check_launch(launch_add_states(sum, call.dtypes.of(a.h ? a.h : a.x), call.on.stream()));
   }
-  if (need_weights) {
+  if (a.need_weights) {
     multiply(transposed(input_side), call.x, grads[3]);
     if (call.h) {
       multiply(transposed(hidden_side), call.h, grads[4]);
@@ -204,4 +176,5 @@ TensorList gpu_cell_backward(CellKind cell, const OptionalTensor& dh_given, cons
   return returned();
 }
 
+}  // namespace on_cuda
 }  // namespace dlk

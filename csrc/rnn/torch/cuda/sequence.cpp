@@ -1,11 +1,11 @@
 // The sequence operators on CUDA tensors: check, allocate, plan, and run the products outside the recurrence (torch's)
-// around the kernels of this folder. Arguments and results are those of the schemas in ops.cpp.
+// around the kernels of rnn/cuda.
 //
 // Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
-#include "ops.h"
 #include "rnn/cuda/plan_cap.h"
-#include "sequence_call.h"
 #include "rnn/cuda/steps.h"
+#include "rnn/torch/cuda/sequence_call.h"
+#include "rnn/torch/ops.h"
 
 namespace dlk {
 namespace {
@@ -49,25 +49,22 @@ void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data()
 
 }  // namespace
 
-SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const OptionalTensor& h0_given,
-                                     const OptionalTensor& c0_given, const TensorList& weights,
-                                     const OptionalTensor& batch_sizes, const OptionalTensor& lengths,
-                                     bool bidirectional, bool batch_first, bool save, const CallTypes& types) {
-  SequenceCall call(cell, x, types);
-  read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
-  check_cell_state(cell, c0_given, "c0");
-  call.check_state(h0_given, "h0");
-  call.check_state(c0_given, "c0");
-  const int32_t of_h = call.result_dtype(types.h, "h_dtype"), of_c = call.result_dtype(types.c, "c_dtype");
-  take_arguments(x, weights, lengths, true, &call);
-  const OptionalTensor h0 = call.operand_or_absent(h0_given), c0 = call.operand_or_absent(c0_given);
+namespace on_cuda {
+
+SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& a) {
+  DLK_CHECK(!a.packed, "prepacked weights are for the CPU");
+  SequenceCall call(cell, a.x, a.product_dtype);
+  read_call(a, &call);
+  const int32_t of_h = call.result_dtype(a.h_dtype, "h_dtype"), of_c = call.result_dtype(a.c_dtype, "c_dtype");
+  take_arguments(a, true, &call);
+  const OptionalTensor h0 = call.operand_or_absent(a.h0), c0 = call.operand_or_absent(a.c0);
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm();
 
   Tensor y = call.empty_rows(shape.D * shape.H);
   Tensor h_n = call.on.empty({shape.D, shape.B, shape.H}, call.dtype);
   Tensor c_n = lstm ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(of_h);
-  Tensor saved = save ? call.empty_saved() : call.on.absent(aoti_torch_dtype_float32());
+  Tensor saved = a.save ? call.empty_saved() : call.on.absent(aoti_torch_dtype_float32());
   if (shape.B > 0) {
     const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), false);
     SequenceForward p = common_params<SequenceForward>(call, h0, c0, plan);
@@ -85,7 +82,7 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
     p.y = call.strided_rows<void*>(y);
     p.h_n = h_n.data();
     if (lstm) p.c_n = c_n.data();
-    if (save) p.saved = static_cast<float*>(saved.data());
+    if (a.save) p.saved = static_cast<float*>(saved.data());
     if (plan.kind != SequencePlan::steps) {
       const GroupMemory memory(call, plan);
       memory.give(&p);
@@ -109,6 +106,8 @@ SequenceOutputs gpu_sequence_forward(CellKind cell, const Tensor& x, const Optio
   return {returned_as(std::move(y), of_h), returned_as(std::move(h_n), of_h),
           returned_as(std::move(c_n), lstm ? of_c : of_h), std::move(saved)};
 }
+
+}  // namespace on_cuda
 
 namespace {
 
@@ -162,8 +161,9 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
     hidden.saved = static_cast<const float*>(saved.data()) + d * shape.rows * shape.record();
     hidden.h0 = h0 ? offset_by(h0, d * shape.B * H, item_bytes(shape.dtype)) : nullptr;
     check_launch(launch_hidden_before(hidden, shape.dtype, call->on.stream()));
-    // Of the gru's n the hidden side has a slot of its own, the last.
-    const int64_t together = slots > gates ? gates - H : gates;
+    // A parted gate's hidden side has a slot of its own, the last.
+    const int parted = cell_traits(shape.cell).parted_gate;
+    const int64_t together = parted == kNone ? gates : parted * H;
     const Tensor& dw_hh = *dweights[2 * d + 1];
     multiply(transposed(matrix(dgates[d], shape.rows, together, slots, 1)), before, matrix(dw_hh, together, H));
     if (together < gates) {
@@ -175,51 +175,40 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
 
 }  // namespace
 
-TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, const OptionalTensor& dh_n_given,
-                                 const OptionalTensor& dc_n_given, const Tensor& x, const OptionalTensor& h0_given,
-                                 const OptionalTensor& c0_given, const TensorList& weights, const Tensor& saved_given,
-                                 const OptionalTensor& batch_sizes, const OptionalTensor& lengths, bool bidirectional,
-                                 bool batch_first, int64_t bptt_steps, bool need_x, bool need_state, bool need_weights,
-                                 bool gate_grads, const CallTypes& types) {
-  SequenceCall call(cell, x, types);
-  read_sequence(x, weights, batch_sizes, lengths, bidirectional, batch_first, &call);
+namespace on_cuda {
+
+TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) {
+  SequenceCall call(cell, a.x, a.product_dtype);
+  read_call(a, &call);
+  check_sequence_gradients(a, call.dtypes, &call.on.device(), call.shape);
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm(), bias = call.weights[0].bias;
   const int64_t count = bias ? 4 : 2, slots = call.slots();
-  check_cell_state(cell, c0_given, "c0");
-  check_cell_state(cell, dc_n_given, "dc_n");
-  DLK_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
-  call.check_state(h0_given, "h0");
-  call.check_state(c0_given, "c0");
-  call.check_state(dh_n_given, "dh_n");
-  call.check_state(dc_n_given, "dc_n");
-  if (dy_given) call.check_rows(dy_given, "dy", shape.D * shape.H);
-  call.check_saved(saved_given);
-  take_arguments(x, weights, lengths, !need_x, &call);
-  const OptionalTensor h0 = call.operand_or_absent(h0_given), c0 = call.operand_or_absent(c0_given);
-  const OptionalTensor dh_n = call.operand_or_absent(dh_n_given), dc_n = call.operand_or_absent(dc_n_given);
-  const Tensor saved = contiguous_as(saved_given, aoti_torch_dtype_float32());
+  take_arguments(a, !a.need_x, &call);
+  const OptionalTensor h0 = call.operand_or_absent(a.h0), c0 = call.operand_or_absent(a.c0);
+  const OptionalTensor dh_n = call.operand_or_absent(a.dh_n), dc_n = call.operand_or_absent(a.dc_n);
+  const Tensor saved = contiguous_as(a.saved, aoti_torch_dtype_float32());
   Tensor dy;
-  if (dy_given) dy = call.row_operand(dy_given);
+  if (a.dy) dy = call.row_operand(a.dy);
 
   TensorList grads;
-  grads.reserve(weights.size() + 5);
+  grads.reserve(a.weights.size() + 5);
   const auto state_grad = [&](bool wanted) -> void* {
     grads.push_back(wanted ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(call.dtype));
     return data_if(wanted, grads.back());
   };
-  grads.push_back(need_x ? empty_like(x) : call.on.absent(x.dtype()));
-  void* dh0 = state_grad(need_state);
-  void* dc0 = state_grad(need_state && lstm);
-  for (const Tensor& w : weights) grads.push_back(need_weights ? empty_like(w) : call.on.absent(w.dtype()));
+  grads.push_back(a.need_x ? empty_like(a.x) : call.on.absent(a.x.dtype()));
+  void* dh0 = state_grad(a.need_state);
+  void* dc0 = state_grad(a.need_state && lstm);
+  for (const Tensor& w : a.weights) grads.push_back(a.need_weights ? empty_like(w) : call.on.absent(w.dtype()));
   const size_t record = grads.size();
-  if (gate_grads) {
+  if (a.gate_grads) {
     grads.push_back(call.empty_gate_grads());
     grads.push_back(call.on.absent(aoti_torch_dtype_float32()));
   }
   const auto returned = [&] {
-    grads[1] = returned_as(std::move(grads[1]), (h0_given ? h0_given : x).dtype());
-    grads[2] = returned_as(std::move(grads[2]), (c0_given ? c0_given : x).dtype());
+    grads[1] = returned_as(std::move(grads[1]), (a.h0 ? a.h0 : a.x).dtype());
+    grads[2] = returned_as(std::move(grads[2]), (a.c0 ? a.c0 : a.x).dtype());
     return std::move(grads);
   };
   if (shape.B == 0) {
@@ -230,22 +219,22 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
   const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), true);
   const bool by_steps = plan.kind == SequencePlan::steps;
   SequenceBackward p = common_params<SequenceBackward>(call, h0, c0, plan);
-  if (dy_given) p.dy = call.strided_rows<const void*>(dy);
+  if (a.dy) p.dy = call.strided_rows<const void*>(dy);
   p.saved = static_cast<const float*>(saved.data());
   p.dh_n = pointer(dh_n);
   p.dc_n = pointer(dc_n);
-  p.bptt_steps = bptt_steps;
+  p.bptt_steps = a.bptt_steps;
   Tensor dgates[2];
   for (int d = 0; d < shape.D; ++d) {
     dgates[d] = call.on.empty({shape.rows, slots}, call.dtype);
     p.dgates[d] = call.rows(dgates[d].data(), slots, shape.dtype);
   }
-  if (gate_grads) p.gate_grads = static_cast<float*>(grads[record].data());
+  if (a.gate_grads) p.gate_grads = static_cast<float*>(grads[record].data());
   p.dh0 = dh0;
   p.dc0 = dc0;
   const int segments = by_steps ? ceil_div(p.B, kSegmentRows) : plan.groups / shape.D;
   Tensor bias_sums;
-  if (bias && need_weights) {
+  if (bias && a.need_weights) {
     bias_sums = call.on.floats({segments, shape.D, slots});
     p.bias_sums = static_cast<float*>(bias_sums.data());
   }
@@ -271,7 +260,7 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
   }
 
   Tensor* dweights[4] = {};
-  for (int d = 0; need_weights && d < shape.D; ++d) {
+  for (int d = 0; a.need_weights && d < shape.D; ++d) {
     dweights[2 * d] = &grads[static_cast<size_t>(3 + d * count)];
     dweights[2 * d + 1] = dweights[2 * d] + 1;
     if (!bias) continue;
@@ -282,11 +271,12 @@ TensorList gpu_sequence_backward(CellKind cell, const OptionalTensor& dy_given, 
                         p.bias_sums + d * slots,
                         dweights[2 * d][2].data(),
                         dweights[2 * d][3].data()};
-    check_launch(launch_bias_sums(sums, call.dtypes.of(weights[0]), call.on.stream()));
+    check_launch(launch_bias_sums(sums, call.dtypes.of(a.weights[0]), call.on.stream()));
   }
-  products_of_gate_grads(&call, dgates, saved, h0, need_x ? &grads[0] : nullptr, call.dtypes.of(x),
-                         need_weights ? dweights : nullptr);
+  products_of_gate_grads(&call, dgates, saved, h0, a.need_x ? &grads[0] : nullptr, call.dtypes.of(a.x),
+                         a.need_weights ? dweights : nullptr);
   return returned();
 }
 
+}  // namespace on_cuda
 }  // namespace dlk

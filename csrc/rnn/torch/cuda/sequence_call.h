@@ -2,8 +2,8 @@
 // and products read.
 #pragma once
 
-#include "call.h"
 #include "rnn/cuda/rows.h"
+#include "rnn/torch/cuda/call.h"
 
 namespace dlk {
 
@@ -45,15 +45,6 @@ struct SequenceCall : Call {
     const bool dense = tensor.strides()[last] == 1 || tensor.size(last) <= 1;
     return dense && tensor.dtype() == dtype ? another_handle(tensor) : contiguous_as(tensor, dtype);
   }
-  void check_rows(const Tensor& tensor, const char* what, int64_t features) const {
-    if (is_packed()) {
-      check(tensor, what, {shape.rows, features});
-    } else if (batch_first) {
-      check(tensor, what, {shape.B, shape.T, features});
-    } else {
-      check(tensor, what, {shape.T, shape.B, features});
-    }
-  }
   // What the backward needs, time-major.
   Tensor empty_saved() const {
     if (is_packed()) return on.floats({shape.D, shape.rows, shape.record()});
@@ -63,17 +54,6 @@ struct SequenceCall : Call {
     const int64_t slots = gate_grad_slots(shape.cell);
     if (is_packed()) return on.floats({shape.D, shape.rows, slots, shape.H});
     return on.floats({shape.D, shape.T, shape.B, slots, shape.H});
-  }
-  void check_saved(const Tensor& saved) const {
-    const int32_t type = aoti_torch_dtype_float32();
-    if (is_packed()) {
-      check_tensor(saved, "saved", type, {shape.D, shape.rows, shape.record()}, &on.device());
-    } else {
-      check_tensor(saved, "saved", type, {shape.D, shape.T, shape.B, shape.record()}, &on.device());
-    }
-  }
-  void check_state(const OptionalTensor& state, const char* what) const {
-    if (state) check(state, what, {shape.D, shape.B, shape.H});
   }
 
   GpuWeights weights[2];
@@ -88,28 +68,25 @@ inline bool lies_by_time(const Tensor& x) {
   return strides[2] == 1 && strides[0] == sizes[2] && strides[1] == sizes[0] * sizes[2];
 }
 
-inline void read_sequence(const Tensor& x, const TensorList& weights, const OptionalTensor& batch_sizes,
-                          const OptionalTensor& lengths, bool bidirectional, bool batch_first, SequenceCall* call) {
+template <class Arguments>
+void read_call(const Arguments& a, SequenceCall* call) {
   LayerShape& shape = call->shape;
-  const Device& device = call->on.device();
-  shape.D = bidirectional ? 2 : 1;
-  call->batch_sizes = read_layout(x, batch_sizes, lengths, batch_first, &device, &shape);
-  call->batch_first = batch_first && !batch_sizes;
-  call->has_lengths = static_cast<bool>(lengths);
-  shape.I = x.size(x.dim() - 1);
-  call->weights[0].bias = call->weights[1].bias = check_weights(weights, call->dtypes, &device, &shape) >= 4;
+  call->batch_sizes = read_sequence(a, call->dtypes, &call->on.device(), &shape);
+  call->batch_first = a.batch_first && !a.batch_sizes;
+  call->has_lengths = static_cast<bool>(a.lengths);
+  call->weights[0].bias = call->weights[1].bias = a.weights.size() / static_cast<size_t>(shape.D) >= 4;
   DLK_CHECK(shape.P == 0, "weights: there are no CUDA kernels for projections");
   DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
 }
 
 // After the last check, so that nothing is copied for a call that is refused. `any_order`: x may stay in the order that
 // it has in memory.
-inline void take_arguments(const Tensor& x, const TensorList& weights, const OptionalTensor& lengths, bool any_order,
-                           SequenceCall* call) {
+template <class Arguments>
+void take_arguments(const Arguments& a, bool any_order, SequenceCall* call) {
   const LayerShape& shape = call->shape;
-  const size_t count = weights.size() / static_cast<size_t>(shape.D);
+  const size_t count = a.weights.size() / static_cast<size_t>(shape.D);
   for (int d = 0; d < shape.D; ++d) {
-    const Tensor* w = &weights[static_cast<size_t>(d) * count];
+    const Tensor* w = &a.weights[static_cast<size_t>(d) * count];
     GpuWeights& into = call->weights[d];
     into.w_ih = call->operand(w[0]);
     into.w_hh = call->operand(w[1]);
@@ -117,11 +94,11 @@ inline void take_arguments(const Tensor& x, const TensorList& weights, const Opt
     into.b_ih = call->operand(w[2]);
     into.b_hh = call->operand(w[3]);
   }
-  const bool as_it_lies = any_order && call->batch_first && x.dtype() == call->dtype && lies_by_time(x);
+  const bool as_it_lies = any_order && call->batch_first && a.x.dtype() == call->dtype && lies_by_time(a.x);
   call->by_time = !call->batch_first || as_it_lies;
-  call->x = as_it_lies ? another_handle(x) : call->operand(x);
+  call->x = as_it_lies ? another_handle(a.x) : call->operand(a.x);
   // Blocks that meet at barriers must see the same lengths, whoever writes to the caller's.
-  if (lengths) call->lengths = contiguous_copy(lengths);
+  if (a.lengths) call->lengths = contiguous_copy(a.lengths);
   if (call->is_packed() && shape.B > 0) {
     call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
     check_launch(

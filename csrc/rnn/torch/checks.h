@@ -1,15 +1,15 @@
-// The checks of a recurrent call's sizes that are the same on every device. Those of integers are made on copies:
-// another thread may write to the caller's tensors while the call runs.
+// The checks of a recurrent call, the same on every device. Those of integers are made on copies: another thread may
+// write to the caller's tensors while the call runs. `device` is null for the CPU.
 #pragma once
 
 #include <vector>
 
 #include "torch/checks.h"
-#include "ops.h"
+#include "rnn/torch/ops.h"
 
 namespace dlk {
 
-// The dtypes of a call's tensors. Without a product dtype (CallTypes) all are of x's.
+// The dtypes of a call's tensors. Without a product dtype all are of x's.
 class Dtypes {
  public:
   Dtypes() = default;
@@ -105,8 +105,8 @@ inline size_t check_weights(const TensorList& weights, const Dtypes& dtypes, con
             shape->D == 2 ? "two directions of " : "", "w_ih, w_hh[, b_ih, b_hh][, w_hr], got ", weights.size(),
             " tensors");
   const bool bias = count >= 4, projected = count % 2 == 1;
-  DLK_CHECK(!projected || shape->cell == CellKind::lstm, "weights: only lstm has projections, ", mode_name(shape->cell),
-            " takes 2 or 4 tensors per direction, got ", count);
+  DLK_CHECK(!projected || cell_traits(shape->cell).projection, "weights: only lstm has projections, ",
+            mode_name(shape->cell), " takes 2 or 4 tensors per direction, got ", count);
   const int64_t gates = gate_count(shape->cell);
   DLK_CHECK(weights[1].dim() == 2 && weights[1].size(0) % gates == 0, "w_hh must have shape [", gates,
             " * hidden_size, ...], got ", shape_text(weights[1]));
@@ -133,7 +133,70 @@ inline size_t check_weights(const TensorList& weights, const Dtypes& dtypes, con
 }
 
 inline void check_cell_state(CellKind cell, const OptionalTensor& c, const char* what) {
-  DLK_CHECK(cell == CellKind::lstm || !c, what, " must be None: ", mode_name(cell), " has no cell state");
+  DLK_CHECK(cell_traits(cell).cell_state || !c, what, " must be None: ", mode_name(cell), " has no cell state");
+}
+
+// Checks what forward and backward of a sequence have in common, but for the values of lengths, and fills `shape`,
+// whose cell and dtype are known. Returns a copy of batch_sizes, empty for padded x.
+template <class Arguments>
+std::vector<int64_t> read_sequence(const Arguments& a, const Dtypes& dtypes, const Device* device, LayerShape* shape) {
+  shape->D = a.bidirectional ? 2 : 1;
+  std::vector<int64_t> batch_sizes = read_layout(a.x, a.batch_sizes, a.lengths, a.batch_first, device, shape);
+  shape->I = a.x.size(a.x.dim() - 1);
+  check_weights(a.weights, dtypes, device, shape);
+  check_cell_state(shape->cell, a.c0, "c0");
+  if (a.h0) dtypes.check(a.h0, "h0", {shape->D, shape->B, shape->outputs()}, device);
+  if (a.c0) dtypes.check(a.c0, "c0", {shape->D, shape->B, shape->H}, device);
+  return batch_sizes;
+}
+
+inline void check_sequence_gradients(const SequenceBackwardArguments& a, const Dtypes& dtypes, const Device* device,
+                                     const LayerShape& shape) {
+  check_cell_state(shape.cell, a.dc_n, "dc_n");
+  DLK_CHECK_VALUE(a.bptt_steps >= 0, "bptt_steps must not be negative, got ", a.bptt_steps);
+  if (a.dh_n) dtypes.check(a.dh_n, "dh_n", {shape.D, shape.B, shape.outputs()}, device);
+  if (a.dc_n) dtypes.check(a.dc_n, "dc_n", {shape.D, shape.B, shape.H}, device);
+  const int64_t features = shape.D * shape.outputs(), record = shape.record();
+  const int32_t compute = torch_dtype(compute_type(shape.dtype));
+  if (a.batch_sizes) {
+    if (a.dy) dtypes.check(a.dy, "dy", {shape.rows, features}, device);
+    check_tensor(a.saved, "saved", compute, {shape.D, shape.rows, record}, device);
+  } else {
+    const int64_t outer = a.batch_first ? shape.B : shape.T, inner = a.batch_first ? shape.T : shape.B;
+    if (a.dy) dtypes.check(a.dy, "dy", {outer, inner, features}, device);
+    check_tensor(a.saved, "saved", compute, {shape.D, shape.T, shape.B, record}, device);
+  }
+}
+
+// The same for a cell, whose shape is that of one step in one direction.
+template <class Arguments>
+void read_cell(const Arguments& a, const Dtypes& dtypes, const Device* device, LayerShape* shape) {
+  DLK_CHECK(a.x.dim() == 2, "x must have shape [B, input_size], got ", shape_text(a.x));
+  DLK_CHECK(a.w_hh.dim() == 2, "w_hh must have two dimensions, got shape ", shape_text(a.w_hh));
+  DLK_CHECK(!a.b_ih == !a.b_hh, "b_ih and b_hh must both be given or both be None");
+  check_cell_state(shape->cell, a.c, "c");
+  shape->T = shape->D = 1;
+  shape->B = shape->rows = a.x.size(0);
+  shape->I = a.x.size(1);
+  shape->H = a.w_hh.size(1);
+  const int64_t gate_rows = gate_count(shape->cell) * shape->H;
+  const int32_t dtype = torch_dtype(dtypes.of(a.w_ih));
+  check_tensor(a.w_ih, "w_ih", dtype, {gate_rows, shape->I}, device);
+  check_tensor(a.w_hh, "w_hh", dtype, {gate_rows, shape->H}, device);
+  if (a.b_ih) {
+    check_tensor(a.b_ih, "b_ih", dtype, {gate_rows}, device);
+    check_tensor(a.b_hh, "b_hh", dtype, {gate_rows}, device);
+  }
+  if (a.h) dtypes.check(a.h, "h", {shape->B, shape->H}, device);
+  if (a.c) dtypes.check(a.c, "c", {shape->B, shape->H}, device);
+}
+
+inline void check_cell_gradients(const CellBackwardArguments& a, const Dtypes& dtypes, const Device* device,
+                                 const LayerShape& shape) {
+  check_cell_state(shape.cell, a.dc, "dc");
+  check_tensor(a.saved, "saved", torch_dtype(compute_type(shape.dtype)), {shape.B, shape.record()}, device);
+  if (a.dh) dtypes.check(a.dh, "dh", {shape.B, shape.H}, device);
+  if (a.dc) dtypes.check(a.dc, "dc", {shape.B, shape.H}, device);
 }
 
 }  // namespace dlk

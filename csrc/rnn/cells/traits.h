@@ -1,0 +1,56 @@
+// What is special about a cell: the one place from which kernels, plans and boundaries of every device know it.
+// dlkernels/rnn has the same facts for Python, and a test compares.
+#pragma once
+
+namespace dlk {
+
+enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };
+constexpr CellKind kCellKinds[] = {CellKind::lstm, CellKind::gru, CellKind::rnn_tanh, CellKind::rnn_relu};
+
+constexpr int kNone = -1;
+
+struct CellTraits {
+  const char* mode;  // the name of its operators
+  int gates;         // blocks of H rows in W_ih and W_hh
+  int saved;         // slots of H values in what the forward saves of a row. The last one is the state after the step:
+                     // c' where there is a cell state, else h'
+  int narrow;        // slots, the last ones, that may have 16 bits: h', which y rounds as well, and gru's W_hn h + b_hn
+  int parted_gate;   // the last gate, if its two products stay apart, each with its bias and its gradient; or kNone
+  bool cell_state;   // whether there is a c beside h
+  bool direct_path;  // whether h reaches h' past the gates
+  bool projection;   // whether h may be projected
+};
+
+constexpr CellTraits cell_traits(CellKind cell) {
+  switch (cell) {
+    case CellKind::lstm:
+      return {"lstm", 4, 5, 0, kNone, true, false, true};
+    case CellKind::gru:
+      return {"gru", 3, 5, 2, 2, false, true, false};
+    case CellKind::rnn_tanh:
+      return {"rnn_tanh", 1, 1, 1, kNone, false, false, false};
+    case CellKind::rnn_relu:
+      return {"rnn_relu", 1, 1, 1, kNone, false, false, false};
+  }
+  return {};
+}
+
+constexpr const char* mode_name(CellKind cell) { return cell_traits(cell).mode; }
+constexpr int gate_count(CellKind cell) { return cell_traits(cell).gates; }
+constexpr int saved_slots(CellKind cell) { return cell_traits(cell).saved; }
+constexpr int narrow_slots(CellKind cell) { return cell_traits(cell).narrow; }
+// Gate gradients per unit: those of the input side, then that of the parted gate's hidden side.
+constexpr int gate_grad_slots(CellKind cell) { return gate_count(cell) + (cell_traits(cell).parted_gate != kNone); }
+
+// The same as constants of a cell's type.
+template <CellKind cell>
+struct CellConstants {
+  static constexpr CellTraits kTraits = cell_traits(cell);
+  static constexpr int kGates = kTraits.gates, kSaved = kTraits.saved, kNarrow = kTraits.narrow;
+  static constexpr int kGateGrads = gate_grad_slots(cell), kStateSlot = kSaved - 1, kPartedGate = kTraits.parted_gate;
+  static constexpr bool kHasPartedGate = kPartedGate != kNone;
+  static_assert(!kHasPartedGate || kPartedGate == kGates - 1, "products take the gates before it together");
+  static constexpr bool kCellState = kTraits.cell_state, kDirectPath = kTraits.direct_path;
+};
+
+}  // namespace dlk

@@ -1,0 +1,87 @@
+// The arguments of the recurrent operators, in the order of their schemas; registration.cpp adds what they return.
+//
+// *_dtype say what autocast asks of a call, as numbers of DType; -1 stands for the dtype of x. With a product dtype the
+// tensors may be of any dtypes but float64, and products may be rounded to it; without, all are of one.
+#pragma once
+
+#include "rnn/params.h"
+#include "torch/boxing.h"
+
+namespace dlk {
+
+using TensorList = std::vector<Tensor>;
+
+#define DLK_SEQUENCE_FORWARD(ARGUMENT)      \
+  ARGUMENT(Tensor, x, "")                   \
+  ARGUMENT(OptionalTensor, h0, "")          \
+  ARGUMENT(OptionalTensor, c0, "")          \
+  ARGUMENT(TensorList, weights, "")         \
+  ARGUMENT(OptionalTensor, packed, "")      \
+  ARGUMENT(OptionalTensor, batch_sizes, "") \
+  ARGUMENT(OptionalTensor, lengths, "")     \
+  ARGUMENT(bool, bidirectional, "")         \
+  ARGUMENT(bool, batch_first, "")           \
+  ARGUMENT(bool, save, "")                  \
+  ARGUMENT(bool, deterministic, "")         \
+  ARGUMENT(int64_t, product_dtype, "=-1")   \
+  ARGUMENT(int64_t, h_dtype, "=-1")         \
+  ARGUMENT(int64_t, c_dtype, "=-1")
+DLK_ARGUMENTS(SequenceForwardArguments, DLK_SEQUENCE_FORWARD)
+
+#define DLK_SEQUENCE_BACKWARD(ARGUMENT)     \
+  ARGUMENT(OptionalTensor, dy, "")          \
+  ARGUMENT(OptionalTensor, dh_n, "")        \
+  ARGUMENT(OptionalTensor, dc_n, "")        \
+  ARGUMENT(Tensor, x, "")                   \
+  ARGUMENT(OptionalTensor, h0, "")          \
+  ARGUMENT(OptionalTensor, c0, "")          \
+  ARGUMENT(TensorList, weights, "")         \
+  ARGUMENT(Tensor, saved, "")               \
+  ARGUMENT(OptionalTensor, batch_sizes, "") \
+  ARGUMENT(OptionalTensor, lengths, "")     \
+  ARGUMENT(bool, bidirectional, "")         \
+  ARGUMENT(bool, batch_first, "")           \
+  ARGUMENT(int64_t, bptt_steps, "")         \
+  ARGUMENT(bool, deterministic, "")         \
+  ARGUMENT(bool, need_x, "")                \
+  ARGUMENT(bool, need_state, "")            \
+  ARGUMENT(bool, need_weights, "")          \
+  ARGUMENT(bool, gate_grads, "")            \
+  ARGUMENT(int64_t, product_dtype, "=-1")
+DLK_ARGUMENTS(SequenceBackwardArguments, DLK_SEQUENCE_BACKWARD)
+
+#define DLK_CELL_FORWARD(ARGUMENT)        \
+  ARGUMENT(Tensor, x, "")                 \
+  ARGUMENT(OptionalTensor, h, "")         \
+  ARGUMENT(OptionalTensor, c, "")         \
+  ARGUMENT(Tensor, w_ih, "")              \
+  ARGUMENT(Tensor, w_hh, "")              \
+  ARGUMENT(OptionalTensor, b_ih, "")      \
+  ARGUMENT(OptionalTensor, b_hh, "")      \
+  ARGUMENT(bool, save, "")                \
+  ARGUMENT(bool, deterministic, "")       \
+  ARGUMENT(int64_t, product_dtype, "=-1") \
+  ARGUMENT(int64_t, h_dtype, "=-1")       \
+  ARGUMENT(int64_t, c_dtype, "=-1")
+DLK_ARGUMENTS(CellForwardArguments, DLK_CELL_FORWARD)
+
+#define DLK_CELL_BACKWARD(ARGUMENT)  \
+  ARGUMENT(OptionalTensor, dh, "")   \
+  ARGUMENT(OptionalTensor, dc, "")   \
+  ARGUMENT(Tensor, x, "")            \
+  ARGUMENT(OptionalTensor, h, "")    \
+  ARGUMENT(OptionalTensor, c, "")    \
+  ARGUMENT(Tensor, w_ih, "")         \
+  ARGUMENT(Tensor, w_hh, "")         \
+  ARGUMENT(OptionalTensor, b_ih, "") \
+  ARGUMENT(OptionalTensor, b_hh, "") \
+  ARGUMENT(Tensor, saved, "")        \
+  ARGUMENT(bool, deterministic, "")  \
+  ARGUMENT(bool, need_x, "")         \
+  ARGUMENT(bool, need_state, "")     \
+  ARGUMENT(bool, need_weights, "")   \
+  ARGUMENT(bool, gate_grads, "")     \
+  ARGUMENT(int64_t, product_dtype, "=-1")
+DLK_ARGUMENTS(CellBackwardArguments, DLK_CELL_BACKWARD)
+
+}  // namespace dlk

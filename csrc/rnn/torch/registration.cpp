@@ -1,0 +1,23 @@
+// The schemas of the recurrent operators, and what implements them on the CPU.
+#include "rnn/torch/implement.h"
+
+STABLE_TORCH_LIBRARY(dlkernels, library) {
+  for (dlk::CellKind cell : dlk::kCellKinds) {
+    const std::string mode = dlk::mode_name(cell);
+    const auto define = [&](const char* suffix, const std::string& arguments, const char* results) {
+      library.def((mode + suffix + "(" + arguments + ") -> " + results).c_str());
+    };
+    define("", dlk::SequenceForwardArguments::schema(), "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+    define("_backward", dlk::SequenceBackwardArguments::schema(), "Tensor[]");
+    define("_cell", dlk::CellForwardArguments::schema(), "Tensor[]");
+    define("_cell_backward", dlk::CellBackwardArguments::schema(), "Tensor[]");
+  }
+  library.def("pack(str mode, Tensor[] weights, bool bidirectional) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
+  namespace device = dlk::on_cpu;
+  dlk::RecurrentOperators<device::sequence_forward, device::sequence_backward, device::cell_forward,
+                          device::cell_backward>::implement(library);
+  library.impl("pack", &dlk::Boxed<&dlk::pack_weights>::kernel);
+}
