@@ -18,7 +18,7 @@ if not ALLOW_REFERENCE:
 import torch  # noqa: E402
 
 from dlkernels._core import extension  # noqa: E402
-from tests.support.instruction_sets import available_isas, isas_to_test  # noqa: E402
+from tests.support.instruction_sets import available_isas, isas_to_test, optimised  # noqa: E402
 
 # Seconds for one test, its fixtures included; `--timeout` and the marker `timeout` say otherwise.
 LIMIT, HEAVY_LIMIT = 300.0, 900.0
@@ -55,11 +55,6 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
-def _optimised() -> bool:
-    flags = str(extension.native.build_info().get("flags", "")) if extension.HAVE_NATIVE else ""
-    return "-O0" not in flags
-
-
 def _limit(item: pytest.Item) -> float:
     marker, option = item.get_closest_marker("timeout"), item.config.getoption("timeout")
     if marker is not None:
@@ -76,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         method = marker.kwargs.get("method", "thread") if marker else "thread"
         item.add_marker(pytest.mark.timeout(_limit(item), method=method), append=False)
         marker = item.get_closest_marker("o0_skip")
-        if marker is not None and not _optimised():
+        if marker is not None and not optimised():
             reason = marker.args[0] if marker.args else marker.kwargs.get("reason", "")
             item.add_marker(pytest.mark.skip(reason=f"-O0 build: {reason}"))
     # torch's own checks of an operator take the longest and say the least about values: they come last.

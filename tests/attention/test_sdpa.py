@@ -264,7 +264,7 @@ def test_the_switch_reaches_every_call() -> None:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_switch_inside_of_a_compiled_function(wanted: bool) -> None:
-    """Dynamo's graph has our function; integration/test_sdpa_operator.py compiles inside of the switch."""
+    """Dynamo's graph has our function; integration/test_sdpa_operator_compiled.py compiles inside of the switch."""
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:

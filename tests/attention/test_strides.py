@@ -16,7 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dlkernels
 from dlkernels import functional
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [
+    pytest.mark.usefixtures("native"),
+    pytest.mark.o0_skip(reason="strides of results do not depend on the optimiser"),
+]
 
 B, H, M, N, D = 2, 3, 5, 7, 4
 Call = tuple[str, tuple[Tensor, Tensor, Tensor], dict[str, Any]]

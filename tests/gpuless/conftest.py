@@ -1,5 +1,6 @@
 """DLKERNELS_SHARD=0/2 takes every second test, DLKERNELS_ARCH=sm_90 those for this architecture and its kin: 8.6 goes
-with 8.0. DLKERNELS_RELEASE=0/2, of the first of two Triton releases: tests marked `one_release` are dealt out."""
+with 8.0. DLKERNELS_RELEASE=0/2, of the first of two Triton releases: tests marked `one_release` are dealt out;
+with DLKERNELS_DEAL_ALL=1 all are, in turns, so that each release still gets each width, kind and architecture."""
 
 from __future__ import annotations
 
@@ -18,8 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    dealt = [item for item in items if item.get_closest_marker("one_release")]
-    left_out = set(dealt) - set(_share("DLKERNELS_RELEASE", dealt))
+    everything = os.environ.get("DLKERNELS_DEAL_ALL") == "1"
+    dealt = [item for item in items if everything or item.get_closest_marker("one_release")]
+    index, _, count = os.environ.get("DLKERNELS_RELEASE", "0/1").partition("/")
+    turns = int(count) if everything else len(dealt) + 1
+    # The innermost parameter has as many values as there are releases: each turn begins with another release.
+    left_out = {item for at, item in enumerate(dealt) if (at + at // turns) % int(count) != int(index)}
     arch = os.environ.get("DLKERNELS_ARCH")
     items[:] = [
         item for item in _share("DLKERNELS_SHARD", items)

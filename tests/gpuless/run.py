@@ -1,13 +1,14 @@
-"""GPU code proven without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all] [PYTEST ARGUMENTS]
+"""GPU code proven without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all | --short] [PYTEST ...]
 
 The Triton kernels run under Triton's interpreter with the first of the given releases, and are compiled for each
 architecture with all of them: each shipped tile for 16-bit operands. What crosses features, and float32, whose tiles
-are the same for every architecture, is dealt out to the releases; --all compiles everything with each. As many
-processes at a time as this one may use processors. The CUDA kernels have a ladder of their own, tests/cuda/run.py, a
-rung here that goes on beside the others and speaks last. A rung that cannot run says why and fails, unless
-DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`). The environments, in build/, lie
-on top of the one that runs this: they hold Triton and the numpy that its interpreter can work with. One more holds
-nvcc, where the machine has none.
+are the same for every architecture, is dealt out to the releases; --all compiles everything with each. --short, what
+.ci/run asks for, deals out the 16-bit tiles as well, so that each is compiled for each architecture by one of the
+releases, and makes the ladder of the CUDA kernels short. As many processes at a time as MAX_JOBS says, by default as
+there are processors. The CUDA kernels have a ladder of their own, tests/cuda/run.py, a rung here that goes on beside
+the others and speaks last. A rung that cannot run says why and fails, unless DLKERNELS_GPULESS_ALLOW names it
+(`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`). The environments, in build/, lie on top of the one that runs this:
+they hold Triton and the numpy that its interpreter can work with. One more holds nvcc, where the machine has none.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ARCHITECTURES = ("sm_90", "sm_100", "sm_80")
 NVCC_SPECS = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm", "cuda-cccl"))
 SHARDS = 2  # of the interpreter's tests
 LIMIT = 1500.0  # seconds that a rung may take
+JOBS = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
 class Rung(NamedTuple):
@@ -48,12 +50,12 @@ class Result(NamedTuple):
     seconds: float
 
 
-def rungs(specs: list[str], everything: bool) -> list[Rung]:
+def rungs(specs: list[str], everything: bool, short: bool) -> list[Rung]:
     """The longest first."""
     shares = 1 if everything else len(specs)
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # Lines' numbers in the binaries cost a tenth of the time to compile.
-    compiled = {"TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1"}
+    compiled = {"TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1", "DLKERNELS_DEAL_ALL": str(int(short))}
     return [
         *(
             Rung(f"offline {arch}", spec, "attention_offline.py",
@@ -119,7 +121,7 @@ def nvcc() -> tuple[str, str]:
         return "", f"no nvcc, and none to be installed: {said[-1]}"
 
 
-def climb_cuda() -> Result:
+def climb_cuda(short: bool) -> Result:
     """The ladder of the CUDA kernels, which prints its own rungs."""
     begin = time.monotonic()
     rung = Rung("cuda", "tests/cuda/run.py", "", {})
@@ -127,9 +129,8 @@ def climb_cuda() -> Result:
     if missing:
         allowed = "cuda" in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(",")
         return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
-    jobs = max(1, len(os.sched_getaffinity(0)) // 2)
-    settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(jobs)}
-    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py")]
+    settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(max(1, JOBS // 2))}
+    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *(["--short"] if short else [])]
     status = subprocess.run(ladder, cwd=ROOT, env=settings).returncode
     verdict = "passed" if status == 0 else f"FAILED ({status})"
     return Result(rung, verdict, status == 0, time.monotonic() - begin)
@@ -169,21 +170,21 @@ def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Resul
 
 def main(arguments: list[str]) -> int:
     specs = [x for x in arguments if x.startswith("triton")]
-    everything = "--all" in arguments
-    rest = [x for x in arguments if not x.startswith("triton") and x != "--all"]
+    everything, short = "--all" in arguments, "--short" in arguments
+    rest = [x for x in arguments if not x.startswith("triton") and x not in ("--all", "--short")]
     if not specs:
         print(__doc__)
         return 2
     begin = time.monotonic()
     (ROOT / "build").mkdir(exist_ok=True)
     results = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(JOBS) as pool:
         # It needs no environment and takes longest.
-        cuda = pool.submit(climb_cuda)
+        cuda = pool.submit(climb_cuda, short)
         with ThreadPoolExecutor(len(specs)) as installing:
             pythons = dict(zip(specs, installing.map(environment, specs), strict=True))
         print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
-        waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything)]
+        waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything, short)]
         for future in [*waiting, cuda]:
             result = future.result()
             results.append(result)

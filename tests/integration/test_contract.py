@@ -281,7 +281,7 @@ def test_per_sample_gradients(entry: Entry) -> None:
     """vmap(grad) over a batch of inputs."""
     theirs, ours = entry.pair(torch.float64)
     if "packed" in entry.name:
-        pytest.skip("the samples of a PackedSequence share no batch dimension (rnn/test_autograd.py)")
+        pytest.skip("the samples of a PackedSequence share no batch dimension (rnn/test_transforms.py)")
     inputs = tuple(torch.stack((x, x.flip(0))) for x in entry.draw(torch.float64))
     names = [name for name, _ in theirs.named_parameters()]
 

@@ -1,13 +1,9 @@
-"""`patch_attention`: torch's operator served by our kernels, in every thread and in the recomputation of a backward."""
+"""`patch_attention`: torch's operator is served by our kernels inside the block, in every thread, or left to torch."""
 
 from __future__ import annotations
 
-import _thread
-import subprocess
-import sys
 import threading
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,70 +11,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import dlkernels
-from dlkernels.integration import sdpa_operator
 from dlkernels.testing import within_rule
-from tests.support.attention_modules import operators
 from tests.support.fresh_python import run_python
-from tests.support.sdpa_calls import MISTAKES, OURS, K, Q, V, attempt, draw
+from tests.support.sdpa_calls import MISTAKES, K, Q, V, attempt, draw
+from tests.support.sdpa_switch import (
+    E,
+    H,
+    X,
+    in_thread,
+    is_registered,
+    is_served,
+    is_served_compiled,
+    no_other_thread,
+    split,
+)
+from tests.support.sdpa_switch import fresh_switch as fresh_switch
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_switch"),
     pytest.mark.usefixtures("native"),
     pytest.mark.o0_skip(reason="Python around calls that attention/test_functional.py makes as well"),
 ]
-
-E, H = 8, 2
-X = draw(2, 5, E)
-BACKWARD = f"{OURS}_backward"
-
-
-# The kernels go when no other thread may be calling them. pytest-timeout's own thread would be one.
-no_other_thread = pytest.mark.timeout(300, method="signal")
-
-
-def is_registered() -> bool:
-    name = "aten::scaled_dot_product_attention"
-    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "AutogradCPU")
-
-
-@pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is remembered from before, so that leaving takes the kernels away. Threads that other tests left behind,
-    such as those of Inductor, do not call them and do not count."""
-    before = _thread._count()
-    counted = types.SimpleNamespace(_count=lambda: max(0, _thread._count() - before))
-    monkeypatch.setattr(sdpa_operator, "_thread", counted)
-    sdpa_operator._state.draws.clear()
-    yield
-    assert sdpa_operator._state.users == 0
-    sdpa_operator._state.draws.clear()
-
-
-def is_served(function: Callable[[], Any] = lambda: F.scaled_dot_product_attention(Q, K, K)) -> bool:
-    with operators() as seen:
-        function()
-    theirs = [name for name in seen.names if "scaled_dot_product" in name]
-    assert (OURS in seen.names) == (not theirs), seen.names
-    return OURS in seen.names
-
-
-def is_served_compiled(function: Callable[[], Any]) -> bool:
-    """As `is_served`, by the profiler: Dynamo refuses dispatch modes."""
-    function()
-    with torch.profiler.profile() as profile:
-        function()
-    return OURS in {event.key for event in profile.key_averages()}
-
-
-def in_thread(function: Callable[[], Any]) -> Any:
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(function()))
-    thread.start()
-    thread.join()
-    return found[0]
-
 
 # When it is on
 
@@ -397,211 +352,3 @@ def test_transforms_and_other_kinds_of_tensors(name: str) -> None:
         assert (type(found), str(found)) == (type(expected), str(expected))
     else:
         torch.testing.assert_close(found, expected)
-
-
-# Recomputation
-
-
-def block(x: Tensor, p: float) -> Tensor:
-    q = x * 1.5
-    return F.scaled_dot_product_attention(q, q.sin(), q.cos(), dropout_p=p).tanh()
-
-
-def forward(x: Tensor, p: float, how: bool | None) -> Tensor:
-    """Three blocks, the second one nested if checkpointed."""
-    if how is None:
-        return block(block(block(x, p), p), p).square().sum()
-
-    def kept(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda y: checkpoint(function, y, use_reentrant=how)
-
-    inner = kept(lambda y: block(y, p))
-    return inner(kept(lambda y: block(inner(y), p))(x)).square().sum()
-
-
-def gradient(p: float, how: bool | None, context: Any = None, backward_context: Any = None) -> Tensor:
-    """With the forward inside of the one, and the backward in the other."""
-    x = Q.clone().requires_grad_()
-    torch.manual_seed(3)
-    if context is None:
-        out = forward(x, p, how)
-    else:
-        with context:
-            out = forward(x, p, how)
-    if backward_context is None:
-        out.backward()
-    else:
-        with backward_context:
-            out.backward()
-    assert x.grad is not None
-    return x.grad
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant: bool, p: float) -> None:
-    with dlkernels.patch_attention():
-        expected = gradient(p, None)
-        with operators() as seen:
-            assert torch.equal(gradient(p, reentrant), expected)
-        assert torch.equal(in_thread(lambda: gradient(p, reentrant)), expected)
-    assert {OURS, BACKWARD} <= seen.names
-    assert not any("scaled_dot_product" in name for name in seen.names)
-
-
-@no_other_thread
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_dropout_recomputed_after_the_block(reentrant: bool) -> None:
-    with dlkernels.patch_attention():
-        expected = gradient(0.4, None)
-    found = gradient(0.4, reentrant, dlkernels.patch_attention())
-    assert torch.equal(found, expected)
-    assert not is_served()
-    torchs = gradient(0.4, None)
-    assert not torch.allclose(torchs, expected)
-    assert torch.equal(gradient(0.4, reentrant), torchs)  # from the same seed
-
-
-def test_dropout_that_both_drew_from_one_seed() -> None:
-    x = Q.clone().requires_grad_()
-    torch.manual_seed(3)
-    with dlkernels.patch_attention():
-        forward(x, 0.4, True)
-    torch.manual_seed(3)
-    out = forward(x, 0.4, True)
-    with pytest.raises(RuntimeError, match="inside or outside"):
-        out.backward()
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_dropout_of_torch_recomputed_inside_of_the_block(reentrant: bool) -> None:
-    expected = gradient(0.4, None)
-    assert torch.equal(gradient(0.4, reentrant, None, dlkernels.patch_attention()), expected)
-
-
-@no_other_thread
-def test_without_dropout_after_the_block() -> None:
-    """A non-reentrant checkpoint compares what the recomputation saves with what was saved first, and raises; a
-    reentrant one needs only the values."""
-    for contexts in ((dlkernels.patch_attention(), None), (None, dlkernels.patch_attention())):
-        with pytest.raises(CheckpointError):
-            gradient(0.0, False, *contexts)
-        torch.testing.assert_close(gradient(0.0, True, *contexts), gradient(0.0, None))
-    assert not is_registered()
-
-
-def test_the_memory_of_draws_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdpa_operator, "_MOST_DRAWS", 3)
-    with dlkernels.patch_attention():
-        F.scaled_dot_product_attention(Q.clone().requires_grad_(), K, V, dropout_p=0.5)
-        assert not sdpa_operator._state.draws  # nothing recomputes this one
-        with torch.no_grad():
-            for _ in range(8):
-                F.scaled_dot_product_attention(Q, K, V, dropout_p=0.5)
-    assert len(sdpa_operator._state.draws) == 3
-
-
-# torch.compile and torch.export
-
-
-def split(x: Tensor) -> Tensor:
-    x = x.unflatten(-1, (2, 4)).transpose(1, 2)
-    return F.scaled_dot_product_attention(x, x, x, is_causal=True).transpose(1, 2).flatten(-2)
-
-
-def loss_and_gradient(function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    x = X.clone().requires_grad_()
-    out = function(x)
-    return out.detach(), torch.autograd.grad(out.square().sum(), x)[0]
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.heavy)])
-def test_compile(backend: str) -> None:
-    torch._dynamo.reset()
-    expected = loss_and_gradient(split)
-    compiled = torch.compile(split, backend=backend, fullgraph=True)
-
-    def once() -> list[bool]:
-        found = [is_served_compiled(lambda: loss_and_gradient(compiled))]
-        for context in (torch.no_grad(), torch.inference_mode()):
-            with context:
-                found.append(is_served_compiled(lambda: compiled(X)))
-        return found
-
-    with dlkernels.patch_attention():
-        torch.testing.assert_close(loss_and_gradient(compiled), expected)
-        assert all(once())
-    # A graph keeps the kernels that it was compiled with.
-    assert once() == 3 * [backend != "eager"]
-    torch._dynamo.reset()
-
-
-def test_compile_in_another_thread_is_torchs() -> None:
-    """The mark in Inductor's cache key belongs to the thread that entered the block, so a compilation in another thread
-    must not take our kernels."""
-    torch._dynamo.reset()
-    compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
-    with dlkernels.patch_attention():
-        in_thread(lambda: compiled(X))
-        assert not is_served_compiled(lambda: compiled(X))
-    torch._dynamo.reset()
-
-
-def test_calls_that_a_compiled_program_makes_outside_of_its_graphs() -> None:
-    """Behind a graph break the operator is called eagerly. Dynamo must not begin to compile our Python kernel there: it
-    sees one frame."""
-
-    def broken(x: Tensor) -> Tensor:
-        try:
-            torch._dynamo.graph_break()
-            return F.scaled_dot_product_attention(x, x, x, dropout_p=0.3)
-        finally:
-            pass
-
-    torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    with dlkernels.patch_attention():
-        counters.clear()
-        torch.compile(broken, backend="eager")(Q)
-    assert counters["frames"]["total"] == 1, counters
-    torch._dynamo.reset()
-
-
-def test_export() -> None:
-    class Model(nn.Module):
-        forward = staticmethod(split)
-
-    with dlkernels.patch_attention():
-        exported = torch.export.export(Model(), (X,)).module()
-        assert is_served(lambda: exported(X))
-    torch.testing.assert_close(exported(X), split(X))
-    assert not is_served(lambda: exported(X))
-
-
-CACHED = """
-import sys
-import torch
-import torch.nn.functional as F
-
-f = torch.compile(lambda q: F.scaled_dot_product_attention(q, q, q) * 2, fullgraph=True)
-q = torch.ones(1, 2, 16, 8)
-if sys.argv[1] == "on":
-    import dlkernels
-    with dlkernels.patch_attention():
-        f(q)
-else:
-    f(q)
-with torch.profiler.profile() as profile:
-    f(q)
-print([event.key for event in profile.key_averages()])
-"""
-
-
-@pytest.mark.heavy
-def test_the_caches_of_inductor(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process without the switch must not be given code that was compiled with it, nor the other way round."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    for mode in ("on", "off", "on"):
-        done = subprocess.run([sys.executable, "-c", CACHED, mode], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert ("dlkernels::attention" in done.stdout) == (mode == "on"), done.stdout

@@ -6,7 +6,9 @@ from mutant import Mutant
 
 CORE, RNN, ATTENTION, BENCH = "dlkernels/_core/", "dlkernels/rnn/", "dlkernels/attention/", "dlkernels/bench/"
 GRADIENTS = (
-    "tests/rnn/test_nan.py -k transforms", "tests/rnn/test_autograd.py -k per_sample",
+    "tests/rnn/test_nan.py -k transforms",
+    "tests/rnn/test_transforms.py -k per_sample",
+    "tests/rnn/test_transforms.py",
     "tests/rnn/test_autograd.py",
 )  # fmt: skip
 NEEDS = ("tests/rnn/test_autograd.py -k only_what", "tests/rnn/test_interactions.py", "tests/rnn/test_layers.py")
@@ -24,7 +26,7 @@ SDPA = (
 TEXTS = ("tests/rnn/test_error_texts.py", "tests/rnn/test_bad_input.py")
 OPERATOR = "dlkernels/integration/sdpa_operator.py"
 WATCH = ("tests/rnn/test_prepack.py -k 'visible or training or another or stack'", "tests/rnn/test_prepack.py")
-SWITCH = ("tests/integration/test_sdpa_operator.py -m 'not heavy'", "tests/integration/test_sdpa_operator.py -m heavy")
+SWITCH = tuple(f"tests/integration/test_sdpa_operator{part}.py" for part in ("", "_recomputed", "_compiled"))
 FLAT = ("tests/rnn/test_flat_weights.py", "tests/rnn/test_prepack.py", "tests/rnn/test_layers.py")
 BATCHED = ("tests/integration/test_contract.py -k batched", "tests/attention/test_autograd.py -k batched")
 COMPILED = ("tests/integration/test_contract_compiled.py",)
@@ -85,7 +87,7 @@ PYTHON: tuple[Mutant, ...] = (
            ("tests/rnn/test_autograd.py -k truncated", "tests/rnn/test_autograd.py")),
     Mutant("groups-nested", RNN + "autograd/sequence.py", "groups = n * max(wanted.groups, 1) if wanted.weights else 0",
            "groups = n if wanted.weights else 0", "vmap within vmap",
-           ("tests/rnn/test_autograd.py -k vmap_in_vmap", "tests/rnn/test_autograd.py")),
+           ("tests/rnn/test_transforms.py -k vmap_in_vmap", *GRADIENTS)),
     # Gradients of batched gradients.
     Mutant("legacy-places", CORE + "legacy.py", "for at, result in enumerate(results) if result is not None]",
            "for at, _ in enumerate(result for result in results if result is not None)]",

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import dlkernels
+from dlkernels.__main__ import main
 from dlkernels._core import extension
 from tests.support.instruction_sets import kernels_of
 
@@ -184,20 +185,16 @@ def test_info_is_complete_plain_data() -> None:
             assert not served
 
 
-def run_cli(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "dlkernels", *args], capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.o0_skip(reason="the command line is Python alone")
-def test_command_line() -> None:
-    text = run_cli("info")
-    assert text.returncode == 0, text.stderr
-    assert "ISA:" in text.stdout
-    assert "lstm_backward" in text.stdout
-    as_json = run_cli("info", "--json")
-    assert json.loads(as_json.stdout)["versions"]["torch"] == torch.__version__
-    assert run_cli("--help").returncode == 0
-    for wrong in ((), ("nonsense",), ("info", "--nonsense")):
-        result = run_cli(*wrong)
-        assert result.returncode == 2
-        assert "usage" in result.stderr
+def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "dlkernels", "info"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "ISA:" in done.stdout
+    assert "lstm_backward" in done.stdout
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["versions"]["torch"] == torch.__version__
+    assert main(["--help"]) == 0
+    for wrong in ([], ["nonsense"], ["info", "--nonsense"]):
+        capsys.readouterr()
+        assert main(wrong) == 2
+        assert "usage" in capsys.readouterr().err

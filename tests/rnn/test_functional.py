@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from dlkernels import functional, reference
 
+pytestmark = pytest.mark.o0_skip(reason="the stateless forms are Python around the operators")
+
 T, B, I, H = 6, 3, 4, 5
 LAYERS: dict[str, Any] = {
     "lstm": (nn.LSTM, functional.lstm, {}, {}),

@@ -14,6 +14,7 @@ from tests.support.rnn_op_calls import GATES, LENGTHS, SLOTS, B, Call, CellCall,
 
 pytestmark = pytest.mark.usefixtures("native")
 
+OPCHECK = pytest.mark.o0_skip(reason="schemas, fakes and aliasing are the same at -O0")
 LAYOUTS = ("padded", "batch_first", "packed", "packed_h0", "lengths")
 VARIANTS = [(mode, 0) for mode in operators.MODES] + [("lstm", P)]
 
@@ -33,6 +34,7 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
 @variants
 @layouts
 @directions
+@OPCHECK
 def test_opcheck_forward(mode: str, proj: int, layout: str, bidirectional: bool) -> None:
     call = Call(mode, proj, bidirectional, layout)
     # Of `saved` the padding rows are not defined, so opcheck, which compares two runs, is not shown them.
@@ -43,12 +45,14 @@ def test_opcheck_forward(mode: str, proj: int, layout: str, bidirectional: bool)
 @variants
 @layouts
 @directions
+@OPCHECK
 def test_opcheck_backward(mode: str, proj: int, layout: str, bidirectional: bool) -> None:
     args = Call(mode, proj, bidirectional, layout).backward_args(bptt_steps=2, gate_grads=True)
     torch.library.opcheck(op(f"{mode}_backward"), tuple(args.values()))
 
 
 @modes
+@OPCHECK
 def test_opcheck_of_a_backward_that_wants_little(mode: str) -> None:
     args = Call(mode).backward_args(dh_n=None, dc_n=None, need_x=False, need_state=False, need_weights=False)
     torch.library.opcheck(op(f"{mode}_backward"), tuple(args.values()))
@@ -56,6 +60,7 @@ def test_opcheck_of_a_backward_that_wants_little(mode: str) -> None:
 
 @modes
 @pytest.mark.parametrize("full", [True, False])
+@OPCHECK
 def test_opcheck_cell(mode: str, full: bool) -> None:
     call = CellCall(mode, bias=full, states=full)
     torch.library.opcheck(op(f"{mode}_cell"), tuple(call.args.values()))
@@ -64,6 +69,7 @@ def test_opcheck_cell(mode: str, full: bool) -> None:
 
 @variants
 @directions
+@OPCHECK
 def test_opcheck_pack(mode: str, proj: int, bidirectional: bool) -> None:
     call = Call(mode, proj, bidirectional)
     torch.library.opcheck(op("pack"), (mode, call.args["weights"], bidirectional))

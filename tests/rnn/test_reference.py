@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from dlkernels import reference
 
+pytestmark = pytest.mark.o0_skip(reason="no kernel runs")
+
 MODES = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn_tanh": nn.RNN, "rnn_relu": nn.RNN}
 CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn_tanh": nn.RNNCell, "rnn_relu": nn.RNNCell}
 T, B, I, H = 5, 4, 3, 4

@@ -21,6 +21,12 @@ def available_isas() -> list[str]:
     return sorted(extension.native.available_isas(), key=BEST_ISA_LAST.index)
 
 
+def optimised() -> bool:
+    """False with the -O0 build, which `make test-O0` tests."""
+    flags = str(extension.native.build_info().get("flags", "")) if extension.HAVE_NATIVE else ""
+    return "-O0" not in flags
+
+
 def isas_to_test(*, layers_only: bool) -> list[str]:
     """Those of `available_isas` that a test with the fixture `isa` is run on; `layers_only` is its marker."""
     return [isa for isa in available_isas() if not (layers_only and isa in WITHOUT_LAYERS)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -232,22 +234,35 @@ def mistakes_for(package: str) -> Iterator[tuple[str, Mistake]]:
         yield from all_mistakes()
 
 
-def main(package: str, start: int) -> None:
-    """Makes every mistake from number `start` on and prints a line of JSON for each. torch's own layers crash on some;
-    rnn/test_bad_input.py then goes on behind them."""
+def outcome_of(mistake: Mistake, module: Any) -> dict[str, Any]:
+    try:
+        mistake.call(module)
+    except Exception as error:
+        return {"bases": [base.__name__ for base in type(error).__mro__], "message": str(error)}
+    return {}
+
+
+def main(package: str) -> None:
+    """Makes every mistake and prints a line of JSON for each. torch's own layers crash on some, so a child of this
+    process makes them; behind a crash another one goes on."""
     module = importlib.import_module("dlkernels.nn" if package == "own" else package)
     warnings.simplefilter("ignore")
-    for number, (group, mistake) in enumerate(mistakes_for(package)):
-        if number < start:
-            continue
-        line: dict[str, Any] = {"group": group, "name": mistake.name}
-        print(json.dumps({**line, "begins": True}), flush=True)
-        try:
-            mistake.call(module)
-        except Exception as error:
-            line |= {"bases": [base.__name__ for base in type(error).__mro__], "message": str(error)}
-        print(json.dumps(line), flush=True)
+    mistakes = list(mistakes_for(package))
+    at = multiprocessing.RawValue("l", 0)
+    while at.value < len(mistakes):
+        child = os.fork()
+        if child == 0:
+            while at.value < len(mistakes):
+                group, mistake = mistakes[at.value]
+                print(json.dumps({"group": group, "name": mistake.name, **outcome_of(mistake, module)}), flush=True)
+                at.value += 1
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if at.value < len(mistakes):
+            group, mistake = mistakes[at.value]
+            print(json.dumps({"group": group, "name": mistake.name, "crash": status}), flush=True)
+            at.value += 1
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1])
