@@ -82,6 +82,7 @@ format: $(DEV_STAMP)
 
 # The thread sanitizer sees a missing barrier whether or not a result is wrong.
 native-test:
+	sh tests/native/headers.sh
 	bash tests/native/run.sh asan
 	ISAS=scalar bash tests/native/run.sh tsan
 
