@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from dlkernels import functional, reference
-from dlkernels.rnn.autograd.cell import cell
-from dlkernels.rnn.autograd.sequence import sequence
-from dlkernels.rnn.config import CellConfig, SequenceConfig
+from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceConfig, SequenceInputs
+from dlkernels.rnn.operators.cell import cell
+from dlkernels.rnn.operators.sequence import sequence
 from dlkernels.rnn.routing import route
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -87,7 +87,7 @@ class Case:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         x, h0, c0, weights = self.split(tensors)
-        outs = sequence(self.cfg, x, h0, c0, weights, None, self.batch_sizes, self.lengths)
+        outs = sequence(self.cfg, SequenceInputs(x, h0, c0, None, self.batch_sizes, self.lengths, weights))
         return outs if self.cfg.mode == "lstm" else outs[:2]
 
     def expected(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +116,7 @@ class CellCase:
         return [x, *states, *weights]
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(cell(self.cfg, *self.full(tensors))[: 1 + (self.cfg.mode == "lstm")])
+        return tuple(cell(self.cfg, CellInputs(*self.full(tensors)))[: 1 + (self.cfg.mode == "lstm")])
 
     def expected(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(out for out in reference.cell(self.cfg.mode, *self.full(tensors)) if out is not None)
@@ -254,11 +254,11 @@ def test_vmap_over_states_lengths_and_two_levels() -> None:
     case = Case("lstm", lengths=True, bidirectional=True)
     x, h0, c0, weights = case.split(tuple(t.detach() for t in case.tensors))
     lengths = torch.tensor([[1, 3], [2, 0], [3, 3]])
-    got = torch.vmap(lambda n: sequence(case.cfg, x, h0, c0, weights, None, None, n))(lengths)
+    got = torch.vmap(lambda n: sequence(case.cfg, SequenceInputs(x, h0, c0, None, None, n, weights)))(lengths)
     for i, n in enumerate(lengths):
         all_close([t[i] for t in got], reference.sequence("lstm", x, h0, c0, weights, None, n, True))
     hs = torch.randn(3, 2, *h0.shape, dtype=h0.dtype)  # type: ignore[union-attr]
-    inner = torch.vmap(lambda h: sequence(case.cfg, x, h, c0, weights, None, None, LENGTHS))
+    inner = torch.vmap(lambda h: sequence(case.cfg, SequenceInputs(x, h, c0, None, None, LENGTHS, weights)))
     got = torch.vmap(inner)(hs)
     all_close([t[2, 1] for t in got], reference.sequence("lstm", x, hs[2, 1], c0, weights, None, LENGTHS, True))
 

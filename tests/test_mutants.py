@@ -14,7 +14,7 @@ pytestmark = pytest.mark.o0_skip(reason="texts alone are compared")
 PARTS = (
     "csrc/cells/", "csrc/cpu/generic/", "csrc/cpu/plan.cpp", "csrc/cpu/attention_plan.cpp", "csrc/cpu/team.",
     "csrc/cpu/rnn_sequence.cpp", "csrc/cpu/attention_boundary.cpp", "dlkernels/_core/",
-    "dlkernels/rnn/autograd/", "dlkernels/rnn/checks.py", "dlkernels/rnn/layers.py", "dlkernels/rnn/dtypes.py",
+    "dlkernels/rnn/operators/", "dlkernels/rnn/checks.py", "dlkernels/rnn/layers.py", "dlkernels/rnn/dtypes.py",
     "dlkernels/attention/autograd.py", "dlkernels/attention/masks.py", "dlkernels/attention/sdpa.py",
     "dlkernels/integration/patch.py", "dlkernels/bench/",
 )  # fmt: skip
