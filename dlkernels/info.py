@@ -16,7 +16,7 @@ import torch
 from dlkernels._core import extension
 from dlkernels._version import __version__
 from dlkernels.attention import triton
-from dlkernels.rnn.operators import MODES
+from dlkernels.rnn.kinds import MODES
 
 __all__ = ["format_info", "info"]
 

@@ -101,6 +101,23 @@ py::dict build_info() {
   return info;
 }
 
+py::dict traits_dict() {
+  py::dict dict;
+  for (CellKind cell : kCellKinds) {
+    const CellTraits traits = cell_traits(cell);
+    py::dict row;
+    row["gates"] = traits.gates;
+    row["saved"] = traits.saved;
+    row["narrow"] = traits.narrow;
+    row["gate_grads"] = gate_grad_slots(cell);
+    row["parted_gate"] = traits.parted_gate;
+    row["cell_state"] = traits.cell_state;
+    row["projection"] = traits.projection;
+    dict[mode_name(cell)] = row;
+  }
+  return dict;
+}
+
 py::dict features_dict() {
   py::dict dict;
   for (const auto& [name, present] : cpu_features()) dict[name] = present;
@@ -126,6 +143,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("build_info", &dlk::build_info);
   m.def("cpu_features", &dlk::features_dict);
+  m.def("cell_traits", &dlk::traits_dict, "What the kernels take each cell to be.");
   m.def("isa", [] { return dlk::isa_name(dlk::current_isa()); });
   m.def("available_isas", [] {
     py::list names;

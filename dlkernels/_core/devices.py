@@ -19,14 +19,16 @@ _ANYWHERE = frozenset(("batch_sizes", "lengths", "cu_seqlens_q", "cu_seqlens_k",
 
 
 def register_fake(name: str, fake: Callable[..., Any]) -> None:
-    """For the operator dlkernels::`name`."""
+    """For the operator dlkernels::`name`. `fake` takes the arguments of the schema by name; those that it does not want
+    go to its `**others`."""
     schema = schema_of(getattr(torch.ops.dlkernels, name).default)
     names = [argument.name for argument in schema.arguments]
 
     @functools.wraps(fake)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        _check(name, dict(zip(names, args, strict=False)) | kwargs)
-        return fake(*args, **kwargs)
+        arguments = dict(zip(names, args, strict=False)) | kwargs
+        _check(name, arguments)
+        return fake(**arguments)
 
     torch.library.register_fake(f"dlkernels::{name}", checked)
 

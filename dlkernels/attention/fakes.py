@@ -24,8 +24,7 @@ def _heads_like(x: Tensor, width: Any) -> Tensor:
     return x.new_empty((B, rows, heads, width)).transpose(1, 2)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *_, contiguous = rest
+def _attention(q: Tensor, v: Tensor, contiguous: bool, **others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, rows = compute_dtype(q.dtype), (q.shape[0] if q.dim() == 3 else q.shape[2])
     heads = (q.shape[1],) if q.dim() == 3 else q.shape[:2]
     o = _result(q, v.shape[-1], contiguous)
@@ -41,11 +40,8 @@ def _result(q: Tensor, width: Any, contiguous: bool) -> Tensor:
 
 
 def _backward(
-    do: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, stats: Tensor, mask: Tensor | None,
-    alibi_slopes: Tensor | None, sinks: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
-    rng: Tensor | None, max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: int, window_left: int,
-    window_right: int, softcap: float, dropout_p: float, need_q: bool, need_kv: bool, need_mask: bool,
-    need_slopes: bool, need_sinks: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
+    need_q: bool, need_kv: bool, need_mask: bool, need_slopes: bool, need_sinks: bool, **others: Any,
 ) -> list[Tensor]:  # fmt: skip
     grads = [_heads_like(x, x.shape[-1]) if need else None for x, need in ((q, need_q), (k, need_kv), (v, need_kv))]
     for x, need in ((mask, need_mask), (alibi_slopes, need_slopes), (sinks, need_sinks)):
@@ -53,8 +49,5 @@ def _backward(
     return [q.new_empty((0,)) if grad is None else grad for grad in grads]
 
 
-def _map(
-    q: Tensor, k: Tensor, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None, softmax_scale: float,
-    causal: int, window_left: int, window_right: int, softcap: float, rows: int, cols: int,
-) -> Tensor:  # fmt: skip
+def _map(q: Tensor, rows: int, cols: int, **others: Any) -> Tensor:
     return q.new_empty((*q.shape[:2], rows, cols), dtype=compute_dtype(q.dtype))

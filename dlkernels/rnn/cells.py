@@ -18,15 +18,15 @@ from torch import Tensor
 from dlkernels._core.extension import HAVE_NATIVE
 from dlkernels._core.private_torch import are_transforms_active, forward_ad, is_any_autocast_enabled, is_tracing
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer
-from dlkernels.rnn import functional, operators
-from dlkernels.rnn.autograd.cell import Refused, unchecked_cell
+from dlkernels.rnn import functional
+from dlkernels.rnn.operators.arguments import CellConfig
+from dlkernels.rnn.operators.cell import Refused, eager_operators, unchecked_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_deterministic = torch.are_deterministic_algorithms_enabled
-_operator = operators.eager_cell
 _ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
 Weights = tuple[Any, Any, Any, Any]
@@ -40,21 +40,25 @@ def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) ->
         return None
     weights: dict[str, Any] = cell._parameters
     try:
-        w_ih, w_hh, b_ih, b_hh = weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"]
+        # CellInputs, and what the operator wants besides.
+        arguments = (
+            x, h, c, weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"], False,
+            _is_deterministic(),
+        )  # fmt: skip
         if not x.is_cpu:
             return None
         wants_gradient = _is_grad_enabled() and (
-            w_hh.requires_grad or any(t is not None and t.requires_grad for t in (x, h, c, w_ih, b_ih, b_hh))
+            arguments[4].requires_grad or any(t is not None and t.requires_grad for t in arguments[:7])
         )
     except (AttributeError, KeyError):  # KeyError: a parametrized weight
         return None
     try:
         if wants_gradient:
-            return unchecked_cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh, _is_deterministic())
+            return unchecked_cell(CellConfig(mode, arguments[-1]), arguments[:7])
     except Refused:
         return None
     try:
-        return _operator[mode](x, h, c, w_ih, w_hh, b_ih, b_hh, False, _is_deterministic())
+        return eager_operators[mode](*arguments)
     except (RuntimeError, TypeError, ValueError):
         return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dlkernels._core.checks import tensor as tensor
-from dlkernels.rnn.reference import GATES, split_directions
+from dlkernels.rnn.kinds import Kind, split_directions
 
 # What one call may mix under autocast.
 _MIXED = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,10 +39,13 @@ def dropout(value: Any) -> None:
         )
 
 
-def states(function: str, hx: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The two states of an lstm from `hx`: None, or a pair."""
+def states(kind: Kind, function: str, hx: Any) -> tuple[Tensor | None, Tensor | None]:
+    """h and c from `hx`: None, a tensor, or a pair for a cell with a cell state."""
     if hx is None:
         return None, None
+    if not kind.has_cell_state:
+        tensor(function, "hx", hx)
+        return hx, None
     if not isinstance(hx, (tuple, list)):
         raise TypeError(f"{function}(): argument 'hx' must be a tuple of two tensors, not {type(hx).__name__}")
     if len(hx) != 2:
@@ -84,29 +87,29 @@ def same_kind(
                 )
 
 
-def weight_count(function: str, mode: str, weights: Any, num_layers: int, directions: int) -> int:
+def weight_count(kind: Kind, weights: Any, num_layers: int, directions: int) -> int:
     """The number of weights per layer."""
     if not isinstance(weights, (tuple, list)):
-        raise TypeError(f"{function}(): argument 'weights' must be tuple of Tensors, not {type(weights).__name__}")
+        raise TypeError(f"{kind.function}(): argument 'weights' must be tuple of Tensors, not {type(weights).__name__}")
     for weight in weights:
         if not isinstance(weight, Tensor):
-            tensor(function, "weights", weight)
+            tensor(kind.function, "weights", weight)
     if isinstance(num_layers, bool) or not isinstance(num_layers, int):
         raise TypeError(f"num_layers should be of type int, got: {type(num_layers).__name__}")
     if num_layers <= 0:
         raise ValueError("num_layers must be greater than zero")
     per_direction, rest = divmod(len(weights), num_layers * directions)
-    if rest or per_direction not in ((2, 3, 4, 5) if mode == "lstm" else (2, 4)):
+    if rest or per_direction not in kind.weight_counts:
         raise RuntimeError(
             f"weights: expected w_ih, w_hh, then b_ih, b_hh if there are biases"
-            f"{', then w_hr if there is a projection' if mode == 'lstm' else ''}, for each of {num_layers} layers x "
+            f"{', then w_hr if there is a projection' if kind.may_project else ''}, for each of {num_layers} layers x "
             f"{directions} directions, got {len(weights)} tensors"
         )
     return per_direction * directions
 
 
 def layer_weights(
-    mode: str, layer: int, weights: Sequence[Tensor], input_size: int, directions: int
+    kind: Kind, layer: int, weights: Sequence[Tensor], input_size: int, directions: int
 ) -> tuple[int, int]:
     """Checks the shapes of one layer and returns (H, O)."""
     hidden = outputs = -1
@@ -114,10 +117,10 @@ def layer_weights(
         if w.w_hh.dim() != 2 or w.w_ih.dim() != 2 or (w.w_hr is not None and w.w_hr.dim() != 2):
             raise RuntimeError(f"weights of layer {layer}: w_ih, w_hh and w_hr must have 2 dimensions")
         if d == 0:
-            hidden, outputs = w.w_hh.shape[0] // GATES[mode], w.w_hh.shape[1]
+            hidden, outputs = w.w_hh.shape[0] // kind.gates, w.w_hh.shape[1]
             if hidden <= 0:
                 raise RuntimeError(f"weights of layer {layer}: hidden_size must be greater than zero")
-        rows = GATES[mode] * hidden
+        rows = kind.gates * hidden
         expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
             ("w_ih", w.w_ih, (rows, input_size)),
             ("w_hh", w.w_hh, (rows, outputs if w.w_hr is not None else hidden)),

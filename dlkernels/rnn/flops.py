@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from dlkernels._core.flops import Formula, has_no_values, register_formulas
+from dlkernels._core.flops import has_no_values
 
-__all__ = ["register"]
-
-
-def register(modes: Iterable[str]) -> None:
-    """The formulas of the operators of these modes."""
-    of_suffix: dict[str, Formula] = {
-        "": _sequence,
-        "_backward": _sequence_backward,
-        "_cell": _cell,
-        "_cell_backward": _cell_backward,
-    }
-    register_formulas({mode + suffix: formula for mode in modes for suffix, formula in of_suffix.items()})
+__all__ = ["cell", "cell_backward", "sequence", "sequence_backward"]
 
 
 def _per_row(weights: Sequence[Tensor]) -> tuple[int, int]:
@@ -35,12 +24,12 @@ def _rows(x: Tensor) -> int:
     return x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
 
 
-def _sequence(x: Tensor, weights: Sequence[Tensor], bidirectional: bool, **others: Any) -> int:
+def sequence(x: Tensor, weights: Sequence[Tensor], bidirectional: bool, **others: Any) -> int:
     directions = 2 if bidirectional else 1
     return 2 * _rows(x) * directions * sum(_per_row(weights[: len(weights) // directions]))
 
 
-def _sequence_backward(
+def sequence_backward(
     x: Tensor, h0: Tensor | None, weights: Sequence[Tensor], batch_sizes: Tensor | None, bidirectional: bool,
     batch_first: bool, need_x: bool, need_state: bool, need_weights: bool, **others: Any,
 ) -> int:  # fmt: skip
@@ -64,11 +53,11 @@ def _first_rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tup
     return int(batch_sizes[0]), int(batch_sizes[-1])
 
 
-def _cell(x: Tensor, w_ih: Tensor, w_hh: Tensor, **others: Any) -> int:
+def cell(x: Tensor, w_ih: Tensor, w_hh: Tensor, **others: Any) -> int:
     return 2 * x.shape[0] * (w_ih.numel() + w_hh.numel())
 
 
-def _cell_backward(
+def cell_backward(
     x: Tensor, h: Tensor | None, w_ih: Tensor, w_hh: Tensor, need_x: bool, need_state: bool, need_weights: bool,
     **others: Any,
 ) -> int:  # fmt: skip

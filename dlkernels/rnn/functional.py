@@ -15,6 +15,7 @@ sizes, devices, bad batch_sizes and a T of 0, ValueError for the rank and dtype 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ from torch.nn.functional import dropout as apply_dropout
 
 from dlkernels._core.autocast import cast
 from dlkernels._core.dtypes import DTYPES
-from dlkernels._core.private_torch import are_transforms_active
+from dlkernels._core.private_torch import are_transforms_active, is_any_autocast_enabled
 from dlkernels.rnn import checks
-from dlkernels.rnn.autograd.cell import cell as cell_step
-from dlkernels.rnn.autograd.sequence import sequence as layer_forward
-from dlkernels.rnn.config import CellConfig, SequenceConfig
 from dlkernels.rnn.dtypes import SAME, Types, recurrent_types
+from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
+from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceConfig, SequenceInputs
+from dlkernels.rnn.operators.cell import cell
+from dlkernels.rnn.operators.sequence import sequence
 from dlkernels.rnn.routing import route
 
 __all__ = [
@@ -69,12 +71,9 @@ def lstm(
 
     Returns output (the layout of `input`, D*O features) and (h_n, c_n), shaped as hx.
     """
-    h0, c0 = checks.states("lstm", hx)
-    y, h_n, c_n = _layers(
-        "lstm", "LSTM", input, h0, c0, weights, num_layers, bidirectional, batch_first, dropout, training, lengths,
-        batch_sizes, bptt_steps, packed,
-    )  # fmt: skip
-    return y, (h_n, c_n)
+    return run(KINDS["lstm"], input, hx, weights, Stack(
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed
+    ))  # fmt: skip
 
 
 def gru(
@@ -90,12 +89,9 @@ def gru(
     Arguments as for `lstm`, but hx: h_0 [L*D, B, H] or None, and weights w_ih [3H, I], w_hh [3H, H], b_ih, b_hh [3H].
     Returns output and h_n.
     """
-    if hx is not None:
-        checks.tensor("gru", "hx", hx)
-    return _layers(
-        "gru", "GRU", input, hx, None, weights, num_layers, bidirectional, batch_first, dropout, training, lengths,
-        batch_sizes, bptt_steps, packed,
-    )[:2]  # fmt: skip
+    return run(KINDS["gru"], input, hx, weights, Stack(
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed
+    ))  # fmt: skip
 
 
 def rnn(
@@ -109,20 +105,16 @@ def rnn(
     Arguments as for `lstm`, but hx: h_0 [L*D, B, H] or None, and weights w_ih [H, I], w_hh [H, H], b_ih, b_hh [H].
     Returns output and h_n. ValueError for another nonlinearity.
     """
-    if hx is not None:
-        checks.tensor("rnn", "hx", hx)
-    return _layers(
-        _rnn_mode(nonlinearity), "RNN", input, hx, None, weights, num_layers, bidirectional, batch_first, dropout,
-        training, lengths, batch_sizes, bptt_steps, packed,
-    )[:2]  # fmt: skip
+    return run(KINDS[rnn_mode(nonlinearity)], input, hx, weights, Stack(
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed
+    ))  # fmt: skip
 
 
 def lstm_cell(
     input: Tensor, hx: Pair | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Pair:
     """One step of `lstm`: input [B, I] or [I], hx = (h, c) [B, H] or [H] each or None for zeros -> (h', c')."""
-    h, c = (None, None) if hx is None else checks.states("lstm_cell", hx)
-    out = _cell("lstm", "LSTMCell", 4, input, h, c, w_ih, w_hh, b_ih, b_hh)
+    out = _cell(KINDS["lstm"], input, hx, w_ih, w_hh, b_ih, b_hh)
     return out[0], out[1]
 
 
@@ -130,7 +122,7 @@ def gru_cell(
     input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> Tensor:
     """One step of `gru`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'."""
-    return _cell("gru", "GRUCell", 3, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return _cell(KINDS["gru"], input, hx, w_ih, w_hh, b_ih, b_hh)[0]
 
 
 def rnn_cell(
@@ -138,39 +130,53 @@ def rnn_cell(
     b_hh: Tensor | None = None, *, nonlinearity: str = "tanh",
 ) -> Tensor:  # fmt: skip
     """One step of `rnn`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'."""
-    return _cell(_rnn_mode(nonlinearity), "RNNCell", 1, input, hx, None, w_ih, w_hh, b_ih, b_hh)[0]
+    return _cell(KINDS[rnn_mode(nonlinearity)], input, hx, w_ih, w_hh, b_ih, b_hh)[0]
 
 
-def _rnn_mode(nonlinearity: str) -> str:
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-    return "rnn_tanh" if nonlinearity == "tanh" else "rnn_relu"
+class Stack(NamedTuple):
+    """What a call of layers is told besides input, states and weights; see `lstm`."""
+
+    num_layers: int = 1
+    bidirectional: bool = False
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    lengths: Tensor | None = None
+    batch_sizes: Tensor | None = None
+    bptt_steps: int | None = 0
+    packed: Sequence[Tensor] | None = None
 
 
-def _layers(
-    mode: str, name: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], num_layers: int,
-    bidirectional: bool, batch_first: bool, dropout: float, training: bool, lengths: Tensor | None,
-    batch_sizes: Tensor | None, bptt_steps: int | None, packed: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    checks.tensor(name.lower(), "input", x)
+def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Any]:
+    """`lstm`, `gru` and `rnn`."""
+    h0, c0 = (None, None) if hx is None else checks.states(kind, kind.function, hx)
+    if not isinstance(input, Tensor):
+        checks.tensor(kind.function, "input", input)
+    y, h_n, c_n = _checked(kind, input, h0, c0, weights, stack)
+    return y, (h_n, c_n) if kind.has_cell_state else h_n
+
+
+def _checked(
+    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed = stack
     directions = 2 if bidirectional else 1
-    count = checks.weight_count(name.lower(), mode, weights, num_layers, directions)
-    checks.rank(name, x, batch_sizes is not None)
+    count = checks.weight_count(kind, weights, num_layers, directions)
+    checks.rank(kind.layer, x, batch_sizes is not None)
     if batch_sizes is None:
         checks.state_ranks(x.dim() == 3, h0, c0)
         if x.dim() == 2:
             if lengths is not None:
                 raise ValueError("lengths: needs batched 3-D input, got 2-D input")
-            y, h_n, c_n = _layers(
-                mode, name, x.unsqueeze(1), None if h0 is None else h0.unsqueeze(1),
-                None if c0 is None else c0.unsqueeze(1), weights, num_layers, bidirectional, False, dropout, training,
-                None, None, bptt_steps, packed,
-            )  # fmt: skip
-            return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if mode == "lstm" else c_n
+            h0, c0 = (None if state is None else state.unsqueeze(1) for state in (h0, c0))
+            y, h_n, c_n = _checked(kind, x.unsqueeze(1), h0, c0, weights, stack._replace(batch_first=False))
+            return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if kind.has_cell_state else c_n
 
     projected = count // directions % 2 == 1
-    types = recurrent_types(mode, x, h0, c0, weights, projected=projected, batch_sizes=batch_sizes)
-    mixed = types != SAME
+    types, mixed = SAME, False
+    if is_any_autocast_enabled():
+        types = recurrent_types(kind.mode, x, h0, c0, weights, projected=projected, batch_sizes=batch_sizes)
+        mixed = types != SAME
     if mixed:
         weights = _of_one_dtype(types, weights)
         if packed is not None and DTYPES[types.product] != weights[0].dtype:
@@ -198,7 +204,7 @@ def _layers(
     features = x.shape[-1]
     for layer in range(num_layers):
         hidden, outputs = checks.layer_weights(
-            mode, layer, weights[layer * count : (layer + 1) * count], features, directions
+            kind, layer, weights[layer * count : (layer + 1) * count], features, directions
         )
         features = directions * outputs
         if layer == 0 and batch is not None:
@@ -207,12 +213,13 @@ def _layers(
         batch_sizes, lengths = checks.values_for_reference(x, batch_sizes, lengths, steps)
 
     cfg = SequenceConfig(
-        mode, bool(bidirectional), bool(batch_first), steps_between_cuts, torch.are_deterministic_algorithms_enabled(),
-        types,
+        kind.mode, bool(bidirectional), bool(batch_first), steps_between_cuts,
+        torch.are_deterministic_algorithms_enabled(), types,
     )  # fmt: skip
+    given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights)
     if num_layers == 1:
-        return layer_forward(cfg, x, h0, c0, weights, None if packed is None else packed[0], batch_sizes, lengths)
-    return _stack(cfg, x, h0, c0, weights, num_layers, dropout if training else 0.0, lengths, batch_sizes, packed)
+        return sequence(cfg, given if packed is None else given._replace(packed=packed[0]))
+    return _layer_by_layer(cfg, given, num_layers, dropout if training else 0.0, packed)
 
 
 def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -226,10 +233,10 @@ def _readable() -> bool:
     return not torch.compiler.is_compiling() and not are_transforms_active()
 
 
-def _stack(
-    cfg: SequenceConfig, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], num_layers: int,
-    dropout: float, lengths: Tensor | None, batch_sizes: Tensor | None, packed: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _layer_by_layer(
+    cfg: SequenceConfig, given: SequenceInputs, num_layers: int, dropout: float, packed: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, h0, c0, *_, weights = given
     count = len(weights) // num_layers
     directions = 2 if cfg.bidirectional else 1
     h_n, c_n = [], []
@@ -245,21 +252,20 @@ def _stack(
             x = x.transpose(0, 1)
             cfg = cfg._replace(batch_first=True)
         here = slice(layer * directions, (layer + 1) * directions)
-        x, h, c = layer_forward(
-            cfg, x, None if h0 is None else h0[here], None if c0 is None else c0[here],
-            weights[layer * count : (layer + 1) * count], None if packed is None else packed[layer], batch_sizes,
-            lengths,
-        )  # fmt: skip
+        x, h, c = sequence(cfg, given._replace(
+            x=x, h0=None if h0 is None else h0[here], c0=None if c0 is None else c0[here],
+            packed=None if packed is None else packed[layer], weights=weights[layer * count : (layer + 1) * count],
+        ))  # fmt: skip
         h_n.append(h)
         c_n.append(c)
-    return x, torch.cat(h_n), torch.cat(c_n) if cfg.mode == "lstm" else c_n[0]
+    return x, torch.cat(h_n), torch.cat(c_n) if KINDS[cfg.mode].has_cell_state else c_n[0]
 
 
 def _cell(
-    mode: str, name: str, gates: int, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-    b_ih: Tensor | None, b_hh: Tensor | None,
-) -> Sequence[Tensor]:  # fmt: skip
-    function = f"{name[:-4].lower()}_cell"
+    kind: Kind, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+) -> Sequence[Tensor]:
+    function, name = f"{kind.function}_cell", f"{kind.layer}Cell"
+    h, c = checks.states(kind, function, hx) if kind.has_cell_state else (hx, None)
     for argument, value in (("input", x), ("w_ih", w_ih), ("w_hh", w_hh)):
         checks.tensor(function, argument, value)
     for argument, optional in (("hx", h), ("b_ih", b_ih), ("b_hh", b_hh)):
@@ -269,21 +275,22 @@ def _cell(
         if x.dim() != 1:
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x.dim()}D instead")
         h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
-        out = _cell(mode, name, gates, x.unsqueeze(0), h, c, w_ih, w_hh, b_ih, b_hh)
-        return [state.squeeze(0) for state in out[: 2 if mode == "lstm" else 1]]
+        states = h if not kind.has_cell_state or h is None else (h, c)
+        out = _cell(kind, x.unsqueeze(0), states, w_ih, w_hh, b_ih, b_hh)
+        return [state.squeeze(0) for state in out[: 2 if kind.has_cell_state else 1]]
     if b_ih is None and b_hh is not None:
         b_ih = torch.zeros_like(b_hh)
     elif b_hh is None and b_ih is not None:
         b_hh = torch.zeros_like(b_ih)
     weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-    types = recurrent_types(mode, x, h, c, weights, layer=False)
+    types = recurrent_types(kind.mode, x, h, c, weights, layer=False)
     if types != SAME:
         weights = _of_one_dtype(types, weights)
         w_ih, w_hh, *biases = weights
         b_ih, b_hh = biases or (None, None)
     checks.same_kind(x, (h, c), weights, RuntimeError, mixed=types != SAME)
-    checks.cell(name, x, h, c, w_ih, w_hh, gates)
+    checks.cell(name, x, h, c, w_ih, w_hh, kind.gates)
     if b_ih is not None:
         checks.cell_biases(b_ih, b_hh, w_ih.shape[0])
-    cfg = CellConfig(mode, torch.are_deterministic_algorithms_enabled(), types)
-    return cell_step(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    cfg = CellConfig(kind.mode, torch.are_deterministic_algorithms_enabled(), types)
+    return cell(cfg, CellInputs(x, h, c, w_ih, w_hh, b_ih, b_hh))

@@ -21,6 +21,7 @@ from dlkernels._core.extension import HAVE_NATIVE, announce_reference
 from dlkernels._core.private_torch import is_any_autocast_enabled
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer, is_tracing
 from dlkernels.rnn import functional, operators
+from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
 
@@ -180,40 +181,36 @@ class RecurrentLayer(KnownLayer, RNNBase):
         return self
 
     def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
-        # The functional form does the checking. What is asked of the arguments here, `dim` above all, is what torch.nn
+        # `functional.run` does the checking. What is asked of the arguments here, `dim` above all, is what torch.nn
         # asks of them too, and fails with the same exceptions.
         weights = self.weight_list()
-        if isinstance(input, PackedSequence):
+        packed_input = isinstance(input, PackedSequence)
+        batch_sizes = None
+        if packed_input:
             if lengths is not None:
                 raise ValueError("lengths: a PackedSequence has its own, pass one or the other")
-            data, batch_sizes, sorted_indices, unsorted_indices = input
+            input, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
-            self._check_packed(data, batch_sizes, hx, weights)
-            output, hidden = self._call(data, hx, weights, None, batch_sizes, bptt_steps)
-            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return packed, self.permute_hidden(hidden, unsorted_indices)
-        input.dim()
-        if hx is not None:
-            self._check_states(input, hx)
-        return self._call(input, hx, weights, lengths, None, bptt_steps)
-
-    def _call(
-        self, input: Tensor, hx: Any, weights: list[Tensor], lengths: Tensor | None, batch_sizes: Tensor | None,
-        bptt_steps: int,
-    ) -> tuple[Tensor, Any]:  # fmt: skip
+            self._check_packed(input, batch_sizes, hx, weights)
+        else:
+            input.dim()
+            if hx is not None:
+                self._check_states(input, hx)
         if not isinstance(self.bidirectional, bool):
             raise TypeError(f"bidirectional should be of type bool, got: {type(self.bidirectional).__name__}")
         prepacked = self._prepacked
-        packed = prepacked.buffers if prepacked is not None and not prepacked.why_not(weights) else None
-        return self._function(
-            input, hx, weights, num_layers=self.num_layers, bidirectional=self.bidirectional,
-            batch_first=self.batch_first, dropout=self.dropout, training=self.training, lengths=lengths,
-            batch_sizes=batch_sizes, bptt_steps=bptt_steps, packed=packed,
+        stack = functional.Stack(
+            self.num_layers, self.bidirectional, self.batch_first, self.dropout, self.training, lengths, batch_sizes,
+            bptt_steps, None if prepacked is None or prepacked.why_not(weights) else prepacked.buffers,
         )  # fmt: skip
+        output, hidden = functional.run(self._kind, input, hx, weights, stack)
+        if not packed_input:
+            return output, hidden
+        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden(hidden, unsorted_indices)
 
-    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
-        raise NotImplementedError
+    _kind: Kind
 
     # What torch.jit.trace records: torch's own operators, which a saved file may hold and which have gradients there.
     _traced: Any
@@ -278,8 +275,9 @@ class RNN(_OneState):
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
 
-    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
-        return functional.rnn(input, hx, weights, nonlinearity=self.mode[4:].lower(), **options)
+    @property
+    def _kind(self) -> Kind:  # type: ignore[override]
+        return KINDS[rnn_mode(self.mode[4:].lower())]
 
     _traced: Any = torch.nn.RNN.forward
 
@@ -302,8 +300,7 @@ class GRU(_OneState):
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
 
-    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
-        return functional.gru(input, hx, weights, **options)
+    _kind = KINDS["gru"]
 
     _traced: Any = torch.nn.GRU.forward
 
@@ -346,8 +343,7 @@ class LSTM(RecurrentLayer):
             return self._traced(input, hx)
         return self._run(input, hx, lengths, bptt_steps)
 
-    def _function(self, input: Tensor, hx: Any, weights: list[Tensor], **options: Any) -> tuple[Tensor, Any]:
-        return functional.lstm(input, hx, weights, **options)
+    _kind = KINDS["lstm"]
 
     _traced: Any = torch.nn.LSTM.forward
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size

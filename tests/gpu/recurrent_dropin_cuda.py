@@ -18,7 +18,6 @@ from turns import first_shard
 import dlkernels
 from dlkernels import reference
 from dlkernels._core.dtypes import DTYPES
-from dlkernels.rnn import operators
 from dlkernels.rnn.dtypes import SAME, Types
 from dlkernels.testing import within_rule
 from tests.support.layer_cases import Case, assert_bit_equal, leaf, make_data, new_layer
@@ -137,6 +136,10 @@ def test_relu_passes_the_gradient_of_nan(kind: str) -> None:
     assert found[0][0][-1, 1].abs().min() > 0
 
 
+def op(name: str) -> Any:
+    return getattr(torch.ops.dlkernels, name).default
+
+
 def numbers(product: torch.dtype) -> Types:
     """What CUDA's autocast asks for: all results in the dtype of the products."""
     return Types(*[DTYPES.index(product)] * 3)
@@ -176,13 +179,11 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
         x, h0 = x64.to(of_x), given64[1].to(of_h)
         c0 = None if data.c0 is None else given64[2].to(of_c)
         weights = [value.to(of_weights) for value in data.params.values()]
-        y, h_n, c_n, saved = operators.sequence_forward(
-            mode, x, h0, c0, weights, None, sizes, lengths, True, batch_first, True, False, types
-        )
+        y, h_n, c_n, saved = op(mode)(x, h0, c0, weights, None, sizes, lengths, True, batch_first, True, False, *types)
         assert saved.dtype == F32
-        grads = operators.sequence_backward(
-            mode, dy.to(product), dh_n.to(product), None if dc_n is None else dc_n.to(product), x, h0, c0, weights,
-            saved, sizes, lengths, True, batch_first, 0, False, True, True, True, False, types,
+        grads = op(f"{mode}_backward")(
+            dy.to(product), dh_n.to(product), None if dc_n is None else dc_n.to(product), x, h0, c0, weights,
+            saved, sizes, lengths, True, batch_first, 0, False, True, True, True, False, types.product,
         )  # fmt: skip
         lstm = mode == "lstm"
         return [y, h_n, *([c_n] if lstm else []), *grads[: 3 if lstm else 2], *grads[3:]]
@@ -223,9 +224,11 @@ def test_each_tensor_of_a_cell_in_a_dtype_of_its_own(mode: str) -> None:
         x, h = given64[0].to(of_x), given64[1].to(of_h)
         c = given64[2].to(of_c) if lstm else None
         weights = [value.to(of_weights) for value in data.params.values()]
-        *outputs, saved = operators.cell_forward(mode, x, h, c, *weights, True, False, types)
+        *outputs, saved = op(f"{mode}_cell")(x, h, c, *weights, True, False, *types)
         dh, dc = cotangents[0].to(product), cotangents[1].to(product) if lstm else None
-        grads = operators.cell_backward(mode, dh, dc, x, h, c, *weights, saved, False, True, True, True, False, types)
+        grads = op(f"{mode}_cell_backward")(
+            dh, dc, x, h, c, *weights, saved, False, True, True, True, False, types.product
+        )
         return [*outputs, *grads[: 3 if lstm else 2], *grads[3:]]
 
     leaves = [value.cpu().detach().requires_grad_() for value in given64]
@@ -252,7 +255,7 @@ def test_results_in_other_dtypes_than_the_products(mode: str) -> None:
         False, False,
     )  # fmt: skip
     types = Types(DTYPES.index(BF16), DTYPES.index(F32), DTYPES.index(F16))
-    found, plain = (operators.sequence_forward(mode, *args, t) for t in (types, numbers(BF16)))
+    found, plain = (op(mode)(*args, *t) for t in (types, numbers(BF16)))
     assert_bit_equal("y", found[0], plain[0].float())
     assert_bit_equal("h_n", found[1], plain[1].float())
     assert_bit_equal("c_n", found[2], plain[2].to(F16 if mode == "lstm" else F32))

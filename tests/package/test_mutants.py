@@ -14,7 +14,7 @@ pytestmark = pytest.mark.o0_skip(reason="texts alone are compared")
 PARTS = (
     "csrc/rnn/cells/", "csrc/gemm/", "csrc/rnn/cpu/", "csrc/attention/cpu/", "csrc/core/team.",
     "csrc/rnn/torch/sequence.cpp", "csrc/attention/torch/boundary.cpp", "dlkernels/_core/",
-    "dlkernels/rnn/autograd/", "dlkernels/rnn/checks.py", "dlkernels/rnn/layers.py", "dlkernels/rnn/dtypes.py",
+    "dlkernels/rnn/operators/", "dlkernels/rnn/checks.py", "dlkernels/rnn/layers.py", "dlkernels/rnn/dtypes.py",
     "dlkernels/attention/autograd.py", "dlkernels/attention/masks.py", "dlkernels/attention/sdpa.py",
     "dlkernels/integration/patch.py", "dlkernels/bench/", "benchmarks/",
 )  # fmt: skip

@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import dlkernels
 from dlkernels import reference
 from dlkernels._core.dtypes import DTYPES
-from dlkernels.rnn import operators
 from dlkernels.rnn.dtypes import Types
 from dlkernels.testing import within_rule
 from tests.support.contract_entries import outcome, tensors
 from tests.support.layer_cases import CELL_MODES, MODES
+from tests.support.rnn_op_calls import op
 
 pytestmark = pytest.mark.layers_only
 
@@ -106,15 +106,13 @@ def test_operators_take_each_tensor_in_its_dtype(isa: str, mode: str, product: t
         shapes = [(gates * H, I), (gates * H, P or H), (gates * H,), (gates * H,), *([(P, H)] if P else [])]
         weights = [_random(shape, of_weights) for shape in shapes]
         types = _numbers(product, of_h, torch.float32)
-        y, h_n, c_n, saved = operators.sequence_forward(
-            name, x, h0, c0, weights, None, None, None, False, False, True, False, types
-        )
+        y, h_n, c_n, saved = op(name)(x, h0, c0, weights, None, None, None, False, False, True, False, *types)
         dy, dh_n, dc_n = _random(tuple(y.shape), of_h), _random(tuple(h_n.shape), of_h), None
         if c0 is not None:
             dc_n = _random(tuple(c_n.shape), torch.float32)
-        grads = operators.sequence_backward(
-            name, dy, dh_n, dc_n, x, h0, c0, weights, saved, None, None, False, False, 0, False, True, True, True,
-            False, types,
+        grads = op(f"{name}_backward")(
+            dy, dh_n, dc_n, x, h0, c0, weights, saved, None, None, False, False, 0, False, True, True, True, False,
+            types.product,
         )  # fmt: skip
         wide = [None if t is None else t.double().requires_grad_() for t in (x, h0, c0, *weights)]
         exact = reference.sequence(name, *wide[:3], wide[3:])  # type: ignore[arg-type]
@@ -143,13 +141,13 @@ def test_cells_with_weights_of_another_dtype_are_those_with_the_same_numbers(isa
     short = [_random(s, torch.bfloat16) for s in ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))]
     wide = [w.float() for w in short]
     types = _numbers(*[torch.bfloat16] * 3)
-    one = operators.cell_forward(mode, x, h, c, *short, True, True)
-    other = operators.cell_forward(mode, x, h, c, *wide, True, True, types)
+    one = op(f"{mode}_cell")(x, h, c, *short, True, True)
+    other = op(f"{mode}_cell")(x, h, c, *wide, True, True, *types)
     assert all(map(torch.equal, one, other))
     dh, dc = torch.ones_like(one[0]), None if c is None else torch.ones_like(c)
     args = (True, True, True, True, False)
-    grads = operators.cell_backward(mode, dh, dc, x, h, c, *short, one[-1], *args)
-    mixed = operators.cell_backward(mode, dh, dc, x, h, c, *wide, other[-1], *args, types)
+    grads = op(f"{mode}_cell_backward")(dh, dc, x, h, c, *short, one[-1], *args)
+    mixed = op(f"{mode}_cell_backward")(dh, dc, x, h, c, *wide, other[-1], *args, types.product)
     for grad, twin in zip(grads, mixed, strict=True):
         assert torch.equal(grad, twin.to(grad.dtype))
 
@@ -161,8 +159,8 @@ def test_gradients_of_a_cell_have_the_dtypes_of_its_tensors(mode: str) -> None:
     c = _random((B, H), torch.float32) if mode == "lstm" else None
     weights = [_random(s, torch.float32) for s in ((gates * H, I), (gates * H, H), (gates * H,), (gates * H,))]
     types = _numbers(torch.bfloat16, torch.bfloat16, torch.float32)
-    saved = operators.cell_forward(mode, x, h, c, *weights, True, False, types)[-1]
-    grads = operators.cell_backward(mode, dh, c, x, h, c, *weights, saved, False, True, True, True, False, types)
+    saved = op(f"{mode}_cell")(x, h, c, *weights, True, False, *types)[-1]
+    grads = op(f"{mode}_cell_backward")(dh, c, x, h, c, *weights, saved, False, True, True, True, False, types.product)
     for grad, tensor in zip(grads, (x, h, c, *weights), strict=True):
         assert tensor is None or (grad.dtype == tensor.dtype and grad.shape == tensor.shape and grad.isfinite().all())
 

@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from dlkernels.rnn import operators
+from dlkernels.rnn.kinds import MODES
 from tests.support.rnn_op_calls import GATES, LENGTHS, SLOTS, B, Call, CellCall, H, I, P, T, op
 
 pytestmark = pytest.mark.usefixtures("native")
 
 OPCHECK = pytest.mark.o0_skip(reason="schemas, fakes and aliasing are the same at -O0")
 LAYOUTS = ("padded", "batch_first", "packed", "packed_h0", "lengths")
-VARIANTS = [(mode, 0) for mode in operators.MODES] + [("lstm", P)]
+VARIANTS = [(mode, 0) for mode in MODES] + [("lstm", P)]
 
 variants = pytest.mark.parametrize(("mode", "proj"), VARIANTS, ids=lambda value: str(value))
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 directions = pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
-modes = pytest.mark.parametrize("mode", operators.MODES)
+modes = pytest.mark.parametrize("mode", MODES)
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:

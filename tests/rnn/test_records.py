@@ -7,9 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dlkernels.nn
 from dlkernels._core.dtypes import DTYPES
-from dlkernels.rnn import operators, records
+from dlkernels.rnn import records
 from dlkernels.rnn.dtypes import Types
-from tests.support.rnn_op_calls import GATES
+from dlkernels.rnn.kinds import KINDS
+from tests.support.rnn_op_calls import GATES, op
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 LAYERS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
@@ -29,15 +30,15 @@ def test_h_is_saved_as_y_has_it(mode: str, dtype: torch.dtype, hidden: int) -> N
     x, weights = torch.randn(T, B, I).to(dtype), weights_of(mode, hidden, dtype)
 
     def forward(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
-        return operators.sequence_forward(mode, x, None, None, weights, None, None, None, False, False, True, False)
+        return op(mode)(x, None, None, weights, None, None, None, False, False, True, False)
 
     y, _, _, saved = forward(x, weights)
     narrow = dtype.itemsize == 2
     assert saved.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     halves = {"lstm": 10, "gru": 8 if narrow else 10}.get(mode, 1 if narrow else 2) * hidden
     assert saved.shape == (1, T, B, (halves + 1) // 2)
-    slots = records.slots(mode, saved, hidden, dtype)
-    assert [slot.shape for slot in slots] == [(1, T, B, hidden)] * records.SLOTS[mode]
+    slots = records.slots(KINDS[mode], saved, hidden, dtype)
+    assert [slot.shape for slot in slots] == [(1, T, B, hidden)] * len(KINDS[mode].slots)
     if mode == "lstm":
         torch.testing.assert_close((slots[3] * slots[4].tanh())[0].to(dtype), y)
     else:
@@ -54,10 +55,8 @@ def test_the_dtype_of_products_decides(mode: str) -> None:
     for of_x, product in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         x, weights = torch.randn(T, B, I).to(of_x), weights_of(mode, hidden, product)
         types = Types(DTYPES.index(product), 0, 0)
-        saved = operators.sequence_forward(
-            mode, x, None, None, weights, None, None, None, False, False, True, False, types
-        )[3]  # fmt: skip
-        assert saved.shape[-1] == records.size(mode, hidden, 0, product, x.device)
+        saved = op(mode)(x, None, None, weights, None, None, None, False, False, True, False, *types)[3]
+        assert saved.shape[-1] == records.size(KINDS[mode], hidden, 0, product, x.device)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dlkernels import reference
-from dlkernels.rnn.autograd.sequence import sequence
+from dlkernels.rnn.operators.arguments import SequenceInputs
+from dlkernels.rnn.operators.sequence import sequence
 from dlkernels.rnn.routing import route
 from tests.support.differentiated_calls import (
     LENGTHS,
@@ -77,11 +78,11 @@ def test_vmap_over_states_lengths_and_two_levels() -> None:
     case = Case("lstm", lengths=True, bidirectional=True)
     x, h0, c0, weights = case.split(tuple(t.detach() for t in case.tensors))
     lengths = torch.tensor([[1, 3], [2, 0], [3, 3]])
-    got = torch.vmap(lambda n: sequence(case.cfg, x, h0, c0, weights, None, None, n))(lengths)
+    got = torch.vmap(lambda n: sequence(case.cfg, SequenceInputs(x, h0, c0, None, None, n, weights)))(lengths)
     for i, n in enumerate(lengths):
         all_close([t[i] for t in got], reference.sequence("lstm", x, h0, c0, weights, None, n, True))
     hs = torch.randn(3, 2, *h0.shape, dtype=h0.dtype)  # type: ignore[union-attr]
-    inner = torch.vmap(lambda h: sequence(case.cfg, x, h, c0, weights, None, None, LENGTHS))
+    inner = torch.vmap(lambda h: sequence(case.cfg, SequenceInputs(x, h, c0, None, None, LENGTHS, weights)))
     got = torch.vmap(inner)(hs)
     all_close([t[2, 1] for t in got], reference.sequence("lstm", x, hs[2, 1], c0, weights, None, LENGTHS, True))
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from dlkernels import reference
-from dlkernels.rnn.autograd.cell import cell
-from dlkernels.rnn.autograd.sequence import sequence
-from dlkernels.rnn.config import CellConfig, SequenceConfig
+from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceConfig, SequenceInputs
+from dlkernels.rnn.operators.cell import cell
+from dlkernels.rnn.operators.sequence import sequence
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 T, B, I, H, P = 3, 2, 2, 3, 2
@@ -77,7 +77,7 @@ class Case:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         x, h0, c0, weights = self.split(tensors)
-        outs = sequence(self.cfg, x, h0, c0, weights, None, self.batch_sizes, self.lengths)
+        outs = sequence(self.cfg, SequenceInputs(x, h0, c0, None, self.batch_sizes, self.lengths, weights))
         return outs if self.cfg.mode == "lstm" else outs[:2]
 
     def expected(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ class CellCase:
         return [x, *states, *weights]
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(cell(self.cfg, *self.full(tensors))[: 1 + (self.cfg.mode == "lstm")])
+        return tuple(cell(self.cfg, CellInputs(*self.full(tensors)))[: 1 + (self.cfg.mode == "lstm")])
 
     def expected(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(out for out in reference.cell(self.cfg.mode, *self.full(tensors)) if out is not None)

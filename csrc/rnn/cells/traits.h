@@ -1,5 +1,5 @@
 // What is special about a cell: the one place from which kernels, plans and boundaries of every device know it.
-// dlkernels/rnn has the same facts for Python, and a test compares.
+// dlkernels/rnn/kinds.py has the same facts for Python; tests/rnn/test_kinds.py compares.
 #pragma once
 
 namespace dlk {

@@ -1,7 +1,7 @@
 """The recurrent operators as short PyTorch; `dlkernels.reference` exports it."""
 
+from dlkernels.rnn.kinds import GATES, DirectionWeights, split_directions
 from dlkernels.rnn.reference.cells import cell
 from dlkernels.rnn.reference.sequences import sequence, stack
-from dlkernels.rnn.reference.weights import GATES, DirectionWeights, split_directions
 
 __all__ = ["GATES", "DirectionWeights", "cell", "sequence", "split_directions", "stack"]

@@ -8,6 +8,7 @@ from torch.nn.functional import linear
 
 from dlkernels._core.autocast import without_autocast
 from dlkernels._core.dtypes import compute_dtype
+from dlkernels.rnn.kinds import kind_of
 
 
 def step(mode: str, gi: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -48,7 +49,7 @@ def cell(
     dtype = compute_dtype(x.dtype)
     zeros = x.new_zeros((x.shape[0], w_hh.shape[1]), dtype=dtype)
     h = zeros if h is None else h.to(dtype)
-    if mode == "lstm":
+    if kind_of(mode).has_cell_state:
         c = zeros if c is None else c.to(dtype)
     with without_autocast(x.device):
         gi = linear(x.to(dtype), w_ih.to(dtype), None if b_ih is None else b_ih.to(dtype))

@@ -10,8 +10,8 @@ from torch.nn.functional import linear
 
 from dlkernels._core.autocast import without_autocast
 from dlkernels._core.dtypes import compute_dtype
+from dlkernels.rnn.kinds import DirectionWeights, kind_of, split_directions
 from dlkernels.rnn.reference.cells import step
-from dlkernels.rnn.reference.weights import DirectionWeights, split_directions
 
 # What happens to (h, c) where truncated back-propagation through time cuts; called in one fixed order.
 Cut = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -44,7 +44,7 @@ def sequence(
         )
         return padded[present], last_h, last_c
 
-    dtype = compute_dtype(x.dtype)
+    kind, dtype = kind_of(mode), compute_dtype(x.dtype)
     xs = (x.transpose(0, 1) if batch_first else x).to(dtype)
     batch = xs.shape[1]
     ys: list[Tensor] = []
@@ -55,8 +55,8 @@ def sequence(
             w = DirectionWeights(*(None if t is None else t.to(dtype) for t in w))  # type: ignore[arg-type]
             h = xs.new_zeros(batch, w.w_hh.shape[1]) if h0 is None else h0[d].to(dtype)
             c = None
-            if mode == "lstm":
-                hidden = w.w_hh.shape[0] // 4
+            if kind.has_cell_state:
+                hidden = w.w_hh.shape[0] // kind.gates
                 c = xs.new_zeros(batch, hidden) if c0 is None else c0[d].to(dtype)
             out, h, c = _scan(mode, _in_order(xs, lengths, d), h, c, w, lengths, bptt_steps, cut)
             ys.append(_in_order(out, lengths, d))
@@ -64,7 +64,7 @@ def sequence(
             c_n.append(xs.new_zeros(0) if c is None else c)
         y = torch.cat(ys, -1).to(h_dtype or x.dtype)
     y = y.transpose(0, 1) if batch_first else y
-    last_c = torch.stack(c_n).to(c_dtype or x.dtype) if mode == "lstm" else c_n[0].to(h_dtype or x.dtype)
+    last_c = torch.stack(c_n).to(c_dtype or x.dtype) if kind.has_cell_state else c_n[0].to(h_dtype or x.dtype)
     return y, torch.stack(h_n).to(h_dtype or x.dtype), last_c
 
 

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from dlkernels._core.gradients import Tensors, pullback
 from dlkernels.rnn import reference
-from dlkernels.rnn.config import CellConfig, SequenceConfig
 from dlkernels.rnn.dtypes import dtype_of
+from dlkernels.rnn.operators.arguments import CellConfig, SequenceConfig, SequenceInputs
 
 
-def run_sequence(
-    cfg: SequenceConfig, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
-    batch_sizes: Tensor | None, lengths: Tensor | None, **cut: Any,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def run_sequence(cfg: SequenceConfig, given: SequenceInputs, **cut: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The call by PyTorch operations."""
+    x, h0, c0, _, batch_sizes, lengths, weights = given
     return reference.sequence(
         cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
         h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x), **cut,
@@ -47,7 +45,7 @@ def sequence_gradients(
     """
 
     def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor, **cut: Any) -> Tensors:
-        return run_sequence(cfg, x, h0, c0, weights, batch_sizes, lengths, **cut)
+        return run_sequence(cfg, SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights), **cut)
 
     if not cfg.bptt_steps:
         return pullback(run, inputs, cotangents)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from dlkernels._core.batching import unflatten
 from dlkernels.rnn import records
-from dlkernels.rnn.reference import DirectionWeights, split_directions
+from dlkernels.rnn.dtypes import dtype_of
+from dlkernels.rnn.kinds import KINDS, DirectionWeights, Kind, split_directions
+from dlkernels.rnn.operators.arguments import CellInputs, SequenceConfig, SequenceInputs
 
 __all__ = ["cell_weight_grads", "sequence_weight_grads", "unfold_groups"]
 
@@ -35,12 +37,13 @@ def _split_batch(tensor: Tensor, groups: int) -> Tensor:
     return unflatten(tensor, 1, groups, tensor.shape[1] // groups)
 
 
-def _gate_halves(mode: str, dgates: Tensor) -> tuple[Tensor, Tensor]:
-    """[..., S', H] -> the gradients of W_ih x + b_ih and of W_hh h + b_hh, [..., G*H] each; they differ in gru's n."""
-    if mode != "gru":
-        return dgates.flatten(-2), dgates.flatten(-2)
-    r, z, n_input, n_hidden = dgates.unbind(-2)
-    return torch.cat((r, z, n_input), -1), torch.cat((r, z, n_hidden), -1)
+def _gate_halves(kind: Kind, dgates: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., S', H] -> the gradients of W_ih x + b_ih and of W_hh h + b_hh, [..., G*H] each."""
+    if kind.of_input == kind.of_hidden:
+        flat = dgates.flatten(-2)
+        return flat, flat
+    slots = dgates.unbind(-2)
+    return torch.cat([slots[at] for at in kind.of_input], -1), torch.cat([slots[at] for at in kind.of_hidden], -1)
 
 
 def _group_grads(
@@ -53,19 +56,13 @@ def _group_grads(
     return grads
 
 
-def _hidden(mode: str, record: Sequence[Tensor]) -> Tensor:
-    """h' of a saved record, given as its slots; with a projection the h before it."""
-    if mode == "lstm":
-        return record[3] * torch.tanh(record[4])
-    return record[4] if mode == "gru" else record[0]
-
-
 def sequence_weight_grads(
-    mode: str, batch_first: bool, groups: int, x: Tensor, h0: Tensor | None, saved: Tensor, lengths: Tensor | None,
-    weights: Sequence[Tensor], dgates: Tensor, dproj: Tensor, product_dtype: torch.dtype,
-) -> list[Tensor]:  # fmt: skip
+    cfg: SequenceConfig, groups: int, given: SequenceInputs, saved: Tensor, dgates: Tensor, dproj: Tensor
+) -> list[Tensor]:
     """Weight gradients [groups, *shape] of padded input whose batch is groups x B, from the gate gradients."""
-    if batch_first:
+    kind, product_dtype = KINDS[cfg.mode], dtype_of(cfg.types.product, given.x)
+    x, h0, _, _, _, lengths, weights = given
+    if cfg.batch_first:
         x = x.transpose(0, 1)
     steps = torch.arange(x.shape[0], device=x.device)[:, None]
     if lengths is not None:
@@ -75,8 +72,8 @@ def sequence_weight_grads(
     directions = split_directions(weights, dgates.shape[0])
     grads: list[Tensor] = []
     for d, w in enumerate(directions):
-        record = records.slots(mode, saved[d], dgates.shape[-1], product_dtype)
-        h = record[-1] if w.w_hr is not None else _hidden(mode, record)
+        record = records.slots(kind, saved[d], dgates.shape[-1], product_dtype)
+        h = record[-1] if w.w_hr is not None else kind.hidden_of(record)
         first = torch.zeros_like(h[:1]) if h0 is None else h0[d : d + 1].to(h.dtype)
         if d == 0:
             h_before = torch.cat((first, h[:-1]))
@@ -84,18 +81,16 @@ def sequence_weight_grads(
             h_before = torch.cat((h[1:], first))
             if lengths is not None:
                 h_before = torch.where((steps == lengths - 1)[:, :, None], first, h_before)
-        grads += _group_grads(w, *_gate_halves(mode, dgates[d]), x, h_before, groups)
+        grads += _group_grads(w, *_gate_halves(kind, dgates[d]), x, h_before, groups)
         if w.w_hr is not None:
-            grads.append(_per_group(dproj[d], _hidden(mode, record), groups, w.w_hr.dtype))
+            grads.append(_per_group(dproj[d], kind.hidden_of(record), groups, w.w_hr.dtype))
     return grads
 
 
-def cell_weight_grads(
-    mode: str, groups: int, x: Tensor, h: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None, dgates: Tensor,
-) -> list[Tensor]:  # fmt: skip
+def cell_weight_grads(mode: str, groups: int, given: CellInputs, dgates: Tensor) -> list[Tensor]:
     """As `sequence_weight_grads` for one step: [dw_ih, dw_hh, db_ih, db_hh], empty for an absent bias."""
-    d_ih, d_hh = _gate_halves(mode, dgates[None])
+    x, h, _, w_ih, w_hh, b_ih, b_hh = given
+    d_ih, d_hh = _gate_halves(KINDS[mode], dgates[None])
     before = x.new_zeros(x.shape[0], w_hh.shape[1]) if h is None else h
     grads = _group_grads(DirectionWeights(w_ih, w_hh, b_ih, b_hh, None), d_ih, d_hh, x[None], before[None], groups)
     return grads if b_ih is not None else [*grads, x.new_empty(0), x.new_empty(0)]

@@ -1,4 +1,4 @@
-"""Autograd of single steps; the structure is that of `sequence.py`."""
+"""The operators of a single step: their arguments, fakes and autograd; the structure is that of `sequence.py`."""
 
 from __future__ import annotations
 
@@ -9,44 +9,93 @@ import torch
 from torch import Tensor
 
 from dlkernels._core import batching, extension, legacy
+from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.gradients import differentiate, private
-from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrapper, unwrap_dead_wrappers
-from dlkernels.rnn import operators
-from dlkernels.rnn.autograd import per_sample
-from dlkernels.rnn.autograd.formulas import cell_gradients, run_cell
-from dlkernels.rnn.config import CellConfig, Wanted
+from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrapper, unwrap_dead_wrappers, without_python
+from dlkernels.rnn import flops, records
+from dlkernels.rnn.dtypes import dtype_of
+from dlkernels.rnn.kinds import KINDS, Kind
+from dlkernels.rnn.operators import overloads, per_sample
+from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, Wanted
+from dlkernels.rnn.operators.formulas import cell_gradients, run_cell
 from dlkernels.rnn.routing import route
 
+__all__ = ["Refused", "cell", "eager_operators", "unchecked_cell"]
 
-def cell(
-    cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> tuple[Tensor, ...] | list[Tensor]:  # fmt: skip
-    """One step: x [B, I], h and c [B, H] or None -> h' first, then for the lstm c'; the rest is for the backward."""
-    path = route(x, h, c, w_ih, w_hh, b_ih, b_hh).path
+
+def _forward(cfg: CellConfig, given: Sequence[Any], save: bool) -> list[Tensor]:
+    """[h'], with c' after it where there is a cell state and `saved` [B, `records.size`] if `save`. `given`: what
+    CellInputs names, and so below."""
+    return _operators[cfg.mode](*given, save, cfg.deterministic, *cfg.types)  # type: ignore[no-any-return]
+
+
+def _backward(
+    cfg: CellConfig, wanted: Wanted, cotangents: Sequence[Tensor | None], given: Sequence[Any], saved: Tensor
+) -> list[Tensor]:
+    """[dx, dh, dc, dw_ih, dw_hh, db_ih, db_hh] from cotangents = (dh', dc'), and dgates [B, `Kind.gate_grads`, H] after
+    them for groups."""
+    return _backward_operators[cfg.mode](  # type: ignore[no-any-return]
+        *cotangents, *given, saved, cfg.deterministic, *wanted.flags, cfg.types.product
+    )
+
+
+def _fake(
+    kind: Kind, x: Tensor, w_hh: Tensor, save: bool, product_dtype: int = -1, h_dtype: int = -1, c_dtype: int = -1,
+    **others: Any,
+) -> list[Tensor]:  # fmt: skip
+    B, H = x.shape[0], w_hh.shape[1]
+    results = [x.new_empty((B, H), dtype=dtype_of(h_dtype, x))]
+    if kind.has_cell_state:
+        results.append(x.new_empty((B, H), dtype=dtype_of(c_dtype, x)))
+    if save:
+        record = records.size(kind, H, 0, dtype_of(product_dtype, x), x.device)
+        results.append(x.new_empty((B, record), dtype=compute_dtype(x.dtype)))
+    return results
+
+
+def _backward_fake(
+    kind: Kind, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None, need_x: bool, need_state: bool, need_weights: bool, gate_grads: bool, **others: Any,
+) -> list[Tensor]:  # fmt: skip
+    state = (x.shape[0], w_hh.shape[1])
+    grads = [
+        x.new_empty(x.shape if need_x else (0,)),
+        (x if h is None else h).new_empty(state if need_state else (0,)),
+        (x if c is None else c).new_empty(state if need_state and kind.has_cell_state else (0,)),
+        *(w_ih.new_empty(w.shape if need_weights and w is not None else (0,)) for w in (w_ih, w_hh, b_ih, b_hh)),
+    ]
+    if gate_grads:
+        slots = (x.shape[0], len(kind.gate_grads), w_hh.shape[1])
+        grads.append(x.new_empty(slots, dtype=compute_dtype(x.dtype)))
+    return grads
+
+
+_operators = overloads("_cell", _fake, flops.cell)
+_backward_operators = overloads("_cell_backward", _backward_fake, flops.cell_backward)
+# The forward without the Python around an overload, about a microsecond of a cell's ten; not for tracing.
+eager_operators: dict[str, Callable[..., list[Tensor]]] = {mode: without_python(op) for mode, op in _operators.items()}
+
+
+def cell(cfg: CellConfig, given: CellInputs) -> tuple[Tensor, ...] | list[Tensor]:
+    """One step -> h' first, then for the lstm c'; the rest is for the backward."""
+    path = route(*given).path
     if path == "op":
-        return operators.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, False, cfg.deterministic, cfg.types)
+        return _forward(cfg, given, False)
     if path == "reference":
         extension.announce_reference()
-        new_h, new_c = run_cell(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        new_h, new_c = run_cell(cfg, *given)
         return (new_h,) if new_c is None else (new_h, new_c)
-    tensors = (x, h, c, w_ih, w_hh, b_ih, b_hh)
     if path == "eager":
-        return _apply(cfg, *unwrap_dead_wrappers(tensors))  # type: ignore[no-any-return]
-    return Cell.apply(cfg, *private(tensors, first_weight=3))  # type: ignore[no-any-return, no-untyped-call]
+        return _apply(cfg, *unwrap_dead_wrappers(given))  # type: ignore[no-any-return]
+    return Cell.apply(cfg, *private(given, first_weight=3))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Cell(torch.autograd.Function):
     """(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh) -> (h', [c' if lstm], saved)."""
 
     @staticmethod
-    def forward(
-        cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-        b_ih: Tensor | None, b_hh: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        return tuple(
-            operators.cell_forward(cfg.mode, x, h, c, w_ih, w_hh, b_ih, b_hh, True, cfg.deterministic, cfg.types)
-        )
+    def forward(cfg: CellConfig, *tensors: Any) -> tuple[Tensor, ...]:
+        return tuple(_forward(cfg, tensors, True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -61,7 +110,7 @@ class Cell(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        dc = others[0] if ctx.cfg.mode == "lstm" else None
+        dc = others[0] if KINDS[ctx.cfg.mode].has_cell_state else None
         if dh is None and dc is None:
             return (None,) * len(needs)
         wanted = Wanted(needs[1], needs[2] or needs[3], any(needs[4:]))
@@ -89,20 +138,13 @@ class CellBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        cfg: CellConfig, wanted: Wanted, dh: Tensor | None, dc: Tensor | None, x: Tensor, h: Tensor | None,
-        c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, saved: Tensor,
+        cfg: CellConfig, wanted: Wanted, dh: Tensor | None, dc: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        grouped = wanted.groups > 0
-        grads = operators.cell_backward(
-            cfg.mode, dh, dc, x, h, c, w_ih, w_hh, b_ih, b_hh, saved, cfg.deterministic, wanted.x, wanted.state,
-            wanted.weights and not grouped, grouped, cfg.types,
-        )  # fmt: skip
-        if not grouped:
+        *given, saved = tensors
+        grads = _backward(cfg, wanted, (dh, dc), given, saved)
+        if not wanted.groups:
             return tuple(grads)
-        return (
-            *grads[:3],
-            *per_sample.cell_weight_grads(cfg.mode, wanted.groups, x, h, w_ih, w_hh, b_ih, b_hh, grads[-1]),
-        )
+        return (*grads[:3], *per_sample.cell_weight_grads(cfg.mode, wanted.groups, CellInputs(*given), grads[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -179,27 +221,22 @@ class UncheckedCell(Cell):
     """Tells what the operator refuses from what others raise: hooks on saved tensors, the tracer of torch.jit."""
 
     @staticmethod
-    def forward(
-        cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor,
-        b_ih: Tensor | None, b_hh: Tensor | None,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(cfg: CellConfig, *tensors: Any) -> tuple[Tensor, ...]:
         try:
-            return Cell.forward(cfg, x, h, c, w_ih, w_hh, b_ih, b_hh)
+            return Cell.forward(cfg, *tensors)
         except (RuntimeError, TypeError, ValueError) as error:
             raise Refused from error
 
 
-def unchecked_cell(
-    mode: str, x: Any, h: Any, c: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, deterministic: bool
-) -> Sequence[Tensor]:
+def unchecked_cell(cfg: CellConfig, given: Sequence[Any]) -> Sequence[Tensor]:
     """`cell` where the path is known to be "eager", without any check but the operator's: raises `Refused`."""
     try:
-        tensors = [t if t is None else unwrap_dead_wrapper(t) for t in (x, h, c, w_ih, w_hh, b_ih, b_hh)]
+        tensors = [t if t is None else unwrap_dead_wrapper(t) for t in given]
     except TypeError as error:
         raise Refused from error
-    return _apply_unchecked(CellConfig(mode, deterministic), *tensors)  # type: ignore[no-any-return]
+    return _apply_unchecked(cfg, *tensors)  # type: ignore[no-any-return]
 
 
-_apply: Callable[..., Any] = cpp_apply(Cell)
-_apply_unchecked: Callable[..., Any] = cpp_apply(UncheckedCell)
-_apply_backward: Callable[..., Any] = cpp_apply(CellBackward)
+_apply = cpp_apply(Cell)
+_apply_unchecked = cpp_apply(UncheckedCell)
+_apply_backward = cpp_apply(CellBackward)

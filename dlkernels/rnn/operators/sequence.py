@@ -1,4 +1,4 @@
-"""Autograd of one layer over whole sequences.
+"""The operators of one layer over whole sequences: their arguments, fakes and autograd.
 
 `sequence` is the entry point. `Sequence` and `SequenceBackward` are new-style Functions around the forward and the
 backward operator; the second exists so that the first can be differentiated twice and mapped over.
@@ -6,7 +6,7 @@ backward operator; the second exists so that the first can be differentiated twi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from collections.abc import Sequence as Tensors
 from typing import Any
 
@@ -14,40 +14,134 @@ import torch
 from torch import Tensor
 
 from dlkernels._core import batching, extension, legacy
+from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.gradients import differentiate, private
 from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrappers
-from dlkernels.rnn import operators
-from dlkernels.rnn.autograd import per_sample
-from dlkernels.rnn.autograd.formulas import run_sequence, sequence_gradients
-from dlkernels.rnn.config import SequenceConfig, Wanted
+from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
+from dlkernels.rnn.kinds import KINDS, Kind, sizes
+from dlkernels.rnn.operators import overloads, per_sample
+from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs, Wanted
+from dlkernels.rnn.operators.formulas import run_sequence, sequence_gradients
 from dlkernels.rnn.routing import route
+
+__all__ = ["sequence"]
 
 # Positions of the first weight among the inputs of the two Functions.
 _WEIGHTS = 7
 _BACKWARD_WEIGHTS = 11
 
 
-def sequence(
-    cfg: SequenceConfig, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Tensors[Tensor],
-    packed: Tensor | None = None, batch_sizes: Tensor | None = None, lengths: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _forward(cfg: SequenceConfig, given: SequenceInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, h_n, c_n, saved). y lies in memory with time first, as torch's does. `save` keeps what the backward needs:
+    [D, rows, `records.size`] in float32 (float64 for float64), rows being [T, B] for padded input whatever
+    `batch_first` says; padding rows of it are not defined. `records` reads them."""
+    x, h0, c0, packed, batch_sizes, lengths, weights = given
+    return _operators[cfg.mode](  # type: ignore[no-any-return]
+        x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, save, cfg.deterministic,
+        *cfg.types,
+    )  # fmt: skip
+
+
+def _backward(
+    cfg: SequenceConfig, wanted: Wanted, cotangents: Tensors[Tensor | None], given: SequenceInputs, saved: Tensor
+) -> list[Tensor]:
+    """[dx, dh0, dc0, *dweights] from cotangents = (dy, dh_n, dc_n), and [dgates, dproj] after them for groups.
+
+    `bptt_steps` = k > 0 computes the gradients as if the state had been detached before every k-th step of a sequence.
+    dgates: [D, rows, `Kind.gate_grads`, H]. dproj: [D, rows, P].
+    """
+    x, h0, c0, _, batch_sizes, lengths, weights = given
+    return _backward_operators[cfg.mode](  # type: ignore[no-any-return]
+        *cotangents, x, h0, c0, weights, saved, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first,
+        cfg.bptt_steps, cfg.deterministic, *wanted.flags, cfg.types.product,
+    )  # fmt: skip
+
+
+def _batch(x: Tensor, states: Iterable[Tensor | None], batch_sizes: Tensor | None, batch_first: bool) -> int:
+    if batch_sizes is None:
+        return x.shape[0 if batch_first else 1]
+    for state in states:
+        if state is not None:
+            return state.shape[1]
+    # The first of the batch sizes: a value, which tracing does not have.
+    return torch.library.get_ctx().new_dynamic_size()  # type: ignore[return-value]
+
+
+def _rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, ...]:
+    """The leading dimensions of what is kept per row: time-major even where x is not."""
+    if batch_sizes is not None:
+        return (x.shape[0],)
+    return (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
+
+
+def _fake(
+    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Tensors[Tensor], batch_sizes: Tensor | None,
+    bidirectional: bool, batch_first: bool, save: bool, product_dtype: int = -1, h_dtype: int = -1, c_dtype: int = -1,
+    **others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    directions = 2 if bidirectional else 1
+    hidden, proj, out = sizes(kind, weights, directions)
+    batch = _batch(x, (h0, c0), batch_sizes, batch_first)
+    record = records.size(kind, hidden, proj, dtype_of(product_dtype, x), x.device)
+    rows = _rows(x, batch_sizes, batch_first)
+    saved = (directions, *rows, record) if save else (0,)
+    of_h, of_c = dtype_of(h_dtype, x), dtype_of(c_dtype, x)
+    y = x.new_empty((*rows, directions * out), dtype=of_h)
+    return (
+        y.transpose(0, 1) if batch_first and batch_sizes is None else y,
+        x.new_empty((directions, batch, out), dtype=of_h),
+        x.new_empty((directions, batch, hidden), dtype=of_c) if kind.has_cell_state else x.new_empty(0, dtype=of_h),
+        x.new_empty(saved, dtype=compute_dtype(x.dtype)),
+    )
+
+
+def _backward_fake(
+    kind: Kind, dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor, h0: Tensor | None, c0: Tensor | None,
+    weights: Tensors[Tensor], batch_sizes: Tensor | None, bidirectional: bool, batch_first: bool, need_x: bool,
+    need_state: bool, need_weights: bool, gate_grads: bool, **others: Any,
+) -> list[Tensor]:  # fmt: skip
+    directions = 2 if bidirectional else 1
+    hidden, proj, out = sizes(kind, weights, directions)
+    dh0: tuple[int, ...] = (0,)
+    dc0: tuple[int, ...] = (0,)
+    if need_state:
+        batch = _batch(x, (h0, c0, dh_n, dc_n), batch_sizes, batch_first)
+        dh0 = (directions, batch, out)
+        if kind.has_cell_state:
+            dc0 = (directions, batch, hidden)
+    rows = _rows(x, batch_sizes, batch_first)
+    grads = [
+        x.new_empty(x.shape if need_x else (0,)),
+        (x if h0 is None else h0).new_empty(dh0),
+        (x if c0 is None else c0).new_empty(dc0),
+    ]
+    grads += [weight.new_empty(weight.shape if need_weights else (0,)) for weight in weights]
+    if gate_grads:
+        dtype = compute_dtype(x.dtype)
+        grads.append(x.new_empty((directions, *rows, len(kind.gate_grads), hidden), dtype=dtype))
+        grads.append(x.new_empty((directions, *rows, proj) if proj else (0,), dtype=dtype))
+    return grads
+
+
+_operators = overloads("", _fake, flops.sequence)
+_backward_operators = overloads("_backward", _backward_fake, flops.sequence_backward)
+
+
+def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of one or two directions -> (y, h_n, c_n); the shapes are those of `dlkernels.reference.sequence`.
 
-    The arguments are taken as checked: one device, fitting dtypes and sizes. `packed` is what
-    `dlkernels.rnn.operators.pack` made of the weights, or None.
+    The arguments are taken as checked: one device, fitting dtypes and sizes.
     """
+    x, h0, c0, *others, weights = given
     projected = len(weights) // (2 if cfg.bidirectional else 1) % 2 == 1
     path = route(x, h0, c0, *weights, projected=projected).path
     if path == "op":
-        return operators.sequence_forward(
-            cfg.mode, x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, False,
-            cfg.deterministic, cfg.types,
-        )[:3]  # fmt: skip
+        return _forward(cfg, given, False)[:3]
     if path == "reference":
         extension.announce_reference()
-        return run_sequence(cfg, x, h0, c0, weights, batch_sizes, lengths)
-    tensors = (x, h0, c0, packed, batch_sizes, lengths, *weights)
+        return run_sequence(cfg, given)
+    tensors = (x, h0, c0, *others, *weights)
     if path == "eager":
         y, h_n, c_n, _ = _apply(cfg, *unwrap_dead_wrappers(tensors))
     else:
@@ -56,18 +150,18 @@ def sequence(
     return y, h_n, c_n
 
 
+def _gathered(tensors: Tensors[Any]) -> SequenceInputs:
+    """The inputs of the forward Function."""
+    x, h0, c0, packed, batch_sizes, lengths, *weights = tensors
+    return SequenceInputs(x, h0, c0, packed, batch_sizes, lengths, weights)
+
+
 class Sequence(torch.autograd.Function):
     """(cfg, x, h0, c0, packed, batch_sizes, lengths, *weights) -> (y, h_n, c_n, saved)."""
 
     @staticmethod
-    def forward(
-        cfg: SequenceConfig, x: Tensor, h0: Tensor | None, c0: Tensor | None, packed: Tensor | None,
-        batch_sizes: Tensor | None, lengths: Tensor | None, *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        return operators.sequence_forward(
-            cfg.mode, x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, True,
-            cfg.deterministic, cfg.types,
-        )  # fmt: skip
+    def forward(cfg: SequenceConfig, *tensors: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return _forward(cfg, _gathered(tensors), True)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -75,7 +169,7 @@ class Sequence(torch.autograd.Function):
         cfg, x, h0, c0, _, batch_sizes, lengths, *weights = inputs
         _, _, c_n, saved = output
         ctx.set_materialize_grads(False)
-        if cfg.mode == "lstm":
+        if KINDS[cfg.mode].has_cell_state:
             ctx.mark_non_differentiable(saved)
         else:
             ctx.mark_non_differentiable(c_n, saved)
@@ -85,7 +179,7 @@ class Sequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
-        if ctx.cfg.mode != "lstm":
+        if not KINDS[ctx.cfg.mode].has_cell_state:
             dc_n = None  # Dynamo makes zeros of it
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(needs)
@@ -130,22 +224,12 @@ class SequenceBackward(torch.autograd.Function):
         h0: Tensor | None, c0: Tensor | None, saved: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        grouped = wanted.groups > 0
-        grads = operators.sequence_backward(
-            cfg.mode, dy, dh_n, dc_n, x, h0, c0, weights, saved, batch_sizes, lengths, cfg.bidirectional,
-            cfg.batch_first, cfg.bptt_steps, cfg.deterministic, wanted.x, wanted.state,
-            wanted.weights and not grouped, grouped, cfg.types,
-        )  # fmt: skip
-        if not grouped:
+        given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights)
+        grads = _backward(cfg, wanted, (dy, dh_n, dc_n), given, saved)
+        if not wanted.groups:
             return tuple(grads)
         *grads, dgates, dproj = grads
-        return (
-            *grads[:3],
-            *per_sample.sequence_weight_grads(
-                cfg.mode, cfg.batch_first, wanted.groups, x, h0, saved, lengths, weights, dgates, dproj,
-                dtype_of(cfg.types.product, x),
-            ),
-        )  # fmt: skip
+        return (*grads[:3], *per_sample.sequence_weight_grads(cfg, wanted.groups, given, saved, dgates, dproj))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,5 +307,5 @@ def _grouped_gradients(
     return grads
 
 
-_apply: Callable[..., Any] = cpp_apply(Sequence)
-_apply_backward: Callable[..., Any] = cpp_apply(SequenceBackward)
+_apply = cpp_apply(Sequence)
+_apply_backward = cpp_apply(SequenceBackward)

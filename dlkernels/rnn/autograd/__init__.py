@@ -1,1 +1,0 @@
-"""The recurrent operators as autograd Functions, with vmap and double backward."""

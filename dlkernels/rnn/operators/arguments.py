@@ -1,0 +1,85 @@
+"""The arguments of the operators, as they travel from the checks to the kernel. Tuples: cheap to make, and Dynamo can
+trace them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dlkernels.rnn.dtypes import SAME, Types
+
+__all__ = ["CellConfig", "CellInputs", "SequenceConfig", "SequenceInputs", "Wanted"]
+
+
+class SequenceConfig(NamedTuple):
+    """What the operators of a layer are told besides their tensors."""
+
+    mode: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
+    bidirectional: bool = False
+    batch_first: bool = False
+    bptt_steps: int = 0
+    deterministic: bool = False
+    types: Types = SAME
+
+    @property
+    def batch_dim(self) -> int:
+        """Of x, y and dy when padded; 1 for h0, c0, h_n, c_n and 2 for what the forward saved."""
+        return 0 if self.batch_first else 1
+
+
+class SequenceInputs(NamedTuple):
+    """The tensors of a layer. The Functions take them in this order, the weights one by one.
+
+    x: [T, B, I], or [B, T, I] if `batch_first`, or packed [rows, I] with `batch_sizes`, int64 [T]. h0: [D, B, O],
+    c0: [D, B, H]; None is zeros. `packed`: `dlkernels.rnn.operators.pack` of the weights. `lengths`: int64 [B] within
+    0..T. `weights`, per direction: w_ih, w_hh[, b_ih, b_hh][, w_hr].
+    """
+
+    x: Tensor
+    h0: Tensor | None
+    c0: Tensor | None
+    packed: Tensor | None
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    weights: Sequence[Tensor]
+
+
+class CellConfig(NamedTuple):
+    """What the operators of a step are told besides their tensors."""
+
+    mode: str
+    deterministic: bool = False
+    types: Types = SAME
+
+
+class CellInputs(NamedTuple):
+    """The tensors of a step, in the order of the operators and the Functions: x [B, I], h and c [B, H] or None."""
+
+    x: Tensor
+    h: Tensor | None
+    c: Tensor | None
+    w_ih: Tensor
+    w_hh: Tensor
+    b_ih: Tensor | None
+    b_hh: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward computes.
+
+    groups: 0 for weight gradients summed over the batch, as always; n > 0 when vmap folded n samples into the batch:
+    then the weight gradients come one per sample, [n, *shape], from the gate gradients.
+    """
+
+    x: bool
+    state: bool
+    weights: bool
+    groups: int = 0
+
+    @property
+    def flags(self) -> tuple[bool, bool, bool, bool]:
+        """need_x, need_state, need_weights and gate_grads, as the operators take them."""
+        grouped = self.groups > 0
+        return self.x, self.state, self.weights and not grouped, grouped
