@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ladder import BUILD, CUDA, HERE, Failure, Unit, must, tool
+from ladder import BUILD, CSRC, CUDA, HERE, Failure, Unit, must, tool
 
 ARCHS = ("80", "90a", "100a")
 # How long the files take for one GPU, about, and the GPUs against sm_90a.
@@ -126,7 +126,7 @@ def blocks_at_once(registers: int, shared: int, threads: int) -> int:
 def check_resident() -> None:
     """The blocks of every plan that meet at a barrier run at the same time, given what the compiler took."""
     program = BUILD / "plans"
-    must([tool("g++"), "-std=c++17", "-O1", HERE / "plans.cpp", CUDA / "sequence_plan.cpp", "-o", program])
+    must([tool("g++"), "-std=c++17", "-O1", f"-I{CSRC}", HERE / "plans.cpp", CUDA / "sequence_plan.cpp", "-o", program])
     kernels = {
         sequence: kernel
         for (_, arch), some in _kernels.items()
