@@ -50,32 +50,32 @@ class Backward {
     const bool weights = wants_weights();
     zeros_ = scratch.take<C>(zero_count());
     for (int d = 0; d < s_.D; ++d) {
-      Direction& x = direction_[d];
-      x.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
-      x.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
-      x.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
-      x.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
-      x.rounded = scratch.take<Operand<C>>(kPairs ? 2 * chunk_rows_ * ld_gates_ : 0);
-      x.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
-      x.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
-      x.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
-      x.rows = scratch.take<Row>(chunk_rows_);
-      x.first = scratch.take<int64_t>(chunk_);
+      Direction& dir = direction_[d];
+      dir.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
+      dir.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
+      dir.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
+      dir.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
+      dir.rounded = scratch.take<Operand<C>>(kPairs ? 2 * chunk_rows_ * ld_gates_ : 0);
+      dir.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
+      dir.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
+      dir.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
+      dir.rows = scratch.take<Row>(chunk_rows_);
+      dir.first = scratch.take<int64_t>(chunk_);
       // Right-hand sides of the weight gradients: x, h and the cell's output, as panels.
       const auto columns = [&](int64_t n) {
         return weights ? item_count(chunk_rows_) * ((n + V::size - 1) / V::size * V::size) : 0;
       };
-      x.x_panels = scratch.take<C>(columns(s_.I));
-      x.h_panels = scratch.take<C>(columns(O_));
-      x.out_panels = scratch.take<C>(s_.P ? columns(s_.H) : 0);
+      dir.x_panels = scratch.take<C>(columns(s_.I));
+      dir.h_panels = scratch.take<C>(columns(O_));
+      dir.out_panels = scratch.take<C>(s_.P ? columns(s_.H) : 0);
       const auto sum = [&](void* out, int64_t n) {
         return is_compute_type<C>(p_.weights[d].dtype) ? static_cast<C*>(out) : scratch.take<C>(weights ? n : 0);
       };
-      x.dw_ih = sum(p_.grads[d].w_ih, G_ * s_.I);
-      x.dw_hh = sum(p_.grads[d].w_hh, G_ * O_);
-      x.dw_hr = sum(p_.grads[d].w_hr, s_.P * s_.H);
-      x.dbias = scratch.take<C>(weights ? block_ld<C>(kSlots * s_.H) : 0);
-      x.dx = d == 1 && p_.dx.data ? scratch.take<C>(s_.rows * s_.I) : nullptr;
+      dir.dw_ih = sum(p_.grads[d].w_ih, G_ * s_.I);
+      dir.dw_hh = sum(p_.grads[d].w_hh, G_ * O_);
+      dir.dw_hr = sum(p_.grads[d].w_hr, s_.P * s_.H);
+      dir.dbias = scratch.take<C>(weights ? block_ld<C>(kSlots * s_.H) : 0);
+      dir.dx = d == 1 && p_.dx.data ? scratch.take<C>(s_.rows * s_.I) : nullptr;
     }
     for (int m = 0; m < plan_.threads; ++m) {
       block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(item_count(chunk_rows_)));
@@ -98,16 +98,16 @@ class Backward {
     walk.begin();
     team.sync();
     const int64_t steps = layout_.steps();
-    for (int64_t q = 0; q < steps; q += chunk_) {
-      const int64_t count = std::min(chunk_, steps - q), parity = q / chunk_ & 1;
-      if (team.rank == 0) number_rows(d, q, count);
+    for (int64_t nth = 0; nth < steps; nth += chunk_) {
+      const int64_t count = std::min(chunk_, steps - nth), parity = nth / chunk_ & 1;
+      if (team.rank == 0) number_rows(d, nth, count);
       team.sync();
       for (int64_t k = 0; k < count; ++k) {
-        walk.step(q + k, k, parity);
+        walk.step(nth + k, k, parity);
         walk.member.sync();
       }
       team.sync();
-      chunk_products(team, worker, d, parity, q == 0);
+      chunk_products(team, worker, d, parity, nth == 0);
       team.sync();
     }
     walk.finish();
@@ -166,7 +166,7 @@ class Backward {
 
   int64_t zero_count() const { return block_ld<C>(kSlots * s_.H); }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
-  int64_t time(int d, int64_t q) const { return d == 0 ? layout_.steps() - 1 - q : q; }
+  int64_t time(int d, int64_t nth) const { return d == 0 ? layout_.steps() - 1 - nth : nth; }
   int64_t past(int d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
   C* gates(int d, int64_t parity) const { return direction_[d].gates + parity * chunk_rows_ * ld_gates_; }
   Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + parity * chunk_rows_ * ld_gates_; }
@@ -182,7 +182,7 @@ class Backward {
   C* proj(int d, int64_t parity) const { return direction_[d].proj + parity * chunk_rows_ * ld_proj_; }
 
   void prepare(const Member& team, int d) const {
-    const Direction& x = direction_[d];
+    const Direction& dir = direction_[d];
     const DirectionWeights& w = p_.weights[d];
     const auto pack = [&](const PanelShape& shape, const void* weights, C* panels) {
       int64_t begin, end;
@@ -190,9 +190,9 @@ class Backward {
       for (int64_t p = begin; p < end; ++p) pack_panel_matrix<C>(shape, p, w.dtype, weights, panels + shape.offset(p));
     };
     if (!fresh_) {
-      pack(hh_, w.w_hh, x.hh);
-      if (p_.dx.data) pack(ih_, w.w_ih, x.ih);
-      if (s_.P) pack(hr_, w.w_hr, x.hr);
+      pack(hh_, w.w_hh, dir.hh);
+      if (p_.dx.data) pack(ih_, w.w_ih, dir.ih);
+      if (s_.P) pack(hr_, w.w_hr, dir.hr);
     }
     if (!wants_weights() || layout_.steps() > 0) return;  // else the first chunk writes them
     const auto clear = [&](C* sum, int64_t n) {
@@ -200,10 +200,10 @@ class Backward {
       team.share(n, 1024, &begin, &end);
       std::fill(sum + begin, sum + end, C(0));
     };
-    clear(x.dw_ih, G_ * s_.I);
-    clear(x.dw_hh, G_ * O_);
-    clear(x.dw_hr, s_.P * s_.H);
-    clear(x.dbias, kSlots * s_.H);
+    clear(dir.dw_ih, G_ * s_.I);
+    clear(dir.dw_hh, G_ * O_);
+    clear(dir.dw_hr, s_.P * s_.H);
+    clear(dir.dbias, kSlots * s_.H);
   }
 
   Panels<C> panels(const PanelShape& shape, const C* packed, int d, const void* weights, C* buffer) const {
@@ -211,18 +211,18 @@ class Backward {
     return Panels<C>(shape, packed);
   }
 
-  void number_rows(int d, int64_t q, int64_t count) {
-    Direction& x = direction_[d];
+  void number_rows(int d, int64_t nth, int64_t count) {
+    Direction& dir = direction_[d];
     const SequenceSubset all(layout_, 0, 1);
     int64_t row = 0, alive = 0;
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t t = time(d, q + k);
+      const int64_t t = time(d, nth + k);
       alive = all.alive(t, alive);
-      x.first[k] = row;
+      dir.first[k] = row;
       for (int64_t i = 0; i < alive; ++i, ++row)
-        x.rows[row] = {t, all.sequence(i), d == 0 ? t == 0 : t == all.length(i) - 1};
+        dir.rows[row] = {t, all.sequence(i), d == 0 ? t == 0 : t == all.length(i) - 1};
     }
-    x.row_count = row;
+    dir.row_count = row;
   }
 
   struct Walk;  // backward_walk.h

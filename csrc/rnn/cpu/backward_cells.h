@@ -9,7 +9,7 @@ DLK_ISA_BEGIN
 template <class C, class Cell>
 struct Backward<C, Cell>::Walk::CellRow {
   const Walk& walk;
-  const Backward& f;
+  const Backward& backward;
   const int64_t i, row;  // sequence of the member, row of the chunk
   const Row& at;
   const bool is_joining, is_cut;
@@ -20,26 +20,27 @@ struct Backward<C, Cell>::Walk::CellRow {
 
   DLK_INLINE CellRow(const Walk& walk, int64_t i, int64_t row, int64_t parity)
       : walk(walk),
-        f(walk.f),
+        backward(walk.backward),
         i(i),
         row(row),
-        at(walk.x.rows[row]),
+        at(walk.dir.rows[row]),
         is_joining(walk.is_joining(i)),
         is_cut(walk.cut(i, at.t)),
-        saved(f.saved_record(walk.d, at.t, at.b)),
-        past(at.first ? nullptr : f.saved_record(walk.d, f.past(walk.d, at.t), at.b)),
-        dy(f.p_.dy.data ? advance(f.p_.dy.data, f.p_.dy.dtype, f.layout_.at(f.p_.dy, at.t, at.b) + walk.d * f.O_)
-                        : nullptr),
+        saved(backward.saved_record(walk.d, at.t, at.b)),
+        past(at.first ? nullptr : backward.saved_record(walk.d, backward.past(walk.d, at.t), at.b)),
+        dy(backward.p_.dy.data ? advance(backward.p_.dy.data, backward.p_.dy.dtype,
+                                         backward.layout_.at(backward.p_.dy, at.t, at.b) + walk.d * backward.O_)
+                               : nullptr),
         carry(walk.carry(i)),
-        gates(f.gates(walk.d, parity) + row * f.ld_gates_),
-        rounded(kPairs ? f.rounded(walk.d, parity) + row * f.ld_gates_ : nullptr) {}
+        gates(backward.gates(walk.d, parity) + row * backward.ld_gates_),
+        rounded(kPairs ? backward.rounded(walk.d, parity) + row * backward.ld_gates_ : nullptr) {}
 
   // What reaches h of this step from outside the recurrence.
   DLK_INLINE V incoming(int64_t j, int n) const {
     V sum = V::zero();
-    if (dy) sum = load_any<C>(f.p_.dy.dtype, dy, j, n);
+    if (dy) sum = load_any<C>(backward.p_.dy.dtype, dy, j, n);
     if (is_joining) {
-      if (f.p_.dh_n) sum = sum + load_state<C>(f.p_.dh_n, walk.state(i, f.O_) + j, n);
+      if (backward.p_.dh_n) sum = sum + load_state<C>(backward.p_.dh_n, walk.state(i, backward.O_) + j, n);
     } else if constexpr (Cell::kDirectPath) {
       if (!is_cut) sum = sum + V::load(carry + j);
     }
@@ -48,23 +49,23 @@ struct Backward<C, Cell>::Walk::CellRow {
 
   // n units from j on; dh is the whole gradient of the cell's output.
   DLK_INLINE void cell(int64_t j, int n, V dh) const {
-    const int64_t H = f.s_.H;
+    const int64_t H = backward.s_.H;
     V slots[Cell::kSaved], dgates[kSlots];
-    for (int k = 0; k < Cell::kSaved; ++k) slots[k] = f.record_.load(saved, k, j, n);
+    for (int k = 0; k < Cell::kSaved; ++k) slots[k] = backward.record_.load(saved, k, j, n);
     if constexpr (Cell::kCellState) {
       V dc = V::zero();
-      const V previous =
-          past ? f.record_.load(past, Cell::kStateSlot, j, n) : load_state<C>(f.p_.c0, walk.state(i, H) + j, n);
+      const V previous = past ? backward.record_.load(past, Cell::kStateSlot, j, n)
+                              : load_state<C>(backward.p_.c0, walk.state(i, H) + j, n);
       if (is_joining) {
-        dc = load_state<C>(f.p_.dc_n, walk.state(i, H) + j, n);
+        dc = load_state<C>(backward.p_.dc_n, walk.state(i, H) + j, n);
       } else if (!is_cut) {
         dc = V::load(carry + j);
       }
       const V out = Cell::backward(slots, previous, dh, &dc, dgates);
       dc.store(carry + j);
-      if (f.s_.P) out.store(walk.x.cell_out + row * f.ld_unit_ + j);
+      if (backward.s_.P) out.store(walk.dir.cell_out + row * backward.ld_unit_ + j);
     } else if constexpr (Cell::kDirectPath) {
-      Cell::backward(slots, f.past_h(walk.d, at, j, n), dh, dgates).store(carry + j);
+      Cell::backward(slots, backward.past_h(walk.d, at, j, n), dh, dgates).store(carry + j);
     } else {
       dgates[0] = Cell::backward(slots[0], dh);
     }

@@ -8,8 +8,8 @@ DLK_ISA_BEGIN
 // dx, weight gradients and gate gradients of the rows of one chunk.
 template <class C, class Cell>
 void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, int64_t parity, bool first) {
-  const Direction& x = direction_[d];
-  const int64_t rows = x.row_count, H = s_.H;
+  const Direction& dir = direction_[d];
+  const int64_t rows = dir.row_count, H = s_.H;
   C* dgates = gates(d, parity);
   copy_gate_grads(team, d, parity, rows);
   if (p_.dx.data) {
@@ -17,16 +17,16 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
     const auto row = [&](int64_t r) { return operands + r * item_count(ld_gates_); };
     const GemmShare share(team, rows, ih_, fresh_);
     const auto out = [&](int64_t r, GemmColumn at) -> const void* {
-      const Row& to = x.rows[r];
-      if (d == 1) return x.dx + layout_.row(to.t, to.b) * s_.I + at.column;
+      const Row& to = dir.rows[r];
+      if (d == 1) return dir.dx + layout_.row(to.t, to.b) * s_.I + at.column;
       return advance(p_.dx.data, p_.dx.dtype, layout_.at(p_.dx, to.t, to.b) + at.column);
     };
-    const Panels<C> b = panels(ih_, x.ih, d, p_.weights[d].w_ih, panel_[worker]);
+    const Panels<C> b = panels(ih_, dir.ih, d, p_.weights[d].w_ih, panel_[worker]);
     gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row}, b, out,
          [&](int64_t r, GemmColumn at, V value, int n) {
-           const Row& to = x.rows[r];
+           const Row& to = dir.rows[r];
            if (d == 1) {
-             value.store(x.dx + layout_.row(to.t, to.b) * s_.I + at.column, n);
+             value.store(dir.dx + layout_.row(to.t, to.b) * s_.I + at.column, n);
            } else {
              store_any<C>(p_.dx.dtype, p_.dx.data, layout_.at(p_.dx, to.t, to.b) + at.column, value, n);
            }
@@ -42,17 +42,17 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   for (int64_t p = 0; p < xs.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
-          xs, p, p_.x.dtype, rows, [&](int64_t r) { return x_row(x.rows[r]); }, x.x_panels + xs.offset(p));
+          xs, p, p_.x.dtype, rows, [&](int64_t r) { return x_row(dir.rows[r]); }, dir.x_panels + xs.offset(p));
   for (int64_t p = 0; p < hs.count(); ++p)
     if (mine())
       pack_panel_values<C>(
-          hs, p, rows, [&](int64_t r, int64_t j, int n) { return past_h(d, x.rows[r], j, n); },
-          x.h_panels + hs.offset(p));
+          hs, p, rows, [&](int64_t r, int64_t j, int n) { return past_h(d, dir.rows[r], j, n); },
+          dir.h_panels + hs.offset(p));
   for (int64_t p = 0; s_.P && p < os.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
           os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32, rows,
-          [&](int64_t r) -> const void* { return x.cell_out + r * ld_unit_; }, x.out_panels + os.offset(p));
+          [&](int64_t r) -> const void* { return dir.cell_out + r * ld_unit_; }, dir.out_panels + os.offset(p));
   team.sync();
 
   const auto add = [&](const Operand<C>* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed,
@@ -70,16 +70,16 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
         first ? sum : nullptr, shape.N);
   };
   const Operand<C>* values = operand_values(d, parity);
-  add(values, ld_gates_, G_, xs, x.x_panels, x.dw_ih);
+  add(values, ld_gates_, G_, xs, dir.x_panels, dir.dw_ih);
   if constexpr (Cell::kHasPartedGate) {
     constexpr int kGate = Cell::kPartedGate;
-    add(values, ld_gates_, kGate * H, hs, x.h_panels, x.dw_hh);
-    add(values + Cell::kGates * H, ld_gates_, H, hs, x.h_panels, x.dw_hh + kGate * H * O_);
+    add(values, ld_gates_, kGate * H, hs, dir.h_panels, dir.dw_hh);
+    add(values + Cell::kGates * H, ld_gates_, H, hs, dir.h_panels, dir.dw_hh + kGate * H * O_);
   } else {
-    add(values, ld_gates_, G_, hs, x.h_panels, x.dw_hh);
+    add(values, ld_gates_, G_, hs, dir.h_panels, dir.dw_hh);
   }
   if constexpr (!kPairs)
-    if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, x.out_panels, x.dw_hr);
+    if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, dir.out_panels, dir.dw_hr);
 
   int64_t begin, end;
   team.share(kSlots * H, V::size, &begin, &end);
@@ -92,7 +92,7 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
         part = part + load_part(dgates + r * ld_gates_ + j, n);
       sum = sum + part;
     }
-    store_part(x.dbias + j, first ? sum : load_part(x.dbias + j, n) + sum, n);
+    store_part(dir.dbias + j, first ? sum : load_part(dir.dbias + j, n) + sum, n);
   }
 }
 
@@ -127,7 +127,7 @@ void Backward<C, Cell>::copy_gate_grads(const Member& team, int d, int64_t parit
 template <class C, class Cell>
 void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
   if (!wants_weights()) return;
-  const Direction& x = direction_[d];
+  const Direction& dir = direction_[d];
   const DirectionGrads& to = p_.grads[d];
   const DirectionWeights& w = p_.weights[d];
   const auto store = [&](void* out, const C* sum, int64_t n) {
@@ -135,16 +135,16 @@ void Backward<C, Cell>::store_weight_grads(const Member& team, int d) const {
     team.share(n, 1024, &begin, &end);
     if (out && out != sum && begin < end) store_row(w.dtype, advance(out, w.dtype, begin), end - begin, sum + begin);
   };
-  store(to.w_ih, x.dw_ih, G_ * s_.I);
-  store(to.w_hh, x.dw_hh, G_ * O_);
-  store(to.w_hr, x.dw_hr, s_.P * s_.H);
-  store(to.b_ih, x.dbias, G_);
+  store(to.w_ih, dir.dw_ih, G_ * s_.I);
+  store(to.w_hh, dir.dw_hh, G_ * O_);
+  store(to.w_hr, dir.dw_hr, s_.P * s_.H);
+  store(to.b_ih, dir.dbias, G_);
   if constexpr (Cell::kHasPartedGate) {
     constexpr int kGate = Cell::kPartedGate;
-    store(to.b_hh, x.dbias, kGate * s_.H);
-    if (to.b_hh) store(advance(to.b_hh, w.dtype, kGate * s_.H), x.dbias + G_, s_.H);
+    store(to.b_hh, dir.dbias, kGate * s_.H);
+    if (to.b_hh) store(advance(to.b_hh, w.dtype, kGate * s_.H), dir.dbias + G_, s_.H);
   } else {
-    store(to.b_hh, x.dbias, G_);
+    store(to.b_hh, dir.dbias, G_);
   }
 }
 

@@ -1,5 +1,5 @@
 // The steps of the backward, for one member's sequences and units (see backward.h).
-// `q` counts steps in the order of the backward; "next" is the step before in that order,
+// `nth` counts steps in the order of the backward; "next" is the step before in that order,
 // which is the next one in the order of the forward.
 #pragma once
 
@@ -9,8 +9,8 @@ DLK_ISA_BEGIN
 
 template <class C, class Cell>
 struct Backward<C, Cell>::Walk {
-  const Backward& f;
-  const Direction& x;
+  const Backward& backward;
+  const Direction& dir;
   Member member;
   SequenceSubset subset;
   C* panel_buffer;
@@ -18,14 +18,14 @@ struct Backward<C, Cell>::Walk {
   // The step before this one: where its gate gradients lie, and how many sequences it had.
   const C* next_gates = nullptr;  // as items
   int64_t next_alive = 0;
-  bool to_and_fro = false;         // see Forward
+  bool reverse_panels = false;     // see Forward
   const Row* step_rows = nullptr;  // this step's, null outside of it
 
   struct CellRow;  // backward_cells.h
 
-  const LayerShape& s() const { return f.s_; }
+  const LayerShape& s() const { return backward.s_; }
   int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
-  C* carry(int64_t i) const { return x.carry + subset.global(i) * f.ld_unit_; }
+  C* carry(int64_t i) const { return dir.carry + subset.global(i) * backward.ld_unit_; }
   // Row of the i-th sequence relative to its step's first row.
   int64_t in_step(int64_t i) const { return subset.global(i); }
 
@@ -35,8 +35,8 @@ struct Backward<C, Cell>::Walk {
     member.share(subset.count, 1, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
       if (subset.length(i) > 0) continue;
-      pass_state(f.p_.dh0, f.p_.dh_n, state(i, f.O_), f.O_);
-      pass_state(f.p_.dc0, f.p_.dc_n, state(i, s().H), s().H);
+      pass_state(backward.p_.dh0, backward.p_.dh_n, state(i, backward.O_), backward.O_);
+      pass_state(backward.p_.dc0, backward.p_.dc_n, state(i, s().H), s().H);
     }
   }
 
@@ -50,20 +50,20 @@ struct Backward<C, Cell>::Walk {
 
   // True if the gradient of the state between this step and the one after it is cut.
   bool cut(int64_t i, int64_t t) const {
-    if (f.p_.bptt_steps <= 0) return false;
+    if (backward.p_.bptt_steps <= 0) return false;
     const int64_t next_step = d == 0 ? t + 1 : subset.length(i) - t;
-    return next_step % f.p_.bptt_steps == 0;
+    return next_step % backward.p_.bptt_steps == 0;
   }
 
-  void step(int64_t q, int64_t k, int64_t parity) {
-    const int64_t t = f.time(d, q), alive = subset.alive(t, next_alive), first = x.first[k];
-    leave(alive);
-    step_rows = x.rows + first;
+  void step(int64_t nth, int64_t k, int64_t parity) {
+    const int64_t t = backward.time(d, nth), alive = subset.alive(t, next_alive), first = dir.first[k];
+    finish_sequences(alive);
+    step_rows = dir.rows + first;
     if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
       if (s().P) {
         recurrent(t, alive, first, parity, [&](const CellRow& row, int64_t j, int n, V dh) {
           V total = dh + row.incoming(j, n);
-          total.store(f.proj(d, parity) + row.row * f.ld_proj_ + j);
+          total.store(backward.proj(d, parity) + row.row * backward.ld_proj_ + j);
         });
         member.sync();
         through_projection(alive, first, parity);
@@ -73,13 +73,13 @@ struct Backward<C, Cell>::Walk {
       recurrent(t, alive, first, parity,
                 [&](const CellRow& row, int64_t j, int n, V dh) { row.cell(j, n, dh + row.incoming(j, n)); });
     }
-    next_gates = f.operand(d, parity) + first * item_count(f.ld_gates_);
+    next_gates = backward.operand(d, parity) + first * item_count(backward.ld_gates_);
     next_alive = alive;
-    to_and_fro = !to_and_fro;
+    reverse_panels = !reverse_panels;
     step_rows = nullptr;
   }
 
-  void finish() { leave(0); }
+  void finish() { finish_sequences(0); }
 
   bool is_joining(int64_t i) const { return i >= next_alive; }
 
@@ -98,16 +98,16 @@ struct Backward<C, Cell>::Walk {
   // skip(i): zero instead.
   template <class Skip, class Sink>
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
-    const PanelShape& shape = f.hh_;
-    const Panels<C> panels = f.panels(shape, x.hh, d, f.p_.weights[d].w_hh, panel_buffer);
-    const int64_t H = s().H, head = item_count(Cell::kHasPartedGate ? Cell::kPartedGate * H : f.G_),
-                  ld = item_count(f.ld_gates_);
+    const PanelShape& shape = backward.hh_;
+    const Panels<C> panels = backward.panels(shape, dir.hh, d, backward.p_.weights[d].w_hh, panel_buffer);
+    const int64_t H = s().H, head = item_count(Cell::kHasPartedGate ? Cell::kPartedGate * H : backward.G_),
+                  ld = item_count(backward.ld_gates_);
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
     for (int64_t turn = p0; turn < p1; ++turn) {
-      const int64_t p = to_and_fro ? p1 - 1 - (turn - p0) : turn;
-      const int vectors = shape.vectors_in(p), width = vectors * V::size, onward = to_and_fro ? -1 : 1;
+      const int64_t p = reverse_panels ? p1 - 1 - (turn - p0) : turn;
+      const int vectors = shape.vectors_in(p), width = vectors * V::size, onward = reverse_panels ? -1 : 1;
       Panel<C> panel{};
       Ahead<C> ahead;
       if (turn + 1 < p1) ahead = panels.ahead(p + onward, p + onward + 1, end - begin);
@@ -119,8 +119,8 @@ struct Backward<C, Cell>::Walk {
         for (int r = 0; r < rows; ++r) {
           const bool zero = skip(i0 + r);
           any |= !zero;
-          a[r] = zero ? f.zeros_ : next_gates + in_step(i0 + r) * ld;
-          tail[r] = zero ? f.zeros_ : a[r] + item_count(Cell::kGates * H);
+          a[r] = zero ? backward.zeros_ : next_gates + in_step(i0 + r) * ld;
+          tail[r] = zero ? backward.zeros_ : a[r] + item_count(Cell::kGates * H);
         }
         if (turn == p0 && member.size > 1) collect(rows, a, item_count(kSlots * H));
         if (any) {
@@ -147,22 +147,22 @@ struct Backward<C, Cell>::Walk {
   DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
     if (s().P || !step_rows) return;
     const Row& at = step_rows[in_step(i)];
-    const C* saved = f.saved_record(d, at.t, at.b);
+    const C* saved = backward.saved_record(d, at.t, at.b);
     for (int k = 0; k < Cell::kSaved; ++k)
-      for (int v = 0; v < vectors; ++v) f.record_.fetch(saved, k, j + v * V::size);
+      for (int v = 0; v < vectors; ++v) backward.record_.fetch(saved, k, j + v * V::size);
   }
 
   void through_projection(int64_t alive, int64_t first, int64_t parity) const {
-    const C* dproj = f.proj(d, parity);
-    const auto row = [&](int64_t i) { return dproj + (first + in_step(i)) * f.ld_proj_; };
+    const C* dproj = backward.proj(d, parity);
+    const auto row = [&](int64_t i) { return dproj + (first + in_step(i)) * backward.ld_proj_; };
     int64_t p0, p1;
-    member.share(f.hr_.count(), 1, &p0, &p1);
-    const C* dgates = f.gates(d, parity);
+    member.share(backward.hr_.count(), 1, &p0, &p1);
+    const C* dgates = backward.gates(d, parity);
     gemm(
         0, alive, p0, p1, DirectRows<C, decltype(row)>{row},
-        f.panels(f.hr_, x.hr, d, f.p_.weights[d].w_hr, panel_buffer),
+        backward.panels(backward.hr_, dir.hr, d, backward.p_.weights[d].w_hr, panel_buffer),
         [&](int64_t i, GemmColumn at) -> const void* {
-          return dgates + (first + in_step(i)) * f.ld_gates_ + at.column;
+          return dgates + (first + in_step(i)) * backward.ld_gates_ + at.column;
         },
         [&](int64_t i, GemmColumn at, V dh, int n) {
           CellRow(*this, i, first + in_step(i), parity).cell(at.column, n, dh);
@@ -170,21 +170,22 @@ struct Backward<C, Cell>::Walk {
   }
 
   // Sequences whose first step is behind us: what is left is the gradient of h0, c0.
-  void leave(int64_t alive) const {
+  void finish_sequences(int64_t alive) const {
     if (alive >= next_alive) return;
-    if (f.p_.dh0) {
+    if (backward.p_.dh0) {
       products(
           alive, next_alive, [](int64_t) { return false; },
           [&](int64_t i, auto each_vector) {
             each_vector([&](int64_t j, int n, V dh) {
               if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
-              store_state<C>(f.p_.dh0, state(i, f.O_) + j, dh, n);
+              store_state<C>(backward.p_.dh0, state(i, backward.O_) + j, dh, n);
             });
           });
     }
-    if (f.p_.dc0 && member.rank == 0) {
+    if (backward.p_.dc0 && member.rank == 0) {
       for (int64_t i = alive; i < next_alive; ++i)
-        store_row(f.p_.dc0.dtype, advance(f.p_.dc0.data, f.p_.dc0.dtype, state(i, s().H)), s().H, carry(i));
+        store_row(backward.p_.dc0.dtype, advance(backward.p_.dc0.data, backward.p_.dc0.dtype, state(i, s().H)), s().H,
+                  carry(i));
     }
   }
 };

@@ -10,7 +10,7 @@ template <class C, class Cell>
 struct Forward<C, Cell>::Walk {
   static constexpr int64_t kTurn = 8;  // panels of a turn, at most
 
-  const Forward& f;
+  const Forward& forward;
   Member member;
   SequenceSubset subset;
   Tables& table;
@@ -18,12 +18,14 @@ struct Forward<C, Cell>::Walk {
   int64_t slot;         // first row in the state buffers
   bool ending = false;  // the step at hand is the last of some sequence
 
-  const LayerShape& s() const { return f.s_; }
-  const DirectionWeights& weights() const { return f.p_.weights[d]; }
-  int64_t time(int64_t q) const { return d == 0 ? q : f.layout_.steps() - 1 - q; }
-  C* h(int64_t parity, int64_t i) const { return f.h_[d] + (parity * f.slots() + slot + i) * f.ld_h_; }
+  const LayerShape& s() const { return forward.s_; }
+  const DirectionWeights& weights() const { return forward.p_.weights[d]; }
+  int64_t time(int64_t nth) const { return d == 0 ? nth : forward.layout_.steps() - 1 - nth; }
+  C* h(int64_t parity, int64_t i) const {
+    return forward.h_[d] + (parity * forward.slots() + slot + i) * forward.ld_h_;
+  }
   Operand<C>* rounded(int64_t parity, int64_t i) const {
-    return f.rounded_[d] + (parity * f.slots() + slot + i) * f.ld_h_;
+    return forward.rounded_[d] + (parity * forward.slots() + slot + i) * forward.ld_h_;
   }
   // h as the products take it.
   const C* operand(int64_t parity, int64_t i) const {
@@ -35,12 +37,13 @@ struct Forward<C, Cell>::Walk {
     if constexpr (kPairs) Unit<C>::round(value, rounded(parity, i) + j);
   }
   // Of the units from j on, a multiple of the vector's size.
-  C* c(int64_t i, int64_t j) const { return f.c_[d] + j * f.slots() + (slot + i) * V::size; }
+  C* c(int64_t i, int64_t j) const { return forward.c_[d] + j * forward.slots() + (slot + i) * V::size; }
   C* product(int64_t row, int64_t j, int g) const {
-    if (f.in_place_) return table.saved[row] + g * s().H + j;
-    return f.products_[d] + (j * f.chunk_rows_ + (slot * f.chunk_ + row) * V::size) * Cell::kGates + g * V::size;
+    if (forward.in_place_) return table.saved[row] + g * s().H + j;
+    return forward.products_[d] + (j * forward.chunk_rows_ + (slot * forward.chunk_ + row) * V::size) * Cell::kGates +
+           g * V::size;
   }
-  C* cell_out(int64_t i) const { return f.cell_out_[d] + (slot + i) * f.ld_unit_; }
+  C* cell_out(int64_t i) const { return forward.cell_out_[d] + (slot + i) * forward.ld_unit_; }
   // Offset of sequence i in a [D, B, features] state.
   int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
   bool is_last(int64_t i, int64_t t) const { return ending && (d == 1 || t == subset.length(i) - 1); }
@@ -48,16 +51,16 @@ struct Forward<C, Cell>::Walk {
   void go() {
     begin_states();
     member.sync();
-    const int64_t steps = f.layout_.steps();
-    for (int64_t q = 0; q < steps; q += f.chunk_) {
-      const int64_t count = std::min(f.chunk_, steps - q);
-      number_rows(q, count);
-      if (!f.fused_) {
+    const int64_t steps = forward.layout_.steps();
+    for (int64_t nth = 0; nth < steps; nth += forward.chunk_) {
+      const int64_t count = std::min(forward.chunk_, steps - nth);
+      number_rows(nth, count);
+      if (!forward.fused_) {
         project(table.first[count]);
         member.sync();
       }
       for (int64_t k = 0; k < count; ++k) {
-        step(q + k, table.first[k], table.first[k + 1] - table.first[k]);
+        step(nth + k, table.first[k], table.first[k + 1] - table.first[k]);
         member.sync();
       }
     }
@@ -68,16 +71,16 @@ struct Forward<C, Cell>::Walk {
     member.share(subset.count, 1, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
       const bool empty = subset.length(i) == 0;
-      each_vector(f.O_, [&](int64_t j, int n) {
-        const V value = load_state<C>(f.p_.h0, state(i, f.O_) + j, n);
+      each_vector(forward.O_, [&](int64_t j, int n) {
+        const V value = load_state<C>(forward.p_.h0, state(i, forward.O_) + j, n);
         for (int parity = 0; parity < 2; ++parity) put_h(parity, i, j, value);
-        if (empty) store_state<C>(f.p_.h_n, state(i, f.O_) + j, value, n);
+        if (empty) store_state<C>(forward.p_.h_n, state(i, forward.O_) + j, value, n);
       });
       if constexpr (Cell::kCellState)
         each_vector(s().H, [&](int64_t j, int n) {
-          const V value = load_state<C>(f.p_.c0, state(i, s().H) + j, n);
+          const V value = load_state<C>(forward.p_.c0, state(i, s().H) + j, n);
           value.store(c(i, j));
-          if (empty) store_state<C>(f.p_.c_n, state(i, s().H) + j, value, n);
+          if (empty) store_state<C>(forward.p_.c_n, state(i, s().H) + j, value, n);
         });
     }
   }
@@ -87,19 +90,20 @@ struct Forward<C, Cell>::Walk {
     for (int64_t j = 0; j < size; j += V::size) act(j, static_cast<int>(std::min<int64_t>(V::size, size - j)));
   }
 
-  void number_rows(int64_t q, int64_t count) {
-    const SequenceLayout& layout = f.layout_;
+  void number_rows(int64_t nth, int64_t count) {
+    const SequenceLayout& layout = forward.layout_;
     int64_t row = 0, alive = subset.count;
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t t = time(q + k);
+      const int64_t t = time(nth + k);
       alive = subset.alive(t, alive);
       table.first[k] = row;
       for (int64_t i = 0; i < alive; ++i, ++row) {
         const int64_t b = subset.sequence(i);
-        table.x[row] = advance(f.p_.x.data, f.p_.x.dtype, layout.at(f.p_.x, t, b));
-        table.y[row] = layout.at(f.p_.y, t, b) + d * f.O_;
-        if (f.p_.saved)
-          table.saved[row] = static_cast<C*>(f.p_.saved) + (d * s().rows + layout.row(t, b)) * f.record_.size;
+        table.x[row] = advance(forward.p_.x.data, forward.p_.x.dtype, layout.at(forward.p_.x, t, b));
+        table.y[row] = layout.at(forward.p_.y, t, b) + d * forward.O_;
+        if (forward.p_.saved)
+          table.saved[row] =
+              static_cast<C*>(forward.p_.saved) + (d * s().rows + layout.row(t, b)) * forward.record_.size;
       }
     }
     table.first[count] = row;
@@ -107,12 +111,13 @@ struct Forward<C, Cell>::Walk {
 
   // Products of x with W_ih as it lies, and the biases.
   void project_dot(int64_t rows) const {
-    const C* bias = f.weight_memory_[d] + f.weights_.bias_at;
+    const C* bias = forward.weight_memory_[d] + forward.weights_.bias_at;
     int64_t begin, end;
     member.share(s().H, V::size, &begin, &end);
     for (int64_t r = 0; r < rows; ++r) {
       const C* x = static_cast<const C*>(table.x[r]);
-      if (!is_compute_type<C>(f.p_.x.dtype)) load_row<C>(f.p_.x.dtype, table.x[r], s().I, table.block), x = table.block;
+      if (!is_compute_type<C>(forward.p_.x.dtype))
+        load_row<C>(forward.p_.x.dtype, table.x[r], s().I, table.block), x = table.block;
       for (int g = 0; g < Cell::kGates; ++g)
         for (int64_t j = begin; j < end; j += V::size) {
           const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
@@ -125,22 +130,22 @@ struct Forward<C, Cell>::Walk {
 
   // Products of x with W_ih, and the biases.
   void project(int64_t rows) const {
-    const C* bias = f.weight_memory_[d] + f.weights_.bias_at;
+    const C* bias = forward.weight_memory_[d] + forward.weights_.bias_at;
     if constexpr (!kPairs) {
-      if (f.plan_.recurrence == Plan::dot) return project_dot(rows);
+      if (forward.plan_.recurrence == Plan::dot) return project_dot(rows);
     }
-    const PanelShape& shape = f.weights_.ih;
-    const GemmShare share(member, rows, shape, f.fresh_);
+    const PanelShape& shape = forward.weights_.ih;
+    const GemmShare share(member, rows, shape, forward.fresh_);
     const auto out = [&](int64_t row, GemmColumn at) -> const void* { return product(row, unit(at), gate(at)); };
     const auto sink = [&](int64_t row, GemmColumn at, V value, int n) {
       put_product(row, unit(at), gate(at), value + V::load(bias + at.column), n);
     };
     const auto x_row = [&](int64_t row) { return table.x[row]; };
-    const Panels<C> panels = f.panels(shape, f.weights_.ih_at, f.p_.weights[d].w_ih, d, table);
-    if (!f.copies_x()) {
+    const Panels<C> panels = forward.panels(shape, forward.weights_.ih_at, forward.p_.weights[d].w_ih, d, table);
+    if (!forward.copies_x()) {
       gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, panels, out, sink);
     } else {
-      const CopiedRows<C, decltype(x_row)> a{x_row, f.p_.x.dtype, s().I, block_ld<C>(shape.K), table.block};
+      const CopiedRows<C, decltype(x_row)> a{x_row, forward.p_.x.dtype, s().I, block_ld<C>(shape.K), table.block};
       gemm(share.m0, share.m1, share.p0, share.p1, a, panels, out, sink);
     }
   }
@@ -149,20 +154,20 @@ struct Forward<C, Cell>::Walk {
   static int64_t unit(GemmColumn at) { return Cell::kGates > 1 ? at.panel * V::size : at.column; }
 
   DLK_INLINE void put_product(int64_t row, int64_t j, int g, V value, int n) const {
-    if (f.in_place_) {
+    if (forward.in_place_) {
       store_part(product(row, j, g), value, n);
     } else {
       value.store(product(row, j, g));
     }
   }
 
-  void step(int64_t q, int64_t first, int64_t alive) {
-    const int64_t t = time(q), parity = q & 1;
-    ending = d == 1 ? t == 0 : t + 1 == f.layout_.steps() || subset.alive(t + 1, alive) < alive;
+  void step(int64_t nth, int64_t first, int64_t alive) {
+    const int64_t t = time(nth), parity = nth & 1;
+    ending = d == 1 ? t == 0 : t + 1 == forward.layout_.steps() || subset.alive(t + 1, alive) < alive;
     if constexpr (!kPairs) {
-      if (f.plan_.recurrence == Plan::dot) step_dot(t, parity, first, alive);
+      if (forward.plan_.recurrence == Plan::dot) step_dot(t, parity, first, alive);
     }
-    if (f.plan_.recurrence == Plan::tiles) step_tiles(t, parity, first, alive);
+    if (forward.plan_.recurrence == Plan::tiles) step_tiles(t, parity, first, alive);
     if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
       if (!s().P) return;
       member.sync();
@@ -187,7 +192,7 @@ struct Forward<C, Cell>::Walk {
         const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
         C* to = hidden[pending.count];
         for (int g = 0; g < Cell::kGates; ++g)
-          dot(h(parity, i), f.O_, weights().dtype, weights().w_hh, g * s().H + j, n).store(to + g * V::size);
+          dot(h(parity, i), forward.O_, weights().dtype, weights().w_hh, g * s().H + j, n).store(to + g * V::size);
         pending.add({to, first + i, i, j, n});
       }
     }
@@ -195,29 +200,29 @@ struct Forward<C, Cell>::Walk {
 
   // Row i of a step's x, which began with row `first` of the chunk.
   const C* x_operand(int64_t first, int64_t i) const {
-    return f.copies_x() ? x_copy(i) : static_cast<const C*>(table.x[first + i]);
+    return forward.copies_x() ? x_copy(i) : static_cast<const C*>(table.x[first + i]);
   }
-  C* x_copy(int64_t i) const { return f.x_rows_[d] + (slot + i) * block_ld<C>(f.weights_.ih.K); }
+  C* x_copy(int64_t i) const { return forward.x_rows_[d] + (slot + i) * block_ld<C>(forward.weights_.ih.K); }
   void copy_x(int64_t first, int64_t alive) const {
-    if (!f.copies_x()) return;
+    if (!forward.copies_x()) return;
     int64_t begin, end;
     member.share(alive, 1, &begin, &end);
-    for (int64_t i = begin; i < end; ++i) load_operands<C>(f.p_.x.dtype, table.x[first + i], s().I, x_copy(i));
+    for (int64_t i = begin; i < end; ++i) load_operands<C>(forward.p_.x.dtype, table.x[first + i], s().I, x_copy(i));
     member.sync();
   }
 
   void step_tiles(int64_t t, int64_t parity, int64_t first, int64_t alive) {
-    const PanelShape &shape = f.weights_.hh, &x_shape = f.weights_.ih;
-    const Panels<C> panels = f.panels(shape, f.weights_.hh_at, f.p_.weights[d].w_hh, d, table);
-    const Panels<C> x_panels = f.panels(x_shape, f.weights_.ih_at, f.p_.weights[d].w_ih, d, table);
-    if (f.fused_) copy_x(first, alive);
+    const PanelShape &shape = forward.weights_.hh, &x_shape = forward.weights_.ih;
+    const Panels<C> panels = forward.panels(shape, forward.weights_.hh_at, forward.p_.weights[d].w_hh, d, table);
+    const Panels<C> x_panels = forward.panels(x_shape, forward.weights_.ih_at, forward.p_.weights[d].w_ih, d, table);
+    if (forward.fused_) copy_x(first, alive);
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
     // Few rows leave room in the buffer for the tiles of several panels: the products then stream through
     // the weights undisturbed, and the long dependency chains of the cells overlap with each other.
     // Fresh panels share a buffer.
-    const int64_t together = f.fresh_ ? 1 : kTurn / std::min<int64_t>(kTurn, std::max<int64_t>(1, alive));
+    const int64_t together = forward.fresh_ ? 1 : kTurn / std::min<int64_t>(kTurn, std::max<int64_t>(1, alive));
     for (int64_t turn = p0; turn < p1; turn += together) {
       const int count = static_cast<int>(std::min(together, p1 - turn));
       // To and fro, so that a step begins with the panels that the last one left in the cache.
@@ -226,24 +231,24 @@ struct Forward<C, Cell>::Walk {
       if (turn + together < p1) {
         const int64_t next = parity ? p - together : p + count;
         ahead = panels.ahead(next, next + together, alive);
-        if (f.fused_) x_ahead = x_panels.ahead(next, next + together, alive);
+        if (forward.fused_) x_ahead = x_panels.ahead(next, next + together, alive);
       }
       Panel<C> panel[kTurn], x_panel[kTurn];
       for (int k = 0; k < count; ++k) {
         panel[k] = panels.at(p + k);
-        if (f.fused_) x_panel[k] = x_panels.at(p + k);
+        if (forward.fused_) x_panel[k] = x_panels.at(p + k);
       }
       int rows;
       for (int64_t i0 = 0; i0 < alive; i0 += rows) {
         rows = next_tile(alive - i0, shape.vectors_in(p));
         const C *a[kMaxRows], *x[kMaxRows];
         for (int r = 0; r < rows; ++r) a[r] = operand(parity, i0 + r);
-        for (int r = 0; r < rows && f.fused_; ++r) x[r] = x_operand(first, i0 + r);
+        for (int r = 0; r < rows && forward.fused_; ++r) x[r] = x_operand(first, i0 + r);
         if (turn == p0 && member.size > 1) collect(rows, a, shape.K);
         C* tile = out.data;
         for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
-          if (f.fused_) run_tile(rows, x, x_shape.K, x_panel[k], tile, false, x_ahead, [](int, int) {});
-          run_tile(rows, a, shape.K, panel[k], tile, f.fused_, ahead, [&](int part, int parts) {
+          if (forward.fused_) run_tile(rows, x, x_shape.K, x_panel[k], tile, false, x_ahead, [](int, int) {});
+          run_tile(rows, a, shape.K, panel[k], tile, forward.fused_, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
           });
         }
@@ -267,16 +272,17 @@ struct Forward<C, Cell>::Walk {
 
   // What the cells of a panel's units will want of one row.
   DLK_INLINE void fetch(int64_t p, int64_t row, int64_t i, int64_t parity) const {
-    const PanelShape& shape = f.weights_.hh;
+    const PanelShape& shape = forward.weights_.hh;
     const int vectors = shape.vectors_in(p);
     for (int v = 0; v < vectors; v += Cell::kGates) {
       const int64_t j = p * shape.units_per_panel() + v / Cell::kGates * V::size;
-      for (int g = 0; g < Cell::kGates && (f.in_place_ || !f.fused_); ++g) __builtin_prefetch(product(row, j, g));
+      for (int g = 0; g < Cell::kGates && (forward.in_place_ || !forward.fused_); ++g)
+        __builtin_prefetch(product(row, j, g));
       if constexpr (Cell::kCellState) __builtin_prefetch(c(i, j), 1);
       if (s().P) continue;
       if constexpr (kKeepsH) __builtin_prefetch(h(1 - parity, i) + j, 1);
       if constexpr (kPairs) __builtin_prefetch(rounded(1 - parity, i) + j, 1);
-      if (f.p_.y.data) __builtin_prefetch(advance(f.p_.y.data, f.p_.y.dtype, table.y[row] + j), 1);
+      if (forward.p_.y.data) __builtin_prefetch(advance(forward.p_.y.data, forward.p_.y.dtype, table.y[row] + j), 1);
     }
   }
 
@@ -311,7 +317,7 @@ struct Forward<C, Cell>::Walk {
     for (int g = 0; g < Cell::kGates; ++g) x[g] = input(u, g), hidden[g] = hidden_product(u, g);
     if constexpr (Cell::kCellState || Cell::kDirectPath) previous = state_before(parity, u);
     const V out = Cell::forward(x, hidden, previous, saved);
-    leave(t, parity, u, saved, out);
+    store_results(t, parity, u, saved, out);
   }
 
   // Two at once.
@@ -328,18 +334,18 @@ struct Forward<C, Cell>::Walk {
     V one[Cell::kSaved + 1], other[Cell::kSaved + 1];
     DLK_UNROLL
     for (int k = 0; k < Cell::kSaved; ++k) one[k] = saved[k].a, other[k] = saved[k].b;
-    leave(t, parity, u, one, out.a);
-    leave(t, parity, w, other, out.b);
+    store_results(t, parity, u, one, out.a);
+    store_results(t, parity, w, other, out.b);
   }
 
   DLK_INLINE V input(const Units& u, int g) const {
-    if (f.fused_) return V::load(f.weight_memory_[d] + f.weights_.bias_at + g * s().H + u.j);
+    if (forward.fused_) return V::load(forward.weight_memory_[d] + forward.weights_.bias_at + g * s().H + u.j);
     const C* from = product(u.row, u.j, g);
-    return f.in_place_ ? load_part(from, u.n) : V::load(from);
+    return forward.in_place_ ? load_part(from, u.n) : V::load(from);
   }
   DLK_INLINE V hidden_product(const Units& u, int g) const {
     const V sum = V::load(u.hidden + g * V::size);
-    if (g == Cell::kPartedGate) return sum + V::load(f.weight_memory_[d] + f.weights_.hidden_bias_at + u.j);
+    if (g == Cell::kPartedGate) return sum + V::load(forward.weight_memory_[d] + forward.weights_.hidden_bias_at + u.j);
     return sum;
   }
   DLK_INLINE V state_before(int64_t parity, const Units& u) const {
@@ -348,14 +354,15 @@ struct Forward<C, Cell>::Walk {
   }
 
   // Everything a cell leaves behind.
-  DLK_INLINE void leave(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
-    if (f.p_.saved) {
+  DLK_INLINE void store_results(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
+    if (forward.p_.saved) {
       DLK_UNROLL
-      for (int k = 0; k < Cell::kSaved; ++k) f.record_.store(table.saved[u.row], k, u.j, saved[k], u.n);
+      for (int k = 0; k < Cell::kSaved; ++k) forward.record_.store(table.saved[u.row], k, u.j, saved[k], u.n);
     }
     if constexpr (Cell::kCellState) {
       saved[Cell::kStateSlot].store(c(u.i, u.j));
-      if (f.p_.c_n && is_last(u.i, t)) store_state<C>(f.p_.c_n, state(u.i, s().H) + u.j, saved[Cell::kStateSlot], u.n);
+      if (forward.p_.c_n && is_last(u.i, t))
+        store_state<C>(forward.p_.c_n, state(u.i, s().H) + u.j, saved[Cell::kStateSlot], u.n);
     }
     if (s().P) {
       out.store(cell_out(u.i) + u.j);
@@ -367,13 +374,13 @@ struct Forward<C, Cell>::Walk {
   // n outputs from j on: the next step's h, y, and h_n at a sequence's last step.
   DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
     put_h(1 - parity, i, j, out);
-    if (f.p_.y.data) store_any<C>(f.p_.y.dtype, f.p_.y.data, table.y[row] + j, out, n);
-    if (f.p_.h_n && is_last(i, t)) store_state<C>(f.p_.h_n, state(i, f.O_) + j, out, n);
+    if (forward.p_.y.data) store_any<C>(forward.p_.y.dtype, forward.p_.y.data, table.y[row] + j, out, n);
+    if (forward.p_.h_n && is_last(i, t)) store_state<C>(forward.p_.h_n, state(i, forward.O_) + j, out, n);
   }
 
   // h = cell output times W_hr^T (Sak et al. 2014).
   void project_outputs(int64_t t, int64_t parity, int64_t first, int64_t alive) const {
-    if (f.plan_.recurrence == Plan::dot) {
+    if (forward.plan_.recurrence == Plan::dot) {
       int64_t begin, end;
       member.share(s().P, V::size, &begin, &end);
       for (int64_t i = 0; i < alive; ++i)
@@ -383,13 +390,13 @@ struct Forward<C, Cell>::Walk {
         }
       return;
     }
-    const PanelShape& shape = f.weights_.hr;
+    const PanelShape& shape = forward.weights_.hr;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
     const auto out_row = [&](int64_t i) { return cell_out(i); };
     gemm(
         0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row},
-        f.panels(shape, f.weights_.hr_at, f.p_.weights[d].w_hr, d, table),
+        forward.panels(shape, forward.weights_.hr_at, forward.p_.weights[d].w_hr, d, table),
         [&](int64_t i, GemmColumn at) -> const void* { return h(1 - parity, i) + at.column; },
         [&](int64_t i, GemmColumn at, V value, int n) {
           emit_projected(t, parity, first + i, i, at.column, n, value);
@@ -398,7 +405,7 @@ struct Forward<C, Cell>::Walk {
 
   // Nothing gives a projected h again, so it is saved.
   DLK_INLINE void emit_projected(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
-    if (f.p_.saved) store_part(table.saved[row] + Cell::kSaved * s().H + j, out, n);
+    if (forward.p_.saved) store_part(table.saved[row] + Cell::kSaved * s().H + j, out, n);
     emit(t, parity, row, i, j, n, out);
   }
 };
