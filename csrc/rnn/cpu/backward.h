@@ -1,14 +1,14 @@
-// Backward of one recurrent layer.
+// Backward pass of one recurrent layer.
 //
-// Steps are walked in the opposite order of the forward. A step's tiles compute
-// dh = dgates(next) W_hh for a few units and go straight through the cell's backward,
-// which writes that step's gate gradients. Those of a chunk of steps stay in a buffer,
-// and GEMMs over the chunk then make dx and add up the weight gradients, so that no
-// gradient tensor of the whole length is ever there. Two buffers alternate: the first
-// step of a chunk reads the last one of the chunk before.
+// The time steps are processed in the opposite order of the forward. Each tile of a step computes
+// dh = dgates(next) W_hh for a few units, and the cell's backward follows at once and writes
+// the gate gradients of these units. A buffer holds the gate gradients of a chunk of steps.
+// GEMMs over the chunk then compute dx and accumulate the weight gradients, so that no
+// gradient tensor of the full length is allocated. Two buffers alternate, because the first
+// step of a chunk reads the gate gradients of the last step of the previous chunk.
 //
-// Teams split as in the forward; the GEMMs of a chunk are shared by all of the direction.
-// No sum depends on the size of the team.
+// The threads are split as in the forward; all threads of a direction share the GEMMs of a chunk.
+// No sum depends on the number of threads.
 #pragma once
 
 #include "core/scratch.h"
@@ -25,7 +25,7 @@ template <class C, class Cell>
 class Backward {
   using V = Vec<C>;
   static constexpr int kSlots = Cell::kGateGrads;
-  static constexpr int64_t kBiasRows = 16;  // summed by themselves, to keep rounding errors small
+  static constexpr int64_t kBiasRows = 16;  // rows in a partial sum of bias gradients, to keep rounding errors small
 
  public:
   Backward(const BackwardParams& params, const Plan& plan, const SequenceLayout& layout)
@@ -61,7 +61,7 @@ class Backward {
       dir.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
       dir.rows = scratch.take<Row>(chunk_rows_);
       dir.first = scratch.take<int64_t>(chunk_);
-      // Right-hand sides of the weight gradients: x, h and the cell's output, as panels.
+      // The right-hand sides of the weight-gradient GEMMs, as panels: x, h and the cell's output.
       const auto columns = [&](int64_t n) {
         return weights ? item_count(chunk_rows_) * ((n + V::size - 1) / V::size * V::size) : 0;
       };
@@ -83,7 +83,7 @@ class Backward {
     }
   }
 
-  // Once, before the team starts.
+  // Called once, before the threads start.
   void begin() { std::fill_n(zeros_, zero_count(), C(0)); }
 
   void run(const Member& team, int worker, int d) {
@@ -115,7 +115,7 @@ class Backward {
     store_weight_grads(team, d);
   }
 
-  // After all directions: dx = sum of both, and zeros where there was no input.
+  // Called after all directions: adds the second direction's dx to the first's, and writes zeros to padding rows.
   void finish(const Member& team) const {
     if ((!p_.dx.data && !p_.gate_grads) || (s_.D == 1 && layout_.uniform())) return;
     int64_t begin, end;
@@ -146,31 +146,34 @@ class Backward {
 
  private:
   struct Row {
-    int64_t t, b;  // step and sequence
-    bool first;    // the sequence's first step: its past is h0, c0
+    int64_t t, b;  // time step and sequence
+    bool first;    // this is the sequence's first step: the state before it is h0, c0
   };
 
   struct Direction {
     C *hh, *ih, *hr;                      // panels of the weights
-    C *gates, *proj;                      // gradients of a chunk's gates and projected h, twice
-    Operand<C>* rounded;                  // those of gates, where products do not take them as they are
+    C *gates, *proj;                      // gradients of a chunk's gates and of its projected h, two buffers each
+    Operand<C>* rounded;                  // gate gradients rounded to the operands of the products (kPairs only)
     C* cell_out;                          // o * tanh(c') of a chunk, for dw_hr
-    C* carry;                             // lstm: dc; gru: the part of dh that passes the gates by
-    Row* rows;                            // of the chunk
+    C* carry;                             // lstm: dc; gru: the part of dh that bypasses the gates
+    Row* rows;                            // the rows of the chunk
     int64_t* first;                       // first row of each step of the chunk
-    int64_t row_count;                    // of the chunk
+    int64_t row_count;                    // number of rows in the chunk
     C *x_panels, *h_panels, *out_panels;  // see carve()
-    C *dw_ih, *dw_hh, *dw_hr, *dbias;     // sums so far
-    C* dx;                                // the second direction's part
+    C *dw_ih, *dw_hh, *dw_hr, *dbias;     // gradients accumulated so far
+    C* dx;                                // the second direction's part of dx
   };
 
   int64_t zero_count() const { return block_ld<C>(kSlots * s_.H); }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
+  // Time of the nth step in the order of the backward.
   int64_t time(int d, int64_t nth) const { return d == 0 ? layout_.steps() - 1 - nth : nth; }
+  // Time of the step before t in the order of the forward.
   int64_t past(int d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
   C* gates(int d, int64_t parity) const { return direction_[d].gates + parity * chunk_rows_ * ld_gates_; }
   Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + parity * chunk_rows_ * ld_gates_; }
-  // Gradients of gates as products along the depth take them, rows of ld_gates_ values; and the same as they lie.
+  // Gate gradients as operands of products, in rows of ld_gates_ values: operand() as items (tile.h), for products
+  // that sum over the gates, operand_values() as single values.
   const C* operand(int d, int64_t parity) const { return items_of<C>(operand_values(d, parity)); }
   const Operand<C>* operand_values(int d, int64_t parity) const {
     if constexpr (kPairs) {
@@ -194,7 +197,7 @@ class Backward {
       if (p_.dx.data) pack(ih_, w.w_ih, dir.ih);
       if (s_.P) pack(hr_, w.w_hr, dir.hr);
     }
-    if (!wants_weights() || layout_.steps() > 0) return;  // else the first chunk writes them
+    if (!wants_weights() || layout_.steps() > 0) return;  // if there are steps, the first chunk overwrites the sums
     const auto clear = [&](C* sum, int64_t n) {
       int64_t begin, end;
       team.share(n, 1024, &begin, &end);
@@ -211,6 +214,7 @@ class Backward {
     return Panels<C>(shape, packed);
   }
 
+  // Lists the rows of the chunk of `count` steps that begins with the nth.
   void number_rows(int d, int64_t nth, int64_t count) {
     Direction& dir = direction_[d];
     const SequenceSubset all(layout_, 0, 1);
@@ -245,7 +249,7 @@ class Backward {
   const PanelShape hh_, ih_, hr_;
   C* zeros_ = nullptr;
   Direction direction_[2] = {};
-  const bool fresh_;  // panels of the weights are made when they are wanted
+  const bool fresh_;  // weight panels are packed on the fly: with at most one step, packing all of them does not pay
   const Record<C, Cell> record_;
   C *block_[kMaxMembers] = {}, *panel_[kMaxMembers] = {};
 };

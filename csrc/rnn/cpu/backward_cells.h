@@ -1,19 +1,20 @@
-// One row's way through the cell's backward (see backward_walk.h).
+// The cell's backward for the units of one row (see backward_walk.h).
 #pragma once
 
 #include "rnn/cpu/backward_walk.h"
 
 DLK_ISA_BEGIN
 
-// Where the row's values lie is found once for all of its units: per vector it took longer than the arithmetic.
+// The addresses of the row's values are computed once for all of its units: once per vector took longer than the
+// arithmetic.
 template <class C, class Cell>
 struct Backward<C, Cell>::Walk::CellRow {
   const Walk& walk;
   const Backward& backward;
-  const int64_t i, row;  // sequence of the member, row of the chunk
+  const int64_t i, row;  // index among the thread's sequences, row of the chunk
   const Row& at;
   const bool is_joining, is_cut;
-  const C *saved, *past;  // the records of this step and of the one before, null where this is the first
+  const C *saved, *past;  // the records of this step and of the one before it in time; no `past` at the first step
   const void* dy;
   C *carry, *gates;
   Operand<C>* rounded;
@@ -35,7 +36,7 @@ struct Backward<C, Cell>::Walk::CellRow {
         gates(backward.gates(walk.d, parity) + row * backward.ld_gates_),
         rounded(kPairs ? backward.rounded(walk.d, parity) + row * backward.ld_gates_ : nullptr) {}
 
-  // What reaches h of this step from outside the recurrence.
+  // The part of dh that does not come through W_hh: dy, and dh_n or the gru's direct path from the next step.
   DLK_INLINE V incoming(int64_t j, int n) const {
     V sum = V::zero();
     if (dy) sum = load_any<C>(backward.p_.dy.dtype, dy, j, n);
@@ -47,7 +48,7 @@ struct Backward<C, Cell>::Walk::CellRow {
     return sum;
   }
 
-  // n units from j on; dh is the whole gradient of the cell's output.
+  // The cell's backward for n units from j on; dh is the complete gradient of the cell's output.
   DLK_INLINE void cell(int64_t j, int n, V dh) const {
     const int64_t H = backward.s_.H;
     V slots[Cell::kSaved], dgates[kSlots];

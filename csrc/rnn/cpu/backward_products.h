@@ -1,11 +1,12 @@
-// What the backward makes of the gate gradients of a chunk of steps (see backward.h).
+// The GEMMs of the backward over the gate gradients of a chunk of steps (see backward.h).
 #pragma once
 
 #include "rnn/cpu/backward.h"
 
 DLK_ISA_BEGIN
 
-// dx, weight gradients and gate gradients of the rows of one chunk.
+// Computes dx for the rows of one chunk and adds their share to the weight gradients; with `first` it overwrites those.
+// Also copies the gate gradients out where the caller wants them.
 template <class C, class Cell>
 void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, int64_t parity, bool first) {
   const Direction& dir = direction_[d];
@@ -101,7 +102,7 @@ const void* Backward<C, Cell>::x_row(const Row& row) const {
   return advance(p_.x.data, p_.x.dtype, layout_.at(p_.x, row.t, row.b));
 }
 
-// h before the row's step, n outputs from j on.
+// h before the row's step: n values from output j on.
 template <class C, class Cell>
 DLK_INLINE Vec<C> Backward<C, Cell>::past_h(int d, const Row& row, int64_t j, int n) const {
   if (row.first) return load_state<C>(p_.h0, (d * s_.B + row.b) * O_ + j, n);

@@ -1,6 +1,6 @@
-// The steps of the backward, for one member's sequences and units (see backward.h).
-// `nth` counts steps in the order of the backward; "next" is the step before in that order,
-// which is the next one in the order of the forward.
+// The steps of the backward, for the sequences and units of one thread (see backward.h).
+// `nth` is a step's number in the order of the backward. "Next" means next in the order of
+// the forward: the step that the backward processed just before.
 #pragma once
 
 #include "rnn/cpu/backward.h"
@@ -15,11 +15,11 @@ struct Backward<C, Cell>::Walk {
   SequenceSubset subset;
   C* panel_buffer;
   int d;
-  // The step before this one: where its gate gradients lie, and how many sequences it had.
-  const C* next_gates = nullptr;  // as items
+  // The gate gradients of the next step, and its number of alive sequences.
+  const C* next_gates = nullptr;  // as items (tile.h)
   int64_t next_alive = 0;
-  bool reverse_panels = false;     // see Forward
-  const Row* step_rows = nullptr;  // this step's, null outside of it
+  bool reverse_panels = false;     // alternates from step to step, as in Forward::Walk::step_tiles
+  const Row* step_rows = nullptr;  // the rows of the current step, null between steps
 
   struct CellRow;  // backward_cells.h
 
@@ -29,7 +29,7 @@ struct Backward<C, Cell>::Walk {
   // Row of the i-th sequence relative to its step's first row.
   int64_t in_step(int64_t i) const { return subset.global(i); }
 
-  // Sequences without a step hand the gradients of their last state to the first.
+  // For sequences of length 0, the gradients of the final states are those of the initial states.
   void begin() const {
     int64_t begin, end;
     member.share(subset.count, 1, &begin, &end);
@@ -48,7 +48,7 @@ struct Backward<C, Cell>::Walk {
     }
   }
 
-  // True if the gradient of the state between this step and the one after it is cut.
+  // Whether bptt_steps cuts the gradient of the state between step t and the next one.
   bool cut(int64_t i, int64_t t) const {
     if (backward.p_.bptt_steps <= 0) return false;
     const int64_t next_step = d == 0 ? t + 1 : subset.length(i) - t;
@@ -59,7 +59,7 @@ struct Backward<C, Cell>::Walk {
     const int64_t t = backward.time(d, nth), alive = subset.alive(t, next_alive), first = dir.first[k];
     finish_sequences(alive);
     step_rows = dir.rows + first;
-    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
+    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and layers with one take no pairs
       if (s().P) {
         recurrent(t, alive, first, parity, [&](const CellRow& row, int64_t j, int n, V dh) {
           V total = dh + row.incoming(j, n);
@@ -81,9 +81,10 @@ struct Backward<C, Cell>::Walk {
 
   void finish() { finish_sequences(0); }
 
+  // Whether sequence i has no next step: its backward begins with this one, from dh_n and dc_n.
   bool is_joining(int64_t i) const { return i >= next_alive; }
 
-  // use(row, column, n, dgates(next) W_hh) for all `alive` sequences and this member's columns.
+  // Calls use(row, column, n, dh) with dh = dgates(next) W_hh for all `alive` sequences and this thread's columns.
   template <class Use>
   void recurrent(int64_t t, int64_t alive, int64_t first, int64_t parity, Use use) const {
     products(
@@ -94,8 +95,8 @@ struct Backward<C, Cell>::Walk {
         });
   }
 
-  // sink(i, each_vector) for sequences [begin, end), where each_vector(use) calls use(column, n, dgates(next) W_hh);
-  // skip(i): zero instead.
+  // Calls sink(i, each_vector) for the sequences [begin, end). each_vector(use) calls use(column, n, dh) with
+  // dh = dgates(next) W_hh, or with 0 where skip(i) is true.
   template <class Skip, class Sink>
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = backward.hh_;
@@ -128,7 +129,7 @@ struct Backward<C, Cell>::Walk {
           run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(i0 + r, shape.column(p, 0), vectors);
           });
-          // gru: r and z, then n's hidden half, which lies behind its input half.
+          // For the gru the product above covers r and z; this one adds n's hidden half, stored behind its input half.
           if constexpr (Cell::kHasPartedGate)
             run_tile(rows, tail, item_count(H), panel.from(head), out.data, true, ahead, [](int, int) {});
         } else {
@@ -143,7 +144,7 @@ struct Backward<C, Cell>::Walk {
     }
   }
 
-  // What the cell will want of this step's sequence i for the units from j on.
+  // Prefetches the saved record of sequence i at this step, for the units from j on.
   DLK_INLINE void fetch(int64_t i, int64_t j, int vectors) const {
     if (s().P || !step_rows) return;
     const Row& at = step_rows[in_step(i)];
@@ -169,7 +170,7 @@ struct Backward<C, Cell>::Walk {
         });
   }
 
-  // Sequences whose first step is behind us: what is left is the gradient of h0, c0.
+  // Writes the gradients of h0 and c0 of the sequences whose first step has been processed.
   void finish_sequences(int64_t alive) const {
     if (alive >= next_alive) return;
     if (backward.p_.dh0) {

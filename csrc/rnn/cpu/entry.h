@@ -1,4 +1,4 @@
-// The table of this ISA: run-time cell and dtype to the templates above.
+// The kernel table of one instruction set: picks the template instance for the cell and dtype of a call.
 #pragma once
 
 #include "rnn/cells/elman.h"
@@ -26,7 +26,7 @@ DLK_INLINE auto with_cell(CellKind cell, F f) {
   __builtin_unreachable();
 }
 
-// Runs `work` over all directions: side by side when the team is large enough, else in turn.
+// Runs `work` for all directions: concurrently if the plan says so and the team has two threads, else one by one.
 template <class Work>
 DLK_INLINE int run_directions(const LayerShape& shape, const Plan& plan, const Runtime& runtime, Work& work) {
   Barrier barriers[3];

@@ -1,16 +1,18 @@
-// Forward of one recurrent layer.
+// Forward pass of one recurrent layer.
 //
-// Time is walked in chunks. For each chunk one GEMM makes the input products of all its
-// rows; then every step multiplies the last h with W_hh tile by tile, and each tile goes
-// straight through the cell equation. The rows of one chunk are numbered in order of
-// processing; tables give each one's place in x, y and the products. Or (plan.chunk_steps 0)
-// there are no chunks: the tile of a step adds up the products of x and of h.
+// Time is processed in chunks of steps. For each chunk one GEMM computes the input products
+// of all its rows; then every step multiplies the last h with W_hh tile by tile and applies
+// the cell equation to each tile at once. The rows of a chunk are numbered in the order of
+// processing; tables give the place of each in x, y and the products. With plan.chunk_steps 0
+// there are no chunks: the tile of a step accumulates the products of x and of h.
 //
-// A team splits either the batch (each member walks alone with its sequences) or the
-// hidden units (each member keeps its panels of W_hh in its own cache; a barrier a step).
-// With saving, a chunk's products are written where the activations will be saved, if there is room, and the cell
-// equation overwrites them. Else they lie as c does, in the order in which the cells want
-// them: a vector's width of units, then row by row, all gates together.
+// The threads split either the batch (each processes its own sequences, without barriers) or
+// the hidden units (each keeps its panels of W_hh in its own cache; one barrier per step).
+//
+// When activations are saved, the input products of a chunk are written to the place of the
+// activations, if they fit, and the cell equation overwrites them. Otherwise they are stored
+// in the order in which the cells read them: [block of Vec::size units][row][gate][lane].
+// c is stored as [block][row][lane].
 #pragma once
 
 #include "core/scratch.h"
@@ -28,8 +30,8 @@ DLK_ISA_BEGIN
 template <class C, class Cell>
 class Forward {
   using V = Vec<C>;
-  static constexpr int kTogether = kRegisters == 32 ? 2 : 1;     // cells side by side
-  static constexpr bool kKeepsH = !kPairs || Cell::kDirectPath;  // or rounded, for products, alone
+  static constexpr int kTogether = kRegisters == 32 ? 2 : 1;     // vectors of units that pass the cell at once
+  static constexpr bool kKeepsH = !kPairs || Cell::kDirectPath;  // keeps h unrounded, not only for the products
 
  public:
   Forward(const ForwardParams& params, const Plan& plan, const SequenceLayout& layout)
@@ -41,7 +43,7 @@ class Forward {
         weights_(s_, V::size, plan.recurrence == Plan::tiles && !fresh_),
         O_(s_.outputs()),
         chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
-        // Members with sequences of their own number them from slots of equal size.
+        // When the batch is split, every thread has slots for ceil(B / threads) sequences.
         chunk_rows_(chunk_ * (s_.B + (plan.split == Plan::rows ? plan.threads : 0))),
         ld_h_(block_ld<C>(O_)),
         ld_unit_(block_ld<C>(s_.H)),
@@ -76,7 +78,7 @@ class Forward {
     for (int d = 0; d < s_.D; ++d) weight_memory_[d] = const_cast<C*>(panels) + d * weights_.total;
   }
 
-  // All of direction d, by a team of its own; `worker` numbers this thread among all.
+  // Runs direction d with the threads of `team`; `worker` is this thread's number among those of all directions.
   void run(const Member& team, int worker, int d) {
     if (!p_.packed) {
       pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, weight_memory_[d]);
@@ -92,7 +94,7 @@ class Forward {
     walk.go();
   }
 
-  // y of the steps after a sequence's end.
+  // Writes zeros to the padding rows of y.
   void finish(const Member& team) const {
     if (layout_.uniform() || layout_.packed() || !p_.y.data) return;
     int64_t begin, end;
@@ -105,16 +107,16 @@ class Forward {
 
  private:
   struct Tables {
-    const void** x;
-    C** saved;       // where activations go, and before them the products
-    int64_t* y;      // element offsets
+    const void** x;  // address of each row
+    C** saved;       // record of each row: first holds the products, then the activations
+    int64_t* y;      // element offset of each row
     int64_t* first;  // first row of each step of the chunk, and the end
-    C* block;
-    C* panel;
+    C* block;        // copies of rows of x, for the input GEMM
+    C* panel;        // a weight panel packed on the fly
   };
 
-  // Rows of x go through a block to be widened, and where tiles would find their rows in one set of the cache. Pairs
-  // may lie where no float may.
+  // Rows of x are copied if they must be converted, if their stride would put the rows of a tile into the same set of
+  // the cache, and if pairs of bf16 are not aligned as the floats that they are loaded as.
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
     if (kPairs && (stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C))) return true;
@@ -132,14 +134,14 @@ class Forward {
   const LayerShape& s_;
   const Plan& plan_;
   const SequenceLayout& layout_;
-  const bool fresh_;  // panels of the weights are made when they are wanted
+  const bool fresh_;  // weight panels are packed on the fly: with at most one step, packing all of them does not pay
   const WeightLayout weights_;
   const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
   const Record<C, Cell> record_;
   const bool in_place_, fused_;
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
-  C* x_rows_[2] = {};            // of a step, where it takes copies of them
-  Operand<C>* rounded_[2] = {};  // h, where products do not take it as it is
+  C* x_rows_[2] = {};            // copies of a step's rows of x, if fused_ and copies_x()
+  Operand<C>* rounded_[2] = {};  // h rounded to the operands of the products (kPairs only)
   Tables tables_[kMaxMembers];
 };
 

@@ -1,4 +1,4 @@
-// The steps of the forward: one member's way through one direction with its sequences
+// The steps of the forward of one direction, for the sequences and units of one thread
 // (see forward.h).
 #pragma once
 
@@ -8,15 +8,15 @@ DLK_ISA_BEGIN
 
 template <class C, class Cell>
 struct Forward<C, Cell>::Walk {
-  static constexpr int64_t kTurn = 8;  // panels of a turn, at most
+  static constexpr int64_t kTurn = 8;  // most panels that are multiplied before their cells run
 
   const Forward& forward;
   Member member;
   SequenceSubset subset;
   Tables& table;
   int d;
-  int64_t slot;         // first row in the state buffers
-  bool ending = false;  // the step at hand is the last of some sequence
+  int64_t slot;         // the thread's first row in the state buffers
+  bool ending = false;  // the current step is the last one of some sequence
 
   const LayerShape& s() const { return forward.s_; }
   const DirectionWeights& weights() const { return forward.p_.weights[d]; }
@@ -27,7 +27,7 @@ struct Forward<C, Cell>::Walk {
   Operand<C>* rounded(int64_t parity, int64_t i) const {
     return forward.rounded_[d] + (parity * forward.slots() + slot + i) * forward.ld_h_;
   }
-  // h as the products take it.
+  // h as an operand of products, in items (tile.h).
   const C* operand(int64_t parity, int64_t i) const {
     if constexpr (kPairs) return items_of<C>(rounded(parity, i));
     return h(parity, i);
@@ -36,7 +36,7 @@ struct Forward<C, Cell>::Walk {
     if constexpr (kKeepsH) value.store(h(parity, i) + j);
     if constexpr (kPairs) Unit<C>::round(value, rounded(parity, i) + j);
   }
-  // Of the units from j on, a multiple of the vector's size.
+  // c of the units from j on; j is a multiple of Vec::size.
   C* c(int64_t i, int64_t j) const { return forward.c_[d] + j * forward.slots() + (slot + i) * V::size; }
   C* product(int64_t row, int64_t j, int g) const {
     if (forward.in_place_) return table.saved[row] + g * s().H + j;
@@ -109,7 +109,7 @@ struct Forward<C, Cell>::Walk {
     table.first[count] = row;
   }
 
-  // Products of x with W_ih as it lies, and the biases.
+  // Computes the products of x with the unpacked W_ih (Plan::dot), and adds the biases.
   void project_dot(int64_t rows) const {
     const C* bias = forward.weight_memory_[d] + forward.weights_.bias_at;
     int64_t begin, end;
@@ -128,7 +128,7 @@ struct Forward<C, Cell>::Walk {
     }
   }
 
-  // Products of x with W_ih, and the biases.
+  // Computes the products of x with W_ih for the first `rows` rows of the chunk, and adds the biases.
   void project(int64_t rows) const {
     const C* bias = forward.weight_memory_[d] + forward.weights_.bias_at;
     if constexpr (!kPairs) {
@@ -168,14 +168,14 @@ struct Forward<C, Cell>::Walk {
       if (forward.plan_.recurrence == Plan::dot) step_dot(t, parity, first, alive);
     }
     if (forward.plan_.recurrence == Plan::tiles) step_tiles(t, parity, first, alive);
-    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and then no pairs
+    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and layers with one take no pairs
       if (!s().P) return;
       member.sync();
       project_outputs(t, parity, first, alive);
     }
   }
 
-  // n units from j on of one row, and where their hidden products lie: one vector per gate.
+  // n units of one row from j on. `hidden` points to their products with W_hh: one vector per gate.
   struct Units {
     const C* hidden;
     int64_t row, i, j;
@@ -198,7 +198,7 @@ struct Forward<C, Cell>::Walk {
     }
   }
 
-  // Row i of a step's x, which began with row `first` of the chunk.
+  // x of the step's i-th sequence; the step begins with row `first` of the chunk.
   const C* x_operand(int64_t first, int64_t i) const {
     return forward.copies_x() ? x_copy(i) : static_cast<const C*>(table.x[first + i]);
   }
@@ -219,13 +219,13 @@ struct Forward<C, Cell>::Walk {
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
-    // Few rows leave room in the buffer for the tiles of several panels: the products then stream through
-    // the weights undisturbed, and the long dependency chains of the cells overlap with each other.
-    // Fresh panels share a buffer.
+    // With few rows the buffer has room for the tiles of several panels: the products then read
+    // the weights without interruption, and the long dependency chains of the cells overlap.
+    // Panels that are packed on the fly share one buffer, so each is used before the next.
     const int64_t together = forward.fresh_ ? 1 : kTurn / std::min<int64_t>(kTurn, std::max<int64_t>(1, alive));
     for (int64_t turn = p0; turn < p1; turn += together) {
       const int count = static_cast<int>(std::min(together, p1 - turn));
-      // To and fro, so that a step begins with the panels that the last one left in the cache.
+      // The order of the panels alternates, so that a step begins with those that the last step left in the cache.
       const int64_t p = parity ? p0 + p1 - turn - count : turn;
       Ahead<C> ahead, x_ahead;
       if (turn + together < p1) {
@@ -257,7 +257,7 @@ struct Forward<C, Cell>::Walk {
         for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
           const int vectors = shape.vectors_in(p + k);
           for (int r = 0; r < rows; ++r) {
-            // Again: the panel's stream through the cache may have driven out what was fetched before the product.
+            // Prefetched a second time, because reading the panel may have evicted what was fetched before the product.
             if (r + 3 < rows) fetch(p + k, first + i0 + r + 3, i0 + r + 3, parity);
             for (int v = 0; v < vectors; v += Cell::kGates) {
               const int64_t j = (p + k) * shape.units_per_panel() + v / Cell::kGates * V::size;
@@ -270,7 +270,7 @@ struct Forward<C, Cell>::Walk {
     }
   }
 
-  // What the cells of a panel's units will want of one row.
+  // Prefetches what the cells of panel p read and write for one row.
   DLK_INLINE void fetch(int64_t p, int64_t row, int64_t i, int64_t parity) const {
     const PanelShape& shape = forward.weights_.hh;
     const int vectors = shape.vectors_in(p);
@@ -286,8 +286,8 @@ struct Forward<C, Cell>::Walk {
     }
   }
 
-  // Units whose products are there wait for a second set, to go through the cell side by side: one alone
-  // is a long chain of dependent instructions.
+  // Holds back the first of two sets of units, so that both pass the cell at once (if kTogether is 2): one set
+  // alone is a long chain of dependent instructions.
   struct Pending {
     const Walk& walk;
     const int64_t t, parity;
@@ -320,7 +320,7 @@ struct Forward<C, Cell>::Walk {
     store_results(t, parity, u, saved, out);
   }
 
-  // Two at once.
+  // Two sets of units at once.
   DLK_INLINE void cells(int64_t t, int64_t parity, const Units& u, const Units& w) const {
     using Both = Pair<V>;
     Both x[Cell::kGates], hidden[Cell::kGates], saved[Cell::kSaved + 1], previous = Both::zero();
@@ -353,7 +353,7 @@ struct Forward<C, Cell>::Walk {
     return V::load(h(parity, u.i) + u.j);
   }
 
-  // Everything a cell leaves behind.
+  // Stores what a cell computed: the saved activations, c, and the output.
   DLK_INLINE void store_results(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
     if (forward.p_.saved) {
       DLK_UNROLL
@@ -371,7 +371,7 @@ struct Forward<C, Cell>::Walk {
     }
   }
 
-  // n outputs from j on: the next step's h, y, and h_n at a sequence's last step.
+  // Stores n outputs from j on: as h for the next step, in y, and in h_n at a sequence's last step.
   DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
     put_h(1 - parity, i, j, out);
     if (forward.p_.y.data) store_any<C>(forward.p_.y.dtype, forward.p_.y.data, table.y[row] + j, out, n);
@@ -403,7 +403,7 @@ struct Forward<C, Cell>::Walk {
         });
   }
 
-  // Nothing gives a projected h again, so it is saved.
+  // A projected h cannot be computed from the other saved values, so it is saved too.
   DLK_INLINE void emit_projected(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
     if (forward.p_.saved) store_part(table.saved[row] + Cell::kSaved * s().H + j, out, n);
     emit(t, parity, row, i, j, n, out);

@@ -1,4 +1,4 @@
-// The torch-free entry points: plan, run, remember; and the header of prepacked weights.
+// The torch-free entry points, which plan a call, run it and record what ran; and the header of prepacked weights.
 #include <cstring>
 
 #include "rnn/cpu/table.h"

@@ -1,11 +1,11 @@
 // The recurrent kernels of one instruction set. The build compiles this file once for each row of core/isas.def, with
 // DLK_ISA as its name.
-#define DLK_PAIRS  // where there are dot products of bfloat16, all products are of pairs
+#define DLK_PAIRS  // with an instruction set that has bfloat16 dot products, all products take pairs (simd/isa.h)
 
 #include "rnn/cpu/table.h"
 #include "simd/isa.h"
 
-// The matrix unit has no kernels for layers: rnn_plan gives them the dot products.
+// There are no layer kernels for the matrix unit (AMX): rnn_plan chooses the bfloat16 dot products instead.
 #if DLK_ISA_IS_COMPILED && DLK_ISA_NUMBER != DLK_NUMBER_amx
 #include "rnn/cpu/entry.h"
 

@@ -1,4 +1,4 @@
-// Decides, before anything runs, how a call is carried out. The kernels follow.
+// Decides how a call is carried out, before anything runs. The kernels follow the plan.
 #include <algorithm>
 
 #include "rnn/cpu/table.h"
@@ -6,24 +6,25 @@
 namespace dlk {
 namespace {
 
-// Below this many multiply-adds in all, waking a thread costs more than it brings.
+// In a call of fewer multiply-adds, waking a thread costs more time than it saves.
 constexpr double kSerialWork = 200e3;
-// A step split over hidden units ends in a barrier of about half a microsecond: what it
-// must take off each core, in multiply-adds of the step and its input product.
+// A step that is split over hidden units ends in a barrier of about half a microsecond. The split pays
+// if it saves each core this many multiply-adds, of the step and its input product.
 constexpr double kUnitsWorkSaved = 20e3;
-// With sequences of its own a core waits for nobody, but reads all of W_hh at every step: from its own cache up to so
-// many bytes, else from the shared one, which needs more rows to work on meanwhile.
+// If the batch is split, no core waits for another, but each reads all of W_hh at every step. Up to kPrivateCacheBytes
+// it reads from its own cache and needs kOwnRows sequences; beyond that it reads from the shared cache, and needs
+// kOwnRowsBeyond sequences to hide the time.
 constexpr int64_t kPrivateCacheBytes = 1 << 20;
 constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
-// In a call of one step each core would also pack all weights for itself: with so many hidden units for each of them
-// they share the units instead.
+// In a call of one step, a split batch would also make each core pack all weights for itself: with this many hidden
+// units per core, the units are split instead.
 constexpr int64_t kOwnUnits = 128;
 // Rows per GEMM of a chunk: enough to use each panel of weights many times.
 constexpr int64_t kChunkRows = 384;
-// With so many rows a step, W_ih may stream by once a step like W_hh, if both stay in the caches: then the products of
-// x need not go to memory and back.
+// With kFusedRows rows per step, W_ih is read at every step like W_hh, provided that both stay in the caches
+// (kFusedBytes): the products of x then need not be written to memory and read back.
 constexpr int64_t kFusedRows = 8, kFusedBytes = 16 << 20;
-// So many rows are multiplied with the weights as they lie.
+// Up to this many rows are multiplied with the unpacked weights.
 constexpr int64_t kDotRows = 8;
 constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roughly
 
@@ -46,12 +47,13 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   Plan plan{};
   plan.threads = std::min(std::max(threads, 1), kMaxMembers);
   plan.split = Plan::serial;
-  // Packing the weights costs about as much as a few rows' products with them.
+  // Packing the weights costs about as much as the products of a few rows with them.
   plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
   plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
   const int64_t item = shape.dtype == DType::f64 ? 8 : plan.isa == Isa::avx512_bf16 ? 2 : 4;
   const int64_t weight_bytes = gates * shape.H * outputs * item;
-  // Not for gru, whose n wants the two products apart, nor where a sequence must not notice how many are beside it.
+  // Not for the gru, whose n needs the two products separately, and not if a sequence's result must be independent of
+  // the batch size.
   const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles &&
                      cell_traits(shape.cell).parted_gate == kNone && shape.T > 1 &&
                      shape.rows >= kFusedRows * shape.T &&
@@ -67,7 +69,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   plan.directions_side_by_side = shape.D == 2;
   const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
   if (per_direction == 1) {
-    plan.split = Plan::rows;  // of one member: a direction each
+    plan.split = Plan::rows;  // one thread per direction
   } else if ((shape.T > 1 || shape.H < per_direction * kOwnUnits) &&
              shape.B >= per_direction * (weight_bytes <= kPrivateCacheBytes ? kOwnRows : kOwnRowsBeyond)) {
     plan.split = Plan::rows;
@@ -79,7 +81,8 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
     plan.split = Plan::serial;
     plan.threads = shape.D;
   }
-  // Each member has GEMMs of its own. Not in the backward, whose sums must not depend on the number of threads.
+  // Each thread then runs its own GEMMs. Not in the backward, where chunks are shared and sums must not depend on the
+  // number of threads.
   if (plan.split == Plan::rows && !backward) plan.chunk_steps *= per_direction;
   return plan;
 }

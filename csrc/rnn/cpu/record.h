@@ -1,5 +1,5 @@
-// What the forward saves of a row for the backward: slots of H values of the compute type. In a call of a 16-bit type
-// the last Cell::kNarrow of them have that type, so that h' takes no more memory than y does.
+// The record that the forward saves of each row for the backward: slots of H values of the compute type. In a call of a
+// 16-bit dtype the last Cell::kNarrow slots have that dtype, so that h' takes no more memory than y does.
 #pragma once
 
 #include "gemm/storage_access.h"
@@ -16,12 +16,12 @@ class Record {
   explicit Record(const LayerShape& shape)
       : size(shape.record()), H_(shape.H), narrow_(shape.narrow), dtype_(shape.dtype) {}
 
-  const int64_t size;  // in values of C, with what a projection adds
+  const int64_t size;  // of a record in values of C, including a projected h
 
   // Whether the products of all gates fit into wide slots.
   bool holds_products() const { return !narrow_ || Cell::kGates <= kWide; }
 
-  // n values of a slot from j on.
+  // Loads n values of a slot from j on.
   DLK_INLINE V load(const C* record, int slot, int64_t j, int n) const {
     if (is_narrow(slot)) return load_any<C>(dtype_, record + kWide * H_, (slot - kWide) * H_ + j, n);
     return load_part(record + slot * H_ + j, n);

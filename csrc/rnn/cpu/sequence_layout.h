@@ -1,5 +1,5 @@
-// Which rows of a padded or packed batch are alive at each time step. Sequences are
-// taken in order of falling length, so that the live ones are always the first few.
+// Tells which rows of a padded or packed batch are alive at each time step. The sequences
+// are sorted by decreasing length, so that the alive ones always come first.
 #pragma once
 
 #include <algorithm>
@@ -35,13 +35,13 @@ class SequenceLayout {
   }
 
   int64_t batch() const { return B_; }
-  int64_t steps() const { return steps_; }   // the longest sequence
-  bool uniform() const { return uniform_; }  // all live to the end
+  int64_t steps() const { return steps_; }   // length of the longest sequence
+  bool uniform() const { return uniform_; }  // whether all sequences are equally long
   bool packed() const { return batch_sizes_ != nullptr; }
   int64_t sequence(int64_t i) const { return uniform_ ? i : order_[i]; }      // index in the caller's batch
   int64_t length(int64_t i) const { return uniform_ ? steps_ : length_[i]; }  // of the i-th longest
   int64_t row(int64_t t, int64_t b) const { return packed() ? first_row_[t] + b : t * B_ + b; }
-  // Where element 0 of (t, b) lies in a tensor with these strides.
+  // Offset of element 0 of row (t, b) in a tensor with these strides.
   template <class Pointer>
   int64_t at(const RowTensor<Pointer>& x, int64_t t, int64_t b) const {
     return packed() ? (first_row_[t] + b) * x.t : t * x.t + b * x.b;
@@ -55,8 +55,8 @@ class SequenceLayout {
   std::vector<int64_t> order_, length_, first_row_;
 };
 
-// Every `stride`-th sequence from `first` on: what one member takes when a team splits
-// the batch. Dealing them out keeps the parts equally long as sequences end.
+// Every `stride`-th sequence from `first` on: the share of one thread when the batch is
+// split. Interleaved shares stay equally large as sequences end.
 struct SequenceSubset {
   const SequenceLayout* layout;
   int64_t first, stride, count;
@@ -67,7 +67,7 @@ struct SequenceSubset {
   int64_t global(int64_t i) const { return first + i * stride; }
   int64_t sequence(int64_t i) const { return layout->sequence(global(i)); }
   int64_t length(int64_t i) const { return layout->length(global(i)); }
-  // How many of them are alive at time t; `hint` is a nearby answer.
+  // Number of sequences alive at time t; the search begins at `hint`, for example the number at a neighbouring step.
   int64_t alive(int64_t t, int64_t hint) const {
     if (layout->uniform()) return count;
     while (hint > 0 && length(hint - 1) <= t) --hint;

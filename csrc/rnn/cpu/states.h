@@ -1,4 +1,5 @@
-// Reads and writes of h0, c0, h_n and c_n, each in its own dtype. An absent one is read as zeros and not written.
+// Loads and stores of states (h0, c0, h_n, c_n and their gradients), each in its own dtype. An absent state is read as
+// zeros and is not written.
 #pragma once
 
 #include "gemm/storage_access.h"

@@ -1,6 +1,6 @@
 // The weights of one direction in the form the forward recurrence reads: panels of
 // W_ih, W_hh and W_hr, and the biases in the compute type. The same form serves one call
-// (in scratch) and prepacked layers (behind a header, see rnn_kernels.cpp).
+// (in scratch) and prepacked layers (after a header, see kernels.cpp).
 #pragma once
 
 #include "core/team.h"
@@ -12,7 +12,7 @@ DLK_ISA_BEGIN
 
 struct WeightLayout {
   PanelShape ih, hh, hr;
-  bool panels;                                                  // or the biases alone
+  bool panels;                                                  // false: the biases alone
   int64_t bias_at, hidden_bias_at, ih_at, hh_at, hr_at, total;  // in elements
 
   WeightLayout(const LayerShape& shape, int lanes, bool with_panels) : panels(with_panels) {
@@ -30,7 +30,7 @@ struct WeightLayout {
   }
 };
 
-// Biases: both on the input side, but for gru's n, whose hidden half stays apart.
+// Adds the two biases of each gate, except for the gru's n, whose hidden bias stays separate.
 template <class C, class Cell>
 DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& w, const WeightLayout& layout, C* out) {
   using V = Vec<C>;
@@ -58,7 +58,7 @@ DLK_INLINE void combine_biases(const LayerShape& shape, const DirectionWeights& 
   }
 }
 
-// One member's share of the packing: where the hidden units are split, the panels that it will read itself.
+// Packs one thread's share of the panels: if the hidden units are split, the panels that it will read itself.
 template <class C, class Cell>
 DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, const DirectionWeights& w,
                                const WeightLayout& layout, C* out) {
