@@ -23,7 +23,7 @@ struct LayerShape {
   int64_t T, B, I, H, P;
   int D;
   int64_t rows;  // T * B when padded, the sum of the lengths when packed
-  bool narrow;   // a record's narrow slots have the 16 bits of `dtype`, two values in the place of one
+  bool narrow;   // a record's narrow slots have the 16-bit `dtype`: two values take the space of one
   int64_t outputs() const { return P ? P : H; }
   int64_t record() const {
     const int narrow_count = narrow ? narrow_slots(cell) : 0;
@@ -31,7 +31,7 @@ struct LayerShape {
   }
 };
 
-// Contiguous; the biases are both there or both null, w_hr is null without projection.
+// Contiguous; the biases are both given or both null, w_hr is null without projection.
 struct DirectionWeights {
   DType dtype;
   const void* w_ih;  // [G*H, I]
@@ -64,15 +64,15 @@ struct ForwardParams {
   StateTensor<const void*> h0;  // [D, B, O], null = zeros
   StateTensor<const void*> c0;  // [D, B, H], null = zeros; lstm only
   DirectionWeights weights[2];
-  const void* packed;          // what pack() wrote for these weights, or null
+  const void* packed;          // what rnn_pack() wrote for these weights, or null
   const int64_t* batch_sizes;  // [T], descending: x, y are packed; else null
   const int64_t* lengths;      // [B], in 0..T, already checked; else null
   RowTensor<void*> y;          // features: D*O; padding rows are written as 0
   StateTensor<void*> h_n;      // [D, B, O]
   StateTensor<void*> c_n;      // [D, B, H], lstm only
-  void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, and h' behind
-                               // them where it is projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'.
-                               // Padding rows are not written. shape.narrow says in what the last ones lie.
+  void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, then h' if it is
+                               // projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'. With shape.narrow
+                               // the last slots have 16 bits. Padding rows are not written.
   bool deterministic;          // a sequence's result must not depend on its batch
 };
 
@@ -86,7 +86,7 @@ struct BackwardParams {
   StateTensor<const void*> h0, c0;
   DirectionWeights weights[2];
   const int64_t *batch_sizes, *lengths;
-  const void* saved;                    // what the forward saved: all that is needed of its results
+  const void* saved;                    // what the forward saved; its other results are not needed
   RowTensor<const void*> dy;            // features: D*O; data null = zeros
   StateTensor<const void*> dh_n, dc_n;  // [D, B, O], [D, B, H]; null = zeros
   int64_t bptt_steps;                   // 0 = never cut; else gradients stop at every multiple of it
@@ -95,37 +95,37 @@ struct BackwardParams {
   DirectionGrads grads[2];
   void* gate_grads;  // [D, rows, gate_grad_slots, H] of the compute type, or null; padding
                      // rows are written as 0. gru: dr, dz, dn (input half), dn (hidden half)
-  void* proj_grads;  // [D, rows, P] of the compute type, or null: the whole gradient of h
+  void* proj_grads;  // [D, rows, P] of the compute type, or null: the complete gradient of h
   bool deterministic;
 };
 
-// What ran, or would run; explain() and the tests read it.
+// How a call ran, or would run; explain() and the tests read it.
 struct Plan {
   Isa isa;
-  int threads;  // members asked for, at most kMaxMembers
+  int threads;  // number asked for, at most kMaxMembers
   enum Split : int { serial, rows, units } split;
   enum Recurrence : int { dot, tiles } recurrence;
-  // Time steps whose products outside the recurrence are made at once; 0: those of x are made with those of h.
+  // Time steps whose products outside the recurrence are one GEMM; 0: each step multiplies x along with h.
   int64_t chunk_steps;
   bool directions_side_by_side;
-  int64_t patience_us;  // how long the first member waits for the others
+  int64_t patience_us;  // how long the first thread waits for the others
 };
 
-// The instruction set whose panels of weights serve a layer: those that multiply bf16 take it in pairs, of even sizes,
-// without projection.
+// The instruction set whose kernels and weight panels a layer uses. The bf16 dot products take pairs of values, so they
+// are chosen only for even sizes, and only without projection.
 Isa layer_isa(const LayerShape& shape, Isa isa);
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights);
 
 void rnn_forward(const ForwardParams& params, const Runtime& runtime);
 void rnn_backward(const BackwardParams& params, const Runtime& runtime);
 
-// Bytes that pack() writes for all directions, for this ISA; the header in front
-// names ISA, cell, dtype and sizes, and packed_matches() holds a buffer against a shape.
+// Bytes that rnn_pack() writes for all directions, for this ISA. A header in front names ISA,
+// cell, dtype and sizes, which rnn_packed_matches() compares with a shape.
 size_t rnn_packed_bytes(const LayerShape& shape, Isa isa);
 void rnn_pack(const LayerShape& shape, const DirectionWeights* weights, Isa isa, void* out);
 bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shape, Isa isa);
 
-// The last call of this thread: its plan, and how many threads really took part.
+// The last call of this thread: its plan, and how many threads took part.
 struct LastRun {
   Plan plan;
   int members;

@@ -26,7 +26,7 @@ struct ElmanCell : CellConstants<kRelu ? CellKind::rnn_relu : CellKind::rnn_tanh
     return at(0);
   }
 
-  // The gradient of relu is 0 where h' <= 0: where h' is NaN it passes, as in torch.
+  // The gradient of relu is 0 where h' <= 0. Where h' is NaN it passes unchanged, as in torch.
   template <class V>
   static DLK_INLINE V backward(V h_new, V dh) {
     if constexpr (kRelu) {

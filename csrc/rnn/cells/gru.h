@@ -33,8 +33,8 @@ struct GruCell : CellConstants<CellKind::gru> {
     return at(kH);
   }
 
-  // dgates: r, z, n on the input side, n on the hidden side. Returns the part of dh
-  // that passes the gates by.
+  // dgates: gradients of r, z and n on the input side, then of n on the hidden side.
+  // Returns the part of dh that reaches h directly, not through the gates.
   template <class V>
   static DLK_INLINE V backward(const V* saved, V h, V dh, V* dgates) {
     const V one = V::set1(1);

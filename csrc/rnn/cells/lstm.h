@@ -29,14 +29,14 @@ struct LstmCell : CellConstants<CellKind::lstm> {
     return o * tanh(c_new);
   }
 
-  // h' of a saved record; at(slot) reads one of its slots. o and c' give it again.
+  // h' of a saved record, computed from o and c'; at(slot) reads one of its slots.
   template <class At>
   static DLK_INLINE auto hidden(At at) {
     return at(kO) * tanh(at(kC));
   }
 
-  // dc comes in as the gradient of c' and leaves as that of c. Returns dgates i, f, g, o
-  // and, for a projection's weight gradient, the cell's own output o * tanh(c').
+  // *dc is the gradient of c' on entry and that of c on return. Writes the gradients of i, f, g, o
+  // to dgates and returns the cell's own output o * tanh(c'), for a projection's weight gradient.
   template <class V>
   static DLK_INLINE V backward(const V* saved, V c, V dh, V* dc, V* dgates) {
     const V one = V::set1(1);

@@ -1,5 +1,5 @@
-// Where the equations of a cell are compiled: in the region of an instruction set (simd/isa.h), over its vectors,
-// unless whoever includes them has set the marks, as the CUDA kernels do (rnn/cuda/real.h).
+// The macros that enclose the equations of the cells. By default the equations are compiled for an instruction set
+// (simd/isa.h) and its vectors; a file that defines the macros first, as rnn/cuda/real.h does, compiles them elsewhere.
 #pragma once
 
 #include "rnn/cells/traits.h"

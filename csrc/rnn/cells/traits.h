@@ -1,5 +1,5 @@
-// What is special about a cell: the one place from which kernels, plans and boundaries of every device know it.
-// dlkernels/rnn/kinds.py has the same facts for Python; tests/rnn/test_kinds.py compares.
+// How the cells differ: the only source of these facts for the kernels, plans and torch boundaries of every device.
+// dlkernels/rnn/kinds.py repeats them for Python; tests/rnn/test_kinds.py compares the two.
 #pragma once
 
 namespace dlk {
@@ -14,10 +14,10 @@ struct CellTraits {
   int gates;         // blocks of H rows in W_ih and W_hh
   int saved;         // slots of H values in what the forward saves of a row. The last one is the state after the step:
                      // c' where there is a cell state, else h'
-  int narrow;        // slots, the last ones, that may have 16 bits: h', which y rounds as well, and gru's W_hn h + b_hn
-  int parted_gate;   // the last gate, if its two products stay apart, each with its bias and its gradient; or kNone
+  int narrow;        // how many slots at the end may have 16 bits: h', which y rounds too, and gru's W_hn h + b_hn
+  int parted_gate;   // the last gate, if its two products stay separate, each with its own bias and gradient; or kNone
   bool cell_state;   // whether there is a c beside h
-  bool direct_path;  // whether h reaches h' past the gates
+  bool direct_path;  // whether h' depends on h directly, not only through the gates
   bool projection;   // whether h may be projected
 };
 
@@ -42,7 +42,7 @@ constexpr int narrow_slots(CellKind cell) { return cell_traits(cell).narrow; }
 // Gate gradients per unit: those of the input side, then that of the parted gate's hidden side.
 constexpr int gate_grad_slots(CellKind cell) { return gate_count(cell) + (cell_traits(cell).parted_gate != kNone); }
 
-// The same as constants of a cell's type.
+// The same facts as compile-time constants, from which the cells derive.
 template <CellKind cell>
 struct CellConstants {
   static constexpr CellTraits kTraits = cell_traits(cell);

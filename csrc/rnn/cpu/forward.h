@@ -6,8 +6,8 @@
 // processing; tables give the place of each in x, y and the products. With plan.chunk_steps 0
 // there are no chunks: the tile of a step accumulates the products of x and of h.
 //
-// The threads split either the batch (each processes its own sequences, without barriers) or
-// the hidden units (each keeps its panels of W_hh in its own cache; one barrier per step).
+// The threads split either the batch (each processes its own sequences, with no barrier at a step)
+// or the hidden units (each keeps its panels of W_hh in its own cache; one barrier per step).
 //
 // When activations are saved, the input products of a chunk are written to the place of the
 // activations, if they fit, and the cell equation overwrites them. Otherwise they are stored

@@ -1,7 +1,8 @@
 // The arguments of the recurrent operators, in the order of their schemas; registration.cpp adds what they return.
 //
-// *_dtype say what autocast asks of a call, as numbers of DType; -1 stands for the dtype of x. With a product dtype the
-// tensors may be of any dtypes but float64, and products may be rounded to it; without, all are of one.
+// The *_dtype arguments are what autocast asks for, as numbers of DType; -1 stands for the dtype of x. With a
+// product_dtype the tensors may have any dtypes except float64, and products may be rounded to product_dtype; without it
+// all tensors have the same dtype.
 #pragma once
 
 #include "rnn/params.h"

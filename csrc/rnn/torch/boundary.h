@@ -1,4 +1,4 @@
-// What the sequence and the cell operators share on their way from tensors to structs.
+// Shared by the sequence and the cell operators, which translate tensors to the structs of rnn/params.h.
 #pragma once
 
 #include "torch/checks.h"
@@ -10,7 +10,7 @@ namespace dlk {
 
 void remember_shape(const LayerShape& shape);
 
-// For LayerShape::narrow.
+// The value of LayerShape::narrow in a call with this product dtype.
 inline bool has_narrow_slots(DType product) { return product == DType::bf16 || product == DType::f16; }
 
 }  // namespace dlk

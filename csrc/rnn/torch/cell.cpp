@@ -1,4 +1,4 @@
-// A cell is a sequence of one step in one direction, without the wrapping: [B, I] in, [B, H] out.
+// The cell operators: a cell is a sequence of one step in one direction, with tensors [B, I] in and [B, H] out.
 #include "rnn/torch/checks.h"
 #include "boundary.h"
 
@@ -18,7 +18,7 @@ struct CellCall {
     if (!tensor) return {};
     return {inputs.contiguous(tensor), dtypes.of(tensor)};
   }
-  // [B, F] as a [1, B, F].
+  // A [B, F] tensor as [1, B, F].
   RowTensor<const void*> one_step(const Tensor& tensor) {
     RowTensor<const void*> rows = inputs.rows(tensor, /*t_dim=*/0, /*b_dim=*/0, dtypes.of(tensor));
     rows.t = 0;
@@ -36,7 +36,7 @@ void read_call(CellKind cell, const Arguments& a, CellCall* call) {
   read_cell(a, call->dtypes, nullptr, &shape);
 }
 
-// After the last check, so that nothing is copied for a call that is refused.
+// Called after the last check, so that nothing is copied for a call that is refused.
 template <class Arguments>
 void take_arguments(const Arguments& a, CellCall* call) {
   call->x = call->one_step(a.x);

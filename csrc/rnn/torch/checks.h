@@ -1,5 +1,5 @@
-// The checks of a recurrent call, the same on every device. Those of integers are made on copies: another thread may
-// write to the caller's tensors while the call runs. `device` is null for the CPU.
+// The checks of a recurrent call, the same on every device. Values of integer tensors are checked in copies, because
+// another thread may write to the caller's tensors while the call runs. `device` is null for the CPU.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace dlk {
 
-// The dtypes of a call's tensors. Without a product dtype all are of x's.
+// The dtypes of a call's tensors. Without a product_dtype all tensors have the dtype of x.
 class Dtypes {
  public:
   Dtypes() = default;
@@ -18,9 +18,9 @@ class Dtypes {
   }
 
   DType product() const { return product_; }
-  // That of a result: a number of DType, or -1 for x's.
+  // The dtype of a result, from a number of DType or -1 for the dtype of x.
   DType result(int64_t number, const char* what) const { return number == -1 ? of_x_ : wanted(number, what); }
-  // That of an argument; what x is not may be refused by `check`.
+  // The dtype that an argument may have: its own if the call may mix dtypes, else that of x. `check` compares.
   DType of(const Tensor& tensor) const {
     if (mixed_) {
       for (DType dtype : {DType::f32, DType::bf16, DType::f16})
@@ -67,8 +67,8 @@ inline std::vector<int64_t> read_batch_sizes(const OptionalTensor& batch_sizes, 
   return sizes;
 }
 
-// Fills T, B and rows; returns a copy of batch_sizes, empty for padded x. The values of lengths are left to the caller:
-// they may lie on a device.
+// Fills T, B and rows; returns a copy of batch_sizes, empty for padded x. Checks lengths except for their values, which
+// may be on a device.
 inline std::vector<int64_t> read_layout(const Tensor& x, const OptionalTensor& batch_sizes,
                                         const OptionalTensor& lengths, bool batch_first, const Device* device,
                                         LayerShape* shape) {
@@ -87,7 +87,7 @@ inline std::vector<int64_t> read_layout(const Tensor& x, const OptionalTensor& b
   return {};
 }
 
-// A copy of lengths on the CPU, which read_layout has checked but for their values.
+// Copies lengths, which are on the CPU, and checks the values; read_layout has checked everything else.
 inline std::vector<int64_t> read_lengths(const Tensor& lengths, int64_t T) {
   std::vector<int64_t> values = copy_values<int64_t>(lengths);
   for (size_t b = 0; b < values.size(); ++b) {
@@ -97,8 +97,8 @@ inline std::vector<int64_t> read_lengths(const Tensor& lengths, int64_t T) {
   return values;
 }
 
-// Fills H and P from the layer's weights, checks them all, and returns how many belong to a direction. The cell, D and
-// I are known.
+// Fills H and P from the layer's weights, checks all weights, and returns their number per direction. The cell, D and I
+// must be filled in before.
 inline size_t check_weights(const TensorList& weights, const Dtypes& dtypes, const Device* device, LayerShape* shape) {
   const size_t count = weights.size() / static_cast<size_t>(shape->D);
   DLK_CHECK(weights.size() % static_cast<size_t>(shape->D) == 0 && count >= 2 && count <= 5, "weights must hold ",
@@ -136,8 +136,8 @@ inline void check_cell_state(CellKind cell, const OptionalTensor& c, const char*
   DLK_CHECK(cell_traits(cell).cell_state || !c, what, " must be None: ", mode_name(cell), " has no cell state");
 }
 
-// Checks what forward and backward of a sequence have in common, but for the values of lengths, and fills `shape`,
-// whose cell and dtype are known. Returns a copy of batch_sizes, empty for padded x.
+// Checks the arguments that forward and backward of a sequence have in common, except for the values of lengths, and
+// fills `shape`, whose cell and dtype must be filled in before. Returns a copy of batch_sizes, empty for padded x.
 template <class Arguments>
 std::vector<int64_t> read_sequence(const Arguments& a, const Dtypes& dtypes, const Device* device, LayerShape* shape) {
   shape->D = a.bidirectional ? 2 : 1;

@@ -1,4 +1,4 @@
-// Registers what implements the recurrent operators on one device.
+// Registers the implementations of the recurrent operators for one device.
 #pragma once
 
 #include <string>

@@ -1,5 +1,5 @@
-// The recurrent operators: check, allocate, fill the structs of rnn/params.h, call the kernels. Both devices take the
-// same arguments; prepacked weights are for the CPU, and results on CUDA are always deterministic.
+// The recurrent operators: they check, allocate, fill the structs of rnn/params.h and call the kernels. Both devices
+// take the same arguments; prepacked weights are for the CPU only, and results on CUDA are always deterministic.
 #pragma once
 
 #include <string>

@@ -1,4 +1,4 @@
-// The schemas of the recurrent operators, and what implements them on the CPU.
+// The schemas of the recurrent operators, and their implementations for the CPU.
 #include "rnn/torch/implement.h"
 
 STABLE_TORCH_LIBRARY(dlkernels, library) {

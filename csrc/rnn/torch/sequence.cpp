@@ -9,14 +9,14 @@ namespace {
 struct Sequence {
   LayerShape shape{};
   DirectionWeights weights[2]{};
-  std::vector<int64_t> batch_sizes, lengths;  // the call's own, empty where not given
+  std::vector<int64_t> batch_sizes, lengths;  // the call's own copies, empty if not given
   Dtypes dtypes;
   int t_dim = 0, b_dim = 1;
   Inputs inputs;
 
   bool is_packed() const { return !batch_sizes.empty(); }
 
-  // [T, B, features] or [B, T, features] or [rows, features], as x; time comes first in memory, as in torch.
+  // A new [T, B, features], [B, T, features] or [rows, features], as x; time comes first in memory, as in torch.
   Tensor empty_rows(int64_t features, DType dtype) const {
     if (is_packed()) return empty({shape.rows, features}, torch_dtype(dtype));
     if (b_dim == 1) return empty({shape.T, shape.B, features}, torch_dtype(dtype));
@@ -24,7 +24,7 @@ struct Sequence {
     return empty_strided(sizes, strides, 3, torch_dtype(dtype));
   }
 
-  // A per-direction array of [rows, ...], time-major even where x is not.
+  // A new tensor with a `record` for each direction and row, time-major even if x is not; absent if not wanted.
   Tensor empty_records(bool wanted, std::initializer_list<int64_t> record) const {
     const int32_t type = torch_dtype(compute_type(shape.dtype));
     if (!wanted) return absent(type);
@@ -84,7 +84,7 @@ StateTensor<const void*> take_state(const OptionalTensor& state, Sequence* call)
   return {call->inputs.contiguous(state), call->dtypes.of(state)};
 }
 
-// A new state, where `wanted`.
+// A new state tensor, absent if not wanted.
 Tensor new_state(bool wanted, int64_t size, DType dtype, const Sequence& call, StateTensor<void*>* into) {
   Output out = output(wanted, {call.shape.D, call.shape.B, size}, torch_dtype(dtype));
   *into = {out.data, dtype};
