@@ -1,8 +1,8 @@
 // The arguments of the recurrent operators, in the order of their schemas; registration.cpp adds what they return.
 //
 // The *_dtype arguments are what autocast asks for, as numbers of DType; -1 stands for the dtype of x. With a
-// product_dtype the tensors may have any dtypes except float64, and products may be rounded to product_dtype; without it
-// all tensors have the same dtype.
+// product_dtype the tensors may have any dtypes except float64, and products may be rounded to product_dtype. Without
+// it all tensors have the same dtype.
 #pragma once
 
 #include "rnn/params.h"

@@ -1,10 +1,10 @@
-// What the CUDA operators share: tensors on a device, its stream, torch's products, checks.
+// Shared by the CUDA operators: tensors on a device, the device's stream, products by torch, checks.
 #pragma once
 
 #include "rnn/cuda/gpu_limits.h"
 #include "rnn/torch/checks.h"
 
-// Absent where torch was built without CUDA, and then never called.
+// Null if torch was built without CUDA; current_stream() checks that.
 extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream) __attribute__((weak));
 
 namespace dlk {
@@ -16,7 +16,7 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// The device of a call's tensors, made current, and its stream.
+// Makes the device of a call's tensors the current one while it exists, and holds the device's current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& like) : device_(like.device()) {
@@ -45,7 +45,7 @@ inline void check_launch(int error) {
   DLK_CHECK(error == 0, "dlkernels: a CUDA kernel could not be launched: ", gpu_error_text(error));
 }
 
-// [rows, columns] of `tensor` from element `offset` on.
+// A view [rows, columns] of `tensor` from element `offset` on.
 inline Tensor matrix(const Tensor& tensor, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                      int64_t offset = 0) {
   const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
@@ -63,7 +63,7 @@ inline Tensor transposed(const Tensor& tensor) {
 inline void copy(const Tensor& to, const Tensor& from) { DLK_TORCH(aoti_torch_copy_, to.get(), from.get(), 1); }
 inline void zero(const Tensor& tensor) { DLK_TORCH(aoti_torch_zero_, tensor.get()); }
 
-// to = from in another dtype, or zeros.
+// Copies `from` to `to`, which may have another dtype; writes zeros if `from` is absent.
 inline void copy_or_zero(const Tensor& to, const OptionalTensor& from) { from ? copy(to, from) : zero(to); }
 
 inline Tensor another_handle(const Tensor& tensor) {
@@ -72,7 +72,7 @@ inline Tensor another_handle(const Tensor& tensor) {
   return Tensor(handle);
 }
 
-// The tensor once more, or a contiguous copy of it in this dtype.
+// Another handle of the tensor if it is contiguous and has this dtype, else a copy that is and has.
 inline Tensor contiguous_as(const Tensor& tensor, int32_t dtype) {
   if (tensor.contiguous() && tensor.dtype() == dtype) return another_handle(tensor);
   Tensor made = empty(tensor.sizes(), tensor.dim(), dtype, tensor.device(), "the copy of an argument");
@@ -80,7 +80,7 @@ inline Tensor contiguous_as(const Tensor& tensor, int32_t dtype) {
   return made;
 }
 
-// A result of a kernel in the dtype in which it is returned.
+// A result of a kernel, converted to the dtype in which the operator returns it.
 inline Tensor returned_as(Tensor result, int32_t dtype) {
   if (result.dtype() == dtype) return result;
   Tensor made = empty_strided(result.sizes(), result.strides(), result.dim(), dtype, result.device());
@@ -88,7 +88,8 @@ inline Tensor returned_as(Tensor result, int32_t dtype) {
   return made;
 }
 
-// out = a b, of factors of one dtype. 16-bit factors may have a float32 product; other dtypes of `out` are copies.
+// out = a b; a and b have the same dtype. If that has 16 bits, `out` may be float32. For any other dtype of `out` the
+// product is computed in float32 and copied.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   const int32_t f32 = aoti_torch_dtype_float32();
   if (out.dtype() != a.dtype() && out.dtype() != f32) {
@@ -130,8 +131,8 @@ inline DType check_gpu_float(const Tensor& x) {
   throw std::runtime_error(concat("x must be float32, bfloat16 or float16 on CUDA, got ", dtype_text(found)));
 }
 
-// What the operators have in common: tensors in the form that the kernels read, and copies that this took. Kernels and
-// products run in one dtype: arguments of others are copied to it for the time of the call.
+// The base of a call of an operator: its shape, device and dtypes. Kernels and products run in one dtype; arguments of
+// other dtypes are copied to it for the duration of the call.
 class Call {
  public:
   Call(CellKind cell, const Tensor& x, int64_t product_dtype) : on(x), dtypes(check_gpu_float(x), product_dtype) {

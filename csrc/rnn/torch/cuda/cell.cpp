@@ -17,7 +17,7 @@ struct CellCall : Call {
     of_h = a.h ? a.h.dtype() : of_x;
     of_c = a.c ? a.c.dtype() : of_x;
   }
-  // After the last check, so that nothing is copied for a call that is refused.
+  // Called after the last check, so that nothing is copied for a call that is refused.
   template <class Arguments>
   void take(const Arguments& a) {
     x = operand(a.x);
@@ -42,7 +42,7 @@ struct CellCall : Call {
   Tensor x, w_ih, w_hh;
   OptionalTensor h, c, b_ih, b_hh;
   DType of_weights;
-  int32_t of_x, of_h, of_c;  // the dtypes of x and the states as they came, and of their gradients
+  int32_t of_x, of_h, of_c;  // the dtypes of x and the states as the caller passed them, and of their gradients
 };
 
 }  // namespace
@@ -111,7 +111,7 @@ TensorList cell_backward(CellKind cell, const CellBackwardArguments& a) {
   output(bias, {gates}, of_weights);
   output(bias, {gates}, of_weights);
   if (a.gate_grads) grads.push_back(call.on.floats({B, gate_grad_slots(cell), H}));
-  // Of all gradients only dc comes from a kernel that knows but one dtype.
+  // Only the gradient of c is written by a kernel in the kernels' dtype; the others already have their final dtype.
   const auto returned = [&] {
     grads[2] = returned_as(std::move(grads[2]), call.of_c);
     return std::move(grads);
@@ -123,7 +123,7 @@ TensorList cell_backward(CellKind cell, const CellBackwardArguments& a) {
 
   const Tensor dgates = call.on.empty({B, slots}, call.dtype);
   const int segments = ceil_div(static_cast<int>(B), kSegmentRows);
-  const bool direct = cell_traits(cell).direct_path;  // h also reaches h' past the gates
+  const bool direct = cell_traits(cell).direct_path;  // h' also depends on h directly
   Tensor carry, hidden, bias_sums;
   CellBackward p{};
   p.cell = cell;

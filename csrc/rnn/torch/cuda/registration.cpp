@@ -1,7 +1,7 @@
-// The recurrent operators for CUDA tensors. Their schemas stand in rnn/torch/registration.cpp.
+// Registers the recurrent operators for CUDA tensors. Their schemas are in rnn/torch/registration.cpp.
 #include "rnn/torch/implement.h"
 
-// The test of this boundary without a GPU (tests/cuda/boundary.cpp) builds it for CPU tensors.
+// The test of these operators without a GPU (tests/cuda/boundary.cpp) registers them for CPU tensors.
 #ifndef DLKERNELS_GPU_KEY
 #define DLKERNELS_GPU_KEY CUDA
 #endif

@@ -1,5 +1,5 @@
-// The sequence operators on CUDA tensors: check, allocate, plan, and run the products outside the recurrence (torch's)
-// around the kernels of rnn/cuda.
+// The sequence operators on CUDA tensors: they check, allocate, plan, and run torch's products before and after the
+// recurrent kernels of rnn/cuda.
 //
 // Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
 #include "rnn/cuda/plan_cap.h"
@@ -10,7 +10,7 @@
 namespace dlk {
 namespace {
 
-// What a plan of groups needs besides; lives until its kernel is in the stream.
+// The device memory through which the blocks of a grid plan communicate. It must live until the kernel is launched.
 struct GroupMemory {
   Tensor exchange, counters;
   GroupMemory(const SequenceCall& call, const SequencePlan& plan) {
@@ -26,7 +26,7 @@ struct GroupMemory {
   }
 };
 
-// The fields that both directions of a sequence have.
+// The fields that SequenceForward and SequenceBackward have in common.
 template <class Params>
 Params common_params(const SequenceCall& call, const OptionalTensor& h0, const OptionalTensor& c0,
                      const SequencePlan& plan) {
@@ -111,7 +111,7 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
 
 namespace {
 
-// dx and the gradients of the weights, from those of the gates. dgates[d]: [rows, slots * H] in x's order.
+// Computes dx and the weight gradients from the gate gradients. dgates[d] is [rows, slots * H], rows in the order of x.
 void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tensor& saved, const OptionalTensor& h0,
                             const Tensor* dx, DType of_dx, Tensor* const* dweights) {
   const LayerShape& shape = call->shape;
@@ -161,7 +161,7 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
     hidden.saved = static_cast<const float*>(saved.data()) + d * shape.rows * shape.record();
     hidden.h0 = h0 ? offset_by(h0, d * shape.B * H, item_bytes(shape.dtype)) : nullptr;
     check_launch(launch_hidden_before(hidden, shape.dtype, call->on.stream()));
-    // A parted gate's hidden side has a slot of its own, the last.
+    // The hidden side of a parted gate has a slot of its own, the last.
     const int parted = cell_traits(shape.cell).parted_gate;
     const int64_t together = parted == kNone ? gates : parted * H;
     const Tensor& dw_hh = *dweights[2 * d + 1];

@@ -18,34 +18,35 @@ struct SequenceCall : Call {
   bool is_packed() const { return !batch_sizes.empty(); }
   const int64_t* host_sizes() const { return is_packed() ? batch_sizes.data() : nullptr; }
 
-  // Of a matrix of rows in the order of `x`: of padded input by time or by sequence, of packed input those of its data.
+  // Describes a matrix whose rows are in the order of those of `x`: for padded input time-major if by_time, else
+  // sequence-major; for packed input the order of its data.
   template <class Pointer>
   RowTensor<Pointer> rows(Pointer data, int64_t features, DType of) const {
     if (is_packed()) return {data, features, 0, of};
     return by_time ? RowTensor<Pointer>{data, shape.B * features, features, of}
                    : RowTensor<Pointer>{data, features, shape.T * features, of};
   }
-  // Of a tensor with the dimensions of x, by its strides.
+  // Describes a tensor with the dimensions of x, by its strides.
   template <class Pointer>
   RowTensor<Pointer> strided_rows(const Tensor& tensor) const {
     const int64_t* strides = tensor.strides();
     if (is_packed()) return {tensor.data(), strides[0], 0, shape.dtype};
     return {tensor.data(), strides[batch_first ? 1 : 0], strides[batch_first ? 0 : 1], shape.dtype};
   }
-  // As x, but that time comes first in memory, as in torch.
+  // A new tensor with the dimensions of x; time comes first in memory, as in torch.
   Tensor empty_rows(int64_t features) const {
     if (is_packed()) return on.empty({shape.rows, features}, dtype);
     if (!batch_first) return on.empty({shape.T, shape.B, features}, dtype);
     const int64_t sizes[] = {shape.B, shape.T, features}, strides[] = {features, shape.B * features, 1};
     return empty_strided(sizes, strides, 3, dtype, on.device());
   }
-  // Any strides but that of the features.
+  // The tensor, copied if its dtype is not that of the kernels or its features are not contiguous.
   Tensor row_operand(const Tensor& tensor) const {
     const int64_t last = tensor.dim() - 1;
     const bool dense = tensor.strides()[last] == 1 || tensor.size(last) <= 1;
     return dense && tensor.dtype() == dtype ? another_handle(tensor) : contiguous_as(tensor, dtype);
   }
-  // What the backward needs, time-major.
+  // A new tensor for what the forward saves for the backward, time-major.
   Tensor empty_saved() const {
     if (is_packed()) return on.floats({shape.D, shape.rows, shape.record()});
     return on.floats({shape.D, shape.T, shape.B, shape.record()});
@@ -58,11 +59,11 @@ struct SequenceCall : Call {
 
   GpuWeights weights[2];
   std::vector<int64_t> batch_sizes;  // the call's own, empty for padded x
-  Tensor offsets, lengths, x;        // x: its rows lie without gaps, `by_time` or by sequence
+  Tensor offsets, lengths, x;        // x: rows without gaps, time-major if by_time, else sequence-major
   bool has_lengths = false, batch_first = false, by_time = true;
 };
 
-// Whether time comes first in the memory of batch-first x, as in what a layer before it returned.
+// Whether time comes first in the memory of batch-first x, as in the output of another layer.
 inline bool lies_by_time(const Tensor& x) {
   const int64_t *sizes = x.sizes(), *strides = x.strides();
   return strides[2] == 1 && strides[0] == sizes[2] && strides[1] == sizes[0] * sizes[2];
@@ -79,8 +80,8 @@ void read_call(const Arguments& a, SequenceCall* call) {
   DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
 }
 
-// After the last check, so that nothing is copied for a call that is refused. `any_order`: x may stay in the order that
-// it has in memory.
+// Called after the last check, so that nothing is copied for a call that is refused. `any_order`: x may keep the order
+// that it has in memory.
 template <class Arguments>
 void take_arguments(const Arguments& a, bool any_order, SequenceCall* call) {
   const LayerShape& shape = call->shape;
@@ -97,7 +98,8 @@ void take_arguments(const Arguments& a, bool any_order, SequenceCall* call) {
   const bool as_it_lies = any_order && call->batch_first && a.x.dtype() == call->dtype && lies_by_time(a.x);
   call->by_time = !call->batch_first || as_it_lies;
   call->x = as_it_lies ? another_handle(a.x) : call->operand(a.x);
-  // Blocks that meet at barriers must see the same lengths, whoever writes to the caller's.
+  // Copied, because blocks that wait for each other at barriers must see the same lengths, even if somebody writes to
+  // the caller's tensor meanwhile.
   if (a.lengths) call->lengths = contiguous_copy(a.lengths);
   if (call->is_packed() && shape.B > 0) {
     call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
