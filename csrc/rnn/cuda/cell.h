@@ -1,12 +1,13 @@
-// One step of a recurrent layer on a GPU, between two products of the caller: what the launchers take. It serves the
-// cells, and layers too large to keep W_hh on the chip. No CUDA and no torch in here.
+// One step of a recurrent layer on a GPU: the launchers and their parameters. The caller computes the products before
+// and after the step. It serves the cells, and layers whose W_hh is too large to stay on the chip. No CUDA and no
+// torch in here.
 #pragma once
 
 #include "rnn/params.h"
 
 namespace dlk {
 
-// [B, H], rows apart by `stride` elements, in float32 or in the layer's dtype.
+// A [B, H] matrix with `stride` elements from row to row, in float32 or in the layer's dtype.
 template <class Pointer>
 struct StateRows {
   Pointer data;
@@ -14,10 +15,10 @@ struct StateRows {
   bool f32;
 };
 
-// Which rows take part in a step of a layer; a cell has one step and all rows.
+// Which rows take part in a step of a layer. A cell has one step, in which all rows take part.
 struct StepRows {
   int t, T;
-  const int* offsets;      // of packed rows, [T + 1], null = padded; a packed row that is not alive does not exist
+  const int* offsets;      // first packed row of each step, [T + 1], null = padded; packed rows are all alive
   const int64_t* lengths;  // [B], clamped to 0..T by the kernel; null = T
   bool reverse;            // time runs from the end
 };
@@ -31,8 +32,8 @@ struct CellForward {
   const void *b_ih, *b_hh;          // [G*H] in the layer's dtype, or null
   StateRows<const void*> state;     // c (lstm) or h (gru) before the step; data null = zeros
   StateRows<void*> new_state;       // the same after it; may be `state`; data null = not wanted
-  StateRows<void*> h, y;            // h' twice, either may be absent; y is 0 in rows that are not alive, h untouched
-  StateRows<void*> c_n;             // c' once more, or absent
+  StateRows<void*> h, y;            // both receive h', either may be absent; rows not alive: y is 0, h is not written
+  StateRows<void*> c_n;             // receives c' too, or absent
   StateRows<float*> saved;          // R a row, or absent
 };
 
@@ -44,20 +45,20 @@ struct CellBackward {
   StateRows<const float*> saved;    // R a row
   StateRows<const void*> state;     // c (lstm) or h (gru) before the step; the rnn needs none
   StateRows<const void*> first;     // the same before a sequence's first step; data null = zeros
-  StateRows<const void*> dy;        // of the step's output, or absent
+  StateRows<const void*> dy;        // gradient of the step's output, or absent
   StateRows<const float*> product;  // dgates(next) W_hh, or absent
-  StateRows<float*> carry;          // what else comes from the next step; receives what goes past the gates, or absent
-  StateRows<const void*> dc;        // of c', or absent
-  StateRows<void*> new_dc;          // of c; may be `dc`; or absent
+  StateRows<float*> carry;          // rest of dh from the next step; receives that for the step before; or absent
+  StateRows<const void*> dc;        // gradient of c', or absent
+  StateRows<void*> new_dc;          // gradient of c; may be `dc`; or absent
   StateRows<void*> dgates;          // gate_grad_slots*H a row, in the layer's dtype; 0 in rows that are not alive
   StateRows<float*> gate_grads;     // the same in float32, or absent
-  StateRows<void*> hidden;          // those of the hidden side that the step before may see, G*H a row, or absent
+  StateRows<void*> hidden;          // those of the hidden side for the step before, 0 at a cut, G*H a row, or absent
   float* bias_sums;                 // [gate_grad_slots, H] for each segment, or null
   int64_t segment_stride;           // floats from segment to segment
   bool add_to_bias_sums;
 };
 
-// Rows that one block of the backward sums: there are ceil(B / kSegmentRows) segments.
+// Rows whose bias gradients one block of the backward sums, a segment. There are ceil(B / kSegmentRows) segments.
 constexpr int kSegmentRows = 64;
 
 // Sums `segments` blocks of [gate_grad_slots, H], `stride` floats apart, in order, into the gradients of the biases.

@@ -1,9 +1,9 @@
 // The pointwise half of a step: biases, gates, states, and in the backward their gradients and those of the biases.
 //
-// Grid: x = rows, y = units. A block has 32 x 8 threads: along the units, of which a thread takes `kWidth` in a row (4
-// where everything is aligned, else 1), and along the rows. In the backward a block takes kSegmentRows rows, adds up
-// the gate gradients of each unit in a fixed order and leaves the sum of its segment: no atomics, so the same every
-// time.
+// Grid: x = rows, y = units. A block has 32 threads along the units, of which each takes `kWidth` adjacent ones (4 if
+// everything is aligned, else 1), by 8 threads along the rows. In the backward a block takes kSegmentRows rows, adds up
+// the gate gradients of each unit in a fixed order and writes the sum of its segment. There are no atomics, so results
+// are the same every time.
 #pragma once
 
 #include "cell.h"
@@ -14,7 +14,7 @@ namespace gpu {
 
 constexpr int kUnitThreads = 32, kRowThreads = 8, kCellThreads = kUnitThreads * kRowThreads;
 
-// kWidth items at `at`, which the caller has seen to be aligned.
+// Loads kWidth items from `at`, which the caller has checked to be aligned.
 template <int kWidth, class S>
 DLK_DEVICE void load_items(const S* at, float* to) {
   if constexpr (kWidth == 1) {

@@ -1,5 +1,5 @@
-// What the kernels ask of the machine, by name: the only file with inline PTX. Compiled by anything but nvcc the same
-// names have their meaning on the CPU (tests/cuda/emulation), which is how the kernels are tested without a GPU.
+// The machine operations that the kernels use, as functions: the only file with inline PTX. Compilers other than nvcc
+// get functions that emulate them on the CPU (tests/cuda/emulation), so that the kernels can be tested without a GPU.
 #pragma once
 
 #ifdef __CUDACC__
@@ -37,9 +37,10 @@ DLK_DEVICE S from_float(float x) {
   }
 }
 
-// ---- One warp: the 16 x 8 product c += a b over 16 terms, with the fragments of mma.m16n8k16: lane 4 g + q holds
+// One warp computes the 16 x 8 product c += a b over 16 terms, with the fragments of mma.m16n8k16: lane 4 g + q holds
 // rows g and g + 8 of a, column g of b, and of c the elements (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
-// Terms: a[0] and b0 hold 2q and 2q + 1, a[2] and b1 those 8 further on; a[1] and a[3] are row g + 8.
+// a[0] and b0 hold the terms 2q and 2q + 1, a[2] and b1 the terms 2q + 8 and 2q + 9. a[1] and a[3] are the same terms
+// of row g + 8.
 template <class S>
 DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
@@ -59,7 +60,7 @@ DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
     std::memcpy(static_cast<void*>(&value), &bits, sizeof value);
     return to_float(value);
   };
-  // Each word of the fragments goes to all lanes in turn; b's column and a's two rows are found there.
+  // Every lane gets the fragments of all lanes, and finds b's column and a's two rows in them.
   uint32_t word[6][32];
   const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
   for (int i = 0; i < 6; i += 3) {
@@ -80,7 +81,7 @@ DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
 #endif
 }
 
-// ---- Memory. What other blocks write while a kernel runs must not be read through L1.
+// For data that other blocks write while the kernel runs, which must not be read through L1.
 DLK_DEVICE uint4 load_through_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
 
 // The block's dynamic shared memory, aligned to 128 bytes.
@@ -93,7 +94,7 @@ DLK_DEVICE char* dynamic_shared() {
 #endif
 }
 
-// 16 bytes between two arrays in shared memory that the address sanitizer watches; on a GPU they are not there.
+// Bytes between two arrays in shared memory that the address sanitizer watches under emulation; none on a GPU.
 #ifdef __CUDACC__
 constexpr int kSharedGap = 0;
 DLK_DEVICE void forbid_gap(char*) {}
@@ -102,8 +103,9 @@ constexpr int kSharedGap = 16;
 inline void forbid_gap(char* gap) { emulation::forbid(gap); }
 #endif
 
-// ---- Flags in global memory, between blocks that are all resident. What a block wrote before its threads met and one
-// of them signalled is there for a block one of whose threads waited for the signal and then met the others.
+// Flags in global memory, for blocks that are all resident. A block writes data and calls __syncthreads(), then one of
+// its threads signals. Another block may read that data after one of its threads has waited for the signal and the
+// block has called __syncthreads().
 DLK_DEVICE void signal_arrival(unsigned* counter) {
 #ifdef __CUDACC__
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
@@ -117,7 +119,7 @@ DLK_DEVICE void wait_for_arrivals(const unsigned* counter, unsigned goal) {
   unsigned seen;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (static_cast<int>(seen - goal) < 0);  // right also when very many steps have wrapped the counter
+  } while (static_cast<int>(seen - goal) < 0);  // correct even after very many steps, when the counter has wrapped
 #else
   emulation::wait_until("at the grid's barrier",
                         [=] { return static_cast<int>(__atomic_load_n(counter, __ATOMIC_RELAXED) - goal) >= 0; });
@@ -125,8 +127,8 @@ DLK_DEVICE void wait_for_arrivals(const unsigned* counter, unsigned goal) {
 #endif
 }
 
-// ---- Clusters (sm_90 and up). The barrier has two halves: what was written before arriving can be read after waiting,
-// the shared memory of the cluster's other blocks included.
+// Clusters (sm_90 and up). The barrier has two halves, arrive and wait: what was written before arriving can be read
+// after waiting, in the shared memory of the cluster's other blocks too.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define DLK_HAS_CLUSTERS 0
 #else
@@ -150,7 +152,7 @@ DLK_DEVICE void cluster_wait() {
 #endif
 }
 
-// Writes to where `local` would be in the shared memory of the cluster's block `rank`.
+// Writes to the address that corresponds to `local` in the shared memory of the cluster's block `rank`.
 DLK_DEVICE void store_remote(void* local, unsigned rank, uint4 value) {
 #ifdef __CUDACC__
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
@@ -165,7 +167,7 @@ DLK_DEVICE void store_remote(void* local, unsigned rank, uint4 value) {
 }
 #endif
 
-// ---- Launching, from the host. Errors are CUDA's numbers, 0 is success.
+// Launches from the host return CUDA's error number, 0 for success.
 struct LaunchShape {
   unsigned grid_x = 1, grid_y = 1, grid_z = 1, threads = 1;
   int shared_bytes = 0;
@@ -175,11 +177,11 @@ struct LaunchShape {
 
 template <class Params>
 int launch(void (*kernel)(Params), const LaunchShape& shape, void* stream, const Params& params) {
-  if (shape.grid_x == 0) return 0;  // nothing to do, which CUDA takes for an error
+  if (shape.grid_x == 0) return 0;  // there is nothing to do, and CUDA refuses an empty grid
 #ifdef __CUDACC__
   const void* function = reinterpret_cast<const void*>(kernel);
   if (shape.shared_bytes > 48 << 10) {
-    // The most there is, not what this call needs: another thread may be about to launch the same kernel with more.
+    // Allows the maximum, not just what this call needs: another thread may be about to launch the kernel with more.
     int device = 0, most = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);

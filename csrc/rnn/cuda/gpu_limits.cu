@@ -10,7 +10,7 @@ namespace {
 
 __global__ void __launch_bounds__(kSequenceThreads, 1) stand_in(int) {}
 
-// How many clusters of blocks that fill a multiprocessor each are resident at once.
+// How many clusters of this many blocks are resident at once, if each block fills a multiprocessor.
 int resident_clusters(int blocks, int shared_bytes) {
   const void* kernel = reinterpret_cast<const void*>(&stand_in);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -47,7 +47,7 @@ GpuLimits gpu_limits(int device) {
   cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   if (major >= 9) {
-    // The driver answers for the current device, which may be another one when only a plan is asked for.
+    // The driver answers for the current device, which may be another one if the caller only asks for a plan.
     int current = device;
     cudaGetDevice(&current);
     if (current != device) cudaSetDevice(device);

@@ -1,4 +1,4 @@
-// What the plans must know of the GPU at hand. No CUDA and no torch in here.
+// The limits of a GPU that its plans depend on. No CUDA and no torch in here.
 #pragma once
 
 #include "sequence.h"

@@ -1,9 +1,9 @@
-// The blocks of a group: how they hand each other a step's vectors, and how they meet, once a step.
+// How the blocks of a group exchange the vectors of a step, and the barrier at which they synchronise once per step.
 //
-// The vectors of a tile lie twice, [2][tile][stride], and the steps alternate: who is at step s reads half s % 2 and
-// writes the other. Nobody can write a half that another block still reads, because it would have to be two steps
-// ahead. In a cluster every block has a copy in its shared memory, and all write into all copies. In a grid there is
-// one in global memory for each group.
+// The vectors of a tile are stored in two halves, [2][tile][stride]: a block at step s reads half s % 2 and writes the
+// other. No block can write a half that another block still reads, because it would have to be two steps ahead. In a
+// cluster every block has a copy of both halves in its shared memory, and all blocks write to all copies. In a grid
+// each group has one copy in global memory.
 #pragma once
 
 #include "real.h"
@@ -12,11 +12,11 @@
 namespace dlk {
 namespace gpu {
 
-// Lanes next to each other that hold 16 bytes of one sequence's vector.
+// Number of adjacent lanes that hold 16 bytes of one sequence's vector, a piece.
 template <class S>
 constexpr int kPieceLanes = 16 / static_cast<int>(sizeof(S));
 
-// The items of this lane and its neighbours as one piece, in each of them; all lanes of the warp take part.
+// Gathers the items of the lanes of a piece and returns all 16 bytes to each of them. All lanes of the warp must call.
 template <class S>
 DLK_DEVICE uint4 gather_piece(S item) {
   const int first = threadIdx.x % 32 / kPieceLanes<S> * kPieceLanes<S>;
@@ -44,7 +44,7 @@ class ClusterGroup {
 
   DLK_DEVICE const S* vectors(int step) const { return vectors_ + step % 2 * half_; }
 
-  // What the first step reads: `value(b, term)`, everywhere. Ends with the meeting before that step.
+  // Fills the vector of each sequence b with `value(b, term)` for the first step, and arrives at the barrier before it.
   template <class Value>
   DLK_DEVICE void begin(const Value& value) {
     for (int i = static_cast<int>(threadIdx.x); i < half_; i += kSequenceThreads) {
@@ -55,7 +55,8 @@ class ClusterGroup {
     arrive();
   }
 
-  // For the step after `step`: this lane's item of sequence b at `term`. The lanes of a piece agree on b and on `send`.
+  // Sends this lane's item of sequence b at `term`, which the step after `step` reads. The lanes of a piece must pass
+  // the same b and `send`.
   DLK_DEVICE void send(int step, int b, int term, S item, bool send) {
     const uint4 piece = gather_piece(item);
     const int lane = threadIdx.x % kPieceLanes<S>;
@@ -78,7 +79,7 @@ class ClusterGroup {
     cluster_wait();
 #endif
   }
-  // Nobody leaves while another may still write into its shared memory.
+  // No block may exit while another may still write to its shared memory.
   DLK_DEVICE void end() { wait(); }
 
  private:
@@ -142,8 +143,8 @@ DLK_DEVICE auto make_group(const Params& p, S* shared) {
   }
 }
 
-// The chunk's vectors in a place to multiply from: float32 ones of a grid are copied to shared memory, because there
-// every lane reads all of them.
+// Returns the chunk's vectors where the product can read them. float32 vectors of a grid are copied to shared memory,
+// because in their product every lane reads all of them.
 template <bool kCluster, int kColumns, class S>
 DLK_DEVICE const S* near_vectors(const S* vectors, S* shared, const SharedLayout& layout) {
   if constexpr (kCluster || sizeof(S) == 2) {

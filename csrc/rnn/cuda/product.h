@@ -1,12 +1,14 @@
-// A block's product of its resident rows of W_hh with the vectors of a few sequences.
+// The product of a block's resident rows of W_hh with the vectors of a few sequences.
 //
-// The terms are cut into `splits` parts, dealt out in steps: part p takes steps p, p + splits, ... Of these the first
-// `register_steps` keep their weights in registers, the others in shared memory, in the order in which they are read.
-// Every part leaves its own sums in shared memory, [split][sequence][rows + 4], to be added by who uses them.
+// The terms are divided into steps, and the steps among `splits` parts: part p takes steps p, p + splits, ... The
+// weights of its first `register_steps` steps stay in registers, those of the others in shared memory, in the order in
+// which they are read. Every part writes its own sums to shared memory, [split][sequence][rows + 4], and the code that
+// uses a result adds them up.
 //
-// 16-bit numbers go through the tensor cores. A step is 32 terms, of which lane 4 g + q takes eight in a row, 8 q to
-// 8 q + 7, from the vector of sequence g with one load of 16 bytes: the terms of the two products in it are permuted,
-// in the weights alike. float32 is multiplied in float32: a lane has up to four rows, and a step is four terms.
+// 16-bit numbers are multiplied by the tensor cores. A step is 32 terms in two tensor-core products. Lane 4 g + q loads
+// the eight terms 8 q to 8 q + 7 of the vector of sequence g with one load of 16 bytes. This permutes the terms of the
+// two products, so those of the weights are permuted alike. float32 is multiplied in float32: a lane has up to four
+// rows, and a step is four terms.
 #pragma once
 
 #include "real.h"
@@ -24,11 +26,11 @@ DLK_DEVICE uint4 load_vector(const void* p) {
   }
 }
 
-// `weight(row, term)` gives the block's W_hh as a float; 0 where there is none.
+// In load(), `weight(row, term)` returns an element of the block's W_hh as a float, and 0 for padding.
 template <class S, int kRows, int kRowGroups, int kSplits, int kRegisterSteps, int kColumnTiles, bool kThroughL2>
 class TensorProduct {
   static constexpr int kRowTiles = kRows / 16 / kRowGroups;
-  // Loads from L2 that are on their way before the first of them is used.
+  // Number of loads from L2 that are issued before the first of them is used.
   static constexpr int kAhead = !kThroughL2 ? 1 : kColumnTiles == 1 ? 4 : 2;
 
  public:
@@ -47,7 +49,7 @@ class TensorProduct {
       return word;
     };
     const int g = lane_ / 4, q = lane_ % 4;
-    // The fragments of tile m of step i: for two products, rows g and g + 8 by the first and the second pair of terms.
+    // The fragment of row tile m in one of the two products of step i: rows g and g + 8 by two pairs of terms.
     const auto fragment = [&](int i, int m, int product) {
       const int row = (row_group() * kRowTiles + m) * 16 + g;
       const int step = i * kSplits + split();
@@ -74,7 +76,7 @@ class TensorProduct {
     }
   }
 
-  // vectors: those of the chunk's first sequence and, `stride` apart, the following ones.
+  // `vectors` points to the vector of the chunk's first sequence; the others follow at distances of `stride`.
   DLK_DEVICE void multiply(const S* vectors, float* partials) {
     float sums[kRowTiles][kColumnTiles][4] = {};
     const int g = lane_ / 4, q = lane_ % 4;
@@ -155,7 +157,7 @@ class FloatProduct {
  public:
   DLK_DEVICE FloatProduct(const SharedLayout& layout, char* shared) : layout_(layout) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // With 16 rows the upper half of a warp is a part of its own.
+    // With 16 rows each half of a warp computes a part of its own.
     split_ = kRows < 32 ? 2 * warp + lane / 16 : warp;
     row_ = kRows < 32 ? lane % 16 : lane;
     weights_ = reinterpret_cast<float4*>(shared + layout.weights);

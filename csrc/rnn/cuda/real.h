@@ -44,7 +44,7 @@ DLK_DEVICE Real relu(Real a) { return {a.v < 0.0f ? 0.0f : a.v}; }
 namespace dlk {
 namespace gpu {
 
-// tanh or relu by a flag of the call: one kernel for both.
+// Chooses tanh or relu by a flag of the call, so that one kernel serves both.
 struct RnnCell : ElmanCell<false> {
   static DLK_DEVICE Real forward(bool use_relu, const Real* x, const Real* h, Real* saved) {
     return use_relu ? ElmanCell<true>::forward(x, h, Real{}, saved) : ElmanCell<false>::forward(x, h, Real{}, saved);
@@ -74,8 +74,9 @@ DLK_DEVICE float step_forward(bool use_relu, const float* x, const float* hidden
   return h.v;
 }
 
-// One cell's step back: the gate gradients as gate_grads has them, and the part of dh that passes the gates by.
-// state: the c (lstm) or h (gru) before the step; the rnn needs none. *dc: in the gradient of c', out that of c.
+// One cell's step backward. Writes the gate gradients in the order of gate_grads, and returns the part of dh that
+// reaches h directly, not through the gates. state: the c (lstm) or h (gru) before the step; the rnn needs none.
+// *dc: the gradient of c' on entry, that of c on return.
 template <class Cell>
 DLK_DEVICE float step_backward(bool use_relu, const float* saved, float state, float dh, float* dc, float* dgates) {
   if constexpr (kIsRnn<Cell>) {
@@ -99,13 +100,14 @@ DLK_DEVICE float step_backward(bool use_relu, const float* saved, float state, f
   }
 }
 
-// h' of a saved record of float32 whose slots lie `distance` apart.
+// h' of a saved float32 record; `distance` is the number of floats from slot to slot.
 template <class Cell>
 DLK_DEVICE float hidden_of(const float* record, int64_t distance) {
   return Cell::hidden([&](int slot) { return Real{record[slot * distance]}; }).v;
 }
 
-// Which of the gate gradients belong to the hidden side: all, but gru's third is the input half of n.
+// The slot of a gate's gradient on the hidden side. For the gru's n it is the fourth, because the third is that of its
+// input half.
 template <class Cell>
 DLK_DEVICE constexpr int hidden_slot(int gate) {
   return gate == Cell::kPartedGate ? Cell::kGates : gate;

@@ -1,4 +1,4 @@
-// Moving rows: one warp a row.
+// The kernels of rows.h and their launchers. Kernels over rows use one warp per row.
 #include "rows.h"
 
 #include "types.h"
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) copy_rows(const __grid_constant__ Co
   const int t = static_cast<int>(row / p.B), b = static_cast<int>(row % p.B);
   const bool live = t < sequence_length(nullptr, p.lengths, p.T, p.B, b);
 
-  // Strides count the caller's items, of which one of ours may be several.
+  // Strides count the caller's items, of which an Item may hold several.
   const int64_t size = static_cast<int64_t>(sizeof(Item)) / p.item_bytes;
   const Item* from = static_cast<const Item*>(p.from.data) + row_offset(p.from, nullptr, t, b) / size;
   Item* to = static_cast<Item*>(p.to.data) + row_offset(p.to, nullptr, t, b) / size;
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) write_offsets(const __grid_constant_
 
 unsigned blocks(int64_t n) { return static_cast<unsigned>((n + kThreads - 1) / kThreads); }
 
-// Whether all rows begin at a multiple of `bytes` and have a multiple of it.
+// Whether the address and the length of every row are multiples of `bytes`.
 bool in_pieces(const CopyRows& p, int64_t bytes) {
   for (const void* data : {p.from.data, static_cast<const void*>(p.to.data)}) {
     if (reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(bytes)) return false;

@@ -1,16 +1,16 @@
-// Moving rows about on a GPU, for the products around the recurrence. No CUDA and no torch in here.
+// Moves rows on a GPU, for the products before and after the recurrence. No CUDA and no torch in here.
 #pragma once
 
 #include "rnn/params.h"
 
 namespace dlk {
 
-// to(t, b) = from(t, b) of padded input; rows that are not alive become 0, so that what the padding holds reaches no
-// product.
+// to(t, b) = from(t, b) of padded input. Rows that are not alive become 0, so that the values in the padding do not
+// reach the products.
 struct CopyRows {
   int T, B;
   int64_t features, item_bytes;
-  const int64_t* lengths;  // [B], clamped; null = T
+  const int64_t* lengths;  // [B], clamped to 0..T by the kernel; null = T
   RowTensor<const void*> from;
   RowTensor<void*> to;
 };
@@ -23,7 +23,7 @@ struct HiddenBefore {
   CellKind cell;
   int T, B, H;
   const int* offsets;      // [T + 1], null = padded
-  const int64_t* lengths;  // [B], clamped; null = T
+  const int64_t* lengths;  // [B], clamped to 0..T by the kernel; null = T
   bool reverse;            // time runs from the end
   const float* saved;      // [rows, R], time-major
   const void* h0;          // [B, H] in the layer's dtype: before a sequence's first step; null = zeros
@@ -41,8 +41,9 @@ struct AddStates {
 
 int launch_add_states(const AddStates& params, DType dtype, void* stream);
 
-// The first row of each step and behind them the number of all, [T + 1], from the host's batch sizes. They travel as
-// arguments of kernels, which a CUDA graph keeps: no copy from host memory that may be gone at its replay.
+// Writes the first row of each step and then the number of all rows, [T + 1], from batch sizes on the host. The values
+// are passed as arguments of kernels, which a CUDA graph keeps: a copy from host memory might read freed memory when
+// the graph is replayed.
 int launch_offsets(const int64_t* batch_sizes, int64_t T, int* offsets, void* stream);
 
 }  // namespace dlk

@@ -1,11 +1,12 @@
-// The recurrent part of a layer on a GPU, whole sequences: what the launchers take, and how a call is laid out. No CUDA
-// and no torch in here. The products outside the recurrence (W_ih x before it; dx and the weight gradients after it)
-// are the caller's.
+// The recurrent part of a layer on a GPU over whole sequences: the launchers, their parameters, and the plan of a call.
+// No CUDA and no torch in here. The caller computes the products outside the recurrence (W_ih x before it; dx and the
+// weight gradients after it).
 //
-// A direction's units are cut into slices, one block each, and the batch into tiles of sequences that never meet. The
-// blocks of one tile and direction are a group: at every step each of them multiplies its resident rows of W_hh with
-// the whole vector of every sequence of the tile, applies the cell to its units, and hands its part of the next vector
-// to the others. The vector is h in the forward and the gate gradients of the hidden side in the backward.
+// The units of a direction are divided into slices, one per block, and the batch into tiles of sequences that are
+// independent of each other. The blocks of one tile and direction are a group: at every step each of them multiplies
+// its resident rows of W_hh with the whole vector of every sequence of the tile, applies the cell to its units, and
+// sends its part of the next vector to the others. The vector is h in the forward and the gate gradients of the hidden
+// side in the backward.
 #pragma once
 
 #include "rnn/params.h"
@@ -19,13 +20,13 @@ constexpr int kMmaColumns = 8;  // sequences in one tensor-core product
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int ceil_div(int n, int by) { return (n + by - 1) / by; }
 
-// What one block computes, fixed when the kernel is compiled. "Step": 32 terms of a product of 16-bit numbers (two
-// tensor-core instructions deep), 4 terms in float32.
+// What one block computes, fixed when the kernel is compiled. A step of a product is 32 terms of 16-bit numbers (two
+// tensor-core instructions), or 4 terms in float32.
 struct SliceShape {
   int units;
   int rows;            // of the product: gates * units forward, units backward
   int row_groups;      // groups of warps that share out the rows
-  int splits;          // parts the terms are cut into, each with a partial sum of its own
+  int splits;          // parts that the terms are divided into, each with partial sums of its own
   int register_steps;  // steps of a part whose weights stay in registers; the others stay in shared memory
   int step_terms;
 };
@@ -38,7 +39,7 @@ constexpr SliceShape slice_shape(int gates, bool half, bool cluster, bool backwa
     // Splitting the rows saves partial sums, splitting the terms saves reading the vectors more than once.
     s.row_groups = s.rows >= 96 ? 2 : 1;
     s.splits = kSequenceWarps / s.row_groups;
-    s.register_steps = 96 / (s.rows / 16 / s.row_groups * 8);  // of 8 registers for each 16 rows
+    s.register_steps = 96 / (s.rows / 16 / s.row_groups * 8);  // a step takes 8 registers for each 16 rows
     s.step_terms = 32;
   } else {
     s.row_groups = 1;
@@ -49,7 +50,7 @@ constexpr SliceShape slice_shape(int gates, bool half, bool cluster, bool backwa
   return s;
 }
 
-// Offsets into a block's shared memory, in bytes; each array is followed by `gap` bytes that nothing touches.
+// Offsets into a block's shared memory, in bytes; each array is followed by `gap` bytes that nothing may access.
 struct SharedLayout {
   int terms;   // of the product, with padding
   int stride;  // elements from sequence to sequence in the exchange
@@ -64,26 +65,26 @@ struct SequencePlan {
   int tile;    // sequences of a group
   int groups;  // directions times tiles
   int groups_at_once;
-  int column_tiles;  // tensor-core products side by side: a tile is walked in chunks of 8 * column_tiles sequences
+  int column_tiles;  // tensor-core products at once: a tile is processed in chunks of 8 * column_tiles sequences
   SharedLayout layout;
   char reason[200];
 };
 
-// What a plan needs to know of a GPU. The kernels take one block to a multiprocessor.
+// The limits of a GPU that a plan depends on. The kernels run one block per multiprocessor.
 struct GpuLimits {
   int multiprocessors;
-  int shared_bytes;             // that one block may have
-  int clusters_8, clusters_16;  // of so many blocks, how many are resident at once; 0 where there are none
+  int shared_bytes;             // most shared memory of one block
+  int clusters_8, clusters_16;  // how many clusters of 8 and of 16 blocks are resident at once; 0 without clusters
 };
 
-// An H200, as far as its data sheet goes; the number of clusters is an estimate (a cluster stays within one of the
-// eight groups of 16 or 18 multiprocessors).
+// An H200 according to its data sheet. The number of clusters is an estimate (a cluster stays within one of the eight
+// groups of 16 or 18 multiprocessors).
 constexpr GpuLimits kH200{132, 232448, 16, 8};
 
 SequencePlan sequence_plan(const LayerShape& shape, const GpuLimits& gpu, bool backward, int shared_gap = 0);
 
-// Rows of packed input are found through `offsets`, on the device: the first row of
-// each step, [T + 1]; of padded input by strides. Pointers are to device memory.
+// Packed rows are found through `offsets` (the first row of each step, [T + 1], on the
+// device), padded rows by strides. All pointers are to device memory.
 struct SequenceForward {
   CellKind cell;
   int T, B, H, D;
@@ -125,8 +126,8 @@ struct SequenceBackward {
   unsigned* counters;
 };
 
-// Return CUDA's error number, 0 for success. `plan` is of kind cluster or grid. One file of csrc/rnn/cuda compiles each
-// direction for each dtype.
+// Return CUDA's error number, 0 for success. `plan` is of kind cluster or grid. Forward and backward are compiled for
+// each dtype in a file of their own.
 template <DType dtype>
 int launch_sequence(const SequenceForward& params, const SequencePlan& plan, void* stream);
 template <DType dtype>

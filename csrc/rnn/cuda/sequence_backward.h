@@ -1,14 +1,15 @@
 // The recurrence of a layer over whole sequences, backward, in one kernel:
-//   for each step, last first: dh = dy + dgates(next) W_hh + what passed the next step's gates by;
+//   for each step, last first: dh = dy + dgates(next) W_hh + the direct path from the next step, past its gates;
 //                              dgates, dc = the cell's backward of dh and dc
-// The blocks and the way they meet are those of the forward; here a block has the columns of W_hh of its own units, and
-// the vectors that go round are the gate gradients of the hidden side, [slice][gate][unit], rounded to the layer's
-// dtype. dgates also goes to memory, where the caller's products make dx and the weight gradients of it.
+// The blocks and their barrier are those of the forward. Here a block has the columns of W_hh of its own units, and the
+// vectors that the blocks exchange are the gate gradients of the hidden side, [slice][gate][unit], rounded to the
+// layer's dtype. dgates is also written to global memory, from which the caller's products compute dx and the weight
+// gradients.
 //
-// What a sequence hands from step to step besides (`carry`: dh_n at first, then the gru's direct path) and dc lie in
-// shared memory in float32. A step at which a sequence is not alive passes both on, and adds to `carry` what W_hh
-// brings: so h_0's gradient comes about, whether a sequence ends with the others or before them. bptt_steps cuts by
-// handing on zeros. Bias gradients are summed by each thread for its unit, in a fixed order.
+// The other part of dh that passes from step to step (`carry`: dh_n at first, then the gru's direct path) and dc are
+// kept in shared memory in float32. At a step at which a sequence is not alive, dc stays as it is and the product with
+// W_hh is added to `carry`. After the last step `carry` is thus the gradient of h_0, at whichever step a sequence ends.
+// bptt_steps cuts gradients by passing on zeros. Each thread sums the bias gradients of its unit, in a fixed order.
 #pragma once
 
 #include "group.h"
@@ -20,13 +21,13 @@ namespace gpu {
 
 template <class Cell, class S, bool kCluster, int kColumnTiles>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward p) {
-  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched there
+  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates, kSlots = Cell::kGateGrads;
   constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, true);
   constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
   constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
   constexpr int kPart = kColumns * (kShape.rows + 4);
-  constexpr int kRowsApart = kSequenceThreads / kUnits;  // between the sequences of a thread
+  constexpr int kRowsApart = kSequenceThreads / kUnits;  // distance between the sequences of a thread
 
   char* shared = dynamic_shared();
   const SharedLayout& layout = p.layout;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   float bias_sums[kSlots] = {};
   int turn_parity = 0;
 
-  // One more turn than there are steps: the last brings the gradient of h_0 together.
+  // There is one iteration more than there are steps: the last one completes the gradient of h_0.
   for (int s = 0; s <= steps; ++s) {
     const int t = d == 0 ? steps - 1 - s : s;
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       if (chunk == 0) group.wait();
 
       float* part = partials + turn_parity * kShape.splits * kPart;
-      // Nothing comes to sequences that are not alive yet, nor to those that ended before the last step.
+      // No gradient arrives for sequences that are not alive yet, nor for those that ended before the previous step.
       const int longest = lengths[p.tile + chunk / kColumns];
       const bool any_live = d == 0 ? t < longest : t <= longest;
       if (any_live) {
@@ -154,7 +155,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     }
   }
 
-  // A chunk of fewer cells than the block has threads was written above by other threads than read it here.
+  // If a chunk has fewer cells than the block has threads, the values read here were written above by other threads.
   __syncthreads();
   for (int i = thread; exists && i < p.tile * kUnits; i += kSequenceThreads) {
     const int b = i / kUnits;
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     if constexpr (Cell::kCellState) store_if<S>(p.dc0, at, dcs[i]);
   }
   if (p.bias_sums) {
-    // The threads of a unit, in order.
+    // Adds up the sums of the threads of each unit, in a fixed order.
     __syncthreads();
     DLK_UNROLL
     for (int k = 0; k < kSlots; ++k) partials[k * kSequenceThreads + thread] = bias_sums[k];

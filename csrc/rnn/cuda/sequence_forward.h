@@ -1,11 +1,11 @@
 // The recurrence of a layer over whole sequences, forward, in one kernel:
 //   for each step: gates = W_ih x + W_hh h + biases;  h, c, y = cell(gates)
-// with W_hh resident in the blocks of a group (product.h) and one meeting of theirs a step (group.h).
+// W_hh stays in the blocks of a group (product.h), which wait for each other once per step (group.h).
 //
-// Grid: x = slice of the units, y = tile of the sequences, z = direction. Time runs from the end in the second
-// direction, where a sequence joins at its own last step; until then its h stays h_0. c, and h for the gru, stay in
-// shared memory in float32, each element touched by one thread only. Saved for the backward: what the cell saves
-// (csrc/rnn/cells), in float32; the last slot is the state after the step.
+// Grid: x = slice of the units, y = tile of the sequences, z = direction. In the second direction time runs from the
+// end, and a sequence begins at its own last step; until then its h is h_0. c, and h for the gru, stay in shared memory
+// in float32, each element accessed by one thread only. Saved for the backward: what the cell saves (csrc/rnn/cells),
+// in float32; the last slot is the state after the step.
 #pragma once
 
 #include "group.h"
@@ -17,7 +17,7 @@ namespace gpu {
 
 template <class Cell, class S, bool kCluster, int kColumnTiles>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __grid_constant__ SequenceForward p) {
-  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched there
+  if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates;
   constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, false);
   constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   const int thread = static_cast<int>(threadIdx.x);
   const int first_unit = static_cast<int>(blockIdx.x) * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
   const int d = static_cast<int>(blockIdx.z);
-  const int unit = thread % kUnits, j = first_unit + unit;  // the same in all turns of a thread
+  const int unit = thread % kUnits, j = first_unit + unit;  // a thread has the same unit in all its iterations
   const bool exists = j < p.H;
   const bool relu = p.cell == CellKind::rnn_relu;
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;  // row of the tile's first sequence in h_0, c_0, ...
@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     const int u = first_unit + row % kUnits;
     return u < p.H && term < p.H ? to_float(w[static_cast<int64_t>(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
   });
-  // Both biases on the input side, but that of gru's n, which stays with the recurrent product.
+  // Both biases are added on the input side, except the hidden bias of the gru's n, which is added to the recurrent
+  // product.
   for (int i = thread; i < (kGates + 1) * kUnits; i += kSequenceThreads) {
     const int g = i / kUnits, u = first_unit + i % kUnits;
     const bool apart = Cell::kHasPartedGate && (g == Cell::kPartedGate || g == kGates);
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     const int t = d == 0 ? s : steps - 1 - s;
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
-      // The input products come from far away: they are asked for before the meeting.
+      // The input products are in global memory: their loads are issued before the barrier.
       float x[kTurns][kGates];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       }
       if (chunk == 0) group.wait();
 
-      // Two sets of partial sums in turn: who is still adding up the last ones is not overtaken.
+      // Two sets of partial sums alternate, so that nobody overwrites those that other threads are still adding up.
       float* part = partials + turn_parity * kShape.splits * kPart;
       const bool any_live = t < lengths[p.tile + chunk / kColumns];
       if (any_live) {

@@ -1,4 +1,4 @@
-// From a plan to the instance of the kernel that carries it out, for one dtype.
+// Launches the kernel instance that carries out a plan, for one dtype.
 #pragma once
 
 #include "sequence_backward.h"

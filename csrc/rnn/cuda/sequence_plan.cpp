@@ -1,4 +1,4 @@
-// Decides how the recurrent part of a layer runs on a GPU, before anything does.
+// Decides how the recurrent part of a layer runs on a GPU, before anything is launched.
 #include <algorithm>
 #include <cstdio>
 
@@ -7,7 +7,7 @@
 namespace dlk {
 namespace {
 
-// More turns than this at every step, and a large product over the whole batch is faster than resident weights.
+// With more chunks than this at every step, one large product over the whole batch is faster than resident weights.
 constexpr int kMaxChunks = 8;
 constexpr int kMaxTile = 128;
 
@@ -22,8 +22,8 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
   const int gates = gate_count(shape.cell), item = half ? 2 : 4;
   SharedLayout l{};
   l.terms = round_up(plan.slices * slice.units * (backward ? gates : 1), 32);
-  // A stride of 64 bytes more than a multiple of 128: eight lanes that read 16 bytes of two sequences meet no bank
-  // twice.
+  // The stride is 64 bytes more than a multiple of 128, so that there are no bank conflicts between eight lanes that
+  // read 16 bytes each from two sequences.
   l.stride = half && l.terms % 64 == 0 ? l.terms + 32 : l.terms;
   l.shared_steps = std::max(0, ceil_div(l.terms / slice.step_terms, slice.splits) - slice.register_steps);
   int at = 0;
@@ -33,7 +33,7 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
     return begin;
   };
   l.weights = take(slice.splits * l.shared_steps * slice.step_terms * slice.rows * item);
-  // In a grid the exchange is in global memory; float32 vectors are fetched from there by the chunk.
+  // In a grid the exchange is in global memory; float32 vectors are copied from there one chunk at a time.
   const int vectors = plan.kind == SequencePlan::cluster ? 2 * plan.tile : half ? 0 : kMmaColumns;
   l.exchange = take(vectors * l.stride * item);
   l.partials = take(2 * slice.splits * kMmaColumns * plan.column_tiles * (slice.rows + 4) * 4);
@@ -44,7 +44,9 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
   return l;
 }
 
-// The smallest tile with which every group runs at once, else the largest that fits and few chunks.
+// Chooses the smallest tile with which all groups run at once; if there is none, the smallest of those with the fewest
+// waves of groups. A tile must fit into shared memory and must not take more than kMaxChunks chunks in all waves. A
+// grid must have a single wave.
 bool choose_tile(const LayerShape& shape, const GpuLimits& gpu, const Candidate& candidate, const SliceShape& slice,
                  bool backward, int gap, SequencePlan* plan) {
   const bool half = shape.dtype != DType::f32;

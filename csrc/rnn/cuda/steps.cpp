@@ -7,7 +7,7 @@
 namespace dlk {
 namespace {
 
-// Where a step's rows are: those of packed input lie behind each other, those of padded input `b` apart.
+// Finds the rows of a step: packed rows follow each other without gaps, padded rows at distances of `b`.
 class StepPlaces {
  public:
   StepPlaces(const int64_t* batch_sizes, int T, int B) : packed_(batch_sizes), T_(T), B_(B) {
@@ -15,7 +15,7 @@ class StepPlaces {
     for (int t = 0; packed_ && t < T; ++t) first_.push_back(first_.back() + batch_sizes[t]);
   }
   bool has(int t) const { return t >= 0 && t < T_; }
-  // Of time-major rows without gaps.
+  // First row of step t among time-major rows without gaps.
   int64_t row(int t) const { return packed_ ? first_[static_cast<size_t>(t)] : static_cast<int64_t>(t) * B_; }
 
   // The step's rows from `feature` on, in items of `size` bytes.

@@ -1,4 +1,4 @@
-// The recurrence of a layer on a GPU step by step, where W_hh is too large to stay on the chip: the caller's product
+// Runs the recurrence of a layer on a GPU step by step, if W_hh is too large to stay on the chip: the caller's product
 // and one cell kernel for each step and direction. No CUDA and no torch in here.
 #pragma once
 
@@ -19,7 +19,7 @@ struct ForwardSteps {
   float* state;                // [D, B, H]: c_0 (lstm) or h_0 (gru) in float32; unused by the rnn
 };
 
-// params.h_n and c_n must hold h_0 and c_0: they are the states from step to step.
+// On entry params.h_n and c_n must hold h_0 and c_0; every step updates them.
 int run_forward_steps(const SequenceForward& params, const ForwardSteps& steps, DType dtype,
                       const StepProduct& multiply, void* stream);
 
@@ -32,7 +32,7 @@ struct BackwardSteps {
 };
 
 // params.bias_sums is [1, D, ...] as for a single tile; with more than kSegmentRows sequences it is
-// [ceil(B / kSegmentRows), D, ...]. dh_0 and dc_0 are written as the sequence kernel would.
+// [ceil(B / kSegmentRows), D, ...]. dh_0 and dc_0 are written as by the sequence kernel.
 int run_backward_steps(const SequenceBackward& params, const BackwardSteps& steps, DType dtype,
                        const StepProduct& multiply, void* stream);
 

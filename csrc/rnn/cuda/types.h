@@ -1,4 +1,4 @@
-// From the names of a cell and a dtype to the types that the kernels are compiled for.
+// Maps the run-time cell and dtype of a call to the types that the kernels are compiled for.
 #pragma once
 
 #include "real.h"
@@ -9,7 +9,7 @@ namespace gpu {
 
 constexpr int kInvalidValue = 1;  // CUDA's cudaErrorInvalidValue
 
-// `run(Cell())`; tanh and relu are a flag of one type.
+// Calls `run(Cell())`. tanh and relu share one type and differ by a flag.
 template <class Run>
 int with_cell(CellKind cell, const Run& run) {
   switch (cell) {
@@ -24,7 +24,7 @@ int with_cell(CellKind cell, const Run& run) {
   return kInvalidValue;
 }
 
-// `run(S())`; float64 has no kernels.
+// Calls `run(S())`. There are no kernels for float64.
 template <class Run>
 int with_item(DType dtype, const Run& run) {
   switch (dtype) {

@@ -1,4 +1,4 @@
-// Which sequences a block walks and where their rows lie, in device code.
+// Device functions for the lengths of a block's sequences and the places of their rows.
 #pragma once
 
 #include "real.h"
@@ -17,7 +17,8 @@ DLK_DEVICE int64_t row_number(const int* offsets, int B, int t, int b) {
   return offsets ? static_cast<int64_t>(offsets[t]) + b : static_cast<int64_t>(t) * B + b;
 }
 
-// Steps of sequence b, 0 behind the batch's end. In packed input the sequences become fewer with every step.
+// Number of steps of sequence b, 0 past the end of the batch. For packed input it is found by a binary search, because
+// the number of sequences never increases from step to step.
 DLK_DEVICE int sequence_length(const int* offsets, const int64_t* lengths, int T, int B, int b) {
   if (b >= B) return 0;
   if (lengths) return lengths[b] < 0 ? 0 : lengths[b] > T ? T : static_cast<int>(lengths[b]);
@@ -34,8 +35,8 @@ DLK_DEVICE int sequence_length(const int* offsets, const int64_t* lengths, int T
   return begin;
 }
 
-// Fills `lengths` (shared memory) for the tile, and behind them the largest of each chunk of sequences; returns the
-// largest of all. The block's threads meet in here.
+// Fills `lengths` (shared memory) with the lengths of the tile, followed by the largest of each chunk of sequences;
+// returns the largest of all. Synchronises the threads of the block.
 template <int kColumns, class Params>
 DLK_DEVICE int read_lengths(const Params& p, int first, int* lengths) {
   for (int i = static_cast<int>(threadIdx.x); i < p.tile; i += kSequenceThreads) {
