@@ -73,7 +73,7 @@ struct ForwardParams {
   void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, then h' if it is
                                // projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'. With shape.narrow
                                // the last slots have 16 bits. Padding rows are not written.
-  bool deterministic;          // a sequence's result must not depend on its batch
+  bool deterministic;          // a sequence's result must not depend on the other sequences of its batch
 };
 
 struct DirectionGrads {  // shapes and dtypes of the weights; all null when not wanted

@@ -116,7 +116,7 @@ class Forward {
   };
 
   // Rows of x are copied if they must be converted, if their stride would put the rows of a tile into the same set of
-  // the cache, and if pairs of bf16 are not aligned as the floats that they are loaded as.
+  // the cache, or if pairs of bf16 are not aligned to the size of the float that they are loaded as.
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
     if (kPairs && (stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C))) return true;

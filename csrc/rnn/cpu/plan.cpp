@@ -11,9 +11,9 @@ constexpr double kSerialWork = 200e3;
 // A step that is split over hidden units ends in a barrier of about half a microsecond. The split pays
 // if it saves each core this many multiply-adds, of the step and its input product.
 constexpr double kUnitsWorkSaved = 20e3;
-// If the batch is split, no core waits for another, but each reads all of W_hh at every step. Up to kPrivateCacheBytes
-// it reads from its own cache and needs kOwnRows sequences; beyond that it reads from the shared cache, and needs
-// kOwnRowsBeyond sequences to hide the time.
+// If the batch is split, no core waits for another, but each reads all of W_hh at every step. A W_hh of up to
+// kPrivateCacheBytes is read from the core's own cache, and kOwnRows sequences per core are enough. A larger one is
+// read from the shared cache, and it takes kOwnRowsBeyond sequences per core to hide the time of reading.
 constexpr int64_t kPrivateCacheBytes = 1 << 20;
 constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
 // In a call of one step, a split batch would also make each core pack all weights for itself: with this many hidden
@@ -21,7 +21,7 @@ constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
 constexpr int64_t kOwnUnits = 128;
 // Rows per GEMM of a chunk: enough to use each panel of weights many times.
 constexpr int64_t kChunkRows = 384;
-// With kFusedRows rows per step, W_ih is read at every step like W_hh, provided that both stay in the caches
+// With at least kFusedRows rows per step, W_ih is read at every step like W_hh, provided that both stay in the caches
 // (kFusedBytes): the products of x then need not be written to memory and read back.
 constexpr int64_t kFusedRows = 8, kFusedBytes = 16 << 20;
 // Up to this many rows are multiplied with the unpacked weights.

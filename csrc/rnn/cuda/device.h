@@ -167,7 +167,7 @@ DLK_DEVICE void store_remote(void* local, unsigned rank, uint4 value) {
 }
 #endif
 
-// Launches from the host return CUDA's error number, 0 for success.
+// The rest of this file is for the host. launch() and set_zero() return CUDA's error number, 0 for success.
 struct LaunchShape {
   unsigned grid_x = 1, grid_y = 1, grid_z = 1, threads = 1;
   int shared_bytes = 0;

@@ -12,7 +12,7 @@
 namespace dlk {
 namespace gpu {
 
-// Number of adjacent lanes that hold 16 bytes of one sequence's vector, a piece.
+// Number of adjacent lanes whose items are 16 consecutive bytes of one sequence's vector: a piece.
 template <class S>
 constexpr int kPieceLanes = 16 / static_cast<int>(sizeof(S));
 

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       }
       if (chunk == 0) group.wait();
 
-      // Two sets of partial sums alternate, so that nobody overwrites those that other threads are still adding up.
+      // Two sets of partial sums alternate, so that no thread overwrites those that others are still adding up.
       float* part = partials + turn_parity * kShape.splits * kPart;
       const bool any_live = t < lengths[p.tile + chunk / kColumns];
       if (any_live) {

@@ -13,7 +13,7 @@ constexpr int kMaxTile = 128;
 
 struct Candidate {
   SequencePlan::Kind kind;
-  int max_groups;  // at once
+  int max_groups;  // that can run at once
 };
 
 SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const SequencePlan& plan, bool backward,

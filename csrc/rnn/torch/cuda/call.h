@@ -72,7 +72,7 @@ inline Tensor another_handle(const Tensor& tensor) {
   return Tensor(handle);
 }
 
-// Another handle of the tensor if it is contiguous and has this dtype, else a copy that is and has.
+// Another handle of the tensor if it is contiguous and has this dtype, else a contiguous copy in this dtype.
 inline Tensor contiguous_as(const Tensor& tensor, int32_t dtype) {
   if (tensor.contiguous() && tensor.dtype() == dtype) return another_handle(tensor);
   Tensor made = empty(tensor.sizes(), tensor.dim(), dtype, tensor.device(), "the copy of an argument");

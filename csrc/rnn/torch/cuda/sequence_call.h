@@ -98,8 +98,8 @@ void take_arguments(const Arguments& a, bool any_order, SequenceCall* call) {
   const bool as_it_lies = any_order && call->batch_first && a.x.dtype() == call->dtype && lies_by_time(a.x);
   call->by_time = !call->batch_first || as_it_lies;
   call->x = as_it_lies ? another_handle(a.x) : call->operand(a.x);
-  // Copied, because blocks that wait for each other at barriers must see the same lengths, even if somebody writes to
-  // the caller's tensor meanwhile.
+  // Copied, because blocks that wait for each other at barriers must see the same lengths, even if the caller's tensor
+  // is written to while the kernel runs.
   if (a.lengths) call->lengths = contiguous_copy(a.lengths);
   if (call->is_packed() && shape.B > 0) {
     call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
