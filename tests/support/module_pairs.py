@@ -47,7 +47,7 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def pair(kind: Kind, how: str) -> tuple[nn.Module, nn.Module]:
-    """Returns torch's module and ours with the same weights; `how` says whether ours is patched or from dlkernels.nn."""
+    """Returns torch's module and ours with the same weights; ours is patched or from dlkernels.nn, as `how` says."""
     theirs = kind.make(nn)
     if how == "patched":
         return theirs, dlkernels.patch(theirs, copy=True)
