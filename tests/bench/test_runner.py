@@ -1,4 +1,4 @@
-"""The benchmark runner: it checks before it times, and says nothing it has not shown."""
+"""Tests the benchmark runner, which compares results before it times them, and its reports, files and commands."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = [
 
 
 def shifted(case: LayerCase) -> nn.Module:
-    """A layer whose results are off by a little: parameters are scaled after they are loaded."""
+    """Returns a layer with slightly wrong results, because its parameters are scaled after they are loaded."""
     module = theirs(case)
 
     def scale(module: nn.Module, *_: object) -> None:
@@ -353,7 +353,7 @@ class TestCommand:
             command().run(list(bad))
 
     def test_the_command_of_the_wheel(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        """It measures the grid of the main suite, and trains nothing."""
+        """The command in the wheel measures the grid of the main suite and trains no model."""
         for more in ([], ["--quick"], ["--suite", "attention"]):
             assert Command().run(["--list", *more]) == 0
             mine = capsys.readouterr().out

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.o0_skip(reason="the runner is Python alone")
 
 
 class FakeSide:
-    """Costs what it is told on a clock that only it moves."""
+    """Advances the fake clock by the given cost at each call."""
 
     now = 0.0
 
