@@ -164,7 +164,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Gives torch.set_num_threads and restores the number of threads afterwards."""
+    """Yields torch.set_num_threads and restores the number of threads afterwards."""
     before = torch.get_num_threads()
     try:
         yield torch.set_num_threads

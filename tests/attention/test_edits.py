@@ -1,4 +1,5 @@
-"""A program edits tensors in place after a call of attention: gradients are right, or raise an error if torch's do."""
+"""A program edits tensors in place after a call of attention: gradients are right, or autograd raises as with
+torch's."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ def block(x: Tensor, p: float) -> Tensor:
 
 
 def forward(x: Tensor, p: float, how: bool | None) -> Tensor:
-    """Runs three blocks. `how` is None without checkpoints, else use_reentrant; the first two checkpoints are nested
-    then."""
+    """Runs three blocks. `how` is None for no checkpoints, else it is use_reentrant, and the checkpoint of the first
+    block is nested in that of the second."""
     if how is None:
         return block(block(block(x, p), p), p).square().sum()
 

@@ -69,7 +69,7 @@ LARGER = cases(
     sizes=st.sampled_from([31, 32, 48, 63, 64, 65, 100, 128, 130]),
     steps=st.integers(1, 20),
     batches=st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 31, 40]),
-    cuts=(0, 0, 0, 0, 7),  # the oracle of cut gradients is slow
+    cuts=(0, 0, 0, 0, 7),  # the oracle of truncated gradients is slow
 )
 
 

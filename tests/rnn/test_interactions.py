@@ -30,8 +30,9 @@ from tests.support.layer_cases import (
 
 pytestmark = pytest.mark.layers_only
 
-# (T, B) of a call whose threads split the rows and of one whose threads split the hidden units. A chunk has up to 384
-# rows. The last chunk of each is shorter than the others and has an odd number of rows.
+# (T, B). Threads split the rows of the first shape and the hidden units of the second. A chunk has up to 384 rows; the
+# last chunk of these two is shorter than the others and has an odd number of rows. A step of the third has more rows
+# than that, so each of its chunks is one step.
 SHAPES = {"rows": (23, 37), "units": (71, 13), "one_step_chunks": (4, 385)}
 LAYOUTS = ("padded", "batch_first", "lengths", "packed")
 # The tensors whose gradients are required; the others are frozen.

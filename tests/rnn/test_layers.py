@@ -56,7 +56,7 @@ def grads(module: nn.Module, result: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def compare(theirs: nn.Module, ours: nn.Module, input: Any, hx: Any = None) -> None:
-    """Asserts that outputs and all gradients are equal, and also outputs without gradients."""
+    """Asserts that outputs and all gradients are equal, and also outputs under no_grad."""
     tensors = [*flatten(input), *([] if hx is None else flatten(hx))]
     expected, got = theirs(input, hx), ours(input, hx)
     assert type(expected) is type(got)

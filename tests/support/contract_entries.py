@@ -186,7 +186,7 @@ def gradients(module: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[...,
 
 
 def weighted(results: list[Tensor]) -> Tensor:
-    """Returns a scalar in which every element of every result has another weight."""
+    """Returns a scalar in which every element of every result has a different weight."""
     total = results[0].new_zeros(())
     for result in results:
         weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape)

@@ -117,7 +117,7 @@ def cells() -> Group:
         arguments = {"input": x, "w_ih": weights[0], "w_hh": weights[1], "b_ih": weights[2], "b_hh": weights[3]}
         for at, (argument, good) in enumerate(arguments.items()):
             bad_ones = {what: bad for what, bad in bad_values(good).items() if what not in ("sparse", "meta")}
-            if argument == "input":  # without its first dimension it is a valid unbatched input
+            if argument == "input":  # x[0] is a valid unbatched input, only hx does not fit it
                 bad_ones = {what: bad for what, bad in bad_ones.items() if what != "rank - 1"}
 
             def replaced(bad: Any, at: int = at, call: Any = call, weights: Any = weights, hx: Any = hx) -> Any:
