@@ -186,8 +186,7 @@ def test_common_calls_of_cells_go_past_the_checks(name: str, training: bool, mon
 
 @pytest.mark.parametrize("name", CELLS)
 def test_only_what_the_operator_refuses_is_tried_again(name: str) -> None:
-    """A cell repeats a call with all checks only if the operator rejected it, not after an error raised by user code or
-    by the tracer of torch.jit."""
+    """A cell repeats a call with all checks only if the operator rejected it, not if user code or the tracer raised."""
     cell = getattr(dlkernels.nn, name)(4, 6)
     packed: list[Tensor] = []
 

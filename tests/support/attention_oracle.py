@@ -297,7 +297,7 @@ def leaves(d: Data) -> Results:
 
 
 def cast(d: Data, dtype: torch.dtype) -> Data:
-    """Returns the same values in another dtype. dlse, slopes and sinks are at least float32, and bool masks stay bool."""
+    """Returns the same values in another dtype. dlse, slopes and sinks are at least float32; bool masks stay bool."""
     small = torch.float32 if dtype != torch.float64 else torch.float64
 
     def to(t: Tensor | None, to_dtype: torch.dtype) -> Tensor | None:
