@@ -1,4 +1,4 @@
-"""Session set-up: the compiled module must be there, buffers start as NaN, settings are restored."""
+"""Session set-up: requires the compiled module, fills new buffers with NaN and restores global settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 
 ALLOW_REFERENCE = os.environ.get("DLKERNELS_TEST_ALLOW_REFERENCE") == "1"
 if not ALLOW_REFERENCE:
-    # Before the first import of dlkernels: a missing `_C` is an error here, never a quiet walk down the reference path.
+    # This is set before the first import of dlkernels. A missing `_C` then raises an error; without it the tests would
+    # silently run on the reference path.
     os.environ["DLKERNELS_REQUIRE_NATIVE"] = "1"
 
 import torch  # noqa: E402
@@ -20,9 +21,9 @@ import torch  # noqa: E402
 from dlkernels._core import extension  # noqa: E402
 from tests.support.instruction_sets import available_isas, isas_to_test, optimised  # noqa: E402
 
-# Seconds for one test, its fixtures included; `--timeout` and the marker `timeout` say otherwise.
+# Time limit of one test in seconds, including its fixtures. `--timeout` and the marker `timeout` override it.
 LIMIT, HEAVY_LIMIT = 300.0, 900.0
-# Microseconds that a call waits for its worker threads before it goes on without them.
+# The least time in microseconds that a call waits for its worker threads before it proceeds without them.
 PATIENCE_US = 1_000_000
 
 
@@ -46,7 +47,7 @@ _stderr = pytest.StashKey[int]()
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("timeout"):
         raise pytest.UsageError("the tests need pytest-timeout: pip install -e '.[test]'")
-    config.stash[_stderr] = os.dup(2)  # while tests run, 2 is captured
+    config.stash[_stderr] = os.dup(2)  # pytest captures file descriptor 2 while tests run
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
     config.addinivalue_line("markers", "heavy: takes more than a few seconds")
     config.addinivalue_line("markers", "o0_skip(reason): would say no more in an -O0 build than in the other")
@@ -66,7 +67,7 @@ def _limit(item: pytest.Item) -> float:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        # A signal's handler is Python: it would wait until the loop in the kernel has ended.
+        # The method "signal" runs a Python handler, which cannot run before a kernel returns. The default is a thread.
         marker = item.get_closest_marker("timeout")
         method = marker.kwargs.get("method", "thread") if marker else "thread"
         item.add_marker(pytest.mark.timeout(_limit(item), method=method), append=False)
@@ -74,13 +75,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if marker is not None and not optimised():
             reason = marker.args[0] if marker.args else marker.kwargs.get("reason", "")
             item.add_marker(pytest.mark.skip(reason=f"-O0 build: {reason}"))
-    # torch's own checks of an operator take the longest and say the least about values: they come last.
+    # torch's own checks of an operator take the longest and test the least of its values, so they run last.
     items.sort(key=lambda item: "opcheck" in item.name)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """pytest-timeout's thread is Python and cannot end what keeps the interpreter's lock; this one is not."""
+    """pytest-timeout's Python thread cannot end a call that holds the interpreter lock; faulthandler's C thread can."""
     limit = _limit(item)
     if limit > 0:
         faulthandler.dump_traceback_later(limit + max(1.0, limit / 10), exit=True, file=item.config.stash[_stderr])
@@ -102,7 +103,10 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`isa`: once for each instruction set of this machine, but for those that the marker `layers_only` leaves out."""
+    """Runs a test with the fixture `isa` once for each instruction set of this machine.
+
+    The marker `layers_only` leaves out those that have no kernels for recurrent layers.
+    """
     if "isa" in metafunc.fixturenames:
         marker = metafunc.definition.get_closest_marker("layers_only")
         metafunc.parametrize("isa", isas_to_test(layers_only=marker is not None), indirect=True)
@@ -128,12 +132,13 @@ def best_isa() -> str:
 
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
-    """Every output and scratch buffer starts as NaN, so that what a kernel forgets to write shows."""
+    """Fills every output and scratch buffer with NaN, so that an element which a kernel does not write is noticed."""
     if not extension.HAVE_NATIVE:
         yield
         return
     extension.native.set_poison(True)
-    # Without this a call on a busy machine would go on alone, and a test of several threads would be one of one.
+    # Without this, a call on a busy machine would proceed without its workers, and a test of several threads would test
+    # only one.
     extension.native.set_least_patience(PATIENCE_US)
     try:
         yield
@@ -159,7 +164,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """torch.set_num_threads, put back afterwards."""
+    """Yields torch.set_num_threads and restores the number of threads afterwards."""
     before = torch.get_num_threads()
     try:
         yield torch.set_num_threads

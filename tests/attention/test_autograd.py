@@ -1,4 +1,5 @@
-"""Derivatives of every order, vmap, functorch, torch.compile and the operators' own checks, for attention."""
+"""Tests attention under first and second derivatives, vmap, functorch, torch.compile and torch's checks of
+operators."""
 
 from __future__ import annotations
 
@@ -94,9 +95,6 @@ def test_forward_mode_is_refused() -> None:
         torch.func.jvp(lambda x: attention(x, x, x), (q,), (q,))
 
 
-# vmap
-
-
 def loss(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def of(*args: Tensor) -> Tensor:
         return sum((t.masked_fill(t == -math.inf, 0) ** 2).sum() for t in function(*args))  # type: ignore[return-value]
@@ -160,7 +158,7 @@ def test_vmap_and_dropout() -> None:
 
 
 def test_vmap_of_what_has_no_gradient() -> None:
-    """Bool masks and cu_seqlens, mapped."""
+    """vmap also maps over boolean masks and cu_seqlens."""
     q, visible = new(n, 1, 2, 4, 3), torch.rand(n, 4, 4) < 0.7
     run = lambda x, mask: (attention(x, x, x, attn_mask=mask),)  # noqa: E731
     torch.testing.assert_close(list(vmap(run)(q, visible)), loop(run, (0, 0), (q, visible)))
@@ -187,9 +185,6 @@ def test_per_sample_gradients_and_hessian() -> None:
     hessian = torch.func.jacrev(grad(inner))(q)
     expected = torch.autograd.functional.hessian(inner, q)
     torch.testing.assert_close(hessian, expected)
-
-
-# torch.compile
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -242,7 +237,7 @@ def test_compile_by_inductor() -> None:
 
 @pytest.mark.parametrize("name", ["padded", "packed", "full mask"])
 def test_compile_of_a_transform_has_the_right_values(name: str) -> None:
-    """Dynamo alone would drop the Function's own backward here, without a word."""
+    """Without our support Dynamo would silently drop the Function's own backward here."""
     function, shapes = CHECKED[name]
     own, each = loss(function), grad(loss(function), tuple(range(len(shapes))))
     args = tuple(new(*shape) for shape in shapes)
@@ -262,9 +257,6 @@ def test_export() -> None:
     program = torch.export.export(Model(), (q,))
     assert "dlkernels.attention" in str(program.graph)
     torch.testing.assert_close(program.module()(q), attention(q, q, q, causal=True))
-
-
-# The operators
 
 
 OPS = [
@@ -300,7 +292,7 @@ def test_the_triton_schemas_are_those_of_the_compiled_module() -> None:
 
 
 def test_nothing_is_recorded_beyond_the_function() -> None:
-    """The forward is one operator, the backward too."""
+    """The forward is one operator, and so is the backward."""
     from tests.support.attention_modules import operators
 
     q = torch.randn(1, 2, 5, 8, requires_grad=True)
@@ -312,7 +304,7 @@ def test_nothing_is_recorded_beyond_the_function() -> None:
 
 
 def test_batched_gradients_of_lse_alone() -> None:
-    """torch.autograd.grad(is_grads_batched=True), the vmap of before torch.func."""
+    """torch.autograd.grad(is_grads_batched=True), the vmap that preceded torch.func, gives the right gradients."""
     q, k, v = (torch.randn(1, 2, n, 8, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5))
     _, lse = attention(q, k, v, return_lse=True)
     vectors = torch.randn(4, *lse.shape, dtype=lse.dtype)

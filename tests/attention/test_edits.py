@@ -1,4 +1,5 @@
-"""What a program edits in place after a call of attention: its gradients are right, or torch raises as well."""
+"""A program edits tensors in place after a call of attention: gradients are right, or autograd raises as with
+torch's."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def _through_numpy(o: Tensor) -> None:
 RECORDED: dict[str, Edit] = {"relu_": torch.relu_, "+=": _add, "setitem": _set}
 UNSEEN: dict[str, Edit] = {"data": _through_data, "numpy": _through_numpy}
 
-# What torch makes of matrix products, and so does not keep: shapes of q, k and v, and the other arguments.
+# (shapes of q, k and v, other arguments) of calls that torch computes by matrix products, so that it does not save the
+# result.
 MASK = torch.linspace(-1, 1, 35).view(5, 7)
 FREE: dict[str, tuple[list[tuple[int, ...]], dict[str, Any]]] = {
     "2-D": ([(5, 4), (7, 4), (7, 4)], {}),
@@ -62,7 +64,7 @@ KEPT = ([(2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 4)], {})
 def gradients(
     function: Callable[..., Tensor], call: tuple[list[tuple[int, ...]], dict[str, Any]], edit: Edit
 ) -> list[Tensor]:
-    """Of the sum of squares of an edited result."""
+    """Returns the gradients of the sum of squares of an edited result."""
     shapes, options = call
     generator = torch.Generator().manual_seed(0)
     leaves = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
@@ -109,7 +111,8 @@ COMPILED = [(SDPA, FREE["3-D"]), (SDPA, FREE["learned mask"]), (SDPA, KEPT), (AT
 
 
 def _edited_results(separately: bool, *leaves: Tensor) -> Tensor:
-    """Every call of COMPILED with every edit; `separately`: of a copy, the gradients that are right."""
+    """Makes every call of COMPILED with every edit. With `separately` a copy of the result is edited, which gives the
+    right gradients."""
     given, total = iter(leaves), torch.zeros(())
     for (function, (_, options)), edit in itertools.product(COMPILED, RECORDED.values()):
         q, k, v = next(given), next(given), next(given)
@@ -123,7 +126,7 @@ def _edited_results(separately: bool, *leaves: Tensor) -> Tensor:
 @pytest.mark.heavy
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_results(backend: str) -> None:
-    """Compiled code checks no versions: here every result is the caller's own."""
+    """Compiled code does not check versions, so the caller must get a result that the backward does not use."""
     generator = torch.Generator().manual_seed(0)
     leaves = [
         torch.randn(shape, generator=generator, requires_grad=True)
@@ -142,7 +145,8 @@ ARGUMENTS = {
 
 
 def _edited_inputs(inside: bool, edits: bool, factor: Tensor, *given: Tensor) -> Tensor:
-    """A call for each argument, which is edited behind it; `inside`: the argument is made in here, from `factor`."""
+    """Makes a call for each argument, which is edited after the call. With `inside` the edited argument is computed
+    here from `factor`."""
     total, values = torch.zeros(()), iter(given)
     for edited in ARGUMENTS:
         args = {}
@@ -162,7 +166,7 @@ def _edited_inputs(inside: bool, edits: bool, factor: Tensor, *given: Tensor) ->
     [*itertools.product(BACKENDS, [True, False])],
 )
 def test_compiled_inputs(backend: str, inside: bool) -> None:
-    """Where torch raises, since it kept what was edited, the gradients are right here."""
+    """Compiled gradients are right even where eager autograd raises because an edited tensor was saved."""
     generator = torch.Generator().manual_seed(1)
     values = [torch.rand(shape, generator=generator) for _ in ARGUMENTS for shape in ARGUMENTS.values()]
     factor = torch.ones((), requires_grad=True)
@@ -174,8 +178,8 @@ def test_compiled_inputs(backend: str, inside: bool) -> None:
 @pytest.mark.parametrize("frozen", ["out_proj.weight", "in_proj_weight", ""])
 @pytest.mark.parametrize("same_sizes", [True, False])
 def test_input_of_multihead_attention(frozen: str, same_sizes: bool) -> None:
-    """torch brings batch_first input into another order, which copies it, so a program may edit it; whichever weights
-    are trained."""
+    """torch transposes batch_first input, which copies it. So a program may edit the input after the call, whichever
+    weights are trained."""
     sizes = {} if same_sizes else {"kdim": 8, "vdim": 8}
     theirs = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64, **sizes)
     if not same_sizes:

@@ -1,4 +1,4 @@
-"""explain of attention: what it says is what runs."""
+"""`explain` of attention reports the kernels and plans that really run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ def test_the_plan_is_what_ran(name: str, count: int, isa: str, threads: Callable
 
 @pytest.mark.parametrize("rows", [1, 40])
 def test_the_matrix_unit_is_named(rows: int, isa: str) -> None:
-    """bfloat16 in tiles is what it serves; all else says that something lesser runs."""
+    """The matrix unit serves only bfloat16 in tiles; for all other calls explain names the instruction set that
+    runs."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         q, k = torch.randn(1, 1, rows, 16, dtype=dtype), torch.randn(1, 1, 30, 16, dtype=dtype)
         plan = dlkernels.explain(attention, q.requires_grad_(), k, k).layers[0]

@@ -1,4 +1,4 @@
-"""`functional.attention` and `attention_map` against float64, with the features crossed pairwise."""
+"""Compares `functional.attention` and `attention_map` with float64; the cases cover all pairs of features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlkernels import reference
 from dlkernels._core import extension
 from dlkernels.functional import attention, attention_map
 from tests.support import attention_oracle as oracle
-from tests.support.attention_calls import arguments, check, run, seed_drawn
+from tests.support.attention_calls import arguments, check, run
 from tests.support.attention_oracle import Case
 from tests.support.instruction_sets import kernels_of
 
@@ -35,7 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "sinks": (False, True),
     "softcap": (0.0, 15.0),
     "scale": (None, 0.3),
-    # Of packed sequences there is no mask.
+    # Packed sequences take no mask.
     "mask": (None, "packed", "n", "mn", "bhmn", "hm"),
     "mask_kind": ("bool", "own", "float32"),
     "dropout": (0.0, 0.2),
@@ -51,8 +51,8 @@ def pairs(row: Row) -> set[tuple[int, Any, int, Any]]:
 
 
 def pairwise() -> list[Row]:
-    """Rows of values, one for each factor, in which every pair of values of any two factors occurs: of many random
-    rows the one with the most new pairs is taken, until none is left."""
+    """Returns rows with a value for each factor that contain every pair of values of any two factors. In each round the
+    one with the most new pairs of 40 random rows is taken, until no pair is missing."""
     r = random.Random(7)
     values = list(FACTORS.values())
     missing = set().union(
@@ -81,7 +81,7 @@ def as_case(row: Row, seed: int) -> Case:
     H, Hkv = f.pop("heads")
     f["Dv"] = f["D"] if f["Dv"] == "D" else f["Dv"]
     M, N = f["M"], f["N"]
-    # Few values would make the measure, the largest of a few errors, a matter of luck.
+    # With few rows the measure, the largest of a few errors, would depend on chance, so B is larger then.
     B = 1 if M * N > 100_000 else 3 if M < 8 else 2
     if f["mask"] == "packed":
         f.update(mask=None, lengths_q=(M, max(M // 3, 3), 0, 1), lengths_k=(N, max(N // 2, 2), 5, 0))
@@ -113,9 +113,6 @@ def test_the_grid_has_every_pair() -> None:
         for x, y in itertools.product(FACTORS[first], FACTORS[second]):
             assert (a, x, b, y) in covered, f"{first}={x} with {second}={y}"
     assert len(rows) < 150
-
-
-# What a call may leave out
 
 
 def test_defaults() -> None:
@@ -167,9 +164,6 @@ def test_rows_behind_the_last_sequence(device: str) -> None:
             assert grad.isfinite().all() and (grad[3:] == 0).all()
 
 
-# Masks
-
-
 @pytest.mark.parametrize(
     "shape", [(5, 7), (1, 7), (5, 1), (4, 5, 7), (1, 1, 7), (2, 1, 5, 7), (2, 4, 5, 7), (1, 4, 1, 1)]
 )
@@ -206,9 +200,6 @@ def test_an_expanded_mask_costs_nothing() -> None:
     assert seen.largest < 300 * 300
 
 
-# Hidden places
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("M", [4, 40])
 def test_what_is_hidden_may_hold_anything(bad: float, M: int) -> None:
@@ -225,9 +216,6 @@ def test_what_is_hidden_may_hold_anything(bad: float, M: int) -> None:
     for clean, dirty in zip(results(0.5), results(bad), strict=True):
         torch.testing.assert_close(dirty, clean)
     assert (results(bad)[0][:, :, 1] == 0).all()
-
-
-# Dtypes
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16, F16])
@@ -256,9 +244,6 @@ def test_autocast_is_that_of_torch() -> None:
         assert attention(q, k, q).dtype == F16
 
 
-# The picture
-
-
 @pytest.mark.parametrize("rows, cols", [(1, 1), (3, 7), (64, 64), (200, 5)])
 @pytest.mark.parametrize(
     "case", [Case(M=40, N=90, D=16), Case(H=4, M=33, N=33, causal=1, sinks=True, slopes="h")], ids=str
@@ -280,11 +265,9 @@ def test_rows_of_the_map_sum_to_one() -> None:
     torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
-# The reference, which is the oracle of double backward and the path without kernels
-
-
 @pytest.mark.parametrize("case", [*[c for c in GRID if c.M * c.N < 20_000][::5], Case(dropout=1.0)], ids=str)
 def test_reference(case: Case) -> None:
+    """The reference, which computes double backward and calls without a kernel, agrees with the float64 oracle."""
     data = oracle.make_data(case)
     expected = oracle.run_oracle(case, data, F64)
     d = oracle.cast(data, F64)
@@ -312,75 +295,6 @@ def test_without_a_kernel_the_reference_runs() -> None:
     o, lse = attention(q, q[:, :2], q[:, :2], return_lse=True)
     assert o.shape == q.shape and lse.shape == (1, 4, 5) and o.is_meta
     assert attention_map(q, q, rows=3, cols=2).shape == (1, 4, 3, 2)
-
-
-# Dropout
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
-def test_dropout_by_statistics(p: float) -> None:
-    N = 400
-    q, v = torch.zeros(1, 2, 50, 8), torch.eye(N).expand(1, 2, N, N)
-    kept = attention(q, torch.zeros(1, 2, N, 8), v, dropout_p=p) * N
-    share = (kept != 0).double().mean().item()
-    assert abs(share - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel()) + 1e-12
-    if p < 1:
-        torch.testing.assert_close(kept[kept != 0], torch.full_like(kept[kept != 0], 1 / (1 - p)))
-
-
-def test_dropout_comes_from_the_seed() -> None:
-    q = torch.randn(1, 2, 40, 8)
-
-    def drawn(seed: int) -> torch.Tensor:
-        torch.manual_seed(seed)
-        return attention(q, q, q, dropout_p=0.3)  # type: ignore[no-any-return]
-
-    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
-    torch.manual_seed(1)
-    assert not torch.equal(attention(q, q, q, dropout_p=0.3), attention(q, q, q, dropout_p=0.3))
-    before = torch.get_rng_state()
-    attention(q, q, q)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("device", ["meta"])
-def test_a_default_device_does_not_move_the_seed(device: str) -> None:
-    q = torch.randn(1, 2, 4, 8)
-    with torch.device(device):
-        assert attention(q, q, q, dropout_p=0.3).device.type == "cpu"
-
-
-def test_same_dropout_mask_for_any_tile_and_split(threads: Any) -> None:
-    """One query, few, many; one key, a part, all; with and without threads: always the same word for (b, h, i, j)."""
-    case = Case(B=2, H=3, Hkv=3, M=210, N=1100, D=8, Dv=8, dropout=0.4, seed=3)
-    rng = oracle.make_data(case).rng
-    expected = torch.stack([oracle.keep_mask(case, rng, b, 3, case.M, case.N) for b in range(2)])
-    seen_plans = set()
-    for M, N, count in (
-        (1, 1100, 1),
-        (2, 1100, 2),
-        (5, 7, 1),
-        (17, 150, 2),
-        (64, 64, 1),
-        (210, 150, 2),
-        (210, 1100, 2),
-    ):
-        threads(count)
-        q, k, v = torch.zeros(2, 3, M, 8), torch.zeros(2, 3, N, 8), torch.eye(N).expand(2, 3, N, N)
-        # Values as wide as the kernels take them; a part of the mask at a time.
-        for start in range(0, N, 150):
-            part = v[..., start : start + 150].contiguous().requires_grad_()
-            with seed_drawn(rng):
-                o = attention(q, k, part, dropout_p=case.dropout)
-            assert torch.equal(o != 0, expected[:, :, :M, start : min(start + 150, N)] if N == 1100 else
-                               expected[:, :, :M, :N][..., start : start + 150]), (M, N, count)  # fmt: skip
-            ran = extension.native.attention_last_run()
-            seen_plans.add((ran["kernel"].rsplit("/", 1)[1], ran["block_m"], ran["split"]))
-    assert {plan[0] for plan in seen_plans} == {"dot", "tiles"} and len({plan[1] for plan in seen_plans}) > 2
-    assert max(plan[2] for plan in seen_plans) > 1
-
-
-# From run to run
 
 
 REPEATED = [

@@ -1,5 +1,5 @@
-"""Random calls of `functional.attention` against float64, counted: 1,000 distinct ones, not one disagreement.
-An -O0 build gets half of them."""
+"""Compares at least 1,000 distinct random calls of `functional.attention` with float64; none may disagree. An -O0 build
+runs half of them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def cases(draw: st.DrawFn) -> Case:
     edge = st.sampled_from([-1, -1, 0, 1, 3, 20])
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     mask_kind = draw(st.sampled_from(["bool", "own", "float32"]))
-    # Scores beside an offset of 65504 differ in float64 and not in float32, so there is no reference for them.
+    # With an offset of 65504, scores that differ in float64 are equal in float32, so float64 is no reference for them.
     offset = draw(st.sampled_from([0.0] if dtype == torch.float16 else OFFSETS))
-    # With everything dropped only lse has a gradient. It is judged as float32, which the exponentials of 16-bit
-    # attention cannot meet: they are within 3e-6.
+    # If everything is dropped, only lse has a gradient. The test demands float32 accuracy of it, which 16-bit attention
+    # cannot reach: its exponentials have errors of up to 3e-6.
     dropouts = [0.0, 0.0, 0.1, 0.5, 0.5 if dtype in (torch.bfloat16, torch.float16) else 1.0]
     return Case(
         B=B, H=Hkv * group, Hkv=Hkv, M=draw(LENGTHS), N=draw(LENGTHS), D=draw(WIDTHS), Dv=draw(WIDTHS),
@@ -60,7 +60,7 @@ def test_random_calls() -> None:
     passed: set[tuple[Case, str, int]] = set()
     doubts = len(second_looks)
 
-    # Derandomised and without a database: every run of the suite sees the same calls.
+    # Every run of the suite tests the same calls, because the search is derandomised and has no database.
     @settings(
         max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -96,7 +96,7 @@ def test_random_calls() -> None:
 
 
 def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The property has teeth: an error of a few float32 roundings in one gradient makes it fail."""
+    """An error of 64 float32 roundings in one gradient makes the check fail."""
     from tests.support import attention_calls
 
     honest = attention_calls.run

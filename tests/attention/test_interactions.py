@@ -1,5 +1,6 @@
-"""What meets in a model and seldom in a test: few rows or many x long keys in parts x windows x slopes per batch x
-masks x 16 bits x several threads. Pairs of all of these, each against float64, bit for bit as on one thread."""
+"""Tests combinations that are common in models: few or many rows, long keys that are split, windows, slopes per batch,
+masks, 16-bit types and several threads. The rows cover all pairs of these. Each is compared with float64 and must be
+bit-equal to the result on one thread."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from tests.support.covering_arrays import Row, pairwise, row_id
 pytestmark = pytest.mark.usefixtures("native")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-# (H, Hkv, M): one row, alone and with others that share its keys (up to 8 rows go by dot products), then tiles.
+# (H, Hkv, M). Up to 8 rows that share their keys are computed by dot products, more rows by tiles.
 ROWS = {
     "one": (2, 2, 1), "gqa4": (8, 2, 1), "gqa16": (16, 1, 1), "few": (4, 4, 7), "block": (2, 1, 50),
     "blocks": (2, 2, 200),
 }  # fmt: skip
-# Keys are split from 1024 on in the forward, from 512 on in the backward.
+# The forward splits keys from 1024 on, the backward from 512 on.
 KEYS = (40, 530, 1100)
 MASKS: dict[str, dict[str, Any]] = {
     "none": {}, "padding": {"mask": "bn"}, "bias": {"mask": "hmn", "mask_kind": "own"},
@@ -78,7 +79,7 @@ def test_the_rows_cover_what_they_say() -> None:
         assert len({(row[a], row[b]) for row in COVER}) == len({r[a] for r in COVER}) * len({r[b] for r in COVER})
 
 
-# What the pairs may leave out, in full.
+# These combinations of three factors are tested in full, because the pairs need not contain them.
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("rows", ["one", "gqa4", "gqa16"])
 @pytest.mark.parametrize("rule", [r for r in RULES if r != "none"])
@@ -99,13 +100,13 @@ def test_slopes_of_each_sequence_with_split_keys(
     case = Case(B=B, H=2, Hkv=1, M=M, N=N, D=16, Dv=16, slopes="bh", causal=2)
     data = make_data(case)
     assert data.slopes is not None and data.slopes.unique().numel() == 2 * B
-    # Of a magnitude that leaves far keys their part.
+    # The slopes are small enough that distant keys still have weight.
     data.slopes = (data.slopes * 30 / N).float().double()
     check(case, data)
 
 
 def hidden_but_nan(case: Case, at: tuple[int, int], value: float = math.nan) -> Results:
-    """A mask that hides all, of every row, but holds `value` for row at[0] and key at[1]."""
+    """Runs the operators with a mask that hides every key, except that it is `value` for row at[0] and key at[1]."""
     data = make_data(case)
     assert data.mask is not None
     data.mask.fill_(-math.inf)
@@ -119,7 +120,8 @@ def hidden_but_nan(case: Case, at: tuple[int, int], value: float = math.nan) -> 
 def test_nan_in_a_mask_that_hides_the_rest(
     M: int, at: tuple[int, int], mask: str, dtype: torch.dtype, isa: str
 ) -> None:
-    """torch lets the NaN through, whatever stands beside it; no finite neighbour in its tile helps here."""
+    """As in torch, a NaN in the mask reaches the results of its row, also if all other elements of its tile are
+    -inf."""
     case = Case(B=2, H=2, Hkv=2, M=M, N=20 if M == 3 else 300, mask=mask, mask_kind="own", dtype=dtype, dlse=False)
     found = hidden_but_nan(case, at)
     rows = torch.zeros(M, dtype=torch.bool)

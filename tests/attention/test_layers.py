@@ -1,4 +1,4 @@
-"""MultiheadAttention beside torch.nn's: arguments, masks, weights, nested input, autocast, compile, state."""
+"""Compares MultiheadAttention with torch.nn's: arguments, masks, attention weights, memory, dropout and state."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONSTRUCTIONS: dict[str, dict[str, Any]] = {
     "all": {"kdim": 5, "vdim": 6, "add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
 }
 
-# What the masks are made of: the kind of key_padding_mask, rank and kind of attn_mask, and the hint.
+# (kind of key_padding_mask, rank and kind of attn_mask); "causal" means a causal mask with the hint is_causal.
 MASKS = [
     ("", ""), ("bool", ""), ("float", ""), ("", "2 bool"), ("", "2 float"), ("", "3 bool"), ("", "3 float"),
     ("bool", "2 bool"), ("bool", "3 bool"), ("float", "2 float"), ("float", "3 float"), ("bool", "2 float"),
@@ -55,7 +55,7 @@ def make(dtype: torch.dtype = torch.float64, embed: int = E, heads: int = H, **k
 def make_masks(
     padding: str, attn: str, batch: int | None, queries: int, keys: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The first key stays open to every query, so that there is no row for which torch gives NaN."""
+    """Returns masks that never hide the first key, so that torch gives NaN for no row."""
     masks: dict[str, Any] = {}
     rows = 1 if batch is None else batch
     if padding:
@@ -77,7 +77,7 @@ def make_masks(
 
 
 def inputs(module: nn.MultiheadAttention, form: str, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], int | None, int]:
-    """query, key and value; the batch, None if there is none; the number of keys."""
+    """Returns (query, key, value), the batch size or None, and the number of keys."""
 
     def draw(length: int, features: int) -> Tensor:
         shape = (length, features) if form == "unbatched" else (B, length, features)
@@ -131,7 +131,8 @@ def test_usual_sizes(dtype: torch.dtype, isa: str) -> None:
 
 
 def test_masks_stay_small(spy: Spy) -> None:
-    """Padding needs no mask of M x N, a mask for all heads none of H x M x N, the causal hint none at all."""
+    """A padding mask is not expanded to M x N, a mask for all heads not to H x M x N, and a causal hint needs no
+    mask."""
     module = twin(make(torch.float32, batch_first=True))
     x = torch.randn(B, M, E)
     padding, square = torch.zeros(B, M, dtype=torch.bool), torch.zeros(M, M, dtype=torch.bool)
@@ -144,7 +145,7 @@ def test_masks_stay_small(spy: Spy) -> None:
         module(x, x, x, need_weights=False, **masks)
     assert spy.mask_shapes() == [None, (B, 1, 1, M), (M, M), (B, 1, M, M), None, (B, 1, 1, M), (B, H, M, M)]
     assert [call["causal"] for call in spy.calls] == [False, False, False, False, True, True, False]
-    assert all(call["q"].data_ptr() + 4 * E == call["k"].data_ptr() for call in spy.calls)  # one product, no copies
+    assert all(call["q"].data_ptr() + 4 * E == call["k"].data_ptr() for call in spy.calls)  # columns of one product
 
 
 def test_nothing_of_quadratic_size(native: Any) -> None:
@@ -159,7 +160,7 @@ def test_nothing_of_quadratic_size(native: Any) -> None:
         assert seen.largest < length * length
     with operators() as seen:
         module(x, x, x)
-    assert seen.largest >= length * length  # the measure would have shown it
+    assert seen.largest >= length * length  # with weights, the M x N matrix is seen
 
 
 def test_rows_without_keys_are_zero_and_never_nan() -> None:
@@ -189,7 +190,8 @@ def test_nan_behind_padding_stays_there() -> None:
 
 
 def test_dropout_on_the_weights() -> None:
-    """Without need_weights the mask is another one than torch's, of the same statistics; seeded all the same."""
+    """Without need_weights the dropout mask differs from torch's but has the same statistics and depends on the
+    seed."""
     module = twin(make(torch.float32, 8, 2, dropout=0.3, batch_first=True))
     x = torch.randn(1, 64, 8)
 
@@ -219,7 +221,7 @@ def test_dropout_on_the_weights() -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_memory_order_is_torchs(batch_first: bool, need_weights: bool) -> None:
-    """A dropout that follows draws its mask in memory order, and with batch_first=False callers may use view()."""
+    """The strides of the result matter: a later dropout draws its mask in memory order, and callers may use view()."""
     theirs = make(batch_first=batch_first)
     ours, x = twin(theirs), torch.randn(B, M, E, dtype=torch.float64)
     assert (

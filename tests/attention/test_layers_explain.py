@@ -1,4 +1,4 @@
-"""explain of attention and Transformer layers: the kernel that the call itself then runs, or why none does."""
+"""`explain` of attention and Transformer layers names the kernel that the call runs, or says why none runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MultiheadAttention with nested tensors, under autocast, torch.compile and torch.func, and with bad input."""
+"""Tests MultiheadAttention with nested tensors, under autocast, torch.compile and torch.func, and with bad input."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_nested_is_each_sequence_alone(layout: Any, spy: Spy) -> None:
         alone = [module(q, k, k, need_weights=False)[0] for q, k in zip(x.unbind(), key.unbind(), strict=True)]
         torch.testing.assert_close(list(out.unbind()), alone)
     assert sum(call.get("cu_seqlens_q") is not None for call in spy.calls) == 2
-    assert (x + module(x, x, x, need_weights=False)[0]).is_nested  # of the same sequences, for the residual
+    assert (x + module(x, x, x, need_weights=False)[0]).is_nested  # the residual needs the same nested structure
 
 
 @LAYOUTS
@@ -190,7 +190,7 @@ def test_transforms(call: str) -> None:
 
 
 def mistakes(module: nn.MultiheadAttention) -> dict[str, dict[str, Any]]:
-    """Calls with one thing wrong; what is not named is right: query, key and value [5, 2, E]."""
+    """Returns calls with one wrong argument; query, key and value are [5, 2, E] unless they are given."""
     x, bool_mask = torch.randn(5, 2, E), torch.zeros(2, 5, dtype=torch.bool)
     square = torch.zeros(5, 5)
     unbatched = {"query": x[:, 0], "key": x[:, 0], "value": x[:, 0]}
@@ -228,7 +228,7 @@ def call_of(module: nn.MultiheadAttention, given: dict[str, Any], need_weights: 
     return lambda: module(**{"query": x, "key": x, "value": x, "need_weights": need_weights, **given})
 
 
-# Where torch.nn takes what has no meaning, and we do not.
+# torch.nn accepts these meaningless arguments, ours raises.
 STRICTER = {"key_padding_mask meta": "RuntimeError", "attn_mask meta": "RuntimeError"}
 
 

@@ -1,4 +1,5 @@
-"""What code beside ours is handed as masks: a replaced self_attn, hooks, overridden blocks. All as from torch.nn."""
+"""Code around our layers, such as a replaced self_attn, hooks or overridden blocks, receives the masks that torch.nn
+would pass."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def spy_on(module: nn.Module, method: str, seen: list[Any]) -> None:
-    """Replaces a method of the instance by one that records its arguments and calls the old one."""
+    """Replaces a method of the instance by one that records its arguments and calls the original."""
     original = getattr(module, method)
 
     def recorded(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +44,7 @@ def spy_on(module: nn.Module, method: str, seen: list[Any]) -> None:
 
 
 class Replacement(nn.Module):
-    """An attention of the user's own, with what the layer asks for."""
+    """A user's own attention module with the attributes that the layer reads."""
 
     def __init__(self, seen: list[Any], original: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ def test_global_hooks() -> None:
         out = layer(torch.ones(B, S, E, dtype=torch.float64), src_key_padding_mask=PADDING)
         handle.remove()
         found.append((len(seen), out))
-    # A global hook gets no keyword arguments, and masks are such: what can be compared is the number of calls.
+    # A global hook gets no keyword arguments, which the masks are, so only the number of calls is compared.
     assert found[0][0] == found[1][0] > 1
     torch.testing.assert_close(found[1][1], found[0][1])
 
@@ -214,17 +215,15 @@ def test_decoder_layer(norm_first: bool, masks: str) -> None:
     compare(theirs, twin(theirs), way, torch.randn(B, T, E, dtype=torch.float64), options)
 
 
-# torch.nn.attention.bias as attn_mask
-
-
 @pytest.mark.parametrize("sizes", [(4, 6), (5, 5), (6, 4)])
 @pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
 def test_causal_bias(bias: Any, sizes: tuple[int, int]) -> None:
+    """attn_mask may be a CausalBias of torch.nn.attention.bias."""
     m, n = sizes
     q, k = torch.randn(B, H, m, E, dtype=torch.float64, requires_grad=True), torch.randn(B, H, n, E).double()
     mask, causal = bias(m, n), "top_left" if bias is causal_upper_left else "bottom_right"
     found = attention(q, k, k, attn_mask=mask)
-    visible = mask.variant.name == "UPPER_LEFT" or m <= n  # else torch's has NaN, as its warning says
+    visible = mask.variant.name == "UPPER_LEFT" or m <= n  # otherwise torch returns NaN and warns
     if visible:
         theirs = nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
         torch.testing.assert_close(found, theirs)

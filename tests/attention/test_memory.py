@@ -1,5 +1,5 @@
-"""Memory of attention: linear in M + N, whatever is asked for, but for the gradient of a full mask; nothing is left
-behind. And that an import pulls in no Triton."""
+"""Attention needs memory linear in M + N, except for the gradient of a full mask, and calls leave no memory behind.
+Also tests that importing dlkernels does not load Triton and that attention works without the compiled module."""
 
 from __future__ import annotations
 

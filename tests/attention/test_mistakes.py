@@ -1,4 +1,4 @@
-"""Every argument of `attention` and `attention_map`, every kind of mistake: an error that names it, never a crash."""
+"""Every kind of wrong value of every argument of `attention` and `attention_map` raises an error that names it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = [
 
 
 def bad_tensors(good: Tensor, optional: bool = False) -> dict[str, Any]:
-    """Things that are no tensor, and tensors of the wrong kind."""
+    """Returns other objects and tensors of a wrong rank, dtype, layout or device."""
     values: dict[str, Any] = {
         "list": [[1.0]], "int": 3, "str": "x", "dict": {}, "bool": True, "array": good.numpy(),
         "scalar": torch.tensor(1.0), "empty": torch.empty(0), "rank + 1": good[None], "meta": good.to("meta"),
@@ -52,7 +52,7 @@ def tensor_mistakes() -> Iterator[Call]:
     dims = {"q": (1, 3), "k": (0, 1, 3), "v": (0, 1, 2)}
     of_packed = {"q": (1, 2), "k": (1, 2), "v": (0, 1)}
     for name, good in padded.items():
-        # What is wrong with the first tensor shows in the ones that are compared with it.
+        # A wrong size or device of one tensor may be reported for another one that is compared with it.
         for what, bad in {**bad_tensors(good), **wrong_sizes(good, dims[name])}.items():
             yield name if what[:4] not in ("size", "meta") else "", what, attention, {**padded, name: bad}
             if name != "v":
@@ -135,7 +135,7 @@ def packed_mistakes() -> Iterator[Call]:
 
 
 def is_mistake(call: Call) -> bool:
-    """No heads of queries are a multiple of any number of heads of keys."""
+    """Returns False for a call with 0 heads of queries, which is valid: 0 is a multiple of any number of key heads."""
     q = call[3].get("q")
     return not (isinstance(q, Tensor) and q.dim() > 2 and not q.is_nested and q.shape[1] == 0)
 

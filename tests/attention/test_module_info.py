@@ -1,4 +1,4 @@
-"""torch's own samples for MultiheadAttention, the Transformer modules and multi_head_attention_forward."""
+"""Runs torch's own samples for MultiheadAttention, the Transformer modules and multi_head_attention_forward."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def test_stacks(name: str, best_isa: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_inference(name: str, best_isa: str) -> None:
-    """eval and no_grad, where torch takes its fast path, which rounds in other places than its slow one."""
+    """With eval and no_grad, results are close to torch's fast path, which rounds in other places than its slow
+    path."""
     for sample in samples(INFOS[name], torch.float32, True):
         theirs = build_theirs(name, sample, torch.float32, False)
         args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
@@ -121,7 +122,7 @@ class Seeded(nn.Module):
 
 
 def holder(sample: Any, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """torch's module with the weights of a functional sample, and the rest of the sample's arguments."""
+    """Returns torch's module with the weights of a functional sample, and the other arguments of the sample."""
     (key, value, embed, heads, in_weight, in_bias, bias_k, bias_v, zero_attn, dropout, out_weight, out_bias) = (
         sample.args
     )
@@ -140,14 +141,15 @@ def holder(sample: Any, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...],
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "inputs require grad"])
 def test_multi_head_attention_forward(dtype: torch.dtype, requires_grad: bool, best_isa: str) -> None:
-    """Every OpInfo sample. With need_weights, as here, dropout is torch's own: the same seed gives the same results."""
+    """Every OpInfo sample gives torch's results. With need_weights dropout is torch's own, so the same seed gives the
+    same results."""
     count = 0
     for sample in OP.sample_inputs("cpu", dtype, requires_grad=requires_grad):
         theirs, args, kwargs = holder(sample, dtype)
         ours = twin(theirs)
         with use_isa(best_isa):
             check(Seeded(ours), Seeded(theirs), dtype, *args, **kwargs)
-            # Without need_weights the dropout masks differ; attention/test_layers.py looks at their statistics.
+            # Without need_weights the dropout masks differ; attention/test_layers.py tests their statistics.
             if not theirs.dropout:
                 check(ours, theirs, dtype, *args, **kwargs, need_weights=False)
         count += 1

@@ -1,4 +1,5 @@
-"""What the attention operators refuse when they are called directly, past the checks of the Python layers."""
+"""Tests which arguments the attention operators reject when called directly, without the checks of the Python
+layers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def arguments(**changes: Any) -> dict[str, Any]:
-    """A call that is right but for `changes`."""
+    """Returns the arguments of a valid call with `changes`."""
     base = {
         "q": torch.zeros(2, 4, 5, 8), "k": torch.zeros(2, 2, 6, 8), "v": torch.zeros(2, 2, 6, 3), "mask": None,
         "alibi_slopes": None, "sinks": None, "cu_seqlens_q": None, "cu_seqlens_k": None, "rng": None,
@@ -104,7 +105,7 @@ def test_refusals(name: str) -> None:
     with pytest.raises(kind, match=message):
         torch.ops.dlkernels.attention_backward(**RESULTS, **call, **NEEDS)
     if call.keys() & {"cu_seqlens_q"} and changes.keys() & {"v", "rng", "dropout_p", "cu_seqlens_q", "max_seqlen_q"}:
-        return  # attention_map has none of these
+        return  # attention_map does not take these arguments
     for absent in ("v", "cu_seqlens_q", "cu_seqlens_k", "rng", "max_seqlen_q", "max_seqlen_k", "dropout_p"):
         del call[absent]
     with pytest.raises(kind, match=message):

@@ -1,5 +1,5 @@
-"""The attention operators on the CPU, called directly: values against float64 on every instruction set, and the
-promises of the kernels: determinism, masks that hide, memory, plans."""
+"""Calls the attention operators on the CPU directly. Compares values with float64 on every instruction set, and tests
+determinism, hidden elements, memory and plans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 
 def check(case: Case, isa: str = "") -> Results:
-    """Runs the operators and holds every result against float64."""
+    """Runs the operators and compares every result with float64."""
     data = make_data(case)
     reference = run_oracle(case, data, F64)
     theirs = oracle.measures(case, data)
@@ -42,7 +42,8 @@ def check(case: Case, isa: str = "") -> Results:
             measure = max(e for e in (error(t[name], reference[name]) for t in theirs) if math.isfinite(e))
             return factor * measure + floor(reference[name], dtype)
 
-        # Where the results are few, one measurement is a matter of luck.
+        # The largest error of a few results depends on chance, so torch is measured again with other orders of
+        # summation.
         while found > limit() and (other := next(orders, None)):
             theirs.append(other)
         assert found <= limit(), f"{name} {isa} {case}: error {found:.3e}, limit {limit():.3e}"
@@ -50,7 +51,7 @@ def check(case: Case, isa: str = "") -> Results:
 
 
 def grid() -> list[Case]:
-    """Widths, lengths and features crossed at random, always the same cases."""
+    """Returns random combinations of widths, lengths and features, the same in every run."""
     r = random.Random(3)
     cases = []
     for i in range(72):
@@ -158,7 +159,7 @@ def test_same_bits_on_any_threads_and_every_time(case: Case, isa: str, threads: 
 
 
 def with_hidden(case: Case, value: float) -> oracle.Data:
-    """Data whose hidden places all hold `value`: keys that nobody sees, and what single rows may not see."""
+    """Returns data in which keys 5 to 8 are hidden from all rows, row 3 sees no key, and all of these hold `value`."""
     data = make_data(case)
     for name in ("k", "v"):
         getattr(data, name)[..., 5:9, :] = value
@@ -201,7 +202,7 @@ def test_nan_reaches_only_those_who_see_it(causal: int, isa: str) -> None:
 
 
 def test_a_mask_may_hold_nan(isa: str) -> None:
-    """It is seen by its row, even where everything else is hidden."""
+    """A NaN in the mask reaches its row, even if every other key of the row is hidden."""
     case = Case(B=1, H=1, Hkv=1, M=3, N=20, mask="mn", mask_kind="own", dlse=False)
     data = make_data(case)
     assert data.mask is not None
@@ -213,7 +214,7 @@ def test_a_mask_may_hold_nan(isa: str) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_rows_that_see_nothing(dtype: torch.dtype, isa: str) -> None:
-    case = Case(M=30, N=10, D=16, Dv=16, causal=2, dtype=dtype)  # the first 20 rows stand before every key
+    case = Case(M=30, N=10, D=16, Dv=16, causal=2, dtype=dtype)  # the first 20 rows see no key
     found = check(case, isa)
     assert (found["o"][:, :, :20] == 0).all() and (found["lse"][:, :, :20] == -math.inf).all()
     assert (found["dq"][:, :, :20] == 0).all()
@@ -225,7 +226,7 @@ def test_rows_that_see_nothing(dtype: torch.dtype, isa: str) -> None:
 
 
 def saturated(case: Case) -> oracle.Data:
-    """Data with whose logits of some thousands query i sees key i + 2 alone, in floating point."""
+    """Returns data with logits of several thousand, so that in floating point query i gives all weight to key i + 2."""
     data = make_data(case)
     data.q.copy_((data.k[:, :, 2 : case.M + 2] * 2000).to(case.dtype))
     logits = data.q @ data.k.transpose(-1, -2) * case.softmax_scale
@@ -282,7 +283,7 @@ def test_empty(sizes: dict[str, Any], mask: str | None) -> None:
 
 
 def test_layout_of_results() -> None:
-    """o as q, unless its width is another; the gradients row by row, as torch's own."""
+    """o has the layout of q unless its width differs, and gradients are contiguous as [B, M, H, D], as torch's are."""
     for Dv, layout in itertools.product((8, 6), ("bhmd", "bmhd", "strided")):
         case = Case(B=2, H=3, Hkv=3, M=5, N=7, D=8, Dv=Dv, layout=layout)
         found = run_op(case, make_data(case))
@@ -304,7 +305,7 @@ def test_expanded_and_broadcast_inputs(isa: str) -> None:
 
 
 def kept_by(case: Case, data: oracle.Data) -> Tensor:
-    """What dropout kept, read from o with v = identity, q = 0: o = kept / N / (1 - p)."""
+    """Returns which elements dropout kept. With v = identity and q = 0, o = kept / N / (1 - p)."""
     data.q.zero_()
     data.v.copy_(torch.eye(case.N).expand_as(data.v))
     return run_op(case, data, grads=False)["o"] != 0
@@ -339,7 +340,7 @@ def test_dropout_of_everything(isa: str) -> None:
         (Case(M=100, N=230, D=16), 10, 23),
         (Case(H=4, Hkv=2, M=300, N=300, D=59, causal=1, slopes="h"), 7, 11),
         (Case(M=5, N=9, mask="bhmn", sinks=True, dtype=F64), 5, 9),
-        (Case(M=5, N=9, softcap=3.0), 8, 20),  # bins without a query or key stay 0
+        (Case(M=5, N=9, softcap=3.0), 8, 20),  # bins without a query or key are 0
         (Case(H=4, Hkv=1, M=33, N=257, dtype=BF16, window=(20, 20), causal=2), 1, 1),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Values at the edge of the range: rows whose scores share a large offset, sinks and softcaps of any size."""
+"""Tests values at the limits of the range: rows whose scores have a large common offset, extreme sinks and softcaps."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def gradients(function: object, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, d
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("offset", ["finfo.min", -1e30, 1e20], ids=str)
 def test_a_large_offset_changes_no_gradient(offset: str | float, dtype: torch.dtype, length: int) -> None:
-    """Every key of such a row weighs the same: as without queries and mask."""
+    """Every key of a row with a large offset has the same weight, so results are those of a mean over the keys."""
     rows, far = 5, torch.finfo(dtype).min if isinstance(offset, str) else offset
     generator = torch.Generator().manual_seed(0)
     k, v = (torch.randn(1, 2, length, 8, generator=generator).to(dtype) for _ in range(2))
     q, do = (torch.randn(1, 2, rows, 8, generator=generator).to(dtype) for _ in range(2))
     mask = torch.full((rows, length), far, dtype=dtype)
     o, dq, dk, dv = gradients(functional.scaled_dot_product_attention, q, k, v, mask, do)
-    # The more keys, the smaller the gradients; so is the bound.
+    # Gradients are inversely proportional to the number of keys, and so is the bound.
     like = {"rtol": 2**-6, "atol": 0.4 / length} if dtype == BF16 else {"rtol": 1e-5, "atol": 1e-6}
     mean = v.mean(2, keepdim=True)
     torch.testing.assert_close(o, mean.expand(1, 2, rows, 8), **like)
@@ -46,7 +46,7 @@ def test_a_large_offset_changes_no_gradient(offset: str | float, dtype: torch.dt
     ds = ((do @ v.transpose(-1, -2)) - (do * mean).sum(-1, keepdim=True)) / length * 8**-0.5
     torch.testing.assert_close(dq, ds @ k, **like)
     torch.testing.assert_close(dk, ds.transpose(-1, -2) @ q, **like)
-    with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernel loses the sum as well
+    with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernel loses the row's sum
         theirs = gradients(F.scaled_dot_product_attention, q, k, v, mask, do)
     for mine, other in zip((o, dq, dk, dv), theirs, strict=True):
         torch.testing.assert_close(mine, other, **like)
@@ -82,7 +82,7 @@ SINKS = [LEAST, -LEAST, -1e38, 1e38, 3e38, -1e30, 1e30, -1e9]
 @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
 @pytest.mark.parametrize("sink", SINKS)
 def test_extreme_sinks(sink: float, dtype: torch.dtype, isa: str) -> None:
-    """As float64 has it: o, lse, every gradient, and the map. The mask leaves rows that see the sink alone."""
+    """With extreme sinks o, lse, every gradient and the map agree with float64. Some masked rows see only the sink."""
     for case in (
         Case(M=9, N=20, H=4, Hkv=2, mask="hm", dtype=dtype, sinks=True, sink=sink),
         Case(M=3, N=1200, H=4, Hkv=2, causal=2, dtype=dtype, sinks=True, sink=sink),
@@ -104,7 +104,7 @@ def test_extreme_sinks(sink: float, dtype: torch.dtype, isa: str) -> None:
 
 @pytest.mark.parametrize("sink", [-1e300, 1e300, LEAST * 1.01])
 def test_sinks_beyond_the_compute_type(sink: float) -> None:
-    """A float64 sink beside float32 queries: off, or all there is."""
+    """A float64 sink beyond the range of float32 queries has no weight if it is negative, else all the weight."""
     q = torch.randn(1, 2, 5, 8)
     o = functional.attention(q, q, q, sinks=torch.tensor([sink, 0.0], dtype=F64))
     expected = functional.attention(q, q, q)[:, 0] if sink < 0 else torch.zeros(1, 5, 8)
@@ -140,7 +140,7 @@ def test_softcaps_that_no_number_holds() -> None:
 
 
 def test_the_reference_agrees() -> None:
-    """What stands in where there is no kernel, and what double backward differentiates."""
+    """The reference, which serves calls without a kernel and double backward, agrees with the oracle."""
     case = Case(M=5, N=6, dtype=F64, mask="mn", mask_kind="own", offset=LEAST, sinks=True, sink=LEAST)
     data = make_data(case)
     o, lse = reference.attention(

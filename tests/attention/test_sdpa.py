@@ -1,4 +1,5 @@
-"""`functional.scaled_dot_product_attention` beside torch's: values, shapes, errors; and the switch for torch's."""
+"""Compares `functional.scaled_dot_product_attention` with torch's in values, shapes and errors, and tests the switch
+that replaces torch's."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def outcome(function: Callable[..., Tensor], tensors: list[Tensor], kwargs: dict
 
 
 def by_flash(*tensors: Tensor, **kwargs: Any) -> Tensor:
-    """torch's function on [B, H, M, D]. For other ranks it takes its math path, which keeps the weights; its flash
-    kernel is the nearer measure."""
+    """Calls torch's function on [B, H, M, D], so that it uses its flash kernel, whose errors are closer to ours. For
+    other ranks torch uses its math path, which saves the attention weights."""
     lead = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors))
     full = (t.expand(*lead, *t.shape[-2:]) for t in tensors)
     return theirs(*(t if t.dim() == 4 else t[None] for t in full), **kwargs).view(*lead, *tensors[0].shape[-2:])
@@ -56,7 +57,7 @@ NEIGHBOURS = 15
 
 
 def errors(tensors: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype) -> list[tuple[float, float, Tensor]]:
-    """Of the output and each gradient: our error, torch's, and the float64 value."""
+    """Returns our error, torch's error and the float64 value of the output and of each gradient."""
     with operators() as seen:
         found = outcome(ours, tensors, kwargs, dtype)
     assert {OURS, f"{OURS}_backward"} <= seen.names
@@ -73,12 +74,13 @@ def errors(tensors: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype) ->
 
 
 def compare(tensors: list[Tensor], kwargs: dict[str, Any], dtype: torch.dtype = torch.float32) -> None:
-    """Ours runs, and its output and gradients are torch's under the tolerance rule; where the one throw of the dice
-    says no, by the median over inputs close by."""
+    """Asserts that our operators run and that output and gradients keep the tolerance rule. If the errors of the given
+    inputs break the rule, the median errors of slightly changed inputs must keep it."""
     nearby: list[list[tuple[float, float, Tensor]]] = []
     for index, (mine, measure, exact) in enumerate(errors(tensors, kwargs, dtype)):
         factor = FACTOR_GRAD if index else FACTOR_FORWARD
-        # A mask that is the same for all keys has no gradient: what the reference has is its own rounding.
+        # The exact gradient of a mask that is the same for all keys is zero; the reference contains only rounding
+        # errors.
         least = floor(exact, dtype) + 64 * torch.finfo(dtype).eps * (exact.numel() > 0 and exact.abs().max() < 1e-12)
         if mine <= factor * measure + least:
             continue
@@ -105,7 +107,7 @@ def test_every_sample_of_torch(index: int, dtype: torch.dtype) -> None:
     if not sample.kwargs["dropout_p"]:
         compare(tensors, sample.kwargs, dtype)
         return
-    # With dropout: the mean of many draws, each of which is the result without dropout, kept weights scaled up.
+    # With dropout, the mean of many results must be close to the result without dropout.
     q, k, v = (t.detach().to(dtype) for t in tensors)
     many = [t.expand(400, *t.shape) if t.dim() == 4 else t.expand(400, 1, *t.shape) for t in (q, k, v)]
     drawn = ours(*many, **sample.kwargs).double()
@@ -185,16 +187,15 @@ def test_autocast(mixed: bool) -> None:
 
 
 def test_the_way_back_from_the_heads_is_free() -> None:
-    """Where the heads came out of a projection; strides in general: attention/test_strides.py."""
+    """The result needs no copy to merge the heads if q, k and v came from a projection. attention/test_strides.py tests
+    strides in general."""
     q, k, v = (torch.randn(2, 5, 3, 8).transpose(1, 2) for _ in range(3))
     assert ours(q, k, v).transpose(1, 2).is_contiguous()
 
 
-# Mistakes: torch's own errors, word for word
-
-
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(name: str) -> None:
+    """Wrong arguments raise torch's own errors with the same messages."""
     args, kwargs = MISTAKES[name]
     expected, found = attempt(theirs, args, kwargs), attempt(ours, args, kwargs)
     if isinstance(expected, Tensor):
@@ -203,12 +204,12 @@ def test_mistakes(name: str) -> None:
             torch.testing.assert_close(found, expected, equal_nan=True)
         return
     assert type(found) is type(expected), (found, expected)
-    if name not in ("nothing", "two tensors", "too many", "unknown"):  # the words of Python's own TypeErrors differ
+    if name not in ("nothing", "two tensors", "too many", "unknown"):  # messages of Python's own TypeErrors differ
         assert str(found) == str(expected)
 
 
 def test_no_heads_to_group() -> None:
-    """torch divides by the number of heads of keys, which kills the process."""
+    """Zero heads of keys or values raise an error; torch divides by their number and crashes the process."""
     for args in ((Q, K[:, :0], V[:, :0]), (Q, K[:, :0], V), (Q, K, V[:, :0])):
         with pytest.raises(RuntimeError, match="heads"):
             ours(*args, enable_gqa=True)
@@ -218,9 +219,6 @@ def test_no_heads_to_group() -> None:
 def test_enough_mistakes() -> None:
     raised = [n for n, (args, kwargs) in MISTAKES.items() if isinstance(attempt(theirs, args, kwargs), Exception)]
     assert len(raised) > 90
-
-
-# What is left to torch
 
 
 def test_what_torch_alone_has_goes_to_torch() -> None:
@@ -239,11 +237,8 @@ def test_what_torch_alone_has_goes_to_torch() -> None:
         assert isinstance(reason, str) and reason
 
 
-# The switch
-
-
 class Block(nn.Module):
-    """A model that calls F.scaled_dot_product_attention in every way there is."""
+    """Calls scaled_dot_product_attention by an imported name, by torch.nn.functional and by torch._C._nn."""
 
     def forward(self, q: Tensor) -> Tensor:
         a = imported(q, q, q, is_causal=True)
@@ -264,7 +259,8 @@ def test_the_switch_reaches_every_call() -> None:
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_switch_inside_of_a_compiled_function(wanted: bool) -> None:
-    """Dynamo's graph has our function; integration/test_sdpa_operator_compiled.py compiles inside of the switch."""
+    """Dynamo's graph contains our function if the compiled function enters the switch.
+    integration/test_sdpa_operator_compiled.py tests compilation inside of the switch."""
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:

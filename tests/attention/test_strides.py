@@ -1,4 +1,4 @@
-"""The strides of what scaled_dot_product_attention returns are torch's, for every rank and layout of its inputs."""
+"""The result of scaled_dot_product_attention has torch's strides for every rank and layout of its inputs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Call = tuple[str, tuple[Tensor, Tensor, Tensor], dict[str, Any]]
 
 
 def laid_out(order: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
-    """`order`: the dimensions, from the outermost in memory."""
+    """Returns a tensor whose dimensions are stored in `order`, from the outermost to the innermost."""
     return torch.randn([sizes[dim] for dim in order]).permute([order.index(dim) for dim in range(len(order))])
 
 
@@ -134,7 +134,7 @@ def test_fakes_know_the_strides() -> None:
         expected = functional.attention(q, k, v)
         with FakeTensorMode() as mode:
             found = functional.attention(*(mode.from_tensor(x) for x in tensors))
-        # Those of dimensions of one element tell nothing.
+        # Strides of dimensions of size 1 have no meaning.
         told = [dim for dim in range(4) if expected.numel() and expected.shape[dim] > 1]
         assert found.shape == expected.shape, name
         assert [found.stride(dim) for dim in told] == [expected.stride(dim) for dim in told], name

@@ -1,4 +1,4 @@
-"""Attention and threads: several Python threads, another parallel region, OpenMP's limits, fork."""
+"""Tests attention called from several Python threads, in a parallel region, under OpenMP's limits and after a fork."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def test_several_python_threads(threads: Any) -> None:
-    """Different calls at once, with torch's own matrix product beside them."""
+    """Different calls run at once, together with torch's own matrix product."""
     from dlkernels._core import extension
 
     threads(2)
-    work = [(case, make_data(case)) for case in CASES if not case.dropout]  # whose seed is patched in, see run()
+    work = [(case, make_data(case)) for case in CASES if not case.dropout]  # run() sets the seed of dropout globally
     expected = [run(*one) for one in work]
     left, right = torch.randn(192, 192), torch.randn(192, 192)
     product = left @ right
@@ -39,7 +39,7 @@ def test_several_python_threads(threads: Any) -> None:
         list(pool.map(body, range(60)))
         assert pool.submit(extension.native.attention_last_run).result() is not None
     fresh = ThreadPoolExecutor(1)
-    assert fresh.submit(extension.native.attention_last_run).result() is None  # it belongs to its thread
+    assert fresh.submit(extension.native.attention_last_run).result() is None  # each thread has its own last run
     fresh.shutdown()
 
 
@@ -62,7 +62,7 @@ def run_with_prelude(source: str, **env: str) -> str:
 
 
 def test_inside_another_parallel_region() -> None:
-    """torch's OpenMP team is busy: each of its threads calls attention, with backward, from inside the region."""
+    """Each thread of a busy OpenMP team calls attention, with backward, inside the parallel region."""
     output = run_with_prelude(
         """
         torch.mm(torch.ones(300, 300), torch.ones(300, 300))
@@ -107,8 +107,9 @@ def test_openmp_limits(variables: dict[str, str]) -> None:
 
 
 def test_after_fork() -> None:
-    """torch's pool does not survive a fork: the child, of a parent that used it, neither hangs nor is wrong. Torch's
-    own operators hang there when they are large enough for threads, so all tensors are made before."""
+    """torch's thread pool does not survive a fork. A child whose parent used the pool must neither hang nor compute
+    wrong results. torch's own operators hang in such a child if they are large enough for threads, so the parent makes
+    all tensors."""
     output = run_with_prelude(
         """
         torch.set_num_threads(2)

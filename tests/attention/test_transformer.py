@@ -1,4 +1,5 @@
-"""The Transformer layers beside torch.nn's: arguments, dropout's random stream, and that our attention is what runs."""
+"""Compares the Transformer layers with torch.nn's, and tests that our attention runs and that dropout draws as
+torch's."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def test_arguments(norm_first: bool, batch_first: bool, training: bool, best_isa
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_dropout_draws_what_torch_draws(norm_first: bool, batch_first: bool) -> None:
-    """Bit for bit the same masks, several layers deep, with attention dropout 0."""
+    """With attention dropout 0, the dropout masks of several layers are bit-equal to torch's."""
     options: dict[str, Any] = {"batch_first": batch_first, "norm_first": norm_first, "dtype": torch.float64}
     theirs = nn.Transformer(E, H, 2, 2, 16, 0.4, **options)
     for module in theirs.modules():
@@ -85,7 +86,7 @@ def test_dropout_draws_what_torch_draws(norm_first: bool, batch_first: bool) -> 
         torch.manual_seed(11)
         out = model(src, tgt, tgt_mask=causal(T, torch.float64))
         results.append([out, *torch.autograd.grad(out.square().sum(), [src, tgt, *model.parameters()])])
-        results[-1].append(torch.rand(3))  # and the generator is left at the same place
+        results[-1].append(torch.rand(3))  # equal only if both leave the generator in the same state
     torch.testing.assert_close(results[0], results[1])
     assert torch.equal(results[0][0] == 0, results[1][0] == 0)
 
@@ -102,8 +103,8 @@ def test_attention_dropout_is_the_same_in_expectation() -> None:
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_encoder_in_inference_runs_our_attention(layers: int, spy: Spy) -> None:
-    """eval, no_grad, a padding mask: torch.nn.TransformerEncoder hands its layers nested tensors, and torch's own would
-    take their fast path."""
+    """With eval, no_grad and a padding mask torch.nn.TransformerEncoder passes nested tensors to its layers, and
+    torch's own layers take their fast path."""
     theirs = nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, 16, batch_first=True), layers).eval()
     ours = twin(theirs)
     assert ours.enable_nested_tensor
@@ -210,7 +211,7 @@ def test_compile(training: bool, backend: str) -> None:
     src, tgt = torch.randn(B, S, E, requires_grad=True), torch.randn(B, T, E)
     options = {
         "src_key_padding_mask": PADDING, "memory_key_padding_mask": PADDING, "tgt_mask": causal(T),
-        "src_is_causal": False, "tgt_is_causal": True,  # else torch.nn looks at the values
+        "src_is_causal": False, "tgt_is_causal": True,  # otherwise torch.nn reads the mask's values
     }  # fmt: skip
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     found, expected = compiled(src, tgt, **options), model(src, tgt, **options)
@@ -226,7 +227,7 @@ def test_export(native: Any) -> None:
         targets = [str(node.target) for node in exported.graph.nodes]
         assert targets.count("dlkernels.attention.default") == 2
         found, expected = exported.module()(x, **options), model(x, **options)
-    torch.testing.assert_close(found[~PADDING], expected[~PADDING])  # in eager mode the padding is left out, and 0
+    torch.testing.assert_close(found[~PADDING], expected[~PADDING])  # eager mode skips padding and returns 0
 
 
 def mistakes() -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`python -m dlkernels` with bad settings: one line that names what is wrong, exit status 2, and nothing measured."""
+"""`python -m dlkernels` with bad settings prints one line that names the mistake, exits with 2 and measures nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_bad_setting_is_one_line(name: str, arguments: tuple[str, ...]) -> Non
 @pytest.mark.parametrize(("name", "kind"), [("DLKERNELS_CPU_ISA", "ValueError"), ("DLKERNELS_NATIVE", "ImportError")])
 def test_an_import_with_a_bad_setting_raises(name: str, kind: str, tmp_path: Path) -> None:
     value, expected = BAD_SETTINGS[name]
-    # Another program that begins with -m is none of ours: it gets the exception.
+    # A program of someone else that is started with -m gets the exception.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "__init__.py").write_text("import dlkernels")
     (tmp_path / "other" / "__main__.py").write_text("")

@@ -1,4 +1,4 @@
-"""The benchmark's gate: whatever is wrong with a result, in the forward or in a gradient, no speed-up is printed."""
+"""The benchmark prints no speed-up if anything is wrong with a result or a gradient."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Spoil = Callable[[Tensor], Tensor]
 
 
 def one_value(value: float) -> Spoil:
-    """Only the last value: a mean, or a look at the first ones, would not see it."""
+    """Changes only the last value, which a mean or a comparison of the first values would miss."""
 
     def spoil(t: Tensor) -> Tensor:
         t = t.clone()
@@ -66,7 +66,7 @@ class SpoiledGradient(torch.autograd.Function):
 
 
 def layer_with(output: Spoil | None = None, gradient: Spoil | None = None) -> Callable[[LayerCase], nn.Module]:
-    """torch's layer, whose last result or whose gradient of x is spoiled."""
+    """Returns a builder of torch's layer in which the last result or the gradient of x is spoiled."""
 
     def build(case: LayerCase) -> nn.Module:
         module = theirs(case)
@@ -122,7 +122,7 @@ def assert_nothing_claimed(result: Result) -> None:
 
 @pytest.mark.parametrize("case", [*LAYERS, *ATTENTION], ids=lambda c: c.name + c.dtype)
 def test_the_peer_itself_passes(case: AnyCase) -> None:
-    """So that what fails below fails by what was spoiled."""
+    """Without a spoiled value the same sides pass, so the tests below fail only because of it."""
     (result,) = Runner(TINY, ours=layer_with(), our_attention=attention_with()).run([case])
     assert result.status == "ok" and result.speedup, result.message
 
@@ -133,7 +133,7 @@ def test_a_wrong_result_is_refused(case: AnyCase, what: str) -> None:
     spoil = {**VALUES, **FORMS}[what]
     (result,) = Runner(TINY, ours=layer_with(spoil), our_attention=attention_with(spoil)).run([case])
     assert_nothing_claimed(result)
-    if not case.training:  # else torch may refuse the gradient first
+    if not case.training:  # in training torch may reject the gradient first
         assert result.status == "disagree", result.message
 
 
@@ -150,7 +150,8 @@ def test_a_wrong_gradient_is_refused(case: AnyCase, what: str) -> None:
 @pytest.mark.parametrize("what", VALUES)
 @pytest.mark.parametrize("case", [LAYERS[0], ATTENTION[0]], ids=lambda c: c.name)
 def test_a_peer_as_wrong_as_we_are_excuses_nothing(case: AnyCase, what: str) -> None:
-    """torch's error is the measure of ours. In float64 torch is right, so this wrong one serves the measure only."""
+    """torch's error is the measure of ours, so a wrong torch must not excuse a wrong result. Here torch's float64
+    results, the reference, are right."""
     spoil = VALUES[what]
 
     def wrong_layer(case: LayerCase) -> nn.Module:
@@ -214,7 +215,7 @@ def test_a_result_file_claims_nothing_for_a_case_that_failed() -> None:
 
 
 def test_the_gate_looks_at_the_side_that_is_timed() -> None:
-    """One module is built, so what was checked is what is timed."""
+    """Only one module is built for our side, so the checked module is the timed one."""
     built: list[nn.Module] = []
 
     def build(case: LayerCase) -> nn.Module:

@@ -1,7 +1,7 @@
-"""The drop-in contract, eager: what a program does to a result, and the ways in which it asks for a gradient.
+"""Tests the drop-in contract in eager mode: edits of results and inputs, and the ways to compute gradients.
 
-Each use is compared with torch's module in float64. What torch refuses ours may refuse with the same exception, or get
-right."""
+Each use is compared with torch's module in float64. Where torch raises, ours may raise the same exception or give the
+right result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.support.contract_entries import (
 
 pytestmark = pytest.mark.o0_skip(reason="what autograd and Python do around the kernels is the same")
 
-# What is done to a result, in place and the same without.
+# (edit of a result in place, the same without editing in place).
 EDITS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Tensor]]] = {
     "relu_": (lambda y: y.relu_(), torch.relu),
     "mul_": (lambda y: y.mul_(3), lambda y: y * 3),
@@ -76,7 +76,7 @@ def test_result_edited_in_place(entry: Entry, edit: str, which: int) -> None:
 
 @entries
 def test_input_edited_after_the_call(entry: Entry) -> None:
-    """As in `x += attention(x)`."""
+    """A program may edit the input after the call, as in `x += attention(x)`."""
     theirs, ours = entry.pair(torch.float64)
     inputs = entry.draw(torch.float64)
 
@@ -88,7 +88,8 @@ def test_input_edited_after_the_call(entry: Entry) -> None:
 @entries
 @pytest.mark.parametrize("how", ["data", "numpy"])
 def test_result_overwritten_behind_autograd(entry: Entry, how: str) -> None:
-    """Nobody can notice such a write: the gradients are those of the values as they were, or torch's."""
+    """Autograd cannot notice such a write. The gradients must be those of the original values unless ours or torch's
+    module saves the result."""
     theirs, ours = entry.pair(torch.float64)
     inputs = entry.draw(torch.float64)
 
@@ -115,7 +116,7 @@ def test_result_overwritten_behind_autograd(entry: Entry, how: str) -> None:
 
 @pytest.mark.parametrize("entry", [*LAYERS, *CELLS], ids=repr)
 def test_states_of_a_loop_are_reset_in_place(entry: Entry) -> None:
-    """`h[done] = 0` between calls, as reinforcement learning does."""
+    """A program may set states to zero between calls (`h[done] = 0`), as in reinforcement learning."""
     theirs, ours = entry.pair(torch.float64)
     (x, *_) = entry.draw(torch.float64)
 
@@ -172,7 +173,7 @@ def test_dtypes_under_autocast(entry: Entry, of_input: torch.dtype, dtype: torch
     with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype=dtype):
         expected = outcome(functools.partial(theirs, *inputs))
         found = outcome(functools.partial(ours, *inputs))
-    if isinstance(found, Exception):  # packing itself is refused for some dtypes
+    if isinstance(found, Exception):  # packing itself raises for some dtypes
         assert type(found) is type(expected), found
         return
     found = tensors(found)
@@ -188,7 +189,7 @@ def test_dtypes_under_autocast(entry: Entry, of_input: torch.dtype, dtype: torch
 
 @entries
 def test_batched_gradients(entry: Entry) -> None:
-    """torch.autograd.grad(is_grads_batched=True): the vmap of before torch.func."""
+    """torch.autograd.grad(is_grads_batched=True), the vmap that preceded torch.func, gives the same gradients."""
     theirs, ours = entry.pair(torch.float64)
     inputs = entry.draw(torch.float64)
     grads = []
@@ -278,7 +279,7 @@ def test_checkpointed(entry: Entry, use_reentrant: bool) -> None:
 
 @entries
 def test_per_sample_gradients(entry: Entry) -> None:
-    """vmap(grad) over a batch of inputs."""
+    """vmap(grad) over a batch of inputs gives the gradients of each sample."""
     theirs, ours = entry.pair(torch.float64)
     if "packed" in entry.name:
         pytest.skip("the samples of a PackedSequence share no batch dimension (rnn/test_transforms.py)")
@@ -330,7 +331,7 @@ def test_nan_and_infinity_go_where_torchs_go(entry: Entry) -> None:
 
 
 def test_input_edited_with_frozen_weights() -> None:
-    """torch's layer needs its input for the gradients of the weights alone; ours for double backward too."""
+    """torch's layer saves its input only for the gradients of the weights; ours also saves it for double backward."""
     for module, allowed in ((nn.GRU(I, H), True), (dlkernels.nn.GRU(I, H), False)):
         module.requires_grad_(False)
         x = torch.randn(T, B, I, requires_grad=True)

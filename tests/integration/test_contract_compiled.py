@@ -1,5 +1,6 @@
-"""The drop-in contract under torch.compile, which checks no versions: whatever a program edits after a call, results
-and inputs, the gradients are those of the values at the call. What torch refuses in eager code may be refused."""
+"""Tests the drop-in contract under torch.compile, which does not check versions of tensors. If a program edits results
+or inputs after a call, the gradients are those of the values at the call. Where torch raises in eager mode, ours may
+raise too."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from tests.support.contract_entries import (
 pytestmark = pytest.mark.o0_skip(reason="what compilers and autograd do around the kernels is the same")
 
 BY_NAME = {entry.name: entry for entry in ENTRIES}
-# Dynamo does not compile torch.nn's recurrent layers, so the oracle is their eager run without edits.
+# These are compiled with more backends than "eager". Dynamo does not compile torch.nn's recurrent layers, so the oracle
+# is their eager run without edits.
 DEEPER = [
     *((BY_NAME[name], "aot_eager") for name in ("RNN", "LSTM", "GRU", "LSTMCell", "sdpa", "sdpa learned mask")),
     *((BY_NAME[name], "inductor") for name in ("LSTM", "GRUCell", "sdpa")),
@@ -85,7 +87,8 @@ def test_inputs_edited(entry: Entry, backend: str) -> None:
 @deeper
 @pytest.mark.parametrize("follow", [False, True], ids=["data", "activations"])
 def test_inputs_of_the_graph_edited(entry: Entry, backend: str, follow: bool) -> None:
-    """Right where they are data; where autograd follows them it may be refused, and is never wrong."""
+    """Gradients are right if the edited inputs are data. If autograd tracks the inputs, an error is allowed as well,
+    but never a wrong gradient."""
     theirs, ours = entry.pair(torch.float64)
     weights = list(ours.parameters()) or [torch.ones((), dtype=torch.float64, requires_grad=True)]
 
@@ -111,7 +114,7 @@ def test_inputs_of_the_graph_edited(entry: Entry, backend: str, follow: bool) ->
 
 
 def _all_edited(of_cell: bool, edits: bool, *given: Tensor) -> Tensor:
-    """An LSTM whose arguments are edited behind the call."""
+    """Calls an LSTM and then sets its arguments to zero if `edits`."""
     args = [value * 1 for value in given]
     x, h0, c0, *weights, lengths = args
     if of_cell:
@@ -136,7 +139,8 @@ def test_states_lengths_and_weights_edited(of_cell: bool) -> None:
 
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "LSTM", "GRU", "sdpa"])
 def test_one_tensor_given_twice(name: str) -> None:
-    """As `hx = (zeros, zeros)`, or a cell that is fed its own state: one graph, and the gradients of both places."""
+    """One tensor is passed twice, as in `hx = (zeros, zeros)` or a cell that gets its state as input. It is compiled as
+    one graph, and the gradients of both uses are added."""
     size = 6
 
     def program(module: nn.Module | None, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""FlopCounterMode counts for our operators what it counts for torch.nn's."""
+"""FlopCounterMode counts as many operations for our operators as for torch.nn's."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from tests.support.module_pairs import KINDS, LAYERS, B, F, T, flat, inputs_of
 
 
 def flops(module: nn.Module, inputs: Any, output: Callable[[Any], Tensor]) -> tuple[int, int]:
-    """Forward and backward. Without oneDNN, whose LSTM is one operator of no products to torch."""
+    """Returns the operations of forward and backward. oneDNN is off, because torch counts 0 for its LSTM operator."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter:
             result = output(module(*inputs))
             forward = counter.get_total_flops()
-            result.sum().backward(retain_graph=True)  # a PackedSequence is not packed anew for each call
+            result.sum().backward(retain_graph=True)  # all calls share the graph that packed the sequence
         return forward, counter.get_total_flops() - forward
     finally:
         torch._C._set_mkldnn_enabled(before)
@@ -103,7 +103,7 @@ def test_flops_of_packed_attention() -> None:
 
 @pytest.mark.parametrize("name", ["MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer"])
 def test_flops_of_attention_modules(name: str) -> None:
-    """torch counts nothing for its fused attention on the CPU, but it counts the matrix products of the other one."""
+    """torch counts nothing for its fused attention on the CPU, so ours is compared with its unfused attention."""
     kind = next(kind for kind in KINDS if kind.name == name)
     inputs = inputs_of(kind)
     options = {"need_weights": False} if name == "MultiheadAttention" else {}
@@ -115,7 +115,7 @@ def test_flops_of_attention_modules(name: str) -> None:
             forward = counter.get_total_flops()
             result.sum().backward()
         counts.append((forward, counter.get_total_flops() - forward))
-    # Of the backward's five products the unfused attention has kept one, the scores.
+    # Our backward computes five products. The unfused one computes four, because it does not recompute the scores.
     attentions = 2 if name == "TransformerDecoderLayer" else 1
     assert counts[1] == (counts[0][0], counts[0][1] + attentions * 2 * B * 2 * T * T * (F // 2))
 

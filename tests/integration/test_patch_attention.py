@@ -1,4 +1,4 @@
-"""patch and unpatch of attention and Transformer layers, alone and inside models; training goes on as it did."""
+"""Tests `patch` and `unpatch` of attention and Transformer layers, alone and inside models, and training after them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_there_and_back(name: str) -> None:
 
 
 def test_whole_models(spy: Spy) -> None:
-    """The stacks stay torch's; their layers and what lies in these are swapped, and all of it counts as one model."""
+    """torch's stacks are kept, and the layers in them and their attention modules are swapped."""
     model = nn.Transformer(E, H, 2, 2, 16, batch_first=True).eval()
     classes = {name: type(module) for name, module in model.named_modules()}
     src, tgt = torch.randn(2, 5, E), torch.randn(2, 4, E)
@@ -160,7 +160,7 @@ def test_skips_are_named_with_their_reason() -> None:
         "own.self_attn", "plain", "plain.self_attn", "plain.multihead_attn",
     ]  # fmt: skip
     torch.testing.assert_close(model["own"](x), expected)
-    with torch.no_grad():  # torch's fast path, on the parameters of our attention
+    with torch.no_grad():  # torch's fast path uses the parameters of our attention
         torch.testing.assert_close(model["own"].eval()(x), expected)
 
 
@@ -173,7 +173,7 @@ def test_native_layers_are_left_alone_by_unpatch() -> None:
 
 
 class Tagger(nn.Module):
-    """A block with its own attention and a stack of torch's, as models have them."""
+    """A typical model with a Transformer stack of torch's and an attention module of its own."""
 
     def __init__(self, batch_first: bool, attention_dropout: float) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ def losses(patched: bool, batch_first: bool, attention_dropout: float, dtype: to
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_a_patched_model_trains_as_before(batch_first: bool) -> None:
-    """The same seed, dropout everywhere but on the attention weights: the same losses."""
+    """With the same seed and dropout everywhere except on the attention weights, the losses are the same."""
     ours, theirs = (losses(patched, batch_first, 0.0, torch.float64, 8) for patched in (True, False))
     assert ours == pytest.approx(theirs, rel=1e-8)
     assert ours[-1] < ours[0]

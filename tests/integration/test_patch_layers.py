@@ -1,4 +1,4 @@
-"""patch and unpatch: what is swapped, what must survive, what is reported."""
+"""Tests `patch` and `unpatch` of recurrent layers and cells: what is swapped, kept and reported."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_there_and_back(name: str) -> None:
     assert vars(module).keys() == original
     assert all(a is b for a, b in zip(parameters, module.parameters(), strict=True))
     assert torch.equal(first(module(x)), expected)
-    # torch's own list of weights is the present one again.
+    # After unpatch, torch's own list of weights contains the weight that was assigned while patched.
     with torch.no_grad():
         dlkernels.patch(module)
         setattr(module, "bias_hh" if name.endswith("Cell") else "bias_hh_l0", nn.Parameter(parameters[3] + 1))
@@ -117,7 +117,7 @@ def test_parametrizations_survive(name: str) -> None:
     assert list(module.state_dict()) == keys
     torch.testing.assert_close(first(module(x)), expected)
     torch.testing.assert_close(first(copy.deepcopy(module)(x)), expected)
-    # An edit while patched is kept on the way back.
+    # unpatch keeps an edit that was made while the module was patched.
     parametrize.remove_parametrizations(module, weight)
     dlkernels.unpatch(module)
     assert isinstance(module, getattr(nn, name))
@@ -208,7 +208,7 @@ def test_nothing_is_warned_without_a_skip() -> None:
 
 
 def test_pickles_of_earlier_versions_find_the_layers() -> None:
-    """They name the modules in which the classes stood then; new ones name where users find them."""
+    """Old pickles name the modules in which the classes were then defined; new pickles name the public module."""
     homes = {
         "attention": ("MultiheadAttention",),
         "cells": ("RNNCell", "LSTMCell", "GRUCell"),

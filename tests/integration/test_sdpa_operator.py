@@ -1,4 +1,5 @@
-"""`patch_attention`: torch's operator is served by our kernels inside the block, in every thread, or left to torch."""
+"""Inside a `patch_attention` block our kernels serve torch's operator in every thread, and torch serves all other
+calls."""
 
 from __future__ import annotations
 
@@ -34,8 +35,6 @@ pytestmark = [
     pytest.mark.usefixtures("native"),
     pytest.mark.o0_skip(reason="Python around calls that attention/test_functional.py makes as well"),
 ]
-
-# When it is on
 
 
 @no_other_thread
@@ -81,7 +80,7 @@ def test_decorator() -> None:
 
 
 def test_two_threads_at_once() -> None:
-    """It is on until the last one leaves, for both."""
+    """The switch is on for both threads until the last one leaves its block."""
     entered, leave = threading.Event(), threading.Event()
 
     def other() -> None:
@@ -100,7 +99,7 @@ def test_two_threads_at_once() -> None:
 
 
 def test_the_tag_belongs_to_the_thread_that_is_inside() -> None:
-    """Inductor's caches must not get a graph of torch's kernel under the key of ours."""
+    """Inductor's caches must not store a graph with torch's kernel under the key of a graph with ours."""
 
     def tag() -> str:
         return torch.compiler.config.cache_key_tag
@@ -123,7 +122,7 @@ def test_the_tag_belongs_to_the_thread_that_is_inside() -> None:
 
 @no_other_thread
 def test_a_block_that_another_thread_leaves() -> None:
-    """The tag of the thread that entered goes when it next traces a call."""
+    """If another thread leaves the block, the thread that entered removes its tag when it next traces a call."""
     block = dlkernels.patch_attention()
     block.__enter__()
     in_thread(lambda: block.__exit__(None, None, None))
@@ -139,7 +138,8 @@ def test_a_block_that_another_thread_leaves() -> None:
 
 @no_other_thread
 def test_calls_while_another_thread_enters_and_leaves() -> None:
-    """The dispatcher's tables are read without a lock: a kernel is only taken away where nobody can be calling it."""
+    """The dispatcher reads its tables without a lock, so a kernel is unregistered only if no other thread can call
+    it."""
     stop, failed, calls = threading.Event(), [], [0, 0]
 
     def call(number: int) -> None:
@@ -215,9 +215,6 @@ def test_import_registers_nothing() -> None:
     run_python(code)
 
 
-# Who is reached
-
-
 def test_worker_thread() -> None:
     def work() -> Tensor:
         q = Q.clone().requires_grad_()
@@ -283,9 +280,6 @@ def test_what_comes_down_to_the_operator(name: str) -> None:
     for index, (a, b, c) in enumerate(zip(ours, theirs, exact, strict=True)):
         verdict = within_rule(a, b, c.detach(), torch.float32, grad=index > 0)
         assert verdict.ok or (a - b).abs().max() < 1e-5, (index, verdict)
-
-
-# What is left to torch is torch's
 
 
 @pytest.mark.parametrize("name", MISTAKES)

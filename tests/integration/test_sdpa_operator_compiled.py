@@ -1,4 +1,4 @@
-"""`patch_attention` under torch.compile and torch.export."""
+"""Tests `patch_attention` under torch.compile and torch.export."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_compile(backend: str) -> None:
 
 
 def test_compile_in_another_thread_is_torchs() -> None:
-    """The mark in Inductor's cache key belongs to the thread that entered the block, so a compilation in another thread
-    must not take our kernels."""
+    """A compilation in a thread that did not enter the block must not use our kernels, because only the thread that
+    entered has the tag in Inductor's cache key."""
     torch._dynamo.reset()
     compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
     with dlkernels.patch_attention():
@@ -62,8 +62,8 @@ def test_compile_in_another_thread_is_torchs() -> None:
 
 
 def test_calls_that_a_compiled_program_makes_outside_of_its_graphs() -> None:
-    """Behind a graph break the operator is called eagerly. Dynamo must not begin to compile our Python kernel there: it
-    sees one frame."""
+    """After a graph break the operator is called eagerly. Dynamo must not compile our Python kernel there, so it counts
+    only one frame."""
 
     def broken(x: Tensor) -> Tensor:
         try:
@@ -119,8 +119,8 @@ for switched in (True, False, True, False):
 
 @pytest.mark.heavy
 def test_the_caches_of_inductor(tmp_path: Any) -> None:
-    """A program without the switch must not be given code that was compiled with it, nor the other way round; each is
-    given its own."""
+    """A program without the switch does not get code from the cache that was compiled with it, nor the other way round.
+    Each gets its own code from the cache."""
     output = run_python(CACHED, timeout=300, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     hits = [int(line.split()[1]) for line in output.splitlines() if line.startswith("hits")]
     assert hits[:2] == [0, 0] and min(hits[2:]) > 0, hits

@@ -1,4 +1,4 @@
-"""Under `patch_attention`, what the recomputation of a backward calls, inside of the block and after it."""
+"""Tests which kernels a recomputation in the backward calls, inside of a `patch_attention` block and after it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def block(x: Tensor, p: float) -> Tensor:
 
 
 def forward(x: Tensor, p: float, how: bool | None) -> Tensor:
-    """Three blocks, the second one nested if checkpointed."""
+    """Runs three blocks. `how` is None for no checkpoints, else it is use_reentrant, and the checkpoint of the first
+    block is nested in that of the second."""
     if how is None:
         return block(block(block(x, p), p), p).square().sum()
 
@@ -43,7 +44,7 @@ def forward(x: Tensor, p: float, how: bool | None) -> Tensor:
 
 
 def gradient(p: float, how: bool | None, context: Any = None, backward_context: Any = None) -> Tensor:
-    """With the forward inside of the one, and the backward in the other."""
+    """Returns the gradient with the forward inside of `context` and the backward inside of `backward_context`."""
     x = Q.clone().requires_grad_()
     torch.manual_seed(3)
     if context is None:
@@ -82,7 +83,7 @@ def test_dropout_recomputed_after_the_block(reentrant: bool) -> None:
     assert not is_served()
     torchs = gradient(0.4, None)
     assert not torch.allclose(torchs, expected)
-    assert torch.equal(gradient(0.4, reentrant), torchs)  # from the same seed
+    assert torch.equal(gradient(0.4, reentrant), torchs)  # torch draws the same mask from the same seed
 
 
 def test_dropout_that_both_drew_from_one_seed() -> None:
@@ -104,7 +105,7 @@ def test_dropout_of_torch_recomputed_inside_of_the_block(reentrant: bool) -> Non
 
 @no_other_thread
 def test_without_dropout_after_the_block() -> None:
-    """A non-reentrant checkpoint compares what the recomputation saves with what was saved first, and raises; a
+    """A non-reentrant checkpoint raises, because the recomputation saves other tensors than the forward did. A
     reentrant one needs only the values."""
     for contexts in ((dlkernels.patch_attention(), None), (None, dlkernels.patch_attention())):
         with pytest.raises(CheckpointError):
@@ -117,7 +118,7 @@ def test_the_memory_of_draws_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sdpa_operator, "_MOST_DRAWS", 3)
     with dlkernels.patch_attention():
         F.scaled_dot_product_attention(Q.clone().requires_grad_(), K, V, dropout_p=0.5)
-        assert not sdpa_operator._state.draws  # nothing recomputes this one
+        assert not sdpa_operator._state.draws  # no checkpoint recomputes this call
         with torch.no_grad():
             for _ in range(8):
                 F.scaled_dot_product_attention(Q, K, V, dropout_p=0.5)

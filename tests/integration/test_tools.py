@@ -1,5 +1,4 @@
-"""What other programs do to a model that holds our layers, against the same done to torch.nn's: torch.fx, TorchScript,
-torch.ao.quantization."""
+"""torch.fx, TorchScript and torch.ao.quantization treat a model with our layers as they treat one with torch.nn's."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ pytestmark = [
 
 
 class Holder(nn.Module):
-    """A model with the layer in the middle."""
+    """A model that calls `layer` on the output of another layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -37,7 +36,7 @@ class Holder(nn.Module):
 
 
 class OneInput(nn.Module):
-    """The same for torch.fx, which traces no *args and takes annotations that are strings for objects."""
+    """Does the same as Holder for torch.fx, which does not trace *args and takes string annotations for objects."""
 
     def __init__(self, layer: nn.Module, inputs: int) -> None:
         super().__init__()
@@ -51,9 +50,6 @@ def gradients(module: Any, inputs: list[Tensor]) -> list[Tensor]:
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
     loss = sum((tensor.sin() * (k + 1)).sum() for k, tensor in enumerate(flat(module(*inputs))))
     return list(torch.autograd.grad(loss, [*inputs, *module.parameters()]))
-
-
-# torch.fx
 
 
 @EVERY_KIND
@@ -98,9 +94,6 @@ def test_fx_traces_through_a_subclass(lib: Any) -> None:
     assert not [node for node in traced.graph.nodes if node.op == "call_module"]
 
 
-# torch.jit
-
-
 def saved(traced: Any) -> Any:
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)
@@ -113,7 +106,7 @@ def trace(module: nn.Module, inputs: list[Tensor]) -> tuple[Any, list[str]]:
         warnings.simplefilter("always")
         traced = torch.jit.trace(module, tuple(inputs))
     texts = [f"{w.category.__name__}: {str(w.message).splitlines()[0]}" for w in caught]
-    return traced, [text for text in texts if "oneDNN" not in text]  # said once in a process
+    return traced, [text for text in texts if "oneDNN" not in text]  # torch warns of this once per process
 
 
 @EVERY_KIND
@@ -122,7 +115,9 @@ def test_jit_trace_is_that_of_torch(kind: Kind, how: str, training: bool) -> Non
     theirs, ours = (Holder(layer).train(training) for layer in pair(kind, how))
     ours.before.load_state_dict(theirs.before.state_dict())
     inputs, others = inputs_of(kind), inputs_of(kind)
-    if kind.name == "MultiheadAttention":  # they cannot be one tensor here, which torch's fast path asks for
+    if kind.name == "MultiheadAttention":
+        # Key and value are one tensor, but the query is the output of `before`. So torch's fast path, which needs all
+        # three to be one tensor, is never taken.
         inputs[2], others[2] = inputs[1], others[1]
     expected, their_warnings = trace(theirs, inputs)
     traced, our_warnings = trace(ours, inputs)
@@ -172,7 +167,7 @@ def test_jit_trace_of_states_packed_sequences_and_a_subclass(name: str, grad: bo
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_jit_trace_of_the_functional_forms(grad: bool) -> None:
-    """What torch has no layer for is recorded as the operators of the reference."""
+    """Calls that torch has no layer for are recorded as the operators of the reference."""
     layer, cell = dlkernels.nn.LSTM(F, 6), dlkernels.nn.GRUCell(F, 6)
     x, lengths = torch.randn(T, B, F), torch.tensor([2, 5, 3])
 
@@ -209,12 +204,9 @@ def test_jit_script_says_what_to_do(kind: Kind) -> None:
     assert model[0] is layer
     inputs = inputs_of(kind)
     dlkernels.unpatch(ours)
-    if isinstance(ours, nn.RNNBase):  # TorchScript knows no forward of a root with overloads
+    if isinstance(ours, nn.RNNBase):  # TorchScript has no forward for a root module with overloads
         theirs, ours = nn.Sequential(theirs), nn.Sequential(ours)
     assert_same(theirs(*inputs), torch.jit.script(ours)(*inputs))
-
-
-# Tables keyed by type
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell", "RNNCell"])

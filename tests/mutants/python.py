@@ -54,7 +54,7 @@ PYTHON: tuple[Mutant, ...] = (
            ("tests/bench/test_gate.py -k peer_as", *GATE)),
     Mutant("ratio-inverted", BENCH + "timing.py", "statistics.median(a) / statistics.median(b) for a, b",
            "statistics.median(b) / statistics.median(a) for a, b", "ours over theirs",
-           ("tests/bench/test_runner.py -k ratio_is", *GATE)),
+           ("tests/bench/test_timing.py -k ratio_is", *GATE)),
     Mutant("speed-up-padded", BENCH + "runner.py", 'self.case.valid_fraction if self.case.against == "padded" else 1.0',
            "1.0", "padding counts as work", ("tests/bench/test_runner.py -k padded", *GATE)),
     Mutant("charlm-nan", "benchmarks/charlm.py", "agree = early <= EARLY_LIMIT and drift <= FINAL_LIMIT",

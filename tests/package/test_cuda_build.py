@@ -1,4 +1,4 @@
-"""What the build decides about the CUDA kernels, on machines that this one is not."""
+"""Tests on simulated machines when the build compiles the CUDA kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/differences.md: each line names the test that pins it, and that test is there."""
+"""Each line of the tables in docs/differences.md names a test that exists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TABLE = TESTS.parent / "docs" / "differences.md"
 
 
 def _rows() -> list[str]:
-    """The lines of every table whose last column is headed "test"."""
+    """Returns the lines of every table whose last column is headed "test"."""
     found, inside = [], False
     for line in TABLE.read_text().splitlines():
         last = line.strip("|").split("|")[-1].strip()
@@ -32,7 +32,7 @@ ROWS = _rows()
 
 
 def named_tests(line: str) -> list[tuple[str, str]]:
-    """(file, function) pairs; `::function` alone belongs to the file named before it."""
+    """Returns (file, function) pairs; `::function` alone belongs to the file named before it."""
     found, file = [], ""
     for text in re.findall(r"`((?:[\w/]+\.py)?(?:::\w+)?)`", line):
         name, _, function = text.partition("::")

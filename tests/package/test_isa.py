@@ -1,4 +1,4 @@
-"""The choice of instruction set, and that the kernel which the plan names is the one that ran."""
+"""Tests how an instruction set is chosen and that the kernel in the plan is the one that ran."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ NEEDED["amx"] = (*NEEDED["avx512_bf16"], "amx_tile", "amx_bf16", "os_amx", "amx_
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_units_for_bf16_need_everything(name: str, native) -> None:
-    """They fault unless the processor has them, the system saves the registers and this process may use them."""
+    """An instruction set is available only if the processor has it, the system saves its registers and the process may
+    use it; otherwise its instructions fault."""
     features = native.cpu_features()
     cap = os.environ.get("DLKERNELS_CPU_ISA") or "amx"
     can = (all(features[need] for need in NEEDED[name]) or emulated(native)) and name in native.build_info()["isas"]
@@ -43,7 +44,7 @@ def test_units_for_bf16_need_everything(name: str, native) -> None:
 
 
 def emulated(native) -> bool:
-    """Whether this build has plain C++ in place of what multiplies bfloat16."""
+    """Returns whether this build emulates the bfloat16 instructions in plain C++."""
     return "DLK_EMULATE_BF16" in native.build_info()["flags"]
 
 
@@ -60,7 +61,7 @@ BF16 = {
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump reads the instructions")
 @pytest.mark.parametrize("name", BF16)
 def test_instructions_for_bf16_are_only_in_their_kernels(name: str, native) -> None:
-    """Elsewhere they would be an illegal instruction for every machine without them."""
+    """In other functions they would be illegal instructions on every machine without them."""
     code = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", native.__file__], capture_output=True, text=True, check=True
     ).stdout
@@ -113,7 +114,7 @@ for mode in MODES:
 
 @pytest.mark.parametrize("cap", BEST_ISA_LAST)
 def test_environment_caps(cap: str) -> None:
-    """A cap above what the machine has is no error: the best below it is used."""
+    """A cap above the machine's best instruction set is not an error; the best available one is used."""
     allowed = [name for name in available_isas() if BEST_ISA_LAST.index(name) <= BEST_ISA_LAST.index(cap)]
     output = run_python(CAPPED, DLKERNELS_CPU_ISA=cap)
     assert f"isa {allowed[-1]}" in output.splitlines()
@@ -170,7 +171,7 @@ def test_the_planned_kernel_ran(mode: str, dtype: torch.dtype, count: int, isa: 
 
 
 def test_the_plan_is_no_constant(native) -> None:
-    """A row or two use the weights as they lie, many rows use tiles; one thread never splits."""
+    """One or two rows use dot products with unpacked weights, many rows use tiles, and one thread never splits."""
 
     def plan(
         b: int, h: int, threads: int, steps: int = 50, backward: bool = False, deterministic: bool = False,

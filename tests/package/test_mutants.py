@@ -1,5 +1,5 @@
-"""The bugs that `make mutants` plants: their texts stand where the lists say. Planting them takes hours and is not done
-here."""
+"""The source texts that `make mutants` replaces by bugs exist in the files that its lists name. Running the mutants
+takes hours and is not done here."""
 
 from __future__ import annotations
 

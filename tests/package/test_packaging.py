@@ -1,4 +1,4 @@
-"""What installing promises, as far as seconds and no network allow; the rest is shown by tests/install/check.py."""
+"""Tests installation as far as possible in seconds and without a network; tests/install/check.py tests the rest."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_finder_is_not_led_astray_by_the_build_environment(tmp_path: Path) -> No
 @has_source
 @pytest.mark.parametrize(("version", "usable"), [("2.11.0+cu130", True), ("3.0.0a0+git1", True), ("2.10.1", False)])
 def test_finder_without_a_torch_in_the_environment(tmp_path: Path, version: str, usable: bool) -> None:
-    # -m venv --without-pip is an environment without torch, in a tenth of a second.
+    # -m venv --without-pip makes an environment without torch in a tenth of a second.
     empty = tmp_path / "empty"
     assert python("-m", "venv", "--without-pip", empty).returncode == 0
     overlay = fake_torch(tmp_path / "overlay", version)
@@ -91,7 +91,7 @@ def test_backend_asks_for_build_tools_only_where_it_compiles(tmp_path: Path) -> 
 
 
 def source_tree(folder: Path, with_csrc: bool = False) -> Path:
-    """The project, to be built elsewhere; without C++ sources of its own unless asked."""
+    """Copies the project to another folder, without .cpp and .cuh files, and without headers unless `with_csrc`."""
     tree = folder / "tree"
     headers = () if with_csrc else ("*.h",)
     leave_out = shutil.ignore_patterns("__pycache__", "*.so", "*.cpp", "*.cuh", "results", *headers)
@@ -194,7 +194,7 @@ def test_sdist_holds_what_a_build_needs(tmp_path: Path) -> None:
 
 
 def test_import_is_quick_and_brings_no_triton() -> None:
-    # An attempt is what counts: where Triton is not installed, an import of it may fail without a word.
+    # The script records attempts to import Triton, because a failed import may be silent where Triton is not installed.
     script = """
 import sys, time
 import torch
@@ -220,7 +220,7 @@ print([name for name in asked_for if name.partition(".")[0] == "triton"])
 
 
 def test_a_torch_without_onednn() -> None:
-    """It does not have the operators that tell what oneDNN can do."""
+    """Such a torch lacks the operators that report what oneDNN supports."""
     script = """
 import torch
 torch._C._has_mkldnn = False
@@ -270,7 +270,7 @@ def test_absence_is_an_error_where_the_module_is_required(tmp_path: Path) -> Non
 
 
 def test_module_needs_no_more_than_the_stable_abi() -> None:
-    """Neither C++ symbols of libtorch nor libc10: only its C shims may be undefined."""
+    """The module needs neither C++ symbols of libtorch nor libc10, only the C shims of libtorch."""
     readelf = shutil.which("readelf")
     if readelf is None:
         pytest.skip("readelf is not installed")
@@ -285,7 +285,7 @@ def test_module_needs_no_more_than_the_stable_abi() -> None:
 
 
 def _imports(folder: str) -> set[str]:
-    """The parts of the package that the modules of a folder import."""
+    """Returns the parts of the package that the modules of a folder import."""
     found = set()
     for file in (PACKAGE / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

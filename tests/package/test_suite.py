@@ -1,4 +1,4 @@
-"""What the suite promises of itself: no test module imports another, and no test loses an instruction set."""
+"""Tests the suite itself: no test module imports another, and each test runs on all its instruction sets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.instruction_sets import BEST_ISA_LAST, WITHOUT_LAYERS, isas_t
 pytestmark = pytest.mark.o0_skip(reason="it is about pytest alone")
 
 TESTS = Path(__file__).parents[1]
-# Also in the scripts that tests hand to a fresh interpreter.
+# The pattern also matches in the scripts that tests run in a fresh interpreter.
 IMPORT = re.compile(
     r"^\s*(?:from\s+(?:[\w.]*\.)?test_\w+\s+import|(?:from\s+[\w.]+\s+)?import\s+(?:.*[\s.,(])?test_\w+)", re.M
 )
@@ -29,7 +29,7 @@ def test_no_test_module_imports_another() -> None:
 
 
 def test_every_isa_runs_every_test_that_asks_for_one(request: pytest.FixtureRequest) -> None:
-    """Of the tests of this run: each is there as often for every instruction set that it is to be there for."""
+    """Each collected test has the same number of cases for every instruction set that it must run on."""
     if request.config.getoption("keyword"):
         pytest.skip("-k leaves tests out")
     counts: dict[tuple[str, bool], collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -44,7 +44,7 @@ def test_every_isa_runs_every_test_that_asks_for_one(request: pytest.FixtureRequ
 
 
 def test_only_the_marker_leaves_out_an_isa(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine with every instruction set, which this one need not be."""
+    """Pretends that the machine has every instruction set and checks which ones the marker removes."""
     monkeypatch.setattr(instruction_sets, "available_isas", lambda: list(BEST_ISA_LAST))
     assert isas_to_test(layers_only=False) == list(BEST_ISA_LAST)
     assert isas_to_test(layers_only=True) == [isa for isa in BEST_ISA_LAST if isa not in WITHOUT_LAYERS]

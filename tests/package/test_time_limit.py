@@ -1,4 +1,4 @@
-"""A test that hangs is ended, and its name is told: also in foreign code, which no Python signal handler interrupts."""
+"""A test that hangs is ended and named, also if it hangs in C code, which a Python signal handler cannot interrupt."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Calls that ask for more memory than there is, or than 64 bits can count: torch's exception, the bytes, what they were
-for, and no path of whoever compiled. The inputs are expanded, so that they take none."""
+"""Tests calls that need more memory than exists or more bytes than 64 bits can count. Ours raises torch's exception,
+and the message names the number of bytes and their purpose, but no path of the build machine. The inputs are expanded
+tensors, which take almost no memory."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ NO_MEMORY = r"DefaultCPUAllocator: can't allocate memory: you tried to allocate 
 
 
 def wide(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Rows without gaps, all of them the same."""
+    """Returns an expanded tensor whose rows are dense and share the same memory."""
     return torch.zeros(shape[-1], dtype=dtype).expand(shape)
 
 
@@ -70,7 +71,7 @@ def test_result_of_attention() -> None:
 
 
 def test_what_the_backward_needs() -> None:
-    # y, h_n and c_n of one feature fit, seldom touched; what is saved is 2^9 times as large.
+    # y, h_n and c_n fit into memory. The saved tensor is 20481 times as large as y.
     call = Call("lstm", proj=1)
     weights = [torch.zeros(shape) for shape in ((2**14, 1), (2**14, 1), (1, 2**12))]
     text = error(lambda: call.forward(x=wide(2**20, 2**5, 1), h0=None, c0=None, weights=weights))
@@ -100,7 +101,7 @@ def test_more_bytes_than_64_bits_count_in_attention() -> None:
     )
 
 
-# Of arguments of which one is wrong none is copied: the copy would fail first.
+# If one argument is wrong, no argument is copied before the check: a copy of this size would fail first.
 HUGE = 2**44
 
 

@@ -1,5 +1,5 @@
-"""Autocast: torch's dtypes in every combination, kernels that take each tensor in its own dtype, and no copy of the
-weights that outlives a call."""
+"""Tests autocast: results have torch's dtypes in every combination, kernels take each tensor in its own dtype, and no
+copy of the weights is kept after a call."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_results_have_torchs_dtypes(kind: str, autocast: torch.dtype) -> None:
             expected = outcome(lambda module=theirs, args=(x, hx): tensors(module(*args)))
             found = tensors(ours(x, hx))
         where = f"weights {of_weights}, input {of_x}, state {of_state}, packed {packed}, grad {grad}"
-        if not isinstance(expected, Exception):  # where this processor lacks a kernel of torch's, ours works
+        if not isinstance(expected, Exception):  # torch lacks kernels for some processors; ours must work
             compared += 1
             assert [t.dtype for t in found] == [t.dtype for t in expected], where
             for mine, other in zip(found, expected, strict=True):
@@ -80,7 +80,8 @@ def _numbers(*dtypes: torch.dtype) -> Types:
 
 
 def _on_branches_of(y: Tensor, x: Tensor, h0: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, None]:
-    """The relu layer with its units on where y's are, for gradients: next to 0 rounded products choose otherwise."""
+    """Computes a relu layer whose units are active where those of y are. Gradients need this reference, because
+    rounding can change the sign of a pre-activation near 0."""
     w_ih, w_hh, b_ih, b_hh = weights
     steps = [h0[0]]
     for step, out in zip(x, y, strict=True):
@@ -92,7 +93,7 @@ def _on_branches_of(y: Tensor, x: Tensor, h0: Tensor, *weights: Tensor) -> tuple
 @pytest.mark.parametrize("product", FLOATS, ids=str)
 @pytest.mark.parametrize("B, H", [(1, 8), (5, 6), (17, 34)], ids=str)
 def test_operators_take_each_tensor_in_its_dtype(isa: str, mode: str, product: torch.dtype, B: int, H: int) -> None:
-    """Against the formulas in float64, within what rounding to `product` and to the results' dtypes explains."""
+    """Results differ from float64 by no more than rounding to `product` and to the results' dtypes explains."""
     T, I, P = 5, 4, 2 if mode == "lstm_proj" else 0
     name, gates = mode.removesuffix("_proj"), {"lstm": 4, "gru": 3}.get(mode.removesuffix("_proj"), 1)
     combinations = [
@@ -126,7 +127,7 @@ def test_operators_take_each_tensor_in_its_dtype(isa: str, mode: str, product: t
             other = other.detach()
             unit = max(torch.finfo(mine.dtype).eps, torch.finfo(product).eps)
             top, off = float(other.abs().max()), float((mine.double() - other).abs().max())
-            # The second bound: zeros in the place of a small gradient are no rounding.
+            # The second bound makes the test fail if a small gradient is replaced by zeros.
             assert off <= min(8 * unit * max(1.0, top), 0.5 * top + 8 * torch.finfo(torch.float32).eps)
         assert [g.dtype for g in found] == [t.dtype for t in (x, h0, c0, *weights) if t is not None]
         assert (y.dtype, h_n.dtype) == (of_h, of_h) and (c0 is None or c_n.dtype == torch.float32)
@@ -134,7 +135,7 @@ def test_operators_take_each_tensor_in_its_dtype(isa: str, mode: str, product: t
 
 @pytest.mark.parametrize("mode", CELL_MODES)
 def test_cells_with_weights_of_another_dtype_are_those_with_the_same_numbers(isa: str, mode: str) -> None:
-    """float32 weights that bfloat16 can hold give the result of their bfloat16 twins, bit for bit."""
+    """float32 weights whose values are exact in bfloat16 give bit-equal results to the same weights in bfloat16."""
     gates, B, I, H = {"lstm": 4, "gru": 3}.get(mode, 1), 3, 4, 6
     x, h = _random((B, I), torch.bfloat16), _random((B, H), torch.bfloat16)
     c = _random((B, H), torch.bfloat16) if mode == "lstm" else None
@@ -175,7 +176,7 @@ def test_float64_is_left_alone() -> None:
 
 
 def bytes_held(cell: nn.Module, steps: int, batch: int, size: int) -> int:
-    """Bytes that autograd holds after `steps` steps of a cell under autocast, parameters and inputs aside."""
+    """Returns the bytes that autograd holds after `steps` steps of a cell under autocast, without parameters and x."""
     held: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ def test_a_loop_of_cells_holds_no_copies_of_the_weights(kind: str) -> None:
 
 
 def test_within_rule_is_asked_of_autocast_too() -> None:
-    """The error of our results, against float64, is no larger than twice torch's."""
+    """Our results keep the tolerance rule of dlkernels.testing: about twice torch's error against float64."""
     for kind in ("GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"):
         cls, options = KINDS[kind]
         theirs = cls(4, 6, **options)

@@ -1,4 +1,4 @@
-"""Derivatives of every order of the recurrent Functions, and the way that a call takes to them."""
+"""Tests first and higher derivatives of the recurrent Functions, and the path that `route` chooses for a call."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_first_derivative(mode: str, variant: str) -> None:
         torch.autograd.grad(loss(case(*case.tensors)), case.tensors),
         torch.autograd.grad(loss(case.expected(*case.tensors)), case.tensors),
     )
-    if not case.cfg.bptt_steps:  # truncation is not the derivative of the outputs, by definition
+    if not case.cfg.bptt_steps:  # a truncated gradient is not the derivative of the outputs
         assert gradcheck(case, case.tensors, fast_mode=True)
 
 

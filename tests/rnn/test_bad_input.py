@@ -1,5 +1,5 @@
-"""Every mistake, with every argument: torch.nn's exception type where it has one, a message that names the argument
-otherwise, and never a crash."""
+"""Tests wrong values of every argument. Ours raises torch.nn's type of exception if torch raises one. For arguments
+that torch lacks, the message names the argument. No call crashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ Outcome = dict[str, Any]
 
 @functools.cache
 def outcomes(package: str) -> dict[tuple[str, str], Outcome]:
-    """What each mistake leads to with the classes of `package`, in processes apart: it may be a crash."""
+    """Returns the outcome of each wrong call with the classes of `package`. The calls run in a child process, because
+    they may crash."""
     command = [sys.executable, "-m", "tests.support.layer_mistakes", package]
     env = environment(OMP_NUM_THREADS="1")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
@@ -33,8 +34,8 @@ def outcomes(package: str) -> dict[tuple[str, str], Outcome]:
     return found
 
 
-# torch.nn takes these without a word, reads past a buffer, or computes something with them; by its documentation they
-# are mistakes. Ours may refuse them or compute what torch does, but cleanly.
+# torch.nn accepts these although its documentation forbids them; it computes some result or reads past a buffer. Ours
+# may reject them with a clean error or compute what torch computes.
 TORCH_IS_LENIENT = re.compile(
     r"sparse|meta"
     r"|hx c: torch\.|packed, hx c: size of dim|packed, hx (three|a stack)|hx three|hx a stack"
@@ -45,7 +46,7 @@ CLEAN = {"TypeError", "ValueError", "RuntimeError", "IndexError", "AttributeErro
 
 
 def verdict(key: tuple[str, str], ours: Outcome, theirs: Outcome) -> str:
-    """Empty if ours is as it must be."""
+    """Returns an empty string if our outcome is acceptable, else the reason why not."""
     if "crash" in ours:
         return f"crashes with status {ours['crash']}"
     raised = ours.get("bases")
@@ -77,8 +78,8 @@ def own_groups() -> list[str]:
 
 @pytest.mark.parametrize("group", own_groups())
 def test_what_torch_has_not(group: str) -> None:
-    """Group names are "argument of function": the message names the argument, in an exception of the usual kinds. With
-    "*" for the argument the words do not matter, with "!" the call may also succeed."""
+    """A group is called "argument of function". Ours must raise a TypeError, ValueError or RuntimeError whose message
+    names the argument. If the argument is "*", the message does not matter; if it is "!", the call may also succeed."""
     argument = group.split()[0]
     wrong = []
     for key, ours in outcomes("own").items():

@@ -1,4 +1,4 @@
-"""Under torch.use_deterministic_algorithms a sequence's result does not depend on the batch it is in, bit for bit."""
+"""Under torch.use_deterministic_algorithms a sequence's result is bit-equal in every batch."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from tests.support.settings import num_threads
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.layers_only]
 
-# (T, B, I, H, P): small with remainders, rows beyond one tile, hidden units beyond one block, a long one.
+# (T, B, I, H, P) of a small shape with remainders, of more rows than a tile, of more hidden units than a block, and of
+# many steps.
 SHAPES = [(5, 3, 4, 6, 2), (13, 17, 20, 33, 8), (7, 40, 64, 130, 40), (50, 5, 16, 48, 16)]
 
 
 def lengths_for(t: int, b: int) -> tuple[int, ...]:
-    """Unsorted, with repeats, with the full length and a length of 1."""
+    """Returns unsorted lengths with repetitions, including the full length and 1."""
     return tuple([t, 1, *(1 + (5 * k * k + 3) % t for k in range(b - 2))][:b])
 
 
@@ -140,7 +141,7 @@ def test_cells(cell: str, deterministic: None) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("mode", MODES)
 def test_run_to_run_without_the_flag(mode: str, count: int) -> None:
-    """Same shapes and thread count: the same bits every time, weight gradients included."""
+    """With the same shapes and number of threads, results and weight gradients are bit-equal in every run."""
     assert not torch.are_deterministic_algorithms_enabled()
     cases = [
         Case(mode, 8, b, 24, h, 20 if mode == "lstm_proj" else 0, bidirectional=True, lengths=lengths, dtype=dtype)

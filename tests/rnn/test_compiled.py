@@ -1,4 +1,4 @@
-"""The recurrent Functions under torch.compile."""
+"""Tests the recurrent Functions under torch.compile."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_cell_compiles_whole(backend: str, training: bool) -> None:
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 @pytest.mark.parametrize("mapped", (False, True))
 def test_compiled_functorch_gradients_are_right(backend: str, mapped: bool) -> None:
-    """Dynamo drops a Function's own backward here, without a word: the values are what matters."""
+    """Dynamo silently drops a Function's own backward here, so the test compares values."""
     x, h, weights = compile_arguments("gru")
 
     def gradient(w: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How layers would run on CUDA: decided by plain C++, so it can be asked for without a GPU."""
+"""Tests the plans of layers on CUDA. Plain C++ makes them, so the tests need no GPU."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dlkernels.rnn.routing import route
 pytestmark = pytest.mark.o0_skip(reason="plans are integers, the same at -O0")
 
 _compiled: Any = extension.native
-SHARED_BYTES = 232448  # of a block on an H200
+SHARED_BYTES = 232448  # shared memory of a block on an H200
 MULTIPROCESSORS = 132
 
 
 def plan(mode: str, dtype: str, B: int, H: int, D: int = 1, backward: bool = False) -> dict[str, Any]:
-    """A plan does not depend on the number of steps."""
+    """Returns the plan for 10 time steps; a plan does not depend on their number."""
     return dict(_compiled.cuda_plan(mode, dtype, 10, B, H, D, backward))
 
 
@@ -60,7 +60,7 @@ def test_plans_fit_the_gpu_and_cover_the_call(mode: str, dtype: str, backward: b
                 assert chosen["shared_bytes"] <= SHARED_BYTES
                 assert chosen["groups"] == D * -(-B // chosen["tile"])
                 assert chosen["tile"] % (8 * chosen["column_tiles"]) == 0
-                if chosen["kind"] == "grid":  # all at once, or the barrier would never be reached
+                if chosen["kind"] == "grid":  # all blocks must run at once, or the barrier would wait forever
                     assert chosen["blocks"] <= MULTIPROCESSORS
                 else:
                     assert chosen["slices"] <= 16
@@ -80,7 +80,7 @@ def test_a_cap_leaves_the_later_kinds(cap: str, kind: str) -> None:
 
 
 class OnAnH200:
-    """The compiled module as it would be with CUDA kernels, on a machine with that GPU."""
+    """Stands in for the compiled module on a machine with an H200, by planning for its default device, an H200."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_compiled, name)
@@ -93,10 +93,10 @@ class OnAnH200:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors on a GPU that is not there, and kernels for it."""
+    """Makes tensors on CUDA possible without a GPU, as fake tensors, and pretends that there are CUDA kernels."""
     monkeypatch.setattr(extension, "HAVE_CUDA_KERNELS", True)
     monkeypatch.setattr(extension, "native", OnAnH200())
-    # A torch without CUDA has nothing to fill even a fake tensor with.
+    # A torch without CUDA cannot initialise a CUDA tensor, not even a fake one.
     monkeypatch.setattr(torch.nn.init, "uniform_", lambda tensor, *bounds: tensor)
     with FakeTensorMode():
         yield
@@ -104,7 +104,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def autocast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.autocast("cuda") disables itself where there is no GPU; what it sets is what counts here."""
+    """Sets the state that torch.autocast("cuda") sets, because without a GPU torch.autocast disables itself."""
     before = torch.get_autocast_dtype("cuda")
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", True)
@@ -123,12 +123,12 @@ def test_a_module_without_cuda_kernels_says_so(cuda: None, monkeypatch: pytest.M
     monkeypatch.setattr(extension, "why_no_cuda", why)
     monkeypatch.setattr(
         dlkernels.attention.triton, "_device_reason", lambda index: ""
-    )  # a torch with CUDA would ask the driver
+    )  # a torch with CUDA would query the driver
     reason = f"the compiled module has no CUDA kernels: {why}"
     assert route(x) == ("reference", reason)
     explained = dlkernels.explain(layer, x)
     assert (explained.kernel, explained.layers[0].reason) == ("reference", reason)
-    # Attention's kernels for CUDA are Triton's: they do not depend on how the module was compiled.
+    # The CUDA kernels for attention are written in Triton and do not depend on how the module was compiled.
     assert "compiled module" not in attention_route(x, x, x).reason
 
 
@@ -164,10 +164,10 @@ def test_autocast_on_cuda(cuda: None, autocast: None, name: str) -> None:
         explained = dlkernels.explain(module, given)
         assert explained.native and explained.kernel.startswith("cuda/")
         assert "autocast bfloat16" in explained.call
-        with torch.no_grad():  # autograd asks for the device of its tensors
+        with torch.no_grad():  # autograd would need the CUDA device
             outputs = torch.utils._pytree.tree_leaves(module(given))
         assert {(out.dtype, out.device.type) for out in outputs} == {(torch.bfloat16, "cuda")}
-    # float64 is left alone, and has no kernel.
+    # Autocast does not change float64, and there is no kernel for it.
     wide = getattr(dlkernels.nn, name)(3, 5, device="cuda", dtype=torch.float64)
     doubles = torch.empty(7, 4, 3, device="cuda", dtype=torch.float64)
     assert dlkernels.explain(wide, doubles).layers[0].reason == "no kernel for torch.float64 on cuda"

@@ -1,4 +1,4 @@
-"""torch's own words for a state that does not fit, of the second state as of the first."""
+"""The error messages for an initial state of a wrong shape, h or c, are equal to torch's."""
 
 from __future__ import annotations
 

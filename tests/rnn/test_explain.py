@@ -1,4 +1,4 @@
-"""explain and info: what they say is what runs."""
+"""`explain` and `info` report the kernels and plans that really run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_kernel_named_is_the_kernel_that_ran(name: str, isa: str) -> None:
 def test_the_plan_of_packed_input_is_what_runs(
     name: str, lengths: tuple[int, ...], threads_count: int, isa: str, threads: Callable[[int], None]
 ) -> None:
-    """A packed call has the rows that its lengths sum to, not steps times sequences: the plan goes by the former."""
+    """A packed call has as many rows as the sum of its lengths, not steps times sequences, and the plan uses that."""
     if isa == "reference":
         pytest.skip("nothing is planned on the reference path")
     threads(threads_count)
@@ -78,7 +78,7 @@ def test_the_plan_of_packed_input_is_what_runs(
 
 
 def test_packed_and_padded_plans_differ_somewhere(isa: str, threads: Callable[[int], None]) -> None:
-    """Else the test above could not tell by which rows the plan goes."""
+    """The two plans must differ for some call; otherwise the test above could not tell which number of rows is used."""
     if isa == "reference":
         pytest.skip("nothing is planned on the reference path")
     threads(2)
@@ -94,7 +94,7 @@ def test_one_entry_for_each_layer_of_the_stack() -> None:
     layer.weight_ih_l1.requires_grad_(True)
     explanation = dlkernels.explain(layer, torch.randn(5, 3, 8))
     assert [entry.name for entry in explanation.layers] == ["layer 0", "layer 1", "layer 2"]
-    # What stands above a recorded layer is recorded too.
+    # A layer above one that requires a gradient requires one too.
     assert [entry.grad for entry in explanation.layers] == [False, True, True]
     text = str(explanation)
     assert text.startswith("LSTM(8, 16, proj_size=4, num_layers=3, bidirectional=True)\n")

@@ -1,5 +1,5 @@
-"""Programs that write to `_flat_weights` or exchange weights by name, against torch.nn: each use is a function that is
-applied to torch's layer and to ours."""
+"""Programs that write to `_flat_weights` or replace weights by name affect our layers as they affect torch.nn's. Each
+use is a function that is applied to torch's layer and to ours."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_flat_weights_are_those_of_torch(name: str, use: Callable[[Any], None]) 
     expected, result = flat(theirs(x))[0], flat(ours(x))[0]
     assert expected.requires_grad == result.requires_grad
     if expected.requires_grad:
-        expected.sum().backward(retain_graph=True)  # a dropped weight was computed once, for several calls
+        expected.sum().backward(retain_graph=True)  # weight drop computed the weight once for several calls
         result.sum().backward(retain_graph=True)
     for want, got in zip(theirs.parameters(), ours.parameters(), strict=True):
         assert (want.grad is None) == (got.grad is None)

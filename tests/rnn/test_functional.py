@@ -1,4 +1,4 @@
-"""The stateless forms: against torch.nn, dropout masks, autocast, arguments."""
+"""Tests the stateless functions: results against torch.nn, dropout masks, autocast and wrong arguments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def flat(out: Any) -> list[Tensor]:
 
 
 def both(mode: str, x: Tensor, hx: Any = None, batch_sizes: Tensor | None = None, **options: Any) -> Any:
-    """(torch.nn's outputs, ours) for the same random numbers."""
+    """Returns torch.nn's outputs and ours for the same random numbers."""
     module, function, constructor, own = LAYERS[mode]
     layer = module(I, H, **constructor, **options)
     torch.manual_seed(7)
@@ -73,7 +73,7 @@ def test_layers_equal_torch_for_the_same_seed(mode: str, form: str, dropout: flo
 
 @pytest.mark.parametrize("batch_first", (False, True))
 def test_dropout_mask_is_torchs_bit_for_bit(batch_first: bool) -> None:
-    # Everything behind the mask is linear in it: identity weights make the second layer show the mask itself.
+    # The second layer has identity weights and no bias, so its output is zero exactly where the mask is.
     eye, zero = torch.eye(4), torch.zeros(4, 4)
     weights = [eye, zero, eye, zero]
     x = torch.rand((8, 16, 4) if batch_first else (16, 8, 4)) + 0.5
@@ -144,7 +144,7 @@ def test_autocast_decides_the_dtype(mode: str) -> None:
     x = torch.randn(T, B, I, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = flat(function(x, None, layer._flat_weights, num_layers=2, **own))
-    # As in torch: LSTM (by oneDNN) and RNN return autocast's dtype, GRU that of its state, here float32.
+    # As in torch, LSTM (by oneDNN) and RNN return autocast's dtype, and GRU returns its state's dtype, here float32.
     assert {tensor.dtype for tensor in out} == {torch.float32 if mode == "gru" else torch.bfloat16}
     cast = [weight.bfloat16() for weight in layer._flat_weights]
     rounded = function(x.bfloat16(), None, cast, num_layers=2, **own)[0]
@@ -153,7 +153,7 @@ def test_autocast_decides_the_dtype(mode: str) -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
     assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
     wide = layer.double()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # as linear: float64 is left alone
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as with torch's linear, float64 stays float64
         assert function(x.double(), None, wide._flat_weights, num_layers=2, **own)[0].dtype == torch.float64
 
 
@@ -162,7 +162,7 @@ def test_autocast_of_cells() -> None:
     x = torch.randn(B, I)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         h, c = functional.lstm_cell(x, (torch.randn(B, H), torch.randn(B, H)), *cell.parameters())
-    assert h.dtype == c.dtype == torch.float32  # as the state
+    assert h.dtype == c.dtype == torch.float32  # the dtype of the state
     (h.sum() + c.sum()).backward()
     assert cell.weight_hh.grad is not None and cell.weight_hh.grad.dtype == torch.float32
 

@@ -1,5 +1,5 @@
-"""Random configurations against float64, counted: at least 2,000 distinct ones, not one disagreement. An
--O0 build gets half of them."""
+"""Compares at least 2,000 distinct random configurations with float64; none may disagree. An -O0 build runs half of
+them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.instruction_sets import available_isas, optimised, use_isa
 from tests.support.layer_cases import DTYPES, MODES, Case, check_case, second_looks
 from tests.support.settings import deterministic_algorithms, num_threads
 
-# Without the optimiser, a build that grid, interactions and threads go through as well, half of them is enough.
+# Half of them is enough for an -O0 build, which test_grid, test_interactions and test_threads test as well.
 REQUIRED = 2000 if optimised() else 1000
 EXAMPLES = REQUIRED * 13 // 10  # hypothesis may draw a configuration twice
 ISAS = available_isas()
@@ -43,7 +43,7 @@ def cases(
         hidden = max(2, hidden)
         proj = draw(st.integers(1, hidden - 1))
     form = draw(st.sampled_from(["full", "lengths", "packed"]))
-    # Packing has no length 0; with lengths= it is legal.
+    # A length of 0 is allowed with lengths=, but not in a PackedSequence.
     lengths = (
         None if form == "full" else tuple(draw(st.lists(st.integers(form == "packed", t), min_size=b, max_size=b)))
     )
@@ -69,7 +69,7 @@ LARGER = cases(
     sizes=st.sampled_from([31, 32, 48, 63, 64, 65, 100, 128, 130]),
     steps=st.integers(1, 20),
     batches=st.sampled_from([1, 2, 3, 7, 8, 15, 16, 17, 31, 40]),
-    cuts=(0, 0, 0, 0, 7),  # the oracle of cut gradients is slow
+    cuts=(0, 0, 0, 0, 7),  # the oracle of truncated gradients is slow
 )
 
 
@@ -79,10 +79,10 @@ def check(case: Case, setting: Setting) -> None:
 
 
 def run(strategy: st.SearchStrategy[tuple[Case, Setting]], examples: int) -> set[tuple[Case, Setting]]:
-    """Runs at most `examples` of the strategy's configurations and returns those that passed."""
+    """Runs at most `examples` configurations of the strategy and returns those that passed."""
     passed: set[tuple[Case, Setting]] = set()
 
-    # Derandomised and without a database: every run of the suite sees the same configurations.
+    # Every run of the suite tests the same configurations, because the search is derandomised and has no database.
     @settings(
         max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
     )
@@ -117,7 +117,7 @@ def test_larger_configurations() -> None:
 
 
 def test_a_wrong_kernel_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The property has teeth: an error of a few float32 roundings in one gate's gradient makes it fail."""
+    """An error of 64 float32 roundings in the gradient of one weight makes the check fail."""
     from tests.support import layer_cases
 
     honest = layer_cases.run_layer

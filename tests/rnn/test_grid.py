@@ -1,5 +1,5 @@
-"""The 64 combinations of bias, direction, batch_first, contiguity, lengths and layers, forward and backward, in every
-dtype, mode and ISA, under the tolerance rule."""
+"""Tests the 64 combinations of bias, direction, batch_first, contiguity, lengths and layers, forward and backward, in
+every dtype, mode and ISA, with the tolerance rule."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMBINATIONS = list(product((True, False), (False, True), (False, True), (True, 
 
 def combination(mode: str, dtype: torch.dtype, index: int, packed: bool = False) -> Case:
     bias, bidirectional, batch_first, contiguous, lengths, layers = COMBINATIONS[index]
-    # Sizes that are no multiple of a vector, nor of each other.
+    # The sizes are not multiples of a vector or of each other.
     return Case(
         mode, T=T, B=B, I=whole_pairs(5), H=whole_pairs(11), P=3 if mode == "lstm_proj" else 0, layers=layers,
         bias=bias, bidirectional=bidirectional, batch_first=batch_first, contiguous=contiguous, lengths=lengths,
@@ -47,7 +47,7 @@ def test_grid(mode: str, dtype: torch.dtype, isa: str) -> None:
     assert not failures, f"{len(failures)} disagreements\n" + "\n".join(failures[:10])
 
 
-# Sizes that fill whole vectors and tiles, cross the block sizes, and leave remainders in each.
+# (T, B, I, H, P). Some sizes fill whole vectors and tiles, some exceed the block sizes, and some leave remainders.
 SHAPES = [
     (20, 1, 24, 64, 0),
     (9, 16, 32, 64, 0),
@@ -56,7 +56,7 @@ SHAPES = [
     (3, 2, 70, 256, 0),
     (40, 5, 1, 1, 0),
     (7, 9, 40, 48, 17),
-    (2, 5, 1100, 8, 0),  # deeper than one part of a product (kPanelDepth)
+    (2, 5, 1100, 8, 0),  # I exceeds the depth of one panel (kPanelDepth)
 ]
 
 

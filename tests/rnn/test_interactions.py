@@ -1,5 +1,6 @@
-"""What meets in a training job and seldom in a test: several threads x several chunks of time x what is frozen x 16
-bits x lengths. Pairs of all of these, each held to torch.nn, to one thread and to the call that wants everything."""
+"""Tests combinations that are common in training jobs: several threads, several chunks of time steps, frozen tensors,
+16-bit types and lengths. The rows cover all pairs of these. Each is compared with torch.nn, with one thread and with a
+call that requires every gradient."""
 
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ from tests.support.layer_cases import (
 
 pytestmark = pytest.mark.layers_only
 
-# A chunk has 384 rows. (T, B): members with sequences of their own, and those that share the hidden units; the last
-# chunk of each is shorter than the others and of an odd number of rows.
+# (T, B). Threads split the rows of the first shape and the hidden units of the second. A chunk has up to 384 rows; the
+# last chunk of these two is shorter than the others and has an odd number of rows. A step of the third has more rows
+# than that, so each of its chunks is one step.
 SHAPES = {"rows": (23, 37), "units": (71, 13), "one_step_chunks": (4, 385)}
 LAYOUTS = ("padded", "batch_first", "lengths", "packed")
-# Whose gradients are wanted; the rest is frozen.
+# The tensors whose gradients are required; the others are frozen.
 WANTED: dict[str, tuple[str, ...]] = {
     "all": ("x", "h0", "c0", "weight", "bias"),
     "x": ("x",),
@@ -57,7 +59,7 @@ def case_of(row: Row) -> Case:
 
 
 def run(case: Case, data: Data, wanted: tuple[str, ...]) -> Results:
-    """Outputs, and the gradients of what is wanted; everything else asks for none."""
+    """Returns outputs and the gradients of the tensors in `wanted`; no other tensor requires a gradient."""
     layer = new_layer(case, data, case.dtype)
     leaves: dict[str, Any] = dict(layer.named_parameters())
     given = {"x": leaf(data.x, case.dtype, True, case.batch_first)}
@@ -139,7 +141,7 @@ def test_these_shapes_are_split_and_cut(
     assert rest % 2 and rest % 16, "the last chunk is to end within a block of rows"
 
 
-# Many short chunks one after the other, so that who runs ahead of a barrier is noticed: what it overwrites was NaN.
+# Calls with many short chunks. A thread that does not wait at a barrier is noticed here, because buffers start as NaN.
 RACES = [
     Case("lstm", T=14, B=384, I=65, H=20),
     Case("gru", T=14, B=384, I=65, H=20, dtype=torch.bfloat16),
@@ -164,10 +166,10 @@ def test_many_chunks_many_times(case: Case, wanted: str, best_isa: str, threads:
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_every_row_counts_in_a_bias(mode: str, count: int, isa: str, threads: Callable[[int], None]) -> None:
-    """The gradient of a bias is the sum of the gate gradients of all rows. Only one row has a gradient here, at each
-    place in turn where blocks and chunks of rows begin and end, the last, odd-sized chunk included."""
+    """The gradient of a bias is the sum of the gate gradients of all rows. Here only one row has a gradient. The test
+    moves it to each row where a block or a chunk begins or ends, including the last chunk, which has an odd size."""
     threads(count)
-    T, B = 5, 129  # chunks of two steps, the last of one: 258, 258 and 129 rows
+    T, B = 5, 129  # three chunks of 2, 2 and 1 steps with 258, 258 and 129 rows
     case = Case(mode, T, B, 3, 6, 4 if mode == "lstm_proj" else 0, hx=False, dtype=torch.float64)
     data = make_data(case)
     ours, theirs = new_layer(case, data, case.dtype), new_layer(case, data, case.dtype, torch.nn)

@@ -1,4 +1,4 @@
-"""What a cell is, in Python and in C++."""
+"""Compares the description of each cell in Python with that in C++."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The layers and cells of dlkernels.nn against torch.nn: constructors, input forms, state, weights of every kind."""
+"""Compares layers and cells of dlkernels.nn with torch.nn: constructors, forms of input, state and kinds of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not sup
 
 
 def pair(name: str, *args: Any, **kwargs: Any) -> tuple[nn.Module, nn.Module]:
-    """torch's module and ours with the same weights, float64 unless told otherwise."""
+    """Returns torch's module and ours with the same weights; the default dtype is float64."""
     kwargs.setdefault("dtype", torch.float64)
     theirs = getattr(nn, name)(*args, **kwargs)
     ours = getattr(dlkernels.nn, name)(*args, **kwargs)
@@ -56,7 +56,7 @@ def grads(module: nn.Module, result: Any, inputs: list[Tensor]) -> list[Tensor]:
 
 
 def compare(theirs: nn.Module, ours: nn.Module, input: Any, hx: Any = None) -> None:
-    """Outputs and every gradient, once training and once without."""
+    """Asserts that outputs and all gradients are equal, and also outputs under no_grad."""
     tensors = [*flatten(input), *([] if hx is None else flatten(hx))]
     expected, got = theirs(input, hx), ours(input, hx)
     assert type(expected) is type(got)
@@ -186,7 +186,7 @@ def test_common_calls_of_cells_go_past_the_checks(name: str, training: bool, mon
 
 @pytest.mark.parametrize("name", CELLS)
 def test_only_what_the_operator_refuses_is_tried_again(name: str) -> None:
-    """Not what user code or the tracer of torch.jit raises on the way."""
+    """A cell repeats a call with all checks only if the operator rejected it, not if user code or the tracer raised."""
     cell = getattr(dlkernels.nn, name)(4, 6)
     packed: list[Tensor] = []
 
@@ -206,7 +206,7 @@ def test_only_what_the_operator_refuses_is_tried_again(name: str) -> None:
 @pytest.mark.parametrize("sizes", [(3, 0), (0, 3)])
 def test_cells_of_size_zero(name: str, sizes: tuple[int, int]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # initialising a weight without elements
+        warnings.simplefilter("ignore")  # torch warns about initialising a weight without elements
         theirs, ours = pair(name, *sizes)
     compare(theirs, ours, torch.randn(2, sizes[0], dtype=torch.float64))
 
@@ -303,7 +303,7 @@ class Doubled(nn.Module):
 
 @pytest.mark.parametrize("name", [*LAYERS, *CELLS])
 def test_weights_of_every_kind(name: str) -> None:
-    """Each edit is done to torch's module and to ours; both must notice it."""
+    """Each edit is made to torch's module and to ours, and must change the results of both in the same way."""
     suffix = "_l0" if name in LAYERS else ""
     x = torch.randn(3, 2, 4, dtype=torch.float64) if name in LAYERS else torch.randn(2, 4, dtype=torch.float64)
     h = torch.randn((1, 2, 6) if name in LAYERS else (2, 6), dtype=torch.float64)
@@ -346,7 +346,7 @@ def test_weights_of_every_kind(name: str) -> None:
         for module in (theirs, ours):
             edit(module)
         compare(theirs, ours, x, hx)
-        if edit not in (weight_norm, new_weight_norm):  # those start from the weight as it is
+        if edit not in (weight_norm, new_weight_norm):  # weight norm alone does not change the results
             assert not torch.equal(before, flatten(ours(x, hx))[0]), edit.__name__
         if edit in (parametrized, new_weight_norm):
             assert_same(ours(x, hx), copy.deepcopy(ours)(x, hx))

@@ -1,4 +1,4 @@
-"""Memory of training: linear in the number of steps, no more than torch's; nothing is left behind by a call."""
+"""Training needs memory linear in the number of steps and no more than torch's, and calls leave no memory behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's own sample inputs for its recurrent modules: our layers give the outputs and gradients of torch's."""
+"""With torch's own sample inputs for its recurrent modules, our layers give torch's outputs and gradients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ INFOS = {
 
 
 def samples(info: ModuleInfo, dtype: torch.dtype, training: bool) -> Iterator[ModuleInput]:
-    # The packed samples stand behind a flag that torch's own device tests set.
+    # torch yields its packed samples only with this flag, which its own device tests set.
     packed = {"with_packed_sequence": True} if info.module_cls.__name__ in ("RNN", "GRU") else {}
     torch.manual_seed(0)
     yield from info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training, **packed)
@@ -43,7 +43,7 @@ def test_every_entry_is_there() -> None:
 
 @functools.cache
 def of_torch(name: str, dtype: torch.dtype, training: bool, number: int) -> tuple[torch.nn.Module, Any, Any]:
-    """torch's module for a sample, its results and those in float64: once for all ISAs."""
+    """Returns torch's module for a sample, its results and those in float64, computed once for all ISAs."""
     sample = next(itertools.islice(samples(INFOS[name], dtype, training), number, None))
     module = build(torch.nn, name, sample, dtype, training)
     ref = evaluate(copy.deepcopy(module).double(), sample, torch.float64)
@@ -73,7 +73,7 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype, training: bool, is
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", NAMES)
 def test_structure_of_the_result(name: str, training: bool, isa: str) -> None:
-    """The same nesting, types and shapes as torch's, whatever form the input has."""
+    """Results have torch's nesting, types and shapes for every form of input."""
 
     def describe(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -89,8 +89,7 @@ def test_structure_of_the_result(name: str, training: bool, isa: str) -> None:
 
 
 def with_new_pairs(given: Iterator[ModuleInput]) -> Iterator[ModuleInput]:
-    """Those that bring two arguments of the constructor, or one and the form of the input, together for the first
-    time."""
+    """Yields the samples with a new pair of two constructor arguments, or of one argument and the form of the input."""
     seen: set[Any] = set()
     for sample in given:
         form = [(type(t).__name__, getattr(t, "ndim", None)) for t in sample.forward_input.args]
@@ -134,7 +133,7 @@ def grad_check(name: str, second_order: bool, fast: bool) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name: str, isa: str, best_isa: str) -> None:
-    # Every entry of the Jacobian on the best ISA, a random projection of it on the others.
+    # The full Jacobian is checked on the best ISA, and a random projection of it on the others.
     grad_check(name, second_order=False, fast=isa != best_isa)
 
 

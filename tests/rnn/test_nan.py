@@ -1,4 +1,4 @@
-"""NaN goes where torch.nn lets it go, and from nowhere else: through the cells, and out of padding never."""
+"""NaN and infinity in x spread to the same results as in torch.nn, and values in the padding affect no result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ places = pytest.mark.parametrize(("value", "B", "dtype"), PLACES, ids=str)
 
 
 def pair(table: dict[str, tuple[str, dict[str, Any]]], mode: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Ours and torch's, with the same weights."""
+    """Returns our module and torch's with the same weights."""
     name, options = table[mode]
     ours = getattr(dlkernels.nn, name)(4, 6, dtype=dtype, **options)
     theirs = getattr(torch.nn, name)(4, 6, dtype=dtype, **options)
@@ -79,7 +79,7 @@ def test_cells(mode: str, value: float, B: int, dtype: torch.dtype, isa: str) ->
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("mode", MODES)
 def test_padding(mode: str, value: float, isa: str) -> None:
-    """What stands beyond a sequence's end is read by nobody."""
+    """Elements of x after the end of a sequence affect no result."""
     module, _ = pair(LAYERS, mode, torch.float64)
     lengths = torch.tensor([5, 2, 0, 3])
     x = torch.randn(5, 4, 4, dtype=torch.float64)
@@ -98,7 +98,7 @@ def test_padding(mode: str, value: float, isa: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("mode", [mode for mode in MODES if OP_MODES[mode] == mode])
 def test_padding_under_transforms(mode: str, value: float) -> None:
-    """vmap(grad), grad(vmap) and jacrev: the formulas that transforms take make no product with padding either."""
+    """The formulas used under vmap(grad), grad(vmap) and vmap(jacrev) do not multiply with padding either."""
     module, _ = pair(LAYERS, mode, torch.float64)
     weights = list(module._flat_weights)
     lengths = torch.tensor([4, 1, 0, 3])

@@ -1,4 +1,4 @@
-"""What the operators refuse when they are called directly, past the checks of the Python layers."""
+"""Tests which arguments the operators reject when they are called directly, without the checks of the Python layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators themselves, called without autograd: torch's own checks of custom operators, values."""
+"""Calls the operators without autograd: torch's own checks of custom operators, and values."""
 
 from __future__ import annotations
 
@@ -29,16 +29,13 @@ def assert_close(actual: Tensor, expected: Tensor, what: str = "") -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10, msg=lambda text: f"{what}: {text}")
 
 
-# torch.library.opcheck
-
-
 @variants
 @layouts
 @directions
 @OPCHECK
 def test_opcheck_forward(mode: str, proj: int, layout: str, bidirectional: bool) -> None:
     call = Call(mode, proj, bidirectional, layout)
-    # Of `saved` the padding rows are not defined, so opcheck, which compares two runs, is not shown them.
+    # The padding rows of `saved` are undefined and opcheck compares two runs, so `saved` is left out with lengths.
     call.args["save"] = layout != "lengths"
     torch.library.opcheck(op(mode), tuple(call.args.values()))
 
@@ -74,9 +71,6 @@ def test_opcheck_cell(mode: str, full: bool) -> None:
 def test_opcheck_pack(mode: str, proj: int, bidirectional: bool) -> None:
     call = Call(mode, proj, bidirectional)
     torch.library.opcheck(op("pack"), (mode, call.args["weights"], bidirectional))
-
-
-# Values
 
 
 @variants
@@ -133,7 +127,7 @@ def test_packed_weights(mode: str, proj: int) -> None:
     packed = operators.pack(mode, call.args["weights"], True)
     for ours, expected in zip(call.forward(packed=packed), call.forward(), strict=True):
         assert_close(ours, expected)
-    # A buffer that begins off a cache line's boundary, as after loading from a file.
+    # This buffer does not start at the boundary of a cache line, as can happen after loading from a file.
     shifted = torch.cat([packed.new_zeros(1), packed])[1:]
     assert_close(call.forward(packed=shifted)[0], call.forward()[0])
 
@@ -171,7 +165,8 @@ def test_cell_values(mode: str, full: bool) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 @pytest.mark.parametrize("layout", ["padded", "lengths", "packed_h0"])
 def test_truncated_backward(mode: str, proj: int, bidirectional: bool, steps: int, layout: str) -> None:
-    """As if the state had been detached before every step s > 0 of its own direction's order with s % steps == 0."""
+    """The gradients are those of a loop that detaches the state before each step s > 0 with s % steps == 0, where s
+    counts in the direction's own order."""
     call = Call(mode, proj, bidirectional, layout)
     args = call.backward_args(bptt_steps=steps)
     lengths = {"padded": [T] * B, "lengths": list(LENGTHS), "packed_h0": sorted(LENGTHS, reverse=True)}[layout]
@@ -238,7 +233,7 @@ def test_gate_gradients_make_the_weight_gradients(mode: str, proj: int, layout: 
 @variants
 def test_strides_do_not_matter(mode: str, proj: int) -> None:
     def strided(tensor: Any) -> Any:
-        """The same numbers, every second element of a larger tensor with its dimensions reversed."""
+        """Returns the same numbers as every second element of a larger tensor whose dimensions are reversed."""
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dim() == 0:
             return tensor
         larger = torch.full([2 * n for n in reversed(tensor.shape)], torch.nan, dtype=tensor.dtype)
@@ -257,7 +252,7 @@ def test_strides_do_not_matter(mode: str, proj: int) -> None:
     expected = op(f"{mode}_backward")(*args.values())
     for ours, grad in zip(op(f"{mode}_backward")(*all_strided(args)), expected, strict=True):
         assert_close(ours, grad)
-    # Only the last stride of x must be 1; the others are used as they come.
+    # x may have any strides if the last one is 1; it is then not copied.
     x = call.args["x"].transpose(0, 1).contiguous().transpose(0, 1)
     assert_close(call.forward(x=x)[0], call.forward()[0])
     cell = CellCall(mode)
@@ -293,7 +288,7 @@ def test_an_empty_batch(mode: str, proj: int, bidirectional: bool) -> None:
 @variants
 @directions
 def test_sequences_of_no_steps(mode: str, proj: int, bidirectional: bool) -> None:
-    """Lengths of 0: the state goes through, and so does its gradient."""
+    """With lengths of 0 the final state is the initial state, and so are their gradients."""
     call = Call(mode, proj, bidirectional, "lengths")
     none = torch.zeros(B, dtype=torch.int64)
     call.args["lengths"] = none

@@ -1,4 +1,4 @@
-"""PackedSequence input, sorted and not, and the equivalence of the three ways to say that lengths differ."""
+"""Tests sorted and unsorted PackedSequence input and its equivalence to lengths= and to a batch of full length."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_result_is_packed_as_the_input(mode: str, enforce_sorted: bool) -> N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_training_from_a_list_of_sequences(mode: str) -> None:
-    """pack_sequence, a loss on the packed data itself, gradients of the leaves."""
+    """Gradients reach the leaves that pack_sequence packed, from a loss on the packed data."""
     case = case_for(mode, LENGTHS["unsorted"], layers=2, bidirectional=True)
     data = make_data(case)
     results: list[Results] = []
@@ -88,7 +88,7 @@ def test_training_from_a_list_of_sequences(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_lengths_equal_packing(mode: str, deterministic: None) -> None:
-    """Padded with lengths= and packed are the same computation: the same bits."""
+    """Padded input with lengths= and packed input give bit-equal results."""
     case = case_for(mode, LENGTHS["unsorted"], layers=2, bidirectional=True)
     data = make_data(case)
     padded = run_layer(case, data, case.dtype, dlkernels.nn)
@@ -111,7 +111,7 @@ def test_full_lengths_equal_none(mode: str, deterministic: None) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_length_zero(mode: str) -> None:
-    """Outputs 0, the state handed through, and nothing else touched; also when every length is 0."""
+    """A sequence of length 0 has output 0 and its initial state as final state, also if every length is 0."""
     for lengths in ((0, 3, 0, 7, 1), (0, 0, 0), (0,)):
         for hx in (True, False):
             case = case_for(mode, lengths, hx=hx, bidirectional=True, layers=2)
@@ -128,7 +128,7 @@ def test_length_zero(mode: str) -> None:
 @pytest.mark.parametrize("filler", [1e30, float("inf"), float("nan")], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_padding_is_never_read(mode: str, filler: float) -> None:
-    """What stands in the padding of x and of the gradient of y has no influence, whatever it is."""
+    """No value in the padding of x or of the gradient of y changes a result."""
     case = case_for(mode, LENGTHS["unsorted"], bidirectional=True, layers=2)
     data = make_data(case)
     expected = run_layer(case, data, case.dtype, dlkernels.nn)
@@ -155,7 +155,7 @@ def test_lengths_of_either_integer_type(dtype: torch.dtype) -> None:
 
 
 def test_a_batch_that_torch_sorts() -> None:
-    """The states of a packed call follow the order of the batch, not of the sorted data."""
+    """The states of a packed call are in the order of the batch, not of the sorted data."""
     case = case_for("lstm", LENGTHS["ascending"], packed=True)
     data = make_data(case)
     ours, theirs = run_layer(case, data, torch.float32, dlkernels.nn), torch_results(case, data, torch.float32)

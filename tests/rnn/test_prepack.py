@@ -1,4 +1,4 @@
-"""Packed weights are there when asked for and only then; they change no result and never outlive the weights unseen."""
+"""Weights are packed only on request; packed weights change no result and are not used after the weights changed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def infer(layer: torch.nn.Module, case: Case) -> Results:
 
 @pytest.fixture
 def pack_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The modes for which `pack` was called: whoever packs behind the user's back shows here."""
+    """Returns a list of the modes for which `pack` was called, to detect packing that the user did not request."""
     from dlkernels.rnn import operators
 
     calls: list[str] = []
@@ -75,7 +75,7 @@ def test_same_results(mode: str, dtype: torch.dtype, isa: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_same_bits_when_deterministic(mode: str, isa: str, deterministic: None) -> None:
-    # Of a single step the panels are made one by one, unless they are there.
+    # A call of one time step packs panels on the fly unless the weights are prepacked.
     for batch, steps in ((1, 6), (9, 6), (1, 1), (9, 1), (40, 1)):
         case = case_for(mode, B=batch, T=steps)
         layer = new_layer(case, make_data(case), case.dtype)
@@ -83,7 +83,7 @@ def test_same_bits_when_deterministic(mode: str, isa: str, deterministic: None) 
 
 
 def test_the_packed_weights_are_used(native) -> None:
-    """A packed layer leaves its weights alone: here they turn to NaN behind its back, as its documentation says."""
+    """A packed layer does not read its weights: it does not notice NaN written through `.data`, as documented."""
     case = case_for("gru")
     layer = new_layer(case, make_data(case), case.dtype)
     expected = infer(layer, case)
@@ -118,7 +118,7 @@ WRITES = {
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("mode", MODES)
 def test_writes_are_seen_without_prepack(mode: str, write: str) -> None:
-    """No implicit cache: the next call computes with what is in the weights now, however it came there."""
+    """There is no implicit cache: the next call uses the new weights, whichever way they were written."""
     for batch in (1, 9):
         case = case_for(mode, B=batch, layers=1)
         layer = new_layer(case, make_data(case), case.dtype)
@@ -162,7 +162,7 @@ def expected_without_state(case: Case, layer: torch.nn.Module) -> torch.Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_training_after_prepack(mode: str) -> None:
-    """A packed layer still trains: right gradients, and the next inference has the new weights."""
+    """A packed layer still trains: its gradients are right, and the next inference uses the new weights."""
     case = case_for(mode)
     data = make_data(case)
     layer = new_layer(case, data, case.dtype).prepack()
@@ -179,7 +179,7 @@ def test_training_after_prepack(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_another_isa_than_packed_for(mode: str, native) -> None:
-    """Weights packed for one ISA, used under another: packed anew or a clear error, never garbage."""
+    """Weights that were packed for another ISA are packed again or cause a clear error, never wrong results."""
     isas = available_isas()
     if len(isas) < 2:
         pytest.skip("one ISA here")
@@ -205,7 +205,7 @@ def test_another_isa_than_packed_for(mode: str, native) -> None:
 
 
 def test_a_foreign_buffer_is_refused(native) -> None:
-    """The op holds the buffer against the call: another mode, other sizes, half a buffer, a wrong dtype."""
+    """The operator rejects a buffer of another mode, other sizes, a wrong dtype or half the length."""
     from dlkernels.rnn import operators
 
     def weights(mode: str, i: int, h: int) -> list[torch.Tensor]:
@@ -255,7 +255,7 @@ def test_copies_and_pickles(mode: str) -> None:
         for name, value in infer(other, case).items():
             torch.testing.assert_close(value, expected[name])
     assert set(layer.state_dict()) == set(new_layer(case, make_data(case), case.dtype, torch.nn).state_dict())
-    # The deep copy has weights of its own.
+    # The deep copy does not share its weights.
     for parameter in copies[0].parameters():
         parameter.data.zero_()
     assert not torch.equal(infer(copies[0], case)["y"], expected["y"])
@@ -293,11 +293,11 @@ def test_padding_is_not_left_to_chance(mode: str, dtype: torch.dtype) -> None:
 
 
 def test_a_weight_of_another_layer_takes_the_copy_out_of_use(native, isa: str) -> None:
-    """A tensor that was packed elsewhere, or that stands in another place: the copy is of these, in this order."""
+    """The packed copy is not used if a weight was replaced by one of another packed layer or if two were exchanged."""
     case = case_for("gru", layers=1, bidirectional=False)
     data = make_data(case)
     one, other = new_layer(case, data, case.dtype), new_layer(case, data, case.dtype)
-    with torch.no_grad():  # both written to as often, so that no count tells them apart
+    with torch.no_grad():  # both layers have the same versions, so that versions cannot tell them apart
         for layer, factor in ((one, 1.0), (other, 0.5)):
             for parameter in layer.parameters():
                 parameter.mul_(factor)
@@ -310,7 +310,7 @@ def test_a_weight_of_another_layer_takes_the_copy_out_of_use(native, isa: str) -
         expected = run_layer(case, data, case.dtype, torch.nn, grad=False, layer=theirs)
         for key, value in infer(one, case).items():
             torch.testing.assert_close(value, expected[key], msg=lambda m, at=(name, key): f"{at}: {m}")
-    # Both biases have the same shape, so only who they are tells them apart.
+    # Both biases have the same shape, so only their identity tells them apart.
     one.prepack()
     one.bias_ih_l0, one.bias_hh_l0 = one.bias_hh_l0, one.bias_ih_l0
     theirs.load_state_dict(one.state_dict())

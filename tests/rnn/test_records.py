@@ -1,4 +1,4 @@
-"""What the forward saves of each row: narrow slots in calls of 16-bit types."""
+"""Tests the records that the forward saves for each row; calls with 16-bit types have narrow slots in them."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_h_is_saved_as_y_has_it(mode: str, dtype: torch.dtype, hidden: int) -> N
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_dtype_of_products_decides(mode: str) -> None:
-    """As under autocast: x of float32, products of bfloat16 and the other way round."""
+    """x is float32 and products are bfloat16, as under autocast, and the other way round."""
     hidden = 5
     for of_x, product in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
         x, weights = torch.randn(T, B, I).to(of_x), weights_of(mode, hidden, product)
@@ -63,7 +63,7 @@ def test_the_dtype_of_products_decides(mode: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("hidden", (5, 16))
 def test_per_sample_gradients(mode: str, dtype: torch.dtype, hidden: int) -> None:
-    """They come from the records, in Python; one sample after the other they come from the kernels."""
+    """Under vmap, Python computes the gradients from the records; for a single sample the kernels compute them."""
     options = {"nonlinearity": "relu"} if mode == "rnn_relu" else {}
     layer = getattr(dlkernels.nn, LAYERS[mode])(I, hidden, bidirectional=True, **options).to(dtype)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}

@@ -1,4 +1,4 @@
-"""The oracle itself, against torch.nn and against each sequence alone."""
+"""Compares the reference implementation with torch.nn and with each sequence run alone."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_packed_and_lengths_equal_torch_packed(mode: str, bidirectional: bool) -
 
     padding = torch.arange(T)[:, None] >= LENGTHS
     padded = nn.utils.rnn.pad_packed_sequence(y, total_length=T)[0]  # type: ignore[arg-type]
-    x[padding] = float("nan")  # must reach nothing
+    x[padding] = float("nan")  # no result may depend on padding
     ours = reference.sequence(mode, x, h0, c0, weights, None, LENGTHS, bidirectional)
     assert_same(ours, padded, h, c)
 

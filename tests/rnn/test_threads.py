@@ -1,4 +1,4 @@
-"""Threads: every count, several Python threads, another parallel region, OpenMP's limits, fork."""
+"""Tests numbers of threads, calls from several Python threads, calls in a parallel region, OpenMP's limits and fork."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_no_more_members_than_threads(mode: str, native, threads: Callable[[int]
 
 
 def test_several_python_threads(isa: str, deterministic: None) -> None:
-    """Different layers and shapes at once, with torch's own matrix product beside them."""
+    """Different layers and shapes run at once, together with torch's own matrix product."""
     work = [(case, make_data(case)) for mode in MODES for case in cases_of(mode)]
     expected = [run_layer(case, data, case.dtype, dlkernels.nn) for case, data in work]
     left, right = torch.randn(192, 192), torch.randn(192, 192)
@@ -67,7 +67,7 @@ def test_one_layer_from_several_threads(isa: str, deterministic: None) -> None:
         expected = [layer(x)[0] for x in inputs]
 
         def run(index: int) -> None:
-            # Grad mode is thread-local: the pool's threads start with it on.
+            # Grad mode is thread-local and is on in the threads of the pool.
             with torch.no_grad():
                 assert_bit_equal("y", layer(inputs[index % 6])[0], expected[index % 6])
 
@@ -96,7 +96,7 @@ def run_with_prelude(source: str, **env: str) -> str:
 
 
 def test_inside_another_parallel_region() -> None:
-    """torch's OpenMP team is busy: each of its threads runs layers, with backward, from inside the region."""
+    """Each thread of a busy OpenMP team runs layers, with backward, inside the parallel region."""
     output = run_with_prelude(
         """
         torch.mm(torch.ones(300, 300), torch.ones(300, 300))
@@ -144,8 +144,9 @@ def test_openmp_limits(variables: dict[str, str]) -> None:
 
 
 def test_after_fork() -> None:
-    """torch's pool does not survive a fork: the child, of a parent that used it, neither hangs nor is wrong. Torch's
-    own operators hang there when they are large enough for threads, so the child builds and compares without them."""
+    """torch's thread pool does not survive a fork. A child whose parent used the pool must neither hang nor compute
+    wrong results. torch's own operators hang in such a child if they are large enough for threads, so the parent makes
+    the layers and data, and the child compares with numpy."""
     output = run_with_prelude(
         """
         torch.set_num_threads(2)

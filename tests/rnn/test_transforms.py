@@ -1,4 +1,4 @@
-"""The recurrent Functions under vmap and functorch."""
+"""Tests the recurrent Functions under vmap and functorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.differentiated_calls import (
 
 
 def per_sample_grads(case: Any, run: Callable[..., tuple[Tensor, ...]], n: int) -> tuple[Any, Any]:
-    """vmap(grad) over n inputs and states, and the same by a loop over the reference."""
+    """Returns vmap(grad) over n inputs and states, and the same from a loop over the reference."""
     tensors = [t.detach() for t in case.tensors]
     batched = 1 + case.states
     inputs = [torch.randn(n, *t.shape, dtype=t.dtype) for t in tensors[:batched]]
@@ -112,7 +112,7 @@ def test_vmap_over_weights_is_an_ensemble(make: Any) -> None:
 
 @pytest.mark.parametrize("make", (Case, CellCase))
 def test_derivatives_through_per_sample_gradients(make: Any) -> None:
-    """grad(vmap(grad)), by functorch and by plain autograd outside: the gradient of gradient penalties."""
+    """The gradient of a gradient penalty is right, with functorch and with plain autograd as the outer derivative."""
     case = make("gru")
     tensors = tuple(t.detach() for t in case.tensors)
     xs = torch.randn(3, *tensors[0].shape, dtype=torch.float64)

@@ -1,1 +1,1 @@
-"""What the tests of several files share; no test stands here, and none imports another test module."""
+"""Helpers that several test files share. This package contains no tests, and test modules do not import each other."""

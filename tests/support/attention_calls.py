@@ -1,4 +1,4 @@
-"""Cases of attention_oracle.py run by `dlkernels.functional.attention`, and held against float64."""
+"""Runs cases of attention_oracle.py with `dlkernels.functional.attention` and compares the results with float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CAUSAL: dict[int, Any] = {0: False, 1: True, 2: "bottom_right"}
 
 @contextmanager
 def seed_drawn(rng: Tensor | None) -> Iterator[None]:
-    """The dropout mask that the next calls draw."""
+    """Within the block, `functional.attention` uses `rng` as its dropout seed; None leaves it to draw one."""
     drawn = dlkernels.attention.functional.draw_seed
     if rng is not None:
         dlkernels.attention.functional.draw_seed = lambda: rng
@@ -34,7 +34,7 @@ def seed_drawn(rng: Tensor | None) -> Iterator[None]:
 
 
 def arguments(case: Case, data: Data) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(the floating-point tensors by name, the other arguments), in the dtypes and memory layout of the case."""
+    """Returns the tensors by name and the other arguments, in the dtypes and the memory layout of the case."""
     (q, k, v), (mask, slopes, sinks, cu_q, cu_k, *_) = oracle.op_arguments(case, data)
     tensors = {"q": q, "k": k, "v": v, "attn_mask": mask, "alibi_slopes": slopes, "sinks": sinks}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -49,7 +49,7 @@ NAMES = {"q": "dq", "k": "dk", "v": "dv", "attn_mask": "dmask", "alibi_slopes": 
 
 
 def prepare(case: Case, data: Data, grads: bool = True) -> Callable[[], Results]:
-    """What `run` runs, with all its tensors made beforehand."""
+    """Returns the call that `run` makes; all its tensors are made beforehand."""
     tensors, options = arguments(case, data)
     leaves = {
         name: tensor.detach().requires_grad_() if grads and tensor.is_floating_point() else tensor
@@ -71,12 +71,13 @@ def prepare(case: Case, data: Data, grads: bool = True) -> Callable[[], Results]
 
 
 def run(case: Case, data: Data, grads: bool = True) -> Results:
-    """o, lse and every gradient, by `functional.attention`."""
+    """Computes o, lse and, with `grads`, every gradient with `functional.attention`."""
     return prepare(case, data, grads)()
 
 
-# See layer_cases.py: the error of a few values is one throw of the dice. A verdict against us is looked at again, with
-# inputs close by, where our median error has to be within the rule; the one throw may be off by no more than RETRY_CAP.
+# The largest error of a few values is mostly chance, as layer_cases.py explains. If a result breaks the rule, the case
+# is repeated with NEIGHBOURS slightly changed inputs. It passes if our median error is within the rule there and the
+# error of the original inputs is at most RETRY_CAP times the limit.
 NEIGHBOURS = 15
 RETRY_CAP = 4.0
 second_looks: list[str] = []
@@ -87,7 +88,7 @@ def _limit(name: str, measure: float, reference: Tensor, dtype: torch.dtype) -> 
 
 
 def _compared(case: Case, data: Data, ours: Results) -> dict[str, tuple[float, Tensor]]:
-    """Of each result: our error, and the float64 value."""
+    """Returns our error and the float64 value of each result."""
     reference = oracle.run_oracle(case, data, torch.float64)
     assert ours.keys() == reference.keys(), (ours.keys(), reference.keys())
     for name, value in ours.items():
@@ -96,7 +97,7 @@ def _compared(case: Case, data: Data, ours: Results) -> dict[str, tuple[float, T
 
 
 def _measured(case: Case, data: Data, compared: dict[str, tuple[float, Tensor]]) -> dict[str, tuple[float, float]]:
-    """Of each result: our error, and the largest of plain PyTorch's in the case's dtype."""
+    """Returns, for each result, our error and the largest finite error of plain PyTorch in the case's dtype."""
     theirs = oracle.measures(case, data)
     found = {}
     for name, (mine, reference) in compared.items():
@@ -117,16 +118,17 @@ def _neighbours(case: Case, data: Data) -> Iterator[Data]:
 
 
 def check(case: Case, data: Data | None = None) -> Results:
-    """Every result under the tolerance rule; returns ours."""
+    """Asserts that every result keeps the tolerance rule, and returns our results."""
     data = oracle.make_data(case) if data is None else data
     ours = run(case, data)
     compared = _compared(case, data, ours)
-    # The rule takes a tensor's largest error: one lse of 1e30 would excuse all others. Ordinary ones are judged apart.
+    # The rule takes a tensor's largest error, so one lse of 1e30 would excuse all the others. Those below 1e4 are
+    # therefore also compared on their own.
     reference = compared["lse"][1]
     near, bound = reference.abs() < 1e4, 1e-9 if case.dtype == torch.float64 else 1e-4
     torch.testing.assert_close(ours["lse"].double()[near], reference[near], rtol=bound, atol=bound)
     if all(mine <= floor(reference, result_dtype(case, name)) for name, (mine, reference) in compared.items()):
-        return ours  # whatever PyTorch's own error is
+        return ours  # every error is below the floor, so PyTorch's own error does not matter
     nearby: dict[str, tuple[list[float], list[float]]] = {}
     for name, (found, measure) in _measured(case, data, compared).items():
         reference, dtype = compared[name][1], result_dtype(case, name)

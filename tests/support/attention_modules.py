@@ -1,4 +1,4 @@
-"""Attention modules of dlkernels beside torch.nn's: the same weights, the tolerance rule, and what was called."""
+"""Compares attention modules of dlkernels with those of torch.nn, and records which calls they make."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.module_samples import errors_nearby, evaluate
 
 
 def twin(theirs: nn.Module) -> nn.Module:
-    """Ours with the weights of `theirs`."""
+    """Returns our module with the weights of `theirs`."""
     ours = dlkernels.patch(copy.deepcopy(theirs))
     assert dlkernels.patch_report(ours).patched
     assert not dlkernels.patch_report(ours).skipped
@@ -30,7 +30,8 @@ def twin(theirs: nn.Module) -> nn.Module:
 
 
 class Repeated(nn.Module):
-    """A module given some of its arguments several times: `evaluate` makes new tensors, and identity matters here."""
+    """Passes some arguments to a module several times. `evaluate` copies each tensor, but attention modules test
+    whether query, key and value are the same object."""
 
     def __init__(self, module: nn.Module, places: list[int]) -> None:
         super().__init__()
@@ -42,12 +43,12 @@ class Repeated(nn.Module):
 
 
 def check(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype, *args: Any, **kwargs: Any) -> None:
-    """Outputs, and the gradients of all parameters and of all inputs that require them, under the tolerance rule.
+    """Asserts that outputs and gradients of all parameters and of inputs that require them keep the tolerance rule.
 
-    torch's samples have logits up to 1e4, where no network has them, and the rule alone would then ask for more than a
-    softmax can give: the backward makes each probability again from its logit and the row's lse, and both are rounded.
-    torch escapes where one probability is exactly 1. So a gradient may also be off by the rule's multiple of a rounding
-    of the largest logit, relative to the largest gradient, because these cancel.
+    torch's samples have logits up to 1e4, larger than those of any network, and there the rule alone demands more than
+    a softmax can give: the backward recomputes each probability from its logit and the row's lse, and both are rounded.
+    torch has no such error where one probability is exactly 1. A gradient may therefore also be off by the rule's
+    factor times a rounding of the largest logit, relative to the largest gradient, because the gradients cancel.
     """
     distinct = list({id(arg): arg for arg in args}.values())
     if len(distinct) < len(args):
@@ -79,7 +80,7 @@ def check(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype, *args: Any, **
 
 @contextmanager
 def largest_logit() -> Iterator[list[float]]:
-    """A list of one number: the largest scaled product of a query and a key that `functional.attention` is given."""
+    """Yields a list of one number: the largest scaled product of query and key in calls of `functional.attention`."""
     found, original = [0.0], functional.attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
@@ -96,7 +97,7 @@ def largest_logit() -> Iterator[list[float]]:
 
 
 def error_of(call: Callable[[], Any]) -> type[BaseException] | None:
-    """The type of the exception that `call` raises; it must say something."""
+    """Returns the type of the exception that `call` raises, or None; the message must not be empty."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -108,7 +109,7 @@ def error_of(call: Callable[[], Any]) -> type[BaseException] | None:
 
 
 class Spy:
-    """Every call of `functional.attention`: its arguments by name."""
+    """Records the arguments, by name, of every call of `functional.attention`."""
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
@@ -147,6 +148,6 @@ class _Operators(TorchDispatchMode):
 
 @contextmanager
 def operators() -> Iterator[_Operators]:
-    """The operators that run inside, and the elements of the largest buffer that one of them returned."""
+    """Records the operators that run in the block, and the number of elements of the largest buffer they return."""
     with _Operators() as mode:
         yield mode

@@ -1,5 +1,5 @@
-"""Attention at operator level once more: a short PyTorch oracle that works in any dtype, and a description of a call
-(Case) with its data. Nothing here comes from dlkernels."""
+"""A second implementation of the attention operators: a short PyTorch oracle that works in any dtype. A Case describes
+a call, and Data holds its tensors. Nothing here is imported from dlkernels."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A call. mask: which of B, H, M, N are full in its shape ("bhmn", "mn", "n", ...), None = no mask. cu_q, cu_k:
-    lengths of packed sequences. dropout uses `seed`."""
+    """A call. `mask` names the dimensions of [B, H, M, N] that are not 1 in the shape of the mask ("bhmn", "mn", "n",
+    ...); None means no mask. `lengths_q` and `lengths_k` are the lengths of packed sequences. Dropout is seeded from
+    `seed`."""
 
     B: int = 2
     H: int = 2
@@ -30,12 +31,12 @@ class Case:
     dtype: torch.dtype = torch.float32
     mask: str | None = None
     mask_kind: str = "bool"  # bool, own (dtype of q) or float32
-    offset: float = 0.0  # most rows of a mask that is added are this
+    offset: float = 0.0  # if not 0, most rows of a float mask are filled with this value
     causal: int = 0
     window: tuple[int, int] = (-1, -1)
     slopes: str | None = None  # "h" or "bh"
     sinks: bool = False
-    sink: float | None = None  # of the first head
+    sink: float | None = None  # the value of the first head's sink
     softcap: float = 0.0
     scale: float | None = None
     dropout: float = 0.0
@@ -59,7 +60,7 @@ class Case:
 
     @property
     def small(self) -> torch.dtype:
-        """Of slopes and sinks."""
+        """The dtype of slopes and sinks."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
@@ -145,7 +146,7 @@ def _mulhilo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_mask(case: Case, rng: Tensor, b: int, H: int, M: int, N: int) -> Tensor:
-    """[H, M, N]: what dropout keeps, by Philox4x32-10."""
+    """Returns a boolean tensor [H, M, N]: the elements that dropout keeps, drawn with Philox4x32-10."""
     seed, offset = (int(x) for x in rng.tolist())
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     groups = (N + 3) // 4
@@ -166,7 +167,7 @@ def keep_mask(case: Case, rng: Tensor, b: int, H: int, M: int, N: int) -> Tensor
 
 
 def visible_keys(case: Case, M: int, N: int) -> Tensor:
-    """[M, N]: what causal and window let through."""
+    """Returns a boolean tensor [M, N]: the keys that the causal mask and the window leave visible."""
     i, j = torch.arange(M)[:, None], torch.arange(N)
     p = i + (N - M if case.causal == 2 else 0)
     visible = torch.ones(M, N, dtype=torch.bool)
@@ -180,7 +181,7 @@ def visible_keys(case: Case, M: int, N: int) -> Tensor:
 
 
 def scores(case: Case, q: Tensor, k: Tensor, slopes: Tensor | None, mask: Tensor | None) -> Tensor:
-    """[H, M, N] of one sequence, -inf where hidden."""
+    """Returns the scores [H, M, N] of one sequence; those of hidden keys are -inf."""
     H, M, N = q.shape[0], q.shape[1], k.shape[1]
     k = k.repeat_interleave(H // k.shape[0], 0) if k.shape[0] else k
     s = (q @ k.transpose(-1, -2)) * case.softmax_scale
@@ -201,8 +202,9 @@ def scores(case: Case, q: Tensor, k: Tensor, slopes: Tensor | None, mask: Tensor
 
 
 class FlashSoftmax(torch.autograd.Function):
-    """softmax, dropout and the product with v of one sequence as every flash attention has them: o is rounded to
-    `storage`, and delta of the backward is made from it. The measure of what such a backward can be asked for."""
+    """Computes softmax, dropout and the product with v of one sequence as a flash attention does: o is rounded to
+    `storage`, and the backward computes delta from the rounded o. The error of this function measures the accuracy that
+    such a backward can reach."""
 
     @staticmethod
     def forward(
@@ -224,8 +226,9 @@ class FlashSoftmax(torch.autograd.Function):
 
 
 def softmax(s: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of scores [H, M, N]: lse, the probabilities, and what both are made from, the largest score and the sum. Beside a
-    large score the logarithm of a sum is lost, so nothing is made from lse."""
+    """Returns, for scores [H, M, N], lse and the probabilities, and the largest score and the sum that both are
+    computed from. The probabilities are not computed from lse, because the logarithm of the sum is rounded away in it
+    when the largest score is large."""
     logits = s if sink is None else torch.cat([s, sink.to(s.dtype)[:, None, None].expand(*s.shape[:2], 1)], -1)
     top = logits.detach().amax(-1) if logits.shape[-1] else s.new_full(s.shape[:2], -math.inf)
     top = top.masked_fill(top == -math.inf, 0.0)
@@ -255,7 +258,7 @@ def one_sequence(
 
 
 def oracle(case: Case, d: Data, flash: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """o and lse in the dtype of d.q; differentiable."""
+    """Returns o and lse in the dtype of d.q. Both are differentiable."""
     if case.B == 0:
         return d.v.sum() + d.v.new_zeros(0, case.H, case.M, case.Dv), d.q.sum() + d.v.new_zeros(0, case.H, case.M)
     if d.cu_q is None or d.cu_k is None:
@@ -274,7 +277,7 @@ def oracle(case: Case, d: Data, flash: torch.dtype | None = None) -> tuple[Tenso
 
 
 def pooled_map(case: Case, d: Data, rows: int, cols: int) -> Tensor:
-    """[B, H, rows, cols]: what the operator attention_map means."""
+    """Returns [B, H, rows, cols], the definition of the operator attention_map."""
     pictures = []
     for b in range(case.B):
         slopes = None if d.slopes is None else (d.slopes if d.slopes.dim() == 1 else d.slopes[b])
@@ -294,7 +297,7 @@ def leaves(d: Data) -> Results:
 
 
 def cast(d: Data, dtype: torch.dtype) -> Data:
-    """The same values in another dtype; slopes, sinks and float32 masks keep at least float32."""
+    """Returns the same values in another dtype. dlse, slopes and sinks are at least float32; bool masks stay bool."""
     small = torch.float32 if dtype != torch.float64 else torch.float64
 
     def to(t: Tensor | None, to_dtype: torch.dtype) -> Tensor | None:
@@ -310,14 +313,14 @@ def cast(d: Data, dtype: torch.dtype) -> Data:
 def run_oracle(
     case: Case, data: Data, dtype: torch.dtype, grads: bool = True, flash: torch.dtype | None = None
 ) -> Results:
-    """o, lse and the gradients, computed in `dtype`."""
+    """Computes o, lse and the gradients in `dtype`."""
     d = cast(data, dtype)
     variables = {name: t.detach().clone().requires_grad_(grads) for name, t in leaves(d).items()}
     o, lse = oracle(case, dataclasses.replace(d, **variables), flash)
     results = {"o": o.detach(), "lse": lse.detach()}
     if not grads:
         return results
-    # Rows that see nothing have lse = -inf, whose gradient is nobody's.
+    # A row that sees no key has lse = -inf, which has no gradient.
     lse_term = 0.0 if d.dlse is None else (lse.masked_fill(lse == -math.inf, 0.0) * d.dlse.to(lse.dtype)).sum()
     found = torch.autograd.grad((o * d.do.to(o.dtype)).sum() + lse_term, list(variables.values()), allow_unused=True)
     for (name, variable), gradient in zip(variables.items(), found, strict=True):
@@ -326,14 +329,14 @@ def run_oracle(
 
 
 def measures(case: Case, data: Data, grads: bool = True) -> list[Results]:
-    """What plain PyTorch makes of the call in the case's dtype: by its own softmax, and as a flash attention."""
+    """Returns plain PyTorch's results in the case's dtype, once with its own softmax and once as flash attention."""
     compute = torch.float64 if case.dtype == torch.float64 else torch.float32
     flash = run_oracle(case, data, compute, grads, flash=case.dtype)
     return [run_oracle(case, data, case.dtype, grads), {n: t.to(result_dtype(case, n)) for n, t in flash.items()}]
 
 
 def other_orders(case: Case, data: Data) -> Iterator[Results]:
-    """The same call, measured again with every sum in another order: widths permuted."""
+    """Yields `measures` of the same call with D and Dv permuted, which changes the order of every sum over them."""
     for seed in range(6):
         g = torch.Generator().manual_seed(seed)
         d, dv = (torch.randperm(width, generator=g) for width in (case.D, case.Dv))
@@ -350,7 +353,7 @@ def result_dtype(case: Case, name: str) -> torch.dtype:
 
 
 def op_arguments(case: Case, d: Data) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """(q, k, v) and everything after them, in the operators' order and the case's dtypes."""
+    """Returns (q, k, v) and the arguments after them, in the operators' order and the case's dtypes."""
 
     def arrange(t: Tensor) -> Tensor:
         t = t.to(case.dtype)
@@ -365,7 +368,7 @@ def op_arguments(case: Case, d: Data) -> tuple[tuple[Any, ...], tuple[Any, ...]]
         mask = mask.to(torch.float32 if case.mask_kind == "float32" else case.dtype)
     small = (None if t is None else t.to(case.small) for t in (d.slopes, d.sinks))
     lengths = (max(case.lengths_q or (0,)), max(case.lengths_k or (0,)))
-    rules = (case.softmax_scale, case.causal, *case.window, case.softcap, case.dropout)  # what both operators take
+    rules = (case.softmax_scale, case.causal, *case.window, case.softcap, case.dropout)  # both operators take these
     return tuple(map(arrange, (d.q, d.k, d.v))), (mask, *small, d.cu_q, d.cu_k, d.rng, *lengths, *rules)
 
 

@@ -1,6 +1,6 @@
-"""The drop-in contract as a table: the entries of torch.nn that a program may call. Each has torch's module and ours
-with the same weights; test_contract*.py puts every entry through every use. A new layer, cell or operator is held to
-the contract by a line here."""
+"""A table of the modules and functions of torch.nn that dlkernels replaces. An entry makes torch's module and ours with
+the same weights, and test_contract*.py tests every entry in every use. A new layer, cell or operator needs a line
+here."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _patched(module: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Entry:
-    """`theirs(dtype)` is a module of torch's, `swap` makes ours of it, `inputs` draws what both are called with.
+    """`theirs(dtype)` makes torch's module, `swap` makes ours from it, and `inputs` draws the inputs of both.
 
-    keeps_result: ours keeps its result for the backward, so that autograd refuses an edited one;
-    keeps_input: ours keeps its input where torch keeps a copy, so that autograd refuses an edited input.
+    keeps_result: ours saves its result for the backward, so autograd raises an error if the result was edited in place.
+    keeps_input: ours saves its input where torch saves a copy, so autograd raises an error if the input was edited.
     """
 
     name: str
@@ -54,13 +54,13 @@ class Entry:
 
 
 def exactly() -> Any:
-    """torch's attention by matrix products, for values that are to be right: its fused kernel has no second derivative,
-    and loses the sum of a row beside a large maximum."""
+    """Makes torch compute attention by matrix products, for reference values. Its fused kernel has no second derivative
+    and loses the sum of a row when the row's maximum is large."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The floating-point tensors of a result, in order."""
+    """Returns the tensors of a result, in order."""
     if isinstance(result, PackedSequence):
         return [result.data]
     if isinstance(result, Tensor):
@@ -80,7 +80,7 @@ class Packed(nn.Module):
 
 
 class Attend(nn.Module):
-    """scaled_dot_product_attention; `learned` adds a mask that is a parameter."""
+    """Calls scaled_dot_product_attention; `learned` adds a mask that is a parameter."""
 
     def __init__(self, dtype: torch.dtype, learned: bool = False, **options: Any) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ def gradients(module: nn.Module, inputs: tuple[Tensor, ...], loss: Callable[...,
 
 
 def weighted(results: list[Tensor]) -> Tensor:
-    """A scalar to which every element of every result counts differently."""
+    """Returns a scalar in which every element of every result has a different weight."""
     total = results[0].new_zeros(())
     for result in results:
         weights = torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view(result.shape)
@@ -209,7 +209,8 @@ def outcome(run: Callable[[], Any]) -> Any:
 
 
 def compare(ours: Callable[[], Any], theirs: Callable[[], Any], right: Any, kept: bool = False) -> None:
-    """`ours()` is `right`; or both raise the same. `kept`: autograd may refuse what was edited."""
+    """Asserts that `ours()` returns `right` or that both raise the same type of error. With `kept`, ours may raise
+    autograd's error about an edited tensor where torch does not."""
     mine, other = outcome(ours), outcome(theirs)
     if isinstance(mine, Exception):
         if kept:
@@ -223,7 +224,7 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], right: Any, kept
 
 
 def doubles_its_inputs(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """A program that edits what it gave to a module, in place, after the call."""
+    """Edits the inputs of a module in place after the call."""
     copies = [x * 1 for x in inputs]
     results = tensors(module(*copies))
     for x in copies:
@@ -232,5 +233,5 @@ def doubles_its_inputs(module: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def uses_doubled_inputs(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """The same without an edit."""
+    """Computes the same as `doubles_its_inputs` without an edit."""
     return weighted([*tensors(module(*(x * 1 for x in inputs))), *(x * 2 for x in inputs)])

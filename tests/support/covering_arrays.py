@@ -1,4 +1,4 @@
-"""Covering arrays: few combinations in which every pair of values of every two factors comes together."""
+"""Covering arrays: a small set of combinations that contains every pair of values of every two factors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Row = dict[str, Any]
 def pairwise(
     factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool] = lambda row: True, seed: int = 0
 ) -> list[Row]:
-    """Rows that cover every pair which some allowed row has; the same ones in every run. `allowed` also sees rows with
-    two of the factors only, and says then whether these two go together."""
+    """Returns rows that cover every allowed pair of values; the rows are the same in every run. `allowed` is also
+    called with rows of only two factors and then says whether these two values may be combined."""
     generator = random.Random(seed)
     missing = {
         ((a, i), (b, j))

@@ -1,5 +1,5 @@
-"""Calls of recurrent layers and cells as functions of their floating-point tensors, beside the reference, and losses
-of their results."""
+"""Calls of recurrent layers and cells as functions of their floating-point tensors, the same calls of the reference,
+and losses of their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ T, B, I, H, P = 3, 2, 2, 3, 2
 BATCH_SIZES = torch.tensor([2, 2, 1])
 LENGTHS = torch.tensor([1, 3])
 
-# (projection, bias, bidirectional, batch_first, lengths, packed, bptt_steps)
+# The arguments of `Case` by name of the variant.
 VARIANTS = {
     "plain": {},
     "no-bias": {"bias": False},

@@ -1,4 +1,5 @@
-"""Mistakes with what torch.nn does not have, grouped as "argument of function": the message names the argument."""
+"""Wrong arguments of functions that torch.nn lacks. A group is called "argument of function", and the message of the
+error must name the argument."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def functional_options() -> Group:
             f"{at}: {what}": [*weights[:at], bad, *weights[at + 1 :]]
             for at in range(8) for what, bad in bad_values(weights[at].detach()).items()
             if isinstance(bad, torch.Tensor) and bad.dtype == torch.float32 and bad.layout == torch.strided
-            and bad.device.type == "cpu" and not (at == 0 and "dim 1" in what)  # that is as well a wrong input
+            and bad.device.type == "cpu" and not (at == 0 and "dim 1" in what)  # the message may blame the input
         }  # fmt: skip
         yield from calls(f"w {group}", shapes, lambda bad, run=run: run(w=bad))
         layers = {"0": 0, "-1": -1, "3": 3, "1.5": 1.5, "None": None, "str": "2"}
@@ -116,7 +117,7 @@ def cells() -> Group:
         arguments = {"input": x, "w_ih": weights[0], "w_hh": weights[1], "b_ih": weights[2], "b_hh": weights[3]}
         for at, (argument, good) in enumerate(arguments.items()):
             bad_ones = {what: bad for what, bad in bad_values(good).items() if what not in ("sparse", "meta")}
-            if argument == "input":  # other batches, and one sequence alone, are no mistakes without a state
+            if argument == "input":  # x[0] is a valid unbatched input, only hx does not fit it
                 bad_ones = {what: bad for what, bad in bad_ones.items() if what != "rank - 1"}
 
             def replaced(bad: Any, at: int = at, call: Any = call, weights: Any = weights, hx: Any = hx) -> Any:
@@ -124,7 +125,7 @@ def cells() -> Group:
                 args[at if at == 0 else at + 1] = bad
                 return call(*args)
 
-            # What the words for a mistake of size or kind are is for torch's message to say; here: refused, cleanly.
+            # The message follows torch's here, so the test only asks for a clean error ("*" in the name of the group).
             yield from calls(f"* {argument} of functional.{name}_cell", bad_ones, replaced)
 
 
@@ -140,7 +141,8 @@ def tools() -> Group:
 
 
 def operators() -> Group:
-    """Called directly, past every check in Python. Some of these fit together by chance; none may crash."""
+    """Calls the operators directly, without the checks in Python. Some of these calls are valid by chance; none may
+    crash."""
     for mode in ("lstm", "gru", "rnn_relu"):
         for layout in ("padded", "lengths", "packed_h0"):
             call = Call(mode, P if mode == "lstm" else 0, True, layout)

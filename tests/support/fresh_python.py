@@ -1,4 +1,4 @@
-"""Scripts in a fresh interpreter, with an environment of their own."""
+"""Runs scripts in a fresh interpreter, with additional environment variables."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**env: str) -> dict[str, str]:
-    """This process's, in which `dlkernels` and `tests` of this tree are found, and `env`."""
+    """Returns this process's environment plus `env`, with this tree on PYTHONPATH for `dlkernels` and `tests`."""
     paths = [str(ROOT), *filter(None, (os.environ.get("PYTHONPATH"),))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env}
 
 
 def run_python(source: str, timeout: float = 120, **env: str) -> str:
-    """Runs `source` in a fresh interpreter that sees this folder; returns what it printed."""
+    """Runs `source` in a fresh interpreter that can import from this tree, and returns what it printed."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", inspect.cleandoc(source)], capture_output=True, text=True, timeout=timeout,

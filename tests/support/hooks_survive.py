@@ -1,4 +1,4 @@
-"""What `dlkernels.patch` must leave as it was, whichever layer it swaps."""
+"""Checks that `dlkernels.patch` keeps the hooks of a module."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import dlkernels
 
 
 def check_hooks_survive(module: nn.Module, inner: nn.Module, output: Callable[[], Tensor]) -> None:
-    """Hooks of every kind on `module`, those of the forward on its `inner` one, run as before, and handles from before
-    the swap remove them. `output` calls the module on inputs that require a gradient."""
+    """Asserts that hooks run as before the swap and that handles from before the swap still remove them. Forward hooks
+    are registered on `inner`, all others on `module`. `output` calls the module on inputs that require a gradient."""
     calls: list[str] = []
     handles = [
         inner.register_forward_pre_hook(lambda *_: calls.append("pre")),

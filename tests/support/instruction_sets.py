@@ -1,4 +1,4 @@
-"""The instruction sets of this machine: which there are, which have kernels of which family, and one for a block."""
+"""Lists the instruction sets of this machine and those with kernels of each family, and selects one for a block."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 from dlkernels._core import extension
 
 BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-# Kernels of attention alone.
+# These have kernels for attention only.
 WITHOUT_LAYERS = ("amx",)
 
 
 def available_isas() -> list[str]:
-    """What set_isa accepts here, weakest first; DLKERNELS_CPU_ISA caps it."""
+    """Returns the names that set_isa accepts here, weakest first; DLKERNELS_CPU_ISA caps the list."""
     if not extension.HAVE_NATIVE:
         return ["reference"]
     return sorted(extension.native.available_isas(), key=BEST_ISA_LAST.index)
 
 
 def optimised() -> bool:
-    """False with the -O0 build, which `make test-O0` tests."""
+    """Returns False for the -O0 build, which `make test-O0` tests."""
     flags = str(extension.native.build_info().get("flags", "")) if extension.HAVE_NATIVE else ""
     return "-O0" not in flags
 
 
 def isas_to_test(*, layers_only: bool) -> list[str]:
-    """Those of `available_isas` that a test with the fixture `isa` is run on; `layers_only` is its marker."""
+    """Returns the instruction sets on which a test with the fixture `isa` runs; `layers_only` is its marker."""
     return [isa for isa in available_isas() if not (layers_only and isa in WITHOUT_LAYERS)]
 
 
@@ -47,8 +47,8 @@ def use_isa(name: str) -> Iterator[None]:
 def kernels_of(
     isa: str, *, attention: torch.dtype | None = None, layer: torch.dtype | None = None, dot: bool = False
 ) -> str:
-    """The instruction set whose kernels serve `isa` for attention or for a layer of even sizes without a projection, in
-    that dtype: those that multiply bfloat16 have kernels for nothing else."""
+    """Returns the instruction set whose kernels serve `isa` for attention, or for a layer of even sizes without a
+    projection, in that dtype. The sets that multiply bfloat16 have kernels for no other dtype."""
     if isa not in ("avx512_bf16", "amx"):
         return isa
     if attention == torch.bfloat16 and not dot:
@@ -57,5 +57,5 @@ def kernels_of(
 
 
 def whole_pairs(n: int) -> int:
-    """n, or the next even number under the instruction set that takes bfloat16 in pairs, of even sizes alone."""
+    """Returns n, rounded up to an even number under avx512_bf16, whose kernels multiply pairs and need even sizes."""
     return n + n % 2 if extension.native is not None and extension.native.isa() == "avx512_bf16" else n

@@ -1,5 +1,5 @@
-"""One way to describe a recurrent layer's call (Case), to make its data, to run it with torch.nn or with dlkernels, and
-to hold the results against float64. The oracle here is built on torch.nn alone, not on dlkernels.reference."""
+"""Describes a call of a recurrent layer (Case), makes its data, runs it with torch.nn or dlkernels, and compares the
+results with float64. The oracle here uses torch.nn only, not dlkernels.reference."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a layer; `packed`: the lengths come as a PackedSequence, not as lengths=."""
+    """A call of a layer. With `packed` the lengths are passed as a PackedSequence, not as lengths=."""
 
     mode: str
     T: int = 5
@@ -109,7 +109,8 @@ def make_data(case: Case) -> Data:
             name: p.shape
             for name, p in getattr(torch.nn, CLASS_NAMES[case.mode])(**layer_kwargs(case)).named_parameters()
         }
-    # Recurrences that amplify their state amplify the luck of the first roundings too, in torch's result and in ours.
+    # The weights are small enough that the recurrence does not amplify its state. Otherwise it also amplifies the first
+    # rounding errors, in torch's result and in ours, and their comparison is left to chance.
     scale = min(1.0, 1.4 * case.H**-0.5)
     params = {name: draw(*shape, scale=scale) for name, shape in shapes.items()}
     x = draw(case.T, case.B, case.I)
@@ -121,8 +122,8 @@ def make_data(case: Case) -> Data:
             for name, p in params.items()
         }
         if case.dtype in (torch.bfloat16, torch.float16):
-            # A pre-activation near 0 falls to either side with 16-bit rounding, and its gradient is there or not. So
-            # here every sum has terms of one sign: x, h >= 0 and each unit's weights and biases share their sign.
+            # With 16-bit rounding the sign of a pre-activation near 0 is random, and relu's gradient depends on it. To
+            # avoid this, all terms of a sum have one sign: x, h >= 0, and a unit's weights and biases share a sign.
             x, h0 = x.abs(), None if h0 is None else h0.abs()
             sign = torch.rand(case.H, generator=generator) < 0.3
             params = {
@@ -140,7 +141,8 @@ def new_layer(case: Case, data: Data, dtype: torch.dtype, package: Any = dlkerne
 
 
 def leaf(values: Tensor | None, dtype: torch.dtype, contiguous: bool, batch_first: bool = False) -> Tensor | None:
-    """A leaf that wants its gradient; strided in its last dimension and transposed in the others if not contiguous."""
+    """Returns a leaf that requires a gradient. If not `contiguous`, its last dimension has stride 2 and the others are
+    transposed."""
     if values is None:
         return None
     values = values.to(dtype)
@@ -163,7 +165,7 @@ def gradients(case: Case, data: Data, dtype: torch.dtype, outputs: Results, leav
     grads = torch.autograd.grad(
         [o for o, _ in picked], list(leaves.values()), [d.to(dtype) for _, d in picked], allow_unused=True
     )
-    # torch leaves out what no cotangent reaches; for the comparison that is a zero.
+    # torch returns None for a leaf that no cotangent reaches; the comparison needs zeros.
     return {
         f"d{name}": torch.zeros_like(at) if g is None else g
         for (name, at), g in zip(leaves.items(), grads, strict=True)
@@ -173,8 +175,8 @@ def gradients(case: Case, data: Data, dtype: torch.dtype, outputs: Results, leav
 def run_layer(
     case: Case, data: Data, dtype: torch.dtype, package: Any, grad: bool = True, layer: torch.nn.Module | None = None
 ) -> Results:
-    """Outputs and gradients, time-major and padded with zeros whatever the form of the call. torch.nn gets lengths by
-    way of its packed path, dlkernels through lengths= or a PackedSequence, as the case says."""
+    """Returns outputs and gradients, always time-major and padded with zeros. Lengths are passed to torch.nn as a
+    PackedSequence, and to dlkernels as lengths= or as a PackedSequence, depending on the case."""
     ours = package is dlkernels.nn
     more = {"bptt_steps": case.bptt_steps} if case.bptt_steps else {}
     if layer is None:
@@ -206,9 +208,9 @@ def run_layer(
 
 
 def run_torch_alone(case: Case, data: Data, dtype: torch.dtype) -> Results:
-    """What the semantics say, spelt out with torch.nn: every layer, direction and sequence on its own, a sequence cut
-    into pieces of bptt_steps with the state detached between them. Serves lengths of 0 and bptt_steps, where torch.nn
-    has no word for it."""
+    """Computes the defined results with torch.nn: it runs every layer, direction and sequence separately and cuts a
+    sequence into pieces of bptt_steps, with the state detached between them. This is the oracle for lengths of 0 and
+    for bptt_steps, which torch.nn lacks."""
     params = {name: p.to(dtype).requires_grad_() for name, p in data.params.items()}
     x, h0, c0 = leaf(data.x, dtype, True), leaf(data.h0, dtype, True), leaf(data.c0, dtype, True)
     lengths = case.lengths or (case.T,) * case.B
@@ -268,21 +270,23 @@ def _expected(case: Case) -> tuple[Data, Results, Results]:
 
 
 def expected(case: Case) -> tuple[Data, Results, Results]:
-    """The data, torch's results and those in float64, computed once for all ISAs and both forms of lengths."""
+    """Returns the data, torch's results and those in float64, computed once for all ISAs and both forms of lengths."""
     return _expected(dataclasses.replace(case, packed=False))
 
 
-# The error of a tensor of a few values is one throw of the dice: torch may have rounded almost everything right where
-# we are some units off, or the other way round. So a verdict against us is looked at again, with this many inputs close
-# by: our median error has to be within the rule, with torch's median for the measure. What is wrong with a kernel, and
-# not with the throw, is wrong there too. And the one throw may be out of the ordinary by no more than RETRY_CAP.
+# The largest error of a tensor of a few values is mostly chance: torch may have rounded almost every value correctly
+# where we are off by some units, or the other way round. If a result breaks the rule, the case is therefore repeated
+# with NEIGHBOURS slightly changed inputs. It passes if our median error there is within the rule, measured by torch's
+# median error, and if the error of the original inputs is at most RETRY_CAP times the limit. A wrong kernel is wrong
+# for the changed inputs as well.
 NEIGHBOURS = 15
 RETRY_CAP = 4.0
 second_looks: list[str] = []
 
 
 def neighbour(values: Tensor | None, dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
-    """The same problem, rounded otherwise: every value changed by up to 1%, exact in `dtype`, signs and zeros kept."""
+    """Changes every value by up to 1%, so that results round differently. The new values are exact in `dtype` and keep
+    signs and zeros."""
     if values is None:
         return None
     factors = 1 + (torch.rand(values.shape, generator=generator, dtype=torch.float64) - 0.5) / 50
@@ -298,7 +302,7 @@ def neighbours(case: Case, data: Data) -> Iterator[Data]:
 
 
 def errors_nearby(case: Case, data: Data, device: str = "cpu") -> dict[str, tuple[float, float]]:
-    """Our median error and torch's in each result, over neighbours of the case."""
+    """Returns our median error and torch's in each result, over neighbours of the case."""
     ours: dict[str, list[float]] = {}
     theirs: dict[str, list[float]] = {}
     for moved in neighbours(case, data):
@@ -323,8 +327,8 @@ def acceptable_nearby(
 def disagreements(
     case: Case, data: Data, ours: Results, theirs: Results, ref: Results, device: str = "cpu"
 ) -> list[str]:
-    """Where `ours`, made on `device`, breaks the tolerance rule; padding must be exactly 0, which the rule alone would
-    not ask for."""
+    """Lists where `ours`, computed on `device`, breaks the tolerance rule. Padding must be exactly 0, which the rule
+    alone does not demand."""
     assert ours.keys() <= theirs.keys() == ref.keys(), (ours.keys(), theirs.keys(), ref.keys())
     found: list[str] = []
     nearby: dict[str, tuple[float, float]] = {}
@@ -348,7 +352,7 @@ def disagreements(
 
 
 def check_case(case: Case, device: str = "cpu") -> None:
-    """Outputs and every gradient of our layer under the tolerance rule; torch's results are those on the CPU."""
+    """Asserts that outputs and gradients of our layer keep the tolerance rule; torch's results are from the CPU."""
     data, theirs, ref = expected(case)
     ours = run_layer(case, data.to(device), case.dtype, dlkernels.nn)
     found = disagreements(case, data, ours, theirs, ref, device)

@@ -1,4 +1,4 @@
-"""Mistakes that a user can make with each argument of the layers and cells; rnn/test_bad_input.py makes them all."""
+"""Wrong values for each argument of the layers and cells; rnn/test_bad_input.py tests them all."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ T, B, I, H, P, LAYERS = 5, 3, 4, 6, 2, 2
 
 @dataclass(frozen=True)
 class Mistake:
-    """`call(package)` makes it with the classes of that package (torch.nn or dlkernels.nn)."""
+    """`call(package)` makes the wrong call with the classes of that package (torch.nn or dlkernels.nn)."""
 
     name: str
     call: Callable[[Any], Any]
 
 
 def bad_values(good: Any) -> dict[str, Any]:
-    """Instead of a tensor: things that are none, and tensors of the wrong kind, shape aside."""
+    """Returns wrong replacements of the tensor `good`: other objects, and tensors of a wrong shape, dtype or device."""
     values: dict[str, Any] = {
         "list": [[1.0]], "int": 3, "str": "x", "dict": {}, "tuple": (), "bool": True,
         "scalar": torch.tensor(1.0), "empty": torch.empty(0), "sparse": torch.zeros(good.shape).to_sparse(),
@@ -46,7 +46,7 @@ def bad_values(good: Any) -> dict[str, Any]:
     return values
 
 
-# (class, arguments): every layer that has a path of its own.
+# (class, arguments) of every layer that has its own code path.
 LAYER_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
     "lstm_proj": ("LSTM", {"proj_size": P, "bidirectional": True}),
@@ -148,7 +148,7 @@ def constructor_mistakes(name: str) -> Iterator[Mistake]:
             call = arguments.copy()
 
             def construct(package: Any, call: dict[str, Any] = call) -> None:
-                # A nonlinearity that a cell does not know shows when it is called.
+                # A cell rejects an unknown nonlinearity only when it is called.
                 module = getattr(package, name)(**call)
                 module(torch.zeros(2, 3, I) if not cell else torch.zeros(3, I))
 
@@ -179,7 +179,7 @@ def cell_mistakes(name: str) -> Iterator[Mistake]:
 
 
 def weight_mistakes(module: str) -> Iterator[Mistake]:
-    """Parameters that were replaced by something of the wrong kind."""
+    """Replaces each parameter by tensors of a wrong shape, dtype or device."""
     cell = module.endswith("Cell")
     names = (
         ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -225,7 +225,7 @@ def all_mistakes() -> Iterator[tuple[str, Mistake]]:
 
 
 def mistakes_for(package: str) -> Iterator[tuple[str, Mistake]]:
-    """Those of torch.nn's interface, or with "own" those that only dlkernels' can be told."""
+    """Yields wrong calls of torch.nn's interface or, with "own", of what only dlkernels has."""
     if package == "own":
         from tests.support import extension_mistakes
 
@@ -243,8 +243,8 @@ def outcome_of(mistake: Mistake, module: Any) -> dict[str, Any]:
 
 
 def main(package: str) -> None:
-    """Makes every mistake and prints a line of JSON for each. torch's own layers crash on some, so a child of this
-    process makes them; behind a crash another one goes on."""
+    """Makes every wrong call and prints a line of JSON for each. torch's own layers crash on some, so a child process
+    makes the calls; after a crash a new child continues with the next call."""
     module = importlib.import_module("dlkernels.nn" if package == "own" else package)
     warnings.simplefilter("ignore")
     mistakes = list(mistakes_for(package))

@@ -1,4 +1,4 @@
-"""What many calls leave behind, and the settings of the allocator under which a peak tells about one call."""
+"""Checks that repeated calls leave no memory behind, and allocator settings for measuring the peak of one call."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-# glibc's dynamic thresholds would keep freed blocks, and the peak would tell about earlier calls.
+# With glibc's dynamic thresholds freed blocks stay in the process, and a peak would depend on earlier calls.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def leaves_nothing(once: Callable[[], None], first: int, then: int) -> None:
-    """Calls `once` `first` times and twice `then` times more: neither tensors nor the process grow."""
+    """Calls `once` `first` times and then two times `then` times, and asserts that neither the number of tensors nor
+    the resident memory grows."""
 
     def repeat(count: int) -> tuple[int, int]:
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""Layers, cells and attention modules of torch.nn and of ours, small and with the same weights."""
+"""Makes small layers, cells and attention modules of torch.nn and of dlkernels with the same weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dlkernels
 
-# Steps, sequences, features.
+# Numbers of time steps, sequences and features.
 T, B, F = 5, 3, 4
 
 
@@ -47,7 +47,7 @@ def flat(result: Any) -> list[Tensor]:
 
 
 def pair(kind: Kind, how: str) -> tuple[nn.Module, nn.Module]:
-    """torch's and ours, patched or native, with the same weights."""
+    """Returns torch's module and ours with the same weights; ours is patched or from dlkernels.nn, as `how` says."""
     theirs = kind.make(nn)
     if how == "patched":
         return theirs, dlkernels.patch(theirs, copy=True)

@@ -1,4 +1,4 @@
-"""torch's sample inputs for a module, given to one of ours or of torch's: results, gradients, and errors near them."""
+"""Runs a module of ours or torch's on torch's sample inputs, and measures errors for slightly changed inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Nearby = list[list[tuple[float, float]]]
 
 
 def tensors(value: Any) -> list[Tensor]:
-    """The tensors of an argument or a result, in order."""
+    """Returns the tensors of an argument or a result, in order."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, PackedSequence):
@@ -32,7 +32,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 def transform(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`change` applied to every floating-point tensor of an argument."""
+    """Applies `change` to every floating-point tensor of an argument."""
     if isinstance(value, Tensor):
         return change(value) if value.is_floating_point() else value
     if isinstance(value, PackedSequence):
@@ -57,7 +57,7 @@ def build(package: Any, name: str, sample: ModuleInput, dtype: torch.dtype, trai
 
 
 def evaluate(module: torch.nn.Module, sample: ModuleInput, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs, and the gradients of every input and parameter for cotangents that are the same in every dtype."""
+    """Returns outputs and the gradients of every input and parameter, with the same cotangents in every dtype."""
     args, kwargs = cast(sample.forward_input.args, dtype), cast(sample.forward_input.kwargs, dtype)
     outputs = tensors(module(*args, **kwargs))
     generator = torch.Generator().manual_seed(2)
@@ -68,7 +68,7 @@ def evaluate(module: torch.nn.Module, sample: ModuleInput, dtype: torch.dtype) -
 
 
 def errors_nearby(ours: torch.nn.Module, theirs: torch.nn.Module, sample: ModuleInput, dtype: torch.dtype) -> Nearby:
-    """Our median errors and torch's, of outputs and of gradients, over neighbours of the sample."""
+    """Returns the median errors of our outputs and gradients and of torch's, over neighbours of the sample."""
     generator = torch.Generator().manual_seed(3)
 
     def moved(value: Tensor) -> Tensor:

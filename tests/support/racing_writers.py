@@ -1,5 +1,6 @@
-"""Calls whose index tensors another thread writes to meanwhile. `python -m tests.support.racing_writers NAME SECONDS`:
-every call is to end with a result or an exception; the last line printed counts both."""
+"""Makes calls while another thread writes to their index tensors. The program is started with
+`python -m tests.support.racing_writers NAME SECONDS`. Every call must end with a result or an exception, and the last
+line printed counts both."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from dlkernels import functional
 
 # The call, the tensor that changes, and what it is changed to.
 Race = tuple[Callable[[], Tensor], Tensor, list[Tensor]]
-# So many that the other thread has the time to write between a check and a use.
+# MANY is large enough that the other thread can write between a check and a use of the tensor.
 MANY, STEPS, I, H = 4096, 8, 4, 8
 
 
@@ -28,7 +29,7 @@ def batch_sizes() -> Race:
     x, w = torch.randn(64 + STEPS, I, requires_grad=True), weights(3, 2)
     sizes = torch.ones(STEPS, dtype=torch.int64)
     sizes[0] = 65
-    step = sizes[1:2]  # one number of many, so that half of the calls find nothing wrong
+    step = sizes[1:2]  # only one element changes, so that half of the calls find valid values
     absurd = [torch.full_like(step, value) for value in (2**40, -1)]
     return lambda: functional.gru(x, None, w, bidirectional=True, batch_sizes=sizes)[0], step, absurd
 

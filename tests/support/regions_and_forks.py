@@ -1,5 +1,4 @@
-"""What a kernel may find itself in, for the scripts of `fresh_python.run_python`: a busy parallel region, a forked
-child."""
+"""Runs code inside a busy parallel region or a forked child, for the scripts of `fresh_python.run_python`."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import torch
 
 
 def in_parallel_region(body: Callable[[], None]) -> bool:
-    """Runs `body` on two threads of torch's OpenMP team, inside a region. False where torch ships no libgomp."""
+    """Runs `body` on two threads in a parallel region of torch's OpenMP. Returns False if torch ships no libgomp."""
     library = os.path.join(os.path.dirname(torch.__file__), "lib", "libgomp.so.1")
     if not os.path.exists(library):
         return False

@@ -1,4 +1,4 @@
-"""Calls of the operators that the tests start from: arguments by name, and torch's layer with the same weights."""
+"""Valid calls of the recurrent operators, which tests modify, and torch's layer with the same weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def op(name: str) -> Any:
 
 
 def peer(mode: str, proj: int = 0, bidirectional: bool = False, **options: Any) -> torch.nn.RNNBase:
-    """torch's layer of the same kind, in float64."""
+    """Returns torch's layer of the same kind, in float64."""
     options = {"bidirectional": bidirectional, "dtype": torch.float64, **options}
     if mode == "lstm":
         return torch.nn.LSTM(I, H, proj_size=proj, **options)
@@ -29,7 +29,7 @@ def peer(mode: str, proj: int = 0, bidirectional: bool = False, **options: Any) 
 
 
 class Call:
-    """Arguments of the forward operator by name, and of the backward operator that follows it."""
+    """Holds the arguments of the forward operator by name and makes those of the backward operator."""
 
     def __init__(self, mode: str, proj: int = 0, bidirectional: bool = False, layout: str = "padded") -> None:
         self.mode, self.layout, self.directions = mode, layout, 2 if bidirectional else 1

@@ -1,4 +1,4 @@
-"""Small calls of scaled_dot_product_attention, and every mistake that a program can make with one."""
+"""Small inputs for scaled_dot_product_attention, and calls of it with every kind of wrong argument."""
 
 from __future__ import annotations
 

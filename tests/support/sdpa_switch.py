@@ -1,4 +1,4 @@
-"""Whether torch's scaled_dot_product_attention is served by our kernels, and nothing remembered from before a test."""
+"""Tells whether our kernels serve torch's scaled_dot_product_attention, and clears the switch's state for a test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ X = draw(2, 5, E)
 BACKWARD = f"{OURS}_backward"
 
 
-# The kernels go when no other thread may be calling them. pytest-timeout's own thread would be one.
+# The kernels are unregistered only when no other thread exists that may be calling them. pytest-timeout's thread would
+# count as one, so these tests use its signal.
 no_other_thread = pytest.mark.timeout(300, method="signal")
 
 
@@ -33,8 +34,8 @@ def is_registered() -> bool:
 
 @pytest.fixture
 def fresh_switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing is remembered from before, so that leaving takes the kernels away. Threads that other tests left behind,
-    such as those of Inductor, do not call them and do not count."""
+    """Clears the state of earlier tests, so that leaving the last block unregisters the kernels. Threads that other
+    tests left behind, such as Inductor's, do not call the kernels and are not counted."""
     before = _thread._count()
     counted = types.SimpleNamespace(_count=lambda: max(0, _thread._count() - before))
     monkeypatch.setattr(sdpa_operator, "_thread", counted)
@@ -53,7 +54,7 @@ def is_served(function: Callable[[], Any] = lambda: F.scaled_dot_product_attenti
 
 
 def is_served_compiled(function: Callable[[], Any]) -> bool:
-    """As `is_served`, by the profiler: Dynamo refuses dispatch modes."""
+    """Does the same as `is_served` with the profiler, because Dynamo does not support dispatch modes."""
     function()
     with torch.profiler.profile() as profile:
         function()

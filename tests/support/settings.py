@@ -1,4 +1,4 @@
-"""The number of threads and determinism for a block of code."""
+"""Sets the number of threads and determinism for a block of code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls that the planners split among threads in every way they know."""
+"""Calls that cover every way in which the planners split work among threads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from tests.support.attention_oracle import Case as Attention
 from tests.support.layer_cases import Case
 
-# Shapes that the planner would split over rows, over hidden units, and not at all, with and without lengths.
+# The planner splits these shapes over rows, over hidden units, or not at all; half of them have lengths.
 SHAPES = [(6, 32, 24, 48, 16), (12, 1, 32, 256, 64), (3, 2, 4, 6, 2), (8, 5, 64, 192, 32)]
-# Split over rows, over rows and keys, over keys alone, and by packed sequences; serial.
+# The planner splits these over rows, over rows and keys, over keys alone and over packed sequences; the last is serial.
 ATTENTION_CASES = [
     Attention(B=2, H=4, Hkv=2, M=130, N=130, D=32, Dv=32, causal=1),
     Attention(B=1, H=2, Hkv=1, M=70, N=700, D=59, Dv=33, causal=2, mask="mn", mask_kind="own", slopes="h", dropout=0.2),
