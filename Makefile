@@ -1,16 +1,16 @@
-# make bench | make test do everything, from a bare clone. VENV=PATH uses an environment of yours;
-# TORCH_SPEC chooses the torch; ARGS goes to the benchmark or to pytest.
+# `make bench` and `make test` do everything from a bare clone. VENV=PATH uses an environment of yours,
+# TORCH_SPEC chooses the torch, and ARGS is passed to the benchmark or to pytest.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_SPEC ?= torch==2.13.0
 ABI_TORCH_SPEC ?= torch==2.11.0
-# The oldest Triton that the kernels are held to, and the newest.
+# The oldest and the newest Triton with which the kernels are tested.
 TRITON_SPECS ?= triton==3.6.0 triton==3.9.0
 ARGS ?=
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-# A stamp per torch, so that another TORCH_SPEC installs it.
+# Each torch has a stamp of its own, so that another TORCH_SPEC is installed.
 SPEC := $(subst >,-,$(subst <,-,$(subst =,-,$(subst /,-,$(TORCH_SPEC)))))
 ENV_STAMP := $(VENV)/.dlkernels-$(SPEC)
 DEV_STAMP := $(VENV)/.dlkernels-dev
@@ -37,7 +37,8 @@ help:
 
 venv: $(ENV_STAMP)
 
-# torch first: the rest must not choose another. The compiled module is left to `build`, which shows its progress.
+# torch is installed first, so that the other packages do not choose another. `build` compiles the module, because it
+# shows its progress.
 $(ENV_STAMP): pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install '$(TORCH_SPEC)'
@@ -58,7 +59,7 @@ build-O0: $(ENV_STAMP)
 test: build
 	$(PY) -m pytest $(ARGS)
 
-# Values of the kernels: what stands around them is the same Python.
+# Only tests of the kernels' values: the Python code around the kernels is the same in both builds.
 O0_TESTS ?= tests/rnn tests/attention tests/package/test_isa.py
 test-O0: build-O0
 	DLKERNELS_NATIVE=$(O0_NATIVE) $(PY) -m pytest $(O0_TESTS) $(ARGS)
@@ -80,13 +81,13 @@ format: $(DEV_STAMP)
 	$(PY) -m ruff format
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-# The thread sanitizer sees a missing barrier whether or not a result is wrong.
+# The thread sanitizer detects a missing barrier even if no result is wrong.
 native-test:
 	sh tests/native/headers.sh
 	bash tests/native/run.sh asan
 	ISAS=scalar bash tests/native/run.sh tsan
 
-# Hours for all; ARGS='--only gru' narrows it, ARGS=--list shows them.
+# All of them take hours. ARGS='--only gru' selects some, ARGS=--list prints them.
 mutants: build
 	$(PY) tests/mutants/run.py $(ARGS)
 
@@ -96,12 +97,12 @@ cuda-test: build
 abi-check: build
 	$(PY) tests/abi/check.py '$(ABI_TORCH_SPEC)'
 
-# Of the compiled module only the CUDA layers' torch boundary makes use: Triton's interpreter runs on CPU tensors.
+# Only the rung `boundary` of the CUDA layers needs the compiled module: Triton's interpreter runs on CPU tensors.
 gpuless: build
 	$(PY) tests/gpuless/run.py $(TRITON_SPECS) $(ARGS)
 
-# With whatever Python has the CUDA build of torch: make gpu-check PYTHON=/path/to/python. ARGS=--rehearse needs no GPU
-# and proves only that the check itself works.
+# PYTHON must have the CUDA build of torch: make gpu-check PYTHON=/path/to/python. ARGS=--rehearse needs no GPU and
+# shows only that the check itself works.
 gpu-check:
 	$(PYTHON) tests/gpu/check.py $(ARGS)
 

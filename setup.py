@@ -1,4 +1,4 @@
-"""The compiled part of the package; everything else stands in pyproject.toml."""
+"""Builds the compiled part of the package; everything else is declared in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import native  # noqa: E402
 
 
 class BuildNative(build_ext):
-    """One module, compiled by csrc/setup/native.py."""
+    """Compiles the one module by csrc/setup/native.py."""
 
     def build_extension(self, ext: Extension) -> None:
         native.build(Path(self.get_ext_fullpath(ext.name)).resolve())

@@ -1,1 +1,1 @@
-"""What `make bench` and developers measure beyond `python -m dlkernels bench`, whose code this builds on."""
+"""Benchmarks for `make bench` and developers, in addition to `python -m dlkernels bench`, whose code they use."""

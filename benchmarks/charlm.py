@@ -1,8 +1,8 @@
-"""A real job: a character-level language model on Python's own sources, with torch.nn and after `dlkernels.patch`.
+"""Trains a character-level language model on Python's own sources, with torch.nn and after `dlkernels.patch`.
 
 The model is char-rnn's default (two layers of 128, 50 sequences of 50 characters, state carried over), trained with
-Adam. Both models start from the same weights and see the same batches; their steps alternate in short blocks, so
-that the machine's noise meets both.
+Adam. Both models start from the same weights and see the same batches. Their steps alternate in short blocks, so
+that the machine's noise affects both.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import dlkernels
 from dlkernels.bench.cli import Progress
 from dlkernels.bench.machine import headline
 
-# Printable ASCII and newline; everything else is one more character.
+# Printable ASCII and newline; all other characters share one more number.
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = len(ALPHABET) + 1
 
-# Rounding differences grow with every step of training, so curves are compared tightly at the start, and by the
-# mean of the last steps at the end.
+# Rounding differences grow with every step of training. So the curves are compared step by step only at the start,
+# and by the mean of the last steps at the end.
 EARLY_STEPS, EARLY_LIMIT = 20, 1e-3
 FINAL_STEPS, FINAL_LIMIT = 20, 0.02
 
@@ -39,7 +39,7 @@ class Config:
     mode: str = "lstm"
     steps: int = 800
     block: int = 10
-    # Training stops early, at the same step for both models, when it has taken this long.
+    # Training stops early after this time, at the same step for both models.
     seconds: float = 45.0
     batch: int = 50
     length: int = 50
@@ -134,7 +134,7 @@ def train_both(config: Config, convert: Callable[[nn.Module], nn.Module] = patch
         model = CharLM(config)
     twin = convert(copy.deepcopy(model))
     for side in (model, twin):
-        Trainer(copy.deepcopy(side), config).train([batch(0)])  # first-call costs belong to neither
+        Trainer(copy.deepcopy(side), config).train([batch(0)])  # so that the cost of first calls is not measured
     theirs, ours = Trainer(model, config), Trainer(twin, config)
     progress = Progress(config.steps, f"char-LM {config.mode}")
     end = time.monotonic() + config.seconds
@@ -171,11 +171,11 @@ def entry(config: Config, theirs: Trainer, ours: Trainer, tail: Tensor) -> dict[
 
 
 def compare(theirs: list[float], ours: list[float]) -> tuple[bool, str]:
-    """Whether two loss curves tell the same story, and the figures."""
+    """Whether two loss curves agree, and a text with the figures."""
     early = max(abs(a - b) for a, b in zip(theirs[:EARLY_STEPS], ours[:EARLY_STEPS], strict=True))
     final = [statistics.fmean(curve[-FINAL_STEPS:]) for curve in (theirs, ours)]
     drift = abs(final[0] - final[1]) / final[0]
-    # Written so that NaN fails.
+    # A comparison with NaN is False, so NaN does not agree.
     agree = early <= EARLY_LIMIT and drift <= FINAL_LIMIT
     count = min(EARLY_STEPS, len(ours))
     return agree, (

@@ -1,9 +1,9 @@
-"""Two trees of dlkernels against each other, in alternating blocks of one run:
+"""Compares the speed of two trees of dlkernels, in alternating blocks of one run:
 
     python -m benchmarks.compare_trees OLD NEW [--only PART ...] [--attention] [--seconds 0.2] [--rounds 5] [--out FILE]
 
-OLD and NEW are checkouts with a compiled module each. Every tree has a process of its own, which waits while the other
-measures; both run the cases of this checkout. Prints new time over old for each training case of the grid (median of
+OLD and NEW are checkouts, each with a compiled module. Every tree has a process of its own, which waits while the other
+measures. Both run the cases of this checkout. Prints new time over old for each training case of the grid (median of
 the rounds), then their geometric mean and the largest.
 """
 

@@ -1,4 +1,4 @@
-"""What compare_trees and peak_memory share: the options, and the last lines about the ratios of all cases."""
+"""The options and the summary of all ratios that compare_trees and peak_memory share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_chosen(name: str, options: argparse.Namespace) -> bool:
 
 
 def finish(what: str, ratios: Sequence[float], cases: Mapping[str, Any], out: Path | None) -> None:
-    """Prints mean and largest of `ratios`; writes them, the machine and what was measured of each case to `out`."""
+    """Prints the mean and the largest of `ratios`. Writes the mean, the machine and all measurements to `out`."""
     mean = geometric_mean(ratios)
     if mean is not None:
         print(f"{len(ratios)} {what}: geometric mean {mean:.3f}, largest {max(ratios):.3f}")

@@ -3,7 +3,7 @@
     python -m benchmarks.readme benchmarks/results/<machine>/<file>.json ...
     python -m benchmarks.readme --check
 
-The block remembers its files; `--check` fails when it is not what they say.
+The block lists its files. `--check` fails if the block differs from what they give.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OP_ORDER = ("lstm", "gru", "rnn", "lstmcell", "grucell", "rnncell", "attention"
 
 
 def render(docs: dict[str, dict[str, Any]]) -> str:
-    """The block between the markers, from {path: result file}."""
+    """The text between the markers, made from {path: result file}."""
     parts = [f"<!-- from: {' '.join(docs)} -->"]
     for doc in docs.values():
         parts.append(f"{headline(doc['machine'], doc['versions'])} ({doc['date'][:10]}).")
@@ -51,7 +51,7 @@ def _times(value: float | None) -> str:
 
 
 def _regimes(doc: dict[str, Any]) -> str:
-    """Geometric means: op by regime, and the overall one."""
+    """A table of geometric means, operators by regimes, and the overall mean."""
     rated = [e for e in doc["results"] if "speedup" in e and e["case"]["against"] == "torch"]
     rows = [["speed-up over torch", *REGIMES]]
     for op in _OP_ORDER:
@@ -67,7 +67,7 @@ def _regimes(doc: dict[str, Any]) -> str:
 
 
 def _targets(doc: dict[str, Any]) -> str:
-    """One table for the layers, one for attention."""
+    """One table for the layers and one for attention."""
     of_layers = [e for e in doc["results"] if e["case"]["mode"] != "attention"]
     of_attention = [e for e in doc["results"] if e["case"]["mode"] == "attention"]
     parts = []
@@ -82,7 +82,7 @@ def _targets(doc: dict[str, Any]) -> str:
 
 
 def _target_table(entries: Sequence[dict[str, Any]], sizes: str) -> str:
-    """A row per shape and op, a column per use and thread count."""
+    """A row for each shape and op, a column for each use (inference, training) and thread count."""
     cells: dict[tuple[str, str, str, str], dict[tuple[bool, int], str]] = {}
     columns: set[tuple[bool, int]] = set()
     for e in entries:
@@ -126,7 +126,7 @@ def _shape(case: dict[str, Any]) -> str:
 
 
 def _features(case: dict[str, Any]) -> list[str]:
-    """What an attention case has beside its shape."""
+    """The features of an attention case, besides its shape."""
     found = ["causal"] * case["causal"] + ["packed"] * case["packed"]
     found += [{"bool": "bool mask", "bias": "bias", "grad": "trained bias"}[case["mask"]]] if case["mask"] else []
     found += [f"dropout {case['dropout']:g}"] if case["dropout"] else []
@@ -145,7 +145,7 @@ def _title(op: str) -> str:
 
 
 def split(text: str) -> tuple[str, str, str]:
-    """README -> before the block, the block, after it."""
+    """Splits README into the text before the block, the block, and the text after it."""
     before, found_begin, rest = text.partition(BEGIN)
     block, found_end, after = rest.partition(END)
     if not found_begin or not found_end:

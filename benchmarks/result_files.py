@@ -1,4 +1,4 @@
-"""Reading a result file, once it has the shape that it should have."""
+"""Reads result files and checks their structure."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TIMED: _Schema = dict.fromkeys(("theirs_ms", "ours_ms", "speedup", "ratio_of_al
 _TIMED |= dict.fromkeys(("spread", "quartiles", "calls"), list) | {"pairs": int}
 _CHARLM: _Schema = {"mode": str, "config": dict, "threads": int, "steps": int}
 _CHARLM |= {"seconds": dict, "losses": dict, "validation": dict, "agree": bool, "message": str}
-# What only a case whose results agree may carry.
+# Fields that only a case whose results agree may have.
 _CLAIMS = {"speedup": "a speed-up", "spread": "a spread", "ours_ms": "a time of ours", "ratio_of_all": "a ratio"}
 _CHARLM_CLAIM: _Schema = {"speedup": float, "spread": list}
 
 
 def problems(doc: dict[str, Any]) -> list[str]:
-    """What is wrong with a result file; nothing for a good one."""
+    """The errors of a result file; an empty list if it has none."""
     found = _mismatches(doc, _TOP, "file")
     if found:
         return found

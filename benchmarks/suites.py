@@ -1,4 +1,4 @@
-"""The command of `make bench`: the user's command, and with it the character model and the speed targets."""
+"""The command of `make bench`: that of users, extended by the character model and the speed targets."""
 
 from __future__ import annotations
 

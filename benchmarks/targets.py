@@ -1,4 +1,4 @@
-"""The committed speed targets, as speed-ups: torch's time over ours."""
+"""The speed targets to which we commit, as speed-ups: torch's time over ours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layers(threads: Sequence[int] = (1, 2)) -> list[LayerCase]:
             made += both(mode, shape, 0.95, 0.95)
     for mode in MODES:
         packed = LayerCase(mode, 32, 1000, 64, 64, training=True, packed=True, target=15.0)
-        # At most 1.2 times the padded run's time per valid step.
+        # The second target is at most 1.2 times the padded run's time per valid step.
         made += [packed, dataclasses.replace(packed, against="padded", target=1 / 1.2)]
     return [dataclasses.replace(case, threads=count) for case in made for count in threads]
 
@@ -38,7 +38,7 @@ def attention(threads: Sequence[int] = (1, 2)) -> list[AttentionCase]:
     made.append(AttentionCase(1, 8, 1024, 128, dtype="bfloat16", target=1.1))
     for dtype, goal in (("bfloat16", 2.0), ("float32", 1.1)):
         made += [train(*shape, dtype=dtype, target=goal) for shape in (*SQUARE, (8, 12, 197, 64))]
-    # What torch has for the general case only.
+    # torch runs these by its general path only, without a fused kernel.
     made += [train(*first, dropout=0.1, target=2.0), train(*first, mask="grad", target=2.0)]
     made += [AttentionCase(*first, Dv=32, training=training, target=2.0) for training in (False, True)]
     made += [dataclasses.replace(DECODE, dtype=dtype, target=2.0) for dtype in ("float32", "bfloat16")]

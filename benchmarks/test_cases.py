@@ -1,6 +1,6 @@
-"""The grid under pytest-benchmark, for comparing two commits: see docs/benchmarks.md.
+"""Runs the grid under pytest-benchmark, to compare two commits: see docs/benchmarks.md.
 
-Results are checked by the tests and by `python -m dlkernels bench`.
+No results are checked here; the tests and `python -m dlkernels bench` do that.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The process of compare_trees that measures one tree, which stands in PYTHONPATH: run by its path, not as a module.
+"""The process of compare_trees that measures one tree. It imports that tree by PYTHONPATH, so it is run by its path and
+not as a module.
 
-Reads lines "case seconds" and answers each with the seconds that a call takes.
+Reads lines "case seconds" from the standard input and answers each with the median seconds of a call.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ SHAPES = ((1, 8, 1024, 64), (4, 8, 512, 64), (8, 12, 197, 64))
 
 
 def use_the_cases_of_this_checkout() -> None:
-    """Trees of which one has other cases, or other code around them, are compared all the same."""
+    """Replaces the tree's `dlkernels.bench` by that of this checkout, so that both trees run the same cases."""
     folder = Path(__file__).resolve().parents[1] / "dlkernels" / "bench"
     places = [str(folder)]
     spec = importlib.util.spec_from_file_location(

@@ -1,10 +1,11 @@
-"""A small Transformer language model of torch.nn's layers, before and after `dlkernels.patch`.
+"""Trains a small Transformer language model of torch.nn's layers, with and without `dlkernels.patch`.
 
     python examples/text_transformer.py [--steps 40] [--threads 2]
 
-It reads pieces of Python's own sources, of different lengths and therefore padded, and learns to go on with them. Both
-models start from the same weights and see the same batches; their steps alternate, so that what else the machine does
-meets both. Their losses are close, not equal: each draws its own dropout. Takes under a minute on two cores.
+The model learns to continue pieces of Python's own sources, which have different lengths and are therefore padded. Both
+models start from the same weights and see the same batches. Their steps alternate, so that other load on the machine
+affects both. Their losses are close but not equal, because each draws its own dropout. This takes under a minute on two
+cores.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 import dlkernels
 
-# Printable ASCII and newline; everything else is one more character.
+# Printable ASCII and newline; all other characters share one more number.
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 VOCABULARY = len(ALPHABET) + 1
-PAD = VOCABULARY  # one more than the characters
+PAD = VOCABULARY  # the number after those of the characters
 LONGEST, SHORTEST, BATCH = 256, 64, 16
 
 
@@ -57,7 +58,7 @@ def read_sources(length: int) -> Tensor:
 
 
 def batch(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens and, for each, the one that follows; padded behind."""
+    """Tokens [BATCH, length] and the token that follows each of them, padded at the end with PAD."""
     lengths = torch.randint(SHORTEST, LONGEST + 1, (BATCH,), generator=generator)
     starts = torch.randint(len(text) - LONGEST - 1, (BATCH,), generator=generator)
     places = torch.arange(int(lengths.max()) + 1)
@@ -67,7 +68,7 @@ def batch(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, following: Tensor) -> tuple[float, float]:
-    """Loss and seconds."""
+    """Runs one training step and returns its loss and its seconds."""
     begin = time.perf_counter()
     logits = model(tokens)
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), following.flatten(), ignore_index=PAD)
@@ -79,7 +80,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: Tensor, fol
 
 @torch.no_grad()
 def write(model: nn.Module, prompt: str, count: int) -> str:
-    """`prompt` and what the model, at a low temperature, takes to follow."""
+    """`prompt`, continued by `count` characters that are sampled from the model at a low temperature."""
     model.eval()
     tokens = torch.tensor([[ALPHABET.index(character) for character in prompt]])
     for _ in range(count):
@@ -91,7 +92,7 @@ def write(model: nn.Module, prompt: str, count: int) -> str:
 
 @torch.no_grad()
 def picture(model: TextModel, tokens: Tensor, rows: int = 16, cols: int = 32) -> str:
-    """Where the first layer looks, all heads together: a row for queries, from the top on, a column for keys."""
+    """The attention map of the first layer, averaged over the heads: rows are queries, columns are keys."""
     layer = model.encoder.layers[0]
     x = layer.norm1(model.embed(tokens[None]) + model.place.weight[: len(tokens)])
     attention = layer.self_attn
