@@ -150,7 +150,7 @@ PYTHON: tuple[Mutant, ...] = (
            "doesn't match hidden0 batch size", "the message names the first state", TEXTS),
     Mutant("packed-length", RNN + "checks.py",
            'raise RuntimeError("Expected sequence length to be larger than 0 in RNN")\n\n\ndef lengths',
-           "pass\n\n\ndef lengths", "batch_sizes without entries", ("tests/rnn/test_bad_input.py",)),
+           "pass\n\n\ndef lengths", "batch_sizes without entries", ("tests/rnn/test_functional.py",)),
     Mutant("prepack-identity", RNN + "layers.py",
            "if any(now is not then for now, then in zip(weights, self.weights, strict=True)):",
            "if any(now.shape != then.shape for now, then in zip(weights, self.weights, strict=True)):",

@@ -205,6 +205,10 @@ def lstm_arguments() -> tuple[Tensor, Any, list[Any]]:
         ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([3.0])}, RuntimeError, "batch_sizes"),
         ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([1, 3])}, RuntimeError, "batch_sizes"),
         ({"input": torch.randn(4, I), "hx": None, "batch_sizes": torch.tensor([3, 3])}, RuntimeError, "batch_sizes"),
+        (
+            {"input": torch.randn(0, I), "hx": None, "batch_sizes": torch.zeros(0, dtype=torch.int64)},
+            RuntimeError, "Expected sequence length to be larger than 0 in RNN",
+        ),
     ],
     ids=lambda value: None if not isinstance(value, dict) else "-".join(value),
 )  # fmt: skip
