@@ -208,8 +208,9 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
   run_tile(rows, a, K, panel, out, int64_t{panel.vectors} * Vec<C>::size, accumulate, ahead, before);
 }
 
-// Reads rows of `a` that other cores have just written into this core's cache. Plain loads fetch many lines at once; the
-// product, which takes its rows element by element, would wait for one line after the other, and prefetches are slower.
+// Brings rows of `a` that other cores have just written into the cache of this core. Plain loads fetch many lines at
+// once; the product, which takes its rows element by element, would wait for one line after the other, and prefetches
+// are served more slowly.
 template <class C>
 DLK_INLINE void collect(int rows, const C* const* a, int64_t K) {
   for (int r = 0; r < rows; ++r)
