@@ -1,4 +1,4 @@
-// The errors of failed allocations, for code with torch's headers and for the kernels, which have none.
+// The errors of failed allocations, for code with torch's headers and for the kernels, which do not include them.
 #pragma once
 
 #include <cstddef>

@@ -272,10 +272,10 @@ def _write_ninja_file(build_dir: Path, opt: str, cuda: Cuda | None, why_no_cuda:
     assert cxx is not None
     compile_flags, link_flags = _flags(opt, build_dir)
     # Only module.cpp gets the flags that tell what was built, so that nothing else recompiles when that changes.
-    tells = [f'-DDLKERNELS_WHY_NO_CUDA="{why_no_cuda}"']
+    module_flags = [f'-DDLKERNELS_WHY_NO_CUDA="{why_no_cuda}"']
     nvcc, nvflags = [], []
     if cuda:
-        tells = [f'-DDLKERNELS_CUDA_ARCHS="{" ".join(cuda.archs)}"']
+        module_flags = [f'-DDLKERNELS_CUDA_ARCHS="{" ".join(cuda.archs)}"']
         nvcc = [cuda.nvcc, f"-ccbin={cxx[0]}"]
         nvflags = [*nvcc_flags(cuda.archs), "-Xcompiler=-fPIC,-fvisibility=hidden"]
         link_flags += [f"-L{cuda.lib}", "-lcudart_static", "-ldl", "-lrt"]
@@ -283,7 +283,9 @@ def _write_ninja_file(build_dir: Path, opt: str, cuda: Cuda | None, why_no_cuda:
     rules = {".cpp": "compile", ".cu": "compile_cuda"}
     compiles, objects = [], []
     for unit in units(cuda is not None):
-        own = [f"-DDLK_ISA={unit.isa}"] if unit.isa else tells if unit.source == CSRC / "torch" / "module.cpp" else []
+        own = [f"-DDLK_ISA={unit.isa}"] if unit.isa else []
+        if unit.source == CSRC / "torch" / "module.cpp":
+            own = module_flags
         objects.append(_ninja_path(build_dir / unit.object))
         compiles.append(f"build {objects[-1]}: {rules[unit.source.suffix]} {_ninja_path(unit.source)}")
         if own:

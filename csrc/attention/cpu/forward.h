@@ -1,5 +1,6 @@
-// The forward of attention. A task has a block of query rows and goes through the keys in blocks, each
-// for all panels of the rows. If the keys are split, the task that ends last adds up the parts, in order.
+// The forward of attention. A task has a block of query rows and goes through its keys block by block, and
+// through all panels of rows for each of these. If the keys are split, the task that ends last adds up the
+// parts, in order.
 #pragma once
 
 #include "attention/cpu/dot.h"

@@ -15,7 +15,7 @@ class ScoreGradients {
   // What the lanes of a block need.
   struct Rows {
     C *top, *weight;  // as SoftmaxStatistics has them
-    C* delta;         // less the gradient of lse
+    C* delta;         // minus the gradient of lse
     C* slope_sums;    // null = not wanted
     uint32_t* words;  // for dropout
   };

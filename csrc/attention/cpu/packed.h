@@ -30,7 +30,7 @@ DLK_INLINE int64_t size_rounded(int64_t n) {
 
 DLK_INLINE int at_most(int64_t n, int64_t most) { return static_cast<int>(std::clamp<int64_t>(n, 0, most)); }
 
-// Packs rows of a tensor as rows: [rows, whole tiles][ld].
+// Packs rows of a tensor as rows of the left operand: [rows, whole tiles][ld].
 template <class T>
 DLK_NOINLINE void pack_rows(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t ld) {
   for (int64_t r = 0; r < rounded_up(rows, T::kRows); ++r, from += stride, to += ld)
@@ -38,7 +38,7 @@ DLK_NOINLINE void pack_rows(const bf16* from, int64_t stride, int64_t rows, int6
       T::store(T::pairs(from + x, r < rows ? at_most(width - x, T::kWidth) : 0), to + x);
 }
 
-// Packs the transpose of a tensor's rows as rows, which are then the depth: [width, whole tiles][ld].
+// Packs the transpose of a tensor's rows as rows of the left operand: [width, whole tiles][ld].
 template <class T, class C>
 DLK_NOINLINE void pack_transposed(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t ld) {
   const auto count = [&](int64_t r, int64_t x) { return r < rows ? at_most(width - x, T::kSize) : 0; };
@@ -54,7 +54,7 @@ DLK_NOINLINE void pack_transposed(const bf16* from, int64_t stride, int64_t rows
     }
 }
 
-// Packs the rows of a panel as columns: [pair of the width, whole tiles][lanes of the panel].
+// Packs the rows of a panel as columns of the right operand: [pair of the width, whole tiles][lanes of the panel].
 template <class T, class C>
 DLK_NOINLINE void pack_lanes(const Lanes<C>& lanes, const LanePanel& panel, const HeadTensor<const void*>& t,
                              int64_t width, C* to) {
@@ -72,7 +72,7 @@ DLK_NOINLINE void pack_lanes(const Lanes<C>& lanes, const LanePanel& panel, cons
   }
 }
 
-// Packs the rows of a block as the depth of columns: [pair of lanes, whole tiles][ld].
+// Packs the rows of a block as the right operand, with the lanes as its depth: [pair of lanes, whole tiles][ld].
 template <class T, class C>
 DLK_NOINLINE void pack_row_pairs(const Lanes<C>& lanes, const HeadTensor<const void*>& t, int64_t width, C* to,
                                  int64_t ld) {
