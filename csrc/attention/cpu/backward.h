@@ -127,7 +127,7 @@ class AttentionBackward {
   struct Worker {
     Lanes<C> lanes;
     C *q, *grad;            // panels [width][lanes] of q and do; q as rows for dot products
-    C *q_rows, *grad_rows;  // [lane][width]
+    C *q_rows, *grad_rows;  // strips (tile.h), each [lane][width of the strip]
     typename ScoreGradients<C>::Rows rows;
     C* o;                      // a panel of the output
     C *scores, *ds, *damping;  // [key][lanes of the block]
