@@ -1,11 +1,12 @@
-// What one call of attention means, in plain structs: no torch, no Python.
+// The parameters of one call of attention as plain structs, without torch or Python.
 //
-// B sequences, H query heads, Hkv heads of keys and values (H is a multiple of it: head h reads
-// h / (H / Hkv)), M queries, N keys, widths D and Dv. Padded tensors are [B, heads, rows, width].
-// With cu_q and cu_k sequences lie one after the other instead: [heads, rows of all, width], where
-// sequence b has the rows cu[b] .. cu[b + 1]. Strides count elements, the last one is always 1.
+// There are B sequences, H query heads, Hkv heads of keys and values (H is a multiple of Hkv: query
+// head h reads key head h / (H / Hkv)), M queries, N keys, and widths D and Dv. Padded tensors are
+// [B, heads, rows, width]. With cu_q and cu_k the rows of all sequences follow each other instead,
+// [heads, rows, width], and sequence b has the rows cu[b] .. cu[b + 1]. Strides count elements; the
+// last one is always 1.
 //
-// Query i stands at position p = i, or i + N - M with bottom_right (M, N of its own sequence).
+// The position of query i is p = i, or i + N - M with bottom_right (M, N of its own sequence).
 // The compute type is double for f64 and float for every other dtype.
 #pragma once
 
@@ -43,7 +44,7 @@ struct AttentionInputs {
   HeadTensor<const void*> q;   // [B, H, M, D]
   HeadTensor<const void*> k;   // [B, Hkv, N, D]
   HeadTensor<const void*> v;   // [B, Hkv, N, Dv]
-  const int32_t *cu_q, *cu_k;  // [B + 1] from 0, not falling, at most M and N; both null = padded
+  const int32_t *cu_q, *cu_k;  // [B + 1], nondecreasing from 0 to at most M and N; both null = padded
   MaskTensor mask;             // padded only
   const double* slopes;        // ALiBi: [B, H] (slopes_b = H) or [H] (slopes_b = 0); or null
   int64_t slopes_b;
@@ -56,9 +57,10 @@ struct AttentionInputs {
   uint32_t offset;
 };
 
-// What a row's softmax has to be known by to make its probabilities again, [B, H, M] each of the compute type: the
-// score that exponentials count from, in the kernels' own units, and the reciprocal of their sum. Apart, since beside
-// a large score the logarithm of a sum is lost to rounding. Where nothing is seen: +inf and 0.
+// The statistics of each row's softmax from which its probabilities can be computed again, [B, H, M] each, of the
+// compute type. `top` is the score that is subtracted in the exponentials, in the kernels' own units, `weight` the
+// reciprocal of the exponentials' sum. They are not stored as one number, because the logarithm of the sum would be
+// lost to rounding beside a large score. A row that sees nothing has +inf and 0.
 template <class Pointer>
 struct SoftmaxStatistics {
   HeadTensor<Pointer> top, weight;
@@ -67,7 +69,7 @@ struct SoftmaxStatistics {
 struct AttentionForwardParams {
   AttentionInputs in;
   HeadTensor<void*> o;    // [B, H, M, Dv]; data null = not wanted (then shape.Dv is 0)
-  HeadTensor<void*> lse;  // [B, H, M] of the compute type; -inf where nothing is seen; data null = not wanted
+  HeadTensor<void*> lse;  // [B, H, M] of the compute type; -inf for a row that sees nothing; data null = not wanted
   SoftmaxStatistics<void*> stats;
 };
 
@@ -101,13 +103,13 @@ struct AttentionMapParams {
 struct AttentionPlan {
   Isa isa;
   int threads;                              // asked for, at most kMaxMembers
-  enum Kernel : int { tiles, dot } kernel;  // of q and k; the backward has the forward's
+  enum Kernel : int { tiles, dot } kernel;  // multiplies q and k; the backward uses that of the forward
   int64_t block_m;                          // rows of a task; of all query heads that share keys
   int64_t block_n;                          // keys that are multiplied at once
-  int64_t splits;                           // tasks that share the keys of the same rows; depends on sizes only
+  int64_t splits;                           // parts of a row's keys, each in a task; depends on sizes only
 };
 
-// mask_gradient: the backward is to make one.
+// mask_gradient: whether the backward computes the gradient of the mask.
 AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bool backward, bool mask_gradient);
 
 void attention_forward(const AttentionForwardParams& params, const Runtime& runtime);

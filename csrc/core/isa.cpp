@@ -22,12 +22,12 @@ namespace {
 
 std::atomic<bool> g_poison{false};
 
-// What an instruction set may need, as bits.
+// What an instruction set may need from the processor and the operating system, as bits.
 enum Feature : unsigned {
   kAvx2 = 1 << 0,    // with fma and f16c
   kAvx512 = 1 << 1,  // f, dq, bw and vl
   kDots = 1 << 2,    // avx512_bf16
-  kTiles = 1 << 3,   // amx_tile and amx_bf16, granted by the system
+  kTiles = 1 << 3,   // amx_tile and amx_bf16, with the operating system's permission
 };
 
 struct Cpu {
@@ -47,6 +47,8 @@ constexpr Row kRows[] = {
 #include "isas.def"
 #undef DLK_ISA_ROW
 };
+
+static_assert(std::size(kRows) == kIsaCount, "rows are indexed by Isa");
 
 const Row& row(Isa isa) { return kRows[static_cast<int>(isa)]; }
 
@@ -69,8 +71,9 @@ uint64_t xgetbv0() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
-// Linux grants the tiles' state to a process that asks, for all its threads and those it forks. Who will not use them
-// does not ask: a process that has them may not have signal stacks too small for their state.
+// Linux permits the use of tiles only on request; the permission holds for all threads of the process and for the
+// children that it forks. A process that DLKERNELS_CPU_ISA keeps from using tiles does not request it, because a
+// process with the permission may not have signal stacks too small for the tiles' state.
 bool ask_for_tiles() {
 #if defined(__linux__) && defined(DLK_AMX) && !defined(DLK_EMULATE_BF16)
   const char* cap = std::getenv("DLKERNELS_CPU_ISA");
@@ -145,8 +148,9 @@ const Cpu& cpu() {
 
 bool runs_here(const Row& row) { return row.compiled && (row.features & ~cpu().features) == 0; }
 
-// The last row that this process may use; the environment variable names a row that none behind it may pass.
-Isa read_cap() {
+// The last row that this process may use: the processor runs it, and it is not behind the row that DLKERNELS_CPU_ISA
+// names.
+Isa find_best_allowed() {
   const char* name = std::getenv("DLKERNELS_CPU_ISA");
   Isa cap = kRows[std::size(kRows) - 1].isa;
   if (name && *name) {
@@ -163,9 +167,9 @@ Isa read_cap() {
   return best;
 }
 
-// The environment is read once; an error is not remembered.
+// The environment is read once, unless it holds an error: then each call reads it again and throws.
 Isa best_allowed() {
-  static const Isa best = read_cap();
+  static const Isa best = find_best_allowed();
   return best;
 }
 

@@ -1,5 +1,5 @@
-// Which instruction set the kernels use: what the CPU and the OS offer, capped by the
-// environment variable DLKERNELS_CPU_ISA, overridden by set_isa().
+// Selects the instruction set that the kernels use: the best that the CPU and the OS offer, at most the one that the
+// environment variable DLKERNELS_CPU_ISA names. set_isa() overrides the choice.
 #pragma once
 
 #include <string>
@@ -13,16 +13,18 @@ namespace dlk {
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // throws std::invalid_argument naming the valid ones
 
-// Name and presence, as the CPU reports them; "os_*" tells which registers the OS saves, "amx_granted" whether this
-// process asked for the tiles and got them.
+// Names of features and whether the CPU reports them; "os_*" tells which registers the OS saves, "amx_granted" whether
+// this process requested the permission to use tiles and got it.
 const std::vector<std::pair<const char*, bool>>& cpu_features();
 
 std::vector<Isa> compiled_isas();
-std::vector<Isa> available_isas();  // of those, what this machine can run and the environment allows; lowest first
+// The compiled ones that this machine can run and DLKERNELS_CPU_ISA allows, lowest first. Like current_isa() and
+// set_isa() it throws std::invalid_argument if DLKERNELS_CPU_ISA holds an unknown name.
+std::vector<Isa> available_isas();
 
-// The one in force. These throw std::invalid_argument where DLKERNELS_CPU_ISA holds an unknown name.
+// The instruction set in force.
 Isa current_isa();
-void set_isa(Isa isa);  // ... or where isa is not available
-void reset_isa();       // back to the environment and the CPU
+void set_isa(Isa isa);  // throws std::invalid_argument also if `isa` is not available
+void reset_isa();       // back to the choice by environment and CPU
 
 }  // namespace dlk

@@ -1,4 +1,4 @@
-// What a failed allocation says, on the side of torch's headers and on that of the kernels.
+// The errors of failed allocations, for code with torch's headers and for the kernels, which do not include them.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 
 namespace dlk {
 
-// A RuntimeError in Python. Programs look for the first words, which are torch's own.
+// Throws what becomes a RuntimeError in Python. The message begins like that of torch, because programs search for it.
 [[noreturn]] inline void throw_out_of_memory(size_t bytes, const std::string& what) {
   throw std::runtime_error("DefaultCPUAllocator: can't allocate memory: you tried to allocate " +
                            std::to_string(bytes) + " bytes for " + what);

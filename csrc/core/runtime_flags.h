@@ -1,10 +1,10 @@
-// Switches that tests flip and every layer reads.
+// Switches that tests set and all of the code reads.
 #pragma once
 
 namespace dlk {
 
-// Outputs and scratch are filled with 0xff bytes (NaN in every float type) right after
-// allocation, so that a value which was read before it was written shows.
+// If on, outputs and scratch are filled with 0xff bytes (NaN in every float type) right after
+// allocation, so that results show if a value was read before it was written.
 bool poison();
 void set_poison(bool on);
 

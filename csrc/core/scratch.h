@@ -1,8 +1,10 @@
-// Working memory of one call: one block, carved by bump allocation. Small blocks are
-// kept per thread so that a short call costs no malloc. Of larger ones one per process is
-// kept, up to kSpare: the system zeroes every page that it hands out, which costs a call of
-// 10 MB as much as 2 % of its time.
-// Used twice over the same list of take()s: before allocate() they only add up.
+// The workspace of one call: one block of memory, carved by bump allocation. The caller makes
+// the same take() calls twice: before allocate() they only add up the size, after it they
+// return addresses.
+//
+// Blocks of up to kKept bytes are kept per thread, so that a short call needs no malloc. One
+// larger block, of up to kSpare bytes, is kept per process: the system zeroes every page that
+// it hands out, which costs a call with 10 MB up to 2 % of its time.
 #pragma once
 
 #include <atomic>
@@ -32,7 +34,7 @@ class Scratch {
     next_ = base_;
   }
 
-  // count elements on a cache line of their own; null for none (and before allocate()).
+  // Returns `count` elements that begin on a cache line of their own; null if count is 0, and before allocate().
   template <class T>
   T* take(int64_t count) {
     if (count <= 0) return nullptr;
@@ -81,7 +83,7 @@ class Scratch {
       spare().take(&block);
       if (block.size >= wanted) return block;
       std::free(block.memory);
-      // Walks through many megabytes of panels and products would else keep missing the TLB.
+      // Without huge pages, passes over many megabytes of panels and products keep missing the TLB.
       const size_t unit = wanted >= kHugeFrom ? kHugePage : kAlign;
       block.size = (wanted + unit - 1) / unit * unit;
       block.memory = static_cast<char*>(std::aligned_alloc(unit, block.size));
@@ -96,7 +98,8 @@ class Scratch {
     }
   };
 
-  // The kept block. Who finds the lock taken does without: nobody waits, not even after a fork in the wrong moment.
+  // Holds the kept block. A thread that finds the flag set does without the block. So nothing ever waits for the flag,
+  // not even the child of a fork that happened while another thread had set it.
   class Spare {
    public:
     void take(Block* block) {

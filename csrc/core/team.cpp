@@ -22,7 +22,7 @@ void relax() {
 
 std::atomic<int64_t> g_least_patience_us{0};
 
-constexpr int kSpins = 2000;  // some ten microseconds, then leave the core to whoever we wait for
+constexpr int kSpins = 2000;  // about ten microseconds; then the core is left to the threads that are waited for
 
 template <class Ready>
 void spin_then_yield(Ready ready) {
@@ -38,7 +38,7 @@ void spin_then_yield(Ready ready) {
 struct Assembly {
   static constexpr uint32_t kClosed = 0x80000000u;
   std::atomic<uint32_t> tickets{0};  // members so far; the top bit says that the team is closed
-  std::atomic<int64_t> units{0};     // of [0, wanted), covered by the members so far
+  std::atomic<int64_t> units{0};     // how many of [0, wanted) the members so far cover
   std::atomic<int> size{0};          // 0 until the team is closed
   int64_t wanted;
   std::chrono::microseconds patience;

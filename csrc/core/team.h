@@ -1,11 +1,11 @@
-// A team of threads that walks through one call together.
+// A team of threads that runs one call together, with barriers.
 //
-// The members are whatever the runtime's `parallel` really delivers: each range of
-// its callback is one member, however many units it covers, because thread limits,
-// dynamic adjustment and nesting all hand out fewer, longer ranges than were asked
-// for. The first member to arrive waits a bounded time for the rest, then closes the
-// team; who comes later goes home. So the size is only known inside, and results
-// must not depend on it.
+// Each range that the runtime's `parallel` passes to its callback is one member (one
+// thread) of the team, however many units the range covers: thread limits, dynamic
+// adjustment and nesting all lead to fewer and longer ranges than were asked for. The
+// first member to arrive waits a bounded time for the others and then closes the team;
+// a thread that arrives later returns without doing any work. So the size is known only
+// inside the call, and results must not depend on it.
 #pragma once
 
 #include <atomic>
@@ -15,7 +15,7 @@
 
 namespace dlk {
 
-// Reusable barrier: spins briefly (the others are on their own cores as a rule), then yields.
+// A reusable barrier. Waiting threads spin briefly, because the others usually have cores of their own, then yield.
 class Barrier {
  public:
   void wait(int size);

@@ -17,7 +17,13 @@ enum class Isa : int {
 #undef DLK_ISA_ROW
 };
 
-// The instruction set that does what is not a product of bfloat16.
+constexpr size_t kIsaCount = 0
+#define DLK_ISA_ROW(name, features, vectors, bf16) +1
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+    ;
+
+// The instruction set whose Vec does all arithmetic except products of bfloat16.
 constexpr Isa vector_isa(Isa isa) {
   switch (isa) {
 #define DLK_ISA_ROW(name, features, vectors, bf16) \
@@ -40,8 +46,8 @@ constexpr Bf16Products bf16_products(Isa isa) {
   return Bf16Products::as_float;
 }
 
-// How the kernels reach threads. `parallel` calls fn(ctx, begin, end) for ranges
-// that together cover [0, n), from whichever threads it likes, and returns after all.
+// What a call runs on. `parallel` calls fn(ctx, begin, end) for ranges that together
+// cover [0, n), on any threads, and returns when all of these calls have returned.
 struct Runtime {
   Isa isa;
   int threads;

@@ -1,6 +1,7 @@
-// Products against weights as they lie, [N][K] with k contiguous, for one row: lane i of
-// the result is a . w[i]. Nothing is packed, which pays for a single row or a single
-// step. The order of summation differs from the tiles': not for deterministic mode.
+// The GEMV path: products of one row with weights that are not packed, [N][K] with k
+// contiguous. Lane i of the result is a . w[i]. It pays for a single row or a single time
+// step. Its order of summation differs from that of tiles, so deterministic mode does not
+// use it.
 #pragma once
 
 #include "gemm/storage_access.h"

@@ -1,8 +1,8 @@
 // Matrix products outside the recurrence: input projections, input gradients, weight
 // gradients. C[m][n] = sum_k A[m][k] B[k][n] over packed panels of B (panels.h). A panel
-// is fetched into L2 once for a whole block of rows of A, which stream by; where K is so
-// long that a panel would not stay there, in parts. The order of summation over k is
-// fixed: it depends on K alone.
+// is fetched into L2 once for a whole block of rows of A; if K is so long that the panel
+// would not stay in L2, it is taken in parts of kPanelDepth rows. The order of summation
+// over k depends on K alone.
 #pragma once
 
 #include "core/team.h"
@@ -15,8 +15,8 @@ constexpr int kBlockRows = 384;
 constexpr int kTransposedRows = 192;  // both multiples of every tile height and vector size
 constexpr int64_t kPanelDepth = 1024;
 
-// Where a block of A's rows comes from. `rows(m, count, out)` writes count addresses of
-// rows of the compute type, valid until the next call.
+// A source of blocks of A's rows: here rows that are used in place. `rows(m, count, out)`
+// writes the addresses of `count` rows of operands, valid until the next call.
 template <class C, class RowAt>
 struct DirectRows {
   static constexpr int kRows = kBlockRows;
@@ -26,14 +26,13 @@ struct DirectRows {
   }
 };
 
-// True for rows so far apart that those of a tile compete for the same few lines of L1.
+// Whether rows with this stride compete for the same few lines of L1.
 template <class C>
 DLK_INLINE bool collides(int64_t stride) {
   return stride * static_cast<int64_t>(sizeof(C)) % 2048 == 0;
 }
 
-// Rows copied into one block, converted to the operands of the products. K is the number of values in a row, not of
-// pairs.
+// Copies rows into one block and converts them to operands. K is the number of values in a row, not of pairs.
 template <class C, class RowAt>
 struct CopiedRows {
   static constexpr int kRows = kBlockRows;
@@ -49,7 +48,8 @@ struct CopiedRows {
   }
 };
 
-// A is the transpose of src [K][>= m + count], row stride src_ld; where K ends within a pair, 0 fills it up.
+// A is the transpose of src [K][>= m + count], row stride src_ld. With pairs and an odd K the last pair is filled up
+// with 0.
 template <class C>
 struct TransposedRows {
   static constexpr int kRows = kTransposedRows;
@@ -81,7 +81,7 @@ struct TransposedRows {
   }
 };
 
-// Stride of a block's rows of K elements: whole vectors can be stored over the end of each.
+// The stride of a block's rows of K elements: it leaves room to store whole vectors over the end of each row.
 template <class C>
 DLK_INLINE int64_t block_ld(int64_t K) {
   constexpr int64_t kLanes = Vec<C>::size;
@@ -92,12 +92,12 @@ DLK_INLINE int64_t block_ld(int64_t K) {
 struct GemmColumn {
   int64_t panel;
   int vector;
-  int64_t column;  // its first
+  int64_t column;  // the first of its columns
 };
 
-// Rows [m0, m1) by panels [p0, p1). sink(m, GemmColumn, value, n): n <= Vec::size results of row m.
-// out(m, GemmColumn) is where they will go: fetched into the cache while the product is made. Where `direct` is given,
-// [m][ld], whole panels are stored there and the sink gets only the others.
+// Multiplies rows [m0, m1) by panels [p0, p1). sink(m, GemmColumn, value, n) gets n <= Vec::size results of row m.
+// out(m, GemmColumn) is the address where the sink will store them: it is prefetched while the product is computed. If
+// `direct` is given, [m][ld], panels without padding are stored there and the sink gets only the others.
 template <class C, class Rows, class Out, class Sink>
 DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows& a, const Panels<C>& b, Out out,
                      Sink sink, C* direct = nullptr, int64_t ld = 0) {
@@ -115,7 +115,7 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
       const bool whole = direct && shape.valid(p, vectors - 1) == V::size;
       Ahead<C> ahead;
       if (p + 1 < p1) ahead = b.ahead(p + 1, p + 2, block_rows);
-      for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: a product of zeros
+      for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: the results are zeros
         const int64_t depth = shape.K - k < kPanelDepth ? shape.K - k : kPanelDepth;
         for (int r = 0, rows; r < block_rows; r += rows) {
           rows = next_tile(block_rows - r, vectors);
@@ -140,8 +140,8 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
   }
 }
 
-// A member's part of M rows by all panels: by panels when there are enough of them, so that each core streams its own
-// part of B, or makes it; else by rows.
+// A thread's share of M rows by all panels. It is a share of the panels if there are enough of them, so that each core
+// streams its own part of B (or packs it on the fly, if `fresh`), else a share of the rows.
 struct GemmShare {
   int64_t m0, m1, p0, p1;
   GemmShare(const Member& member, int64_t M, const PanelShape& shape, bool fresh)

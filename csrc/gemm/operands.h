@@ -1,17 +1,17 @@
-// Rows of a tensor of any dtype as products take them.
+// Converts rows of a tensor of any dtype to operands of products.
 #pragma once
 
 #include "gemm/tile.h"
 
 DLK_ISA_BEGIN
 
-// Whether products take values of this dtype as they lie.
+// Whether products take values of this dtype without a conversion.
 template <class C>
 DLK_INLINE bool is_operand_type(DType dtype) {
   return kPairs ? dtype == DType::bf16 : is_compute_type<C>(dtype);
 }
 
-// A row of n values as products take it; out must hold whole vectors of items.
+// Converts a row of n values to operands; out must have room for whole vectors of items.
 template <class C>
 DLK_INLINE void load_operands(DType dtype, const void* p, int64_t n, C* out) {
   constexpr int kSize = Vec<C>::size;

@@ -1,4 +1,4 @@
-// Packed right-hand sides for tile.h. A matrix of K rows and N columns lies as panels of
+// Packed right-hand sides for tile.h. A matrix of K rows and N columns is stored as panels of
 // up to four vectors of columns, zero padded to whole vectors; a panel is one or two strips
 // (strip_vectors), each [K][vectors * Vec::size]. Gate panels take one vector per gate for the same hidden units, so
 // that the tile of a panel holds all that the cell equation of those units needs.
@@ -29,21 +29,21 @@ struct PanelShape {
   }
   int64_t offset(int64_t p) const { return p * K * lanes * vectors; }
   int64_t largest() const { return K * lanes * vectors; }
-  // Panel p, which lies at `data`.
+  // Panel p, which is stored at `data`.
   template <class C>
   Panel<C> panel(const C* data, int64_t p) const {
     const int count = vectors_in(p);
     return {data, K * strip_vectors(count) * lanes, count};
   }
-  // Panels [p, q) as far as they exist, to be fetched ahead while `rows` rows are multiplied with as many others:
-  // nothing if that would drive the rows out of L2.
+  // Panels [begin, end) as far as they exist, to be prefetched while `rows` rows are multiplied with as many other
+  // panels. It is empty if the prefetch would displace the rows from L2.
   template <class C>
-  Ahead<C> ahead(const C* base, int64_t p, int64_t q, int64_t rows) const {
-    if (p < 0) p = 0;
-    if (q > count()) q = count();
-    const int64_t elements = 2 * (offset(q) - offset(p)) + rows * K;
+  Ahead<C> ahead(const C* base, int64_t begin, int64_t end, int64_t rows) const {
+    if (begin < 0) begin = 0;
+    if (end > count()) end = count();
+    const int64_t elements = 2 * (offset(end) - offset(begin)) + rows * K;
     if (elements * static_cast<int64_t>(sizeof(C)) > (int64_t{768} << 10)) return {};
-    return {base + offset(p), base + offset(q)};
+    return {base + offset(begin), base + offset(end)};
   }
   // Vector v of row k within a packed panel of `count` vectors.
   int64_t element(int count, int64_t k, int v) const {
@@ -51,7 +51,7 @@ struct PanelShape {
     return ((v / width * K + k) * width + v % width) * lanes;
   }
   int64_t elements() const { return (N + lanes - 1) / lanes * lanes * (gates ? gates : 1) * K; }
-  // Where vector v of panel p begins among the columns, and how many are real.
+  // The column of the matrix at which vector v of panel p begins, and how many columns it has without the padding.
   int64_t column(int64_t p, int v) const { return gates ? v * N + p * lanes : (p * vectors + v) * int64_t{lanes}; }
   int valid(int64_t p, int v) const {
     const int64_t left = N - (gates ? p * lanes : column(p, v));
@@ -59,8 +59,7 @@ struct PanelShape {
   }
 };
 
-// Panel p from w [columns][K], k contiguous: a transposition, block by block. Pairs are moved as the floats they look
-// like.
+// Packs panel p from w [columns][K], k contiguous, by transposing blocks. A pair of bf16 values is moved as one float.
 template <class C>
 DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
   constexpr int kLanes = Vec<C>::size;
@@ -85,7 +84,8 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
   }
 }
 
-// From `rows` rows of N columns each, as many as K has values: row(k) gives the address of row k. Plain panels only.
+// Packs panel p from `rows` rows of N columns, one for each value along K; row(k) returns the address of row k. Plain
+// panels only.
 template <class C, class RowAt>
 DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, int64_t rows, RowAt row, C* panel) {
   const int vectors = shape.vectors_in(p);
@@ -120,7 +120,7 @@ DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype,
   }
 }
 
-// ... or of rows that are computed: value(k, column, n) gives n values of row k.
+// The same from rows that are computed: value(k, column, n) returns n values of row k.
 template <class C, class Value>
 DLK_INLINE void pack_panel_values(const PanelShape& shape, int64_t p, int64_t rows, Value value, C* panel) {
   const int vectors = shape.vectors_in(p);
@@ -141,10 +141,10 @@ DLK_INLINE void pack_panel_values(const PanelShape& shape, int64_t p, int64_t ro
   }
 }
 
-// From w [K][N], n contiguous.
+// Packs panel p from w [K][N], n contiguous.
 template <class C>
 DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
-  constexpr int64_t kAhead = 8;  // rows far apart: no prefetcher follows
+  constexpr int64_t kAhead = 8;  // the hardware's prefetchers do not follow rows that are far apart
   const int64_t row = shape.N * item_size(dtype), width = shape.vectors_in(p) * shape.lanes * item_size(dtype);
   const char* columns = static_cast<const char*>(advance(w, dtype, shape.column(p, 0)));
   const auto at = [&](int64_t k) {
@@ -154,8 +154,8 @@ DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dt
   pack_panel_rows<C>(shape, p, dtype, shape.K * kItemValues, at, panel);
 }
 
-// Where the panels of a right-hand side come from. Weights that serve many products are packed before; for a single
-// one each panel is made when it is wanted, and used while it is in the cache: the whole matrix would go through
+// The panels of a right-hand side. Weights that serve many products are packed beforehand. For a single product each
+// panel is packed on the fly and used while it is in the cache: packing beforehand would move the whole matrix through
 // memory twice more.
 template <class C>
 class Panels {
@@ -167,14 +167,14 @@ class Panels {
       : shape_(shape), pack_(pack), dtype_(dtype), weights_(w), buffer_(buffer) {}
 
   const PanelShape& shape() const { return shape_; }
-  // Valid until the next panel is made in the same buffer.
+  // Valid until the next panel is packed into the same buffer.
   Panel<C> at(int64_t p) const {
     if (packed_) return shape_.panel(packed_ + shape_.offset(p), p);
     pack_(shape_, p, dtype_, weights_, buffer_);
     return shape_.panel<C>(buffer_, p);
   }
-  Ahead<C> ahead(int64_t p, int64_t q, int64_t rows) const {
-    return packed_ ? shape_.ahead(packed_, p, q, rows) : Ahead<C>{};
+  Ahead<C> ahead(int64_t begin, int64_t end, int64_t rows) const {
+    return packed_ ? shape_.ahead(packed_, begin, end, rows) : Ahead<C>{};
   }
 
  private:

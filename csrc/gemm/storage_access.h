@@ -1,6 +1,6 @@
-// Reads and writes of tensors in their storage dtype, as vectors of the compute type.
-// The dtype is a run-time value: a branch per vector, always taken the same way, against
-// one more copy of every algorithm per dtype.
+// Loads and stores of tensors in their storage dtype, as vectors of the compute type.
+// The dtype is a run-time value. It costs a branch per vector, which always goes the same
+// way, and saves a copy of every algorithm for each dtype.
 #pragma once
 
 #include <type_traits>
@@ -24,12 +24,12 @@ DLK_INLINE void* advance(void* p, DType dtype, int64_t elements) {
 template <class C>
 DLK_INLINE Vec<C> load_any(DType dtype, const void* p, int64_t at, int n) {
   if constexpr (std::is_same_v<C, double>) {
-    const double* q = static_cast<const double*>(p) + at;
-    return n == Vec<C>::size ? Vec<C>::load(q) : Vec<C>::load(q, n);
+    const double* from = static_cast<const double*>(p) + at;
+    return n == Vec<C>::size ? Vec<C>::load(from) : Vec<C>::load(from, n);
   } else {
     if (dtype == DType::f32) {
-      const float* q = static_cast<const float*>(p) + at;
-      return n == Vec<C>::size ? Vec<C>::load(q) : Vec<C>::load(q, n);
+      const float* from = static_cast<const float*>(p) + at;
+      return n == Vec<C>::size ? Vec<C>::load(from) : Vec<C>::load(from, n);
     }
     if (dtype == DType::bf16) return load_as<C>(static_cast<const bf16*>(p) + at, n);
     return load_as<C>(static_cast<const f16*>(p) + at, n);
@@ -42,11 +42,11 @@ DLK_INLINE void store_any(DType dtype, void* p, int64_t at, Vec<C> value, int n)
     value.store(static_cast<double*>(p) + at, n);
   } else {
     if (dtype == DType::f32) {
-      float* q = static_cast<float*>(p) + at;
+      float* to = static_cast<float*>(p) + at;
       if (n == Vec<C>::size) {
-        value.store(q);
+        value.store(to);
       } else {
-        value.store(q, n);
+        value.store(to, n);
       }
     } else if (dtype == DType::bf16) {
       store_as(static_cast<bf16*>(p) + at, value, n);
@@ -56,7 +56,7 @@ DLK_INLINE void store_any(DType dtype, void* p, int64_t at, Vec<C> value, int n)
   }
 }
 
-// Vectors that are partial only at the end of a row.
+// Loads and stores of vectors that are partial only at the end of a row.
 template <class C>
 DLK_INLINE Vec<C> load_part(const C* p, int n) {
   return n == Vec<C>::size ? Vec<C>::load(p) : Vec<C>::load(p, n);
@@ -71,7 +71,7 @@ DLK_INLINE void store_part(C* p, Vec<C> value, int n) {
   }
 }
 
-// out[0..n) in the compute type; out must hold n rounded up to whole vectors.
+// Copies p[0..n) to out, in the compute type; out must have room for n rounded up to whole vectors.
 template <class C>
 DLK_INLINE void load_row(DType dtype, const void* p, int64_t n, C* out) {
   constexpr int kSize = Vec<C>::size;
@@ -88,7 +88,8 @@ DLK_INLINE void store_row(DType dtype, void* p, int64_t n, const C* in) {
   }
 }
 
-// f(zero) for a 0 of the dtype's compute type. What multiplies bf16 serves one of them.
+// Calls f with a zero of the dtype's compute type. Instruction sets with a Bf16Unit run only calls on bf16, so they
+// need no code for double.
 template <class F>
 DLK_INLINE auto with_compute_type(DType dtype, F f) {
   if constexpr (!Bf16Unit::kPresent) {

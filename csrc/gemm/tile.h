@@ -1,13 +1,12 @@
-// The one inner product kernel: out[r][v] (+)= sum_k a[r][k] * b[k][v] for a tile of a
-// few rows and 1..4 vectors of columns that stays in registers; b is a packed panel.
+// The micro-kernel of matrix products: out[r][v] (+)= sum_k a[r][k] * b[k][v] for a register
+// tile of a few rows and 1..4 vectors of columns; b is a packed panel.
 //
 // Every output is a chain of multiply-adds in the order of k, cut into slices whose sums are added
-// up in order: the rounding error of one long chain grows with its length. The order is the
+// up in order, because the rounding error of one long chain grows with its length. The order is the
 // same for every shape of the tile, so a row's result does not depend on the rows beside it.
 //
-//
-// Where kPairs, an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
-// values, and each adds two products.
+// With kPairs an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
+// values, and each multiply-add adds two products.
 #pragma once
 
 #include <type_traits>
@@ -18,18 +17,18 @@
 DLK_ISA_BEGIN
 
 constexpr int kItemValues = kPairs ? 2 : 1;
-// What operands are stored as before they are multiplied.
+// The type of the values of which operands consist.
 template <class C>
 using Operand = std::conditional_t<kPairs, bf16, C>;
-// The items of a row of them,
+// The items of a row of operands.
 template <class C>
 DLK_INLINE const C* items_of(const Operand<C>* row) {
   return reinterpret_cast<const C*>(row);
 }
-// ... of which n values are so many.
+// How many items n values are.
 DLK_INLINE int64_t item_count(int64_t n) { return (n + kItemValues - 1) / kItemValues; }
 
-// Bf16Unit as a name that depends on C: what is looked for in it need be there only where that is compiled.
+// Bf16Unit as a name that depends on C, so that its members are looked up only in code that is instantiated.
 template <class C>
 struct UnitOf {
   using type = Bf16Unit;
@@ -46,36 +45,36 @@ DLK_INLINE Vec<C> multiply_add(Vec<C> a, Vec<C> b, Vec<C> sum) {
   }
 }
 
-// Chosen by measuring the error against torch's own products: up to 128 one chain is as
-// good as theirs, for the next sizes it takes slices of 64, and longer ones of 128 again.
+// The length of a slice. It was chosen by measuring the error against that of torch's own products:
+// up to K = 128 one chain is as exact as torch, up to 512 slices of 64 are, and beyond slices of 128.
 constexpr int64_t slice_of(int64_t K) { return K > 128 && K <= 512 ? 64 : 128; }
 
-// A panel has up to four vectors of columns and lies in memory as strips, each
-// [K][strip_vectors * Vec::size]. Four vectors are two strips: tiles of many rows go
-// through one after the other, because a tall tile reads less of b for the same work,
-// tiles of few rows through both at once, because they need the independent sums.
+// A panel has up to four vectors of columns and is stored as strips, each
+// [K][strip_vectors * Vec::size]. Four vectors are two strips: tiles of many rows take one
+// strip after the other, because a tall tile reads less of b for the same work; tiles of few
+// rows take both at once, because they need that many independent sums.
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = 12;
 constexpr int strip_vectors(int vectors) { return vectors == 4 ? 2 : vectors; }
 
-// Accumulators plus operands must fit the registers.
+// The tallest tile of a strip: its sums take three quarters of the registers and leave the others to operands.
 constexpr int rows_for(int vectors) {
-  const int rows = (kRegisters == 32 ? 24 : 12) / vectors;
+  const int rows = kRegisters / 4 * 3 / vectors;
   return rows > kMaxRows ? kMaxRows : rows;
 }
 
-// Rows of the tallest tile by the vectors of its panel.
+// The rows of the tallest tile of a panel with `vectors` vectors.
 constexpr int tile_rows(int vectors) { return rows_for(strip_vectors(vectors)); }
 
-// The next of the tiles that n rows are cut into: of nearly equal height.
+// The height of the next tile, if n rows are left; all tiles get nearly equal heights.
 DLK_INLINE int next_tile(int64_t n, int vectors) {
   const int height = tile_rows(vectors);
   const int64_t tiles = (n + height - 1) / height;
   return static_cast<int>((n + tiles - 1) / tiles);
 }
 
-// `next` is the distance to b's second strip, where the tile takes two. With kBring, K cache lines from `ahead` on are
-// brought to L2 on the way.
+// `next` is the distance to b's second strip, if the tile takes two. With kBring the tile also prefetches K cache lines
+// from `ahead` on into L2.
 template <class C>
 using TileFn = void (*)(const C* const* a, int64_t K, const C* b, int64_t next, const C* ahead, C* out, int64_t ldo,
                         bool accumulate);
@@ -85,8 +84,8 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, c
                        bool accumulate) {
   using V = Vec<C>;
   constexpr int kStrip = strip_vectors(kVectors);
-  // A tall tile has the time to fetch its strips ahead from L2 or beyond; a low one would
-  // only load the same lines twice.
+  // A tall tile has the time to prefetch its strips from L2 or beyond; a low one would only
+  // load the same lines twice.
   constexpr bool kFetchAhead = kRows * kVectors >= 16 && V::size * sizeof(C) == 64;
   constexpr int kAhead = 8 * kStrip * V::size, kLine = 64 / sizeof(C);
   const C* row[kRows];
@@ -101,7 +100,7 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, c
       for (int v = 0; v < kVectors; ++v) acc[r][v] = V::zero();
     }
     const int64_t depth = K < slice + slice / 2 ? K : slice;
-    // Counting up to 0 spares the register of the bound: twelve rows leave none.
+    // Counting up to 0 saves the register for the bound: the pointers of twelve rows leave none free.
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) row[r] += depth;
     for (int64_t k = -depth; k != 0; ++k, b += kStrip * V::size) {
@@ -134,7 +133,7 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, c
   } while (K > 0);
 }
 
-// Only a tall tile has the time to bring something.
+// Only a tall tile has the time to prefetch from `ahead`.
 template <class C, int kVectors, bool kBring, int... kRow>
 DLK_INLINE TileFn<C> pick_rows(int rows, std::integer_sequence<int, kRow...>) {
   static constexpr TileFn<C> kTable[] = {tile < C, kRow + 1, kVectors, kBring && (kRow + 1) * kVectors >= 16 > ...};
@@ -156,7 +155,7 @@ struct Panel {
   Panel from(int64_t k) const { return {data + k * strip_vectors(vectors) * Vec<C>::size, next, vectors}; }
 };
 
-// Memory that will be wanted soon: tiles bring it to L2, K lines each, while they compute.
+// Memory that will be needed soon: tiles prefetch it into L2, K lines each, while they compute.
 template <class C>
 struct Ahead {
   const C *at = nullptr, *end = nullptr;
@@ -169,8 +168,8 @@ struct Ahead {
   }
 };
 
-// out [rows][ldo] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of the work: a place
-// to fetch a few lines of what the results will meet.
+// out [rows][ldo] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of the work: it may
+// prefetch a few lines of the operands that the epilogue will combine with the results.
 template <class C, class Before>
 DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
                          bool accumulate, Ahead<C>& ahead, Before before) {
@@ -202,15 +201,16 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
   fn(a, K, panel.data, panel.next, bring, out, ldo, accumulate);
 }
 
-// The same with the rows of out side by side.
+// The same with rows of out that follow each other without a gap.
 template <class C, class Before>
 DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
                          Ahead<C>& ahead, Before before) {
   run_tile(rows, a, K, panel, out, int64_t{panel.vectors} * Vec<C>::size, accumulate, ahead, before);
 }
 
-// Reads the rows of `a` that other cores have just written. Plain loads have many lines under way at once; the product,
-// which takes its rows element by element, would wait for one after the other, and prefetches are served more slowly.
+// Brings rows of `a` that other cores have just written into the cache of this core. Plain loads fetch many lines at
+// once; the product, which takes its rows element by element, would wait for one line after the other, and prefetches
+// are served more slowly.
 template <class C>
 DLK_INLINE void collect(int rows, const C* const* a, int64_t K) {
   for (int r = 0; r < rows; ++r)
@@ -218,7 +218,7 @@ DLK_INLINE void collect(int rows, const C* const* a, int64_t K) {
       static_cast<void>(*static_cast<const volatile C*>(a[r] + k));
 }
 
-// A tile's home between the product and what uses it: 3 KB that never leave L1.
+// Holds the results of a tile between the product and the code that uses them: 3 KB, which stay in L1.
 template <class C>
 struct alignas(64) TileBuffer {
   C data[kMaxRows * kMaxVectors * Vec<C>::size];

@@ -1,7 +1,8 @@
-"""The build backend: setuptools', but for two things.
+"""The build backend: that of setuptools, with two changes.
 
-An isolated build asks for torch only where the target environment has none, and for the tools that compile only where
-there is a compiler. A wheel is laid out in an empty folder, where setuptools would keep files that are gone since.
+An isolated build requires torch only if the target environment has none, and the tools that compile only if there is
+a compiler. A wheel is assembled in an empty folder, because setuptools would also pack files of earlier builds that
+no longer exist.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from find_torch import torch_requirement
 from native import why_not_compiled
 from setuptools import build_meta
-from setuptools.build_meta import (  # noqa: F401  (hooks that are setuptools' own)
+from setuptools.build_meta import (  # noqa: F401  (hooks of setuptools that need no change)
     build_editable,
     build_sdist,
     get_requires_for_build_sdist,

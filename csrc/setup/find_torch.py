@@ -1,8 +1,8 @@
 """Finds the torch that dlkernels will run with, from inside a build that may be isolated from it.
 
-pip builds in an environment of its own by pointing PYTHONPATH at it, but still with the interpreter of the
-environment it installs into. So that interpreter, started anew without PYTHONPATH, sees the torch that counts; the
-same holds for editable installs and for a virtual environment on top of one that has torch.
+pip isolates a build by pointing PYTHONPATH at an environment for the build, but it runs the interpreter of the
+environment that it installs into. That interpreter, started again without PYTHONPATH, sees the torch that dlkernels
+will run with. The same holds for editable installs and for a virtual environment on top of one that has torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 MINIMUM = (2, 11)  # the LibTorch stable ABI that the module is compiled against
 REQUIREMENT = "torch>=2.11"
 
-# Does not import torch, which takes seconds.
+# The probe does not import torch, because that takes seconds.
 _PROBE = """
 import importlib.util, json, os, runpy, sys
 sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
@@ -54,10 +54,10 @@ def _probe(dropped: tuple[str, ...]) -> Torch | None:
 
 
 def find_torch() -> Torch | None:
-    """The torch of the target environment, else (none there yet) the one in the build's own; None if neither."""
+    """The torch of the target environment, or if it has none that of the build's environment, or None."""
     return _probe(("PYTHONPATH", "PYTHONNOUSERSITE")) or _probe(())
 
 
 def torch_requirement() -> list[str]:
-    """What an isolated build must be given so as to compile: nothing where the target environment has a torch."""
+    """The requirement on torch of an isolated build that compiles; empty if the target environment has a torch."""
     return [] if _probe(("PYTHONPATH", "PYTHONNOUSERSITE")) else [REQUIREMENT]

@@ -1,16 +1,17 @@
 """Compiles csrc/ into the one module `_C` with ninja: incremental, parallel, without importing torch.
 
-The CUDA kernels go into the same module, which then loads on any torch, with CUDA or without. They take a minute of two
-cores for each architecture, so by default only those who can use them pay: there has to be an nvcc, a GPU, and a torch
-with CUDA.
+The CUDA kernels go into the same module, which then still loads on any torch, with CUDA or without. They take a minute
+of two cores for each architecture, so by default they are compiled only where they can be used: if there are an nvcc,
+a GPU, and a torch with CUDA.
 
-setup.py calls `build`; developers run `make build`, which is `python csrc/setup/native.py`: the module lands in
+setup.py calls `build`; developers run `make build`, which is `python csrc/setup/native.py`: it writes the module to
 dlkernels/. `--opt 0 --out FILE` makes another build beside it, to be loaded with DLKERNELS_NATIVE=FILE.
 
-Environment: CXX, CXXFLAGS and LDFLAGS as everywhere; DLKERNELS_OPT=0..3 the optimisation level (2);
-MAX_JOBS how many files compile at once (all cores); DLKERNELS_NO_NATIVE=1 compiles nothing. DLKERNELS_CUDA=1 compiles
-the CUDA kernels come what may, 0 never; NVCC names the compiler for them; DLKERNELS_CUDA_ARCHS the architectures, "80
-90a" for example (those of the GPUs at hand; where there is none 80, 90a and 100a), and asks for them too.
+Environment variables (with defaults): CXX, CXXFLAGS and LDFLAGS have their usual meaning. DLKERNELS_OPT=0..3 is the
+optimisation level (2), MAX_JOBS the number of files that compile at once (all cores). DLKERNELS_NO_NATIVE=1 compiles
+nothing. DLKERNELS_CUDA=1 compiles the CUDA kernels or fails, 0 never compiles them. NVCC names their compiler.
+DLKERNELS_CUDA_ARCHS names the architectures, "80 90a" for example (those of this machine's GPUs, or 80, 90a and 100a
+if it has none); if set, the CUDA kernels are compiled as with DLKERNELS_CUDA=1.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CSRC = ROOT / "csrc"
 PER_ISA = "kernels_of_isa.cpp"
 DEFAULT_OPT = "2"
 DEFAULT_CUDA_ARCHS = ("80", "90a", "100a")
-# Of the CUDA folders, plain C++ that explain asks anywhere.
+# Files of the CUDA folders that are plain C++ and always compiled, because explain works without CUDA too.
 PLAN = ("plan_cap", "sequence_plan")
 TORCH_TARGET_VERSION = "0x020b000000000000ULL"  # 2.11: one module for every torch from there on
 
@@ -78,7 +79,7 @@ def compiler() -> list[str] | None:
 
 
 def why_not_compiled() -> str | None:
-    """The reason to install without the compiled module; None if it is to be compiled, come what may."""
+    """The reason to install without the compiled module; None if it has to be compiled."""
     if os.environ.get("DLKERNELS_NO_NATIVE", "") not in ("", "0"):
         return "DLKERNELS_NO_NATIVE is set"
     if sys.platform != "linux":
@@ -106,7 +107,7 @@ def isas() -> list[str]:
 
 
 def units(cuda: bool) -> list[Unit]:
-    """All that makes the module; what takes longest to compile comes first."""
+    """All files of the module; those that take longest to compile come first."""
     found, kernels = [], []
     for source in sorted([*CSRC.rglob("*.cpp"), *CSRC.rglob("*.cu")]):
         name = str(source.relative_to(CSRC))
@@ -130,7 +131,7 @@ def find_cuda() -> Cuda | None:
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
     if not nvcc or not shutil.which(nvcc):
         return None
-    # nvcc may be a script that calls the real one: it knows best where it lives.
+    # nvcc may be a script that calls the real one, so its output tells where CUDA is.
     said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
     top = next((line.split("=", 1)[1] for line in said.splitlines() if line.startswith("#$ TOP=")), None)
     if top is None:
@@ -177,7 +178,7 @@ def cuda_to_build() -> tuple[Cuda | None, str]:
 
 
 def nvcc_flags(archs: list[str]) -> list[str]:
-    """Spills to memory are errors: the kernels count on their registers."""
+    """The flags of nvcc. Register spills are errors, because the kernels rely on their values being in registers."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     return [
         "-std=c++17",
@@ -201,7 +202,7 @@ def _python_include() -> str:
 
 
 def _pybind11_include(build_dir: Path) -> Path:
-    """pybind11's headers, copied: in an isolated build their folder is new every time, and all would recompile."""
+    """A copy of pybind11's headers: their folder is new in every isolated build, so every file would recompile."""
     import pybind11
 
     include = build_dir / f"pybind11-{pybind11.__version__}"
@@ -214,7 +215,7 @@ def _pybind11_include(build_dir: Path) -> Path:
 
 
 def assembler_flags(command: list[str], build_dir: Path) -> list[str]:
-    """GCC leaves AMX and AVX512_BF16 to the assembler, which may be older than itself and not know them."""
+    """Tests whether the assembler knows AMX and AVX512_BF16: it may be older than the GCC that generates them."""
     run = subprocess.run(
         [*command, "-x", "c++", "-c", "-o", str(build_dir / "assembler.o"), "-"],
         input='void release() { asm("tilerelease"); }', capture_output=True, text=True,
@@ -241,12 +242,12 @@ def _flags(opt: str, build_dir: Path) -> tuple[list[str], list[str]]:
         "-pthread",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
         f'-DDLKERNELS_BUILD_FLAGS="{" ".join(tuning)}"',
-        # Messages of torch's headers name their file: without the folders of whoever compiled.
+        # Error messages of torch's headers contain the file's path: this removes the folders of the build.
         *(f"-fmacro-prefix-map={path}/=" for path in (ROOT, *torch.include)),
         f"-I{CSRC}",
         *(f"-isystem{path}" for path in system),
     ]
-    # No rpath: torch is imported first, and its libraries then serve by their names.
+    # No rpath is needed: torch is imported first, and the loader finds its loaded libraries by their names.
     link_flags = [
         *shlex.split(os.environ.get("LDFLAGS", "")),
         "-pthread",
@@ -270,11 +271,11 @@ def _write_ninja_file(build_dir: Path, opt: str, cuda: Cuda | None, why_no_cuda:
     cxx = compiler()
     assert cxx is not None
     compile_flags, link_flags = _flags(opt, build_dir)
-    # The host module alone tells what was built, so that nothing else is compiled anew when that changes.
-    tells = [f'-DDLKERNELS_WHY_NO_CUDA="{why_no_cuda}"']
+    # Only module.cpp gets the flags that tell what was built, so that nothing else recompiles when that changes.
+    module_flags = [f'-DDLKERNELS_WHY_NO_CUDA="{why_no_cuda}"']
     nvcc, nvflags = [], []
     if cuda:
-        tells = [f'-DDLKERNELS_CUDA_ARCHS="{" ".join(cuda.archs)}"']
+        module_flags = [f'-DDLKERNELS_CUDA_ARCHS="{" ".join(cuda.archs)}"']
         nvcc = [cuda.nvcc, f"-ccbin={cxx[0]}"]
         nvflags = [*nvcc_flags(cuda.archs), "-Xcompiler=-fPIC,-fvisibility=hidden"]
         link_flags += [f"-L{cuda.lib}", "-lcudart_static", "-ldl", "-lrt"]
@@ -282,7 +283,9 @@ def _write_ninja_file(build_dir: Path, opt: str, cuda: Cuda | None, why_no_cuda:
     rules = {".cpp": "compile", ".cu": "compile_cuda"}
     compiles, objects = [], []
     for unit in units(cuda is not None):
-        own = [f"-DDLK_ISA={unit.isa}"] if unit.isa else tells if unit.source == CSRC / "torch" / "module.cpp" else []
+        own = [f"-DDLK_ISA={unit.isa}"] if unit.isa else []
+        if unit.source == CSRC / "torch" / "module.cpp":
+            own = module_flags
         objects.append(_ninja_path(build_dir / unit.object))
         compiles.append(f"build {objects[-1]}: {rules[unit.source.suffix]} {_ninja_path(unit.source)}")
         if own:
@@ -335,7 +338,7 @@ def build(out: Path, opt: str | None = None) -> None:
 
 
 def _tell_editors(build_dir: Path) -> None:
-    """build/compile_commands.json, which .clangd names: how each file is compiled."""
+    """Writes how each file is compiled to build/compile_commands.json, which .clangd names."""
     listed = subprocess.run([_ninja(), "-C", str(build_dir), "-t", "compdb"], capture_output=True, text=True)
     if listed.returncode == 0:
         (ROOT / "build" / "compile_commands.json").write_text(listed.stdout)
@@ -345,7 +348,7 @@ def _install(target: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_file() and out.stat().st_mtime_ns == target.stat().st_mtime_ns:
         return
-    # Replaced, not overwritten: a process may be running the old one.
+    # The file is replaced, not overwritten, because a process may be running the old one.
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.copy2(target, fresh)
     fresh.replace(out)

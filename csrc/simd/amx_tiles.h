@@ -1,8 +1,9 @@
-// A matrix unit: four tiles of sums, 16 x 16 floats, two by two; two tiles of 16 rows of 32 bf16 values, beside them;
-// two of 16 columns of them, above: of each column 16 pairs of values, [pair][column]. multiply_add adds to each sum
-// the product of its row and its column. Strides are in bytes.
+// Products of bf16 by the matrix unit AMX, which has eight tile registers. Tiles 0 to 3 hold sums, 16 x 16 floats each,
+// arranged two by two. Tiles 4 and 5 hold rows of the left operand, 16 rows of 32 values each. Tiles 6 and 7 hold
+// columns of the right operand, 16 columns of 16 pairs each, [pair][column]. multiply_add adds to each sum the product
+// of its row and its column. Strides of TileRegisters are in bytes.
 //
-// With DLK_EMULATE_BF16 in plain C++, to the last bit, and it stops the program where no Session is open.
+// With DLK_EMULATE_BF16 plain C++ computes the same bits, and stops the program if no Session is open.
 #pragma once
 
 #ifndef DLK_ISA
@@ -16,7 +17,7 @@ DLK_ISA_BEGIN
 
 class TileRegisters {
  public:
-  using Shapes = bool;  // whether there are any
+  using Shapes = bool;  // whether any are configured
   static void open(Shapes* before) { *before = mine().configured, mine().configured = true; }
   static void close(const Shapes& before) { mine().configured = before; }
 
@@ -32,7 +33,7 @@ class TileRegisters {
   static void store(void* to, int64_t stride) {
     for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tile(kTile)[r], 64);
   }
-  // The even values of a row and the odd ones are summed apart, in order, each from 0.
+  // The products of even values and those of odd values are summed separately, in order, each from 0.
   template <int kSums, int kRows, int kColumns>
   static void multiply_add() {
     using E = Bf16Emulation;
@@ -69,10 +70,10 @@ class TileRegisters {
 
 #else
 
-// The intrinsics want their tiles as literals.
+// The intrinsics require the numbers of their tiles as literals.
 struct TileRegisters {
   struct alignas(64) Shapes {
-    uint8_t bytes[64];  // the first is the palette, 0 where there are no shapes
+    uint8_t bytes[64];  // the first is the palette, 0 if no shapes are configured
   };
   static DLK_INLINE void open(Shapes* before) {
     // Palette 1, eight tiles of 64 bytes by 16 rows.
@@ -81,7 +82,7 @@ struct TileRegisters {
          64, 0, 64, 0, 64, 0, 64, 0, 64, 0,  64, 0,  64, 0,  64, 0,  0, 0, 0, 0, 0, 0, 0, 0,  //
          0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0}};
     _tile_storeconfig(before->bytes);
-    asm volatile("" ::: "memory");  // GCC's intrinsics speak of 8 bytes only
+    asm volatile("" ::: "memory");  // GCC's intrinsics declare only 8 of the bytes that they access
     _tile_loadconfig(kShapes.bytes);
   }
   static DLK_INLINE void close(const Shapes& before) {
@@ -101,7 +102,7 @@ struct TileRegisters {
   }
   template <int kTile>
   static DLK_INLINE void load(const void* from, int64_t stride) {
-    asm volatile("" ::: "memory");  // GCC's intrinsic does not say that it reads
+    asm volatile("" ::: "memory");  // GCC's intrinsic does not declare that it reads memory
     if constexpr (kTile == 0) _tile_loadd(0, from, stride);
     if constexpr (kTile == 1) _tile_loadd(1, from, stride);
     if constexpr (kTile == 2) _tile_loadd(2, from, stride);
@@ -131,10 +132,10 @@ struct TileRegisters {
 
 struct Bf16Unit : Bf16Pairs {
   static constexpr bool kPresent = true;
-  static constexpr int kRows = 16, kDepth = 32;  // of a tile; it has as many columns as rows
+  static constexpr int kRows = 16, kDepth = 32;  // of a tile of rows; a tile of columns has kRows columns
 
-  // The tiles' shapes belong to the thread: nothing else may set them while this lives. Those of other libraries, some
-  // of which leave theirs from call to call, are put back.
+  // Configures the tiles' shapes for the calling thread; nothing else may configure them while a Session exists. Its
+  // destructor restores the shapes of other libraries, because some keep theirs configured from call to call.
   class Session {
    public:
     DLK_NOINLINE Session() { TileRegisters::open(&before_); }
@@ -146,7 +147,7 @@ struct Bf16Unit : Bf16Pairs {
     TileRegisters::Shapes before_;
   };
 
-  // In what follows kI by kJ of the 2 by 2 sums take part.
+  // In the functions that follow, kI by kJ of the 2 by 2 tiles of sums take part.
   template <int kI, int kJ>
   static DLK_INLINE void zero_sums() {
     TileRegisters::zero<0>();
@@ -186,7 +187,7 @@ struct Bf16Unit : Bf16Pairs {
     if constexpr (kI == 2 && kJ == 2) TileRegisters::multiply_add<3, 5, 7>();
   }
 
-  // out [rows][columns] (+)= a b; rows, columns and depth are whole tiles.
+  // out [rows][columns] (+)= a b, where b holds pairs, [depth / 2][columns]; rows, columns and depth are whole tiles.
   static DLK_NOINLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const bf16* a, int64_t lda,
                                     const float* b, int64_t ldb, float* out, int64_t ldo, bool accumulate) {
     for (int64_t r = 0; r < rows; r += 2 * kSize)
@@ -207,7 +208,8 @@ struct Bf16Unit : Bf16Pairs {
       }
   }
 
-  // For each lane the sum of a(x) b(x), vectors of bf16 values, in the order of multiply: the diagonal of a product.
+  // Returns for each lane the sum of a(x) b(x) over x < width, in the order of multiply(): the diagonal of the product
+  // of the lanes of a and those of b. a and b return vectors of bf16 values.
   template <class A, class B>
   static DLK_INLINE Vec<float> diagonal(int64_t width, A a, B b) {
     using V = Vec<float>;

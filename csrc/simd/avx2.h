@@ -8,10 +8,12 @@
 
 DLK_ISA_BEGIN
 
+constexpr int kRegisters = 16;
+
 template <class C>
 struct Vec;
 
-// All ones in lanes below n.
+// Masks with all ones in the lanes below n.
 DLK_INLINE __m256i lanes32(int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
@@ -59,7 +61,7 @@ DLK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return
 DLK_INLINE Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 DLK_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm256_fnmadd_pd(a.v, b.v, c.v)}; }
 
-// See avx512.h; here a division costs little more.
+// avx512.h avoids the division; here that would gain little.
 template <class C>
 DLK_INLINE Vec<C> reciprocal(Vec<C> b) {
   return Vec<C>::set1(1) / b;
@@ -101,7 +103,7 @@ DLK_INLINE Vec<C> select_lt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
   return select_gt(b, a, x, y);
 }
 
-// In each half (e0 + e2) + (e1 + e3), then the halves: the order of reduce_rows.
+// Adds (e0 + e2) + (e1 + e3) in each half, then the halves: the order of reduce_rows.
 DLK_INLINE float hsum(Vec<float> a) {
   __m256 t = _mm256_add_ps(a.v, _mm256_permute_ps(a.v, 0x4e));
   t = _mm256_add_ps(t, _mm256_permute_ps(t, 0xb1));
@@ -145,7 +147,7 @@ DLK_INLINE Vec<double> reduce_rows<double>(const Vec<double> (&rows)[4]) {
 }
 
 DLK_INLINE void transpose(Vec<float> (&rows)[8]) {
-  // Columns k and k + 4 of rows 4i .. 4i + 3, one in each half.
+  // quads[i][k] holds columns k and k + 4 of rows 4i .. 4i + 3, one in each half.
   __m256 quads[2][4];
   DLK_UNROLL
   for (int i = 0; i < 2; ++i) {

@@ -8,6 +8,8 @@
 
 DLK_ISA_BEGIN
 
+constexpr int kRegisters = 32;
+
 template <class C>
 struct Vec;
 
@@ -56,11 +58,12 @@ DLK_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return
 DLK_INLINE Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 DLK_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return {_mm512_fnmadd_pd(a.v, b.v, c.v)}; }
 
-// 1 / b for b > 0 and a / b for finite b >= 1, to half an ulp and a trace: a step of Newton's method takes a third of
-// the time of vdivps, which is not pipelined.
+// 1 / b for b > 0 and a / b for finite b >= 1, with an error of barely more than half an ulp. A step of Newton's method
+// takes a third of the time of vdivps, which is not pipelined.
 DLK_INLINE Vec<float> reciprocal(Vec<float> b) {
   const __m512 r = _mm512_rcp14_ps(b.v);
-  // Where 1 / b is no normal number, r will do; infinity must not meet its 0.
+  // Where 1 / b is not a normal number the estimate r is the result: for infinite b, where r is 0, the step would give
+  // NaN.
   const __mmask16 normal = _mm512_cmp_ps_mask(b.v, _mm512_set1_ps(8.5070592e37f), _CMP_LE_OQ);
   return {_mm512_mask_fmadd_ps(r, normal, _mm512_fnmadd_ps(b.v, r, _mm512_set1_ps(1.0f)), r)};
 }
@@ -108,7 +111,7 @@ DLK_INLINE Vec<C> select_lt(Vec<C> a, Vec<C> b, Vec<C> x, Vec<C> y) {
   return select_gt(b, a, x, y);
 }
 
-// In each quarter (e0 + e2) + (e1 + e3), then the quarters (q0 + q1) + (q2 + q3): the order of reduce_rows.
+// Adds (e0 + e2) + (e1 + e3) in each quarter, then the quarters as (q0 + q1) + (q2 + q3): the order of reduce_rows.
 DLK_INLINE float hsum(Vec<float> a) {
   __m512 t = _mm512_add_ps(a.v, _mm512_permute_ps(a.v, 0x4e));
   t = _mm512_add_ps(t, _mm512_permute_ps(t, 0xb1));

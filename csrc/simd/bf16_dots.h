@@ -1,6 +1,6 @@
-// Products of bf16 by AVX512_BF16. vdpbf16ps adds to each of 16 sums the products of a pair of its row, broadcast, and
-// one of its column: the odd values', then the even ones', each rounded once; denormals, in or out, count as 0. It
-// takes as long as an fma and does twice the work.
+// Products of bf16 by AVX512_BF16. vdpbf16ps adds two products to each of 16 sums: those of a pair of the sum's row,
+// which is broadcast, and a pair of its column. It adds the product of the odd values, then that of the even ones, and
+// rounds after each; denormal operands and results count as 0. It takes as long as an fma and does twice the work.
 #pragma once
 
 #ifndef DLK_ISA
@@ -12,7 +12,7 @@ DLK_ISA_BEGIN
 
 struct Bf16Unit : Bf16Pairs {
   static constexpr bool kPresent = true;
-  static constexpr int kRows = 1, kDepth = 2;  // what the numbers of rows and of their values are multiples of
+  static constexpr int kRows = 1, kDepth = 2;  // products have a multiple of kRows rows, of a multiple of kDepth values
   struct Session {
     Session() {}
   };
@@ -32,14 +32,13 @@ struct Bf16Unit : Bf16Pairs {
     return Vec<float>::load(sums);
   }
 #else
-  // Two vectors, rounded, side by side;
+  // Rounds two vectors; the even values are those of a, the odd ones those of b.
   static DLK_INLINE Vec<float> pairs(Vec<float> a, Vec<float> b) {
     const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
     const __m512i even = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i odd = _mm512_slli_epi32(_mm512_add_epi32(even, _mm512_set1_epi32(16)), 16);
     return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(_mm512_or_si512(even, odd), halves))};
   }
-  // ... one.
   static DLK_INLINE void round(Vec<float> a, bf16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(a.v));
   }
@@ -48,7 +47,8 @@ struct Bf16Unit : Bf16Pairs {
   }
 #endif
 
-  // out [rows][columns] (+)= a b, each element a sum from 0 on in the order of the depth. columns are whole vectors.
+  // out [rows][columns] (+)= a b, where b holds pairs, [depth / 2][columns]. Each element is summed in the order of the
+  // depth, from 0, and then stored or added to out. `columns` is a multiple of the vector's size.
   static DLK_NOINLINE void multiply(int64_t rows, int64_t columns, int64_t depth, const bf16* a, int64_t lda,
                                     const float* b, int64_t ldb, float* out, int64_t ldo, bool accumulate) {
     while (columns > 0) {
@@ -65,7 +65,8 @@ struct Bf16Unit : Bf16Pairs {
     }
   }
 
-  // For each lane the sum of a(x) b(x), vectors of bf16 values, in the order of multiply.
+  // Returns for each lane the sum of a(x) b(x) over x < width, in the order of multiply(). a and b return vectors of
+  // bf16 values.
   template <class A, class B>
   static DLK_INLINE Vec<float> diagonal(int64_t width, A a, B b) {
     const auto pair = [&](const auto& of, int64_t x) __attribute__((always_inline)) {
@@ -79,7 +80,7 @@ struct Bf16Unit : Bf16Pairs {
  private:
   using Tile = void (*)(int64_t depth, const bf16* a, int64_t lda, const float* b, int64_t ldb, float* out, int64_t ldo,
                         bool accumulate);
-  // 24 sums, with the columns and a row's pair, fill the registers.
+  // At most 24 sums: together with the columns and a row's pair they fill the registers.
   template <int kVectors>
   static constexpr int kTallest = kVectors == 1 ? 12 : 24 / kVectors;
 

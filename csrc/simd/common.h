@@ -1,11 +1,11 @@
-// What is the same for every Vec: storage conversions by type, and block transposes.
+// Functions that are the same for every Vec: storage conversions by type, and block transposes.
 #pragma once
 
 #include "simd/vector.h"
 
 DLK_ISA_BEGIN
 
-// n lanes of S in memory as C lanes; S is C, or bf16 or f16 with C = float.
+// Loads n elements of type S as lanes of type C; S is C, or bf16 or f16 with C = float.
 template <class C, class S>
 DLK_INLINE Vec<C> load_as(const S* p, int n) {
   if constexpr (sizeof(S) == sizeof(C)) {
@@ -41,7 +41,7 @@ DLK_INLINE void store_as(S* p, Vec<C> a) {
 }
 
 // dst[c * dst_ld + r] = src[r * src_ld + c] for r < rows <= size, c < cols <= size. Each of the
-// cols rows of dst is written over its full width: 0 from lane `rows` on, as packing wants.
+// cols rows of dst is written over its full width, with 0 from lane `rows` on, as packing needs.
 template <class C, class S>
 inline void transpose_block(const S* src, ptrdiff_t src_ld, int rows, int cols, C* dst, ptrdiff_t dst_ld) {
   constexpr int size = Vec<C>::size;

@@ -1,8 +1,8 @@
-// The instruction set that a translation unit is compiled for: DLK_ISA, a name of core/isas.def. The build defines it
-// for every kernels_of_isa.cpp; an editor that opens a header alone sees the scalar one.
+// DLK_ISA names the instruction set that a translation unit is compiled for, a row of core/isas.def. The build defines
+// it for every kernels_of_isa.cpp; an editor that opens a header alone sees the scalar one.
 //
-// Code between DLK_ISA_BEGIN and DLK_ISA_END is compiled for that instruction set, in a namespace of its own: dlk::avx2
-// for example. Whatever it instantiates must be declared between these marks too (target.h says why).
+// Code between DLK_ISA_BEGIN and DLK_ISA_END is compiled for that instruction set, in a namespace of its own, dlk::avx2
+// for example. Every template that it instantiates must be declared between these marks too (target.h says why).
 #pragma once
 
 #include "simd/system.h"
@@ -26,7 +26,8 @@
 
 #define DLK_ISA_IS_COMPILED DLK_JOIN(DLK_COMPILES_, DLK_ISA)
 
-// Two units of one program that define a template differently must not share a namespace: the linker keeps one.
+// Translation units that define a template differently (with and without DLK_PAIRS) must not share a namespace, because
+// the linker keeps only one of the definitions.
 #ifndef DLK_ISA_NAMESPACE
 #if defined(DLK_PAIRS) && DLK_ISA_NUMBER == DLK_NUMBER_avx512_bf16
 #define DLK_ISA_NAMESPACE DLK_JOIN(DLK_ISA, _pairs)
@@ -49,8 +50,8 @@
 
 namespace dlk::DLK_ISA_NAMESPACE {
 constexpr Isa kIsa = Isa::DLK_ISA;
-constexpr int kRegisters = DLK_ISA_NUMBER >= DLK_NUMBER_avx512 ? 32 : 16;
-// Whether the operands of all products are pairs of bfloat16: in layers, where the instruction set has dot products.
+// Whether the operands of all products are pairs of bfloat16. They are in recurrent layers, if the instruction set has
+// dot products of bfloat16.
 #ifdef DLK_PAIRS
 constexpr bool kPairs = bf16_products(kIsa) == Bf16Products::dots;
 #else

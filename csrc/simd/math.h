@@ -22,7 +22,7 @@ struct ExpConstants;
 
 template <>
 struct ExpConstants<float> {
-  static constexpr float shift = 0x1.8p23f + 127.0f;  // adding it rounds to an integer, biased as an exponent is
+  static constexpr float shift = 0x1.8p23f + 127.0f;  // adding it rounds to an integer with the bias of an exponent
   static constexpr float n_max = 127.0f;
   static constexpr float normal_min = -87.0f;  // above it e^y is normal
   static constexpr float tanh_min = -20.0f;    // tanh(y / 2) rounds to -1 from here down
@@ -69,7 +69,8 @@ struct ExpParts {
   V scale, p;
 };
 
-// y >= normal_min or NaN. Where n stops at n_max, r and with it p go on growing: e^y overflows as it should.
+// y must be >= normal_min or NaN. Where n is limited to n_max, r and p keep growing with y, so that e^y overflows as it
+// should.
 template <class V>
 DLK_INLINE ExpParts<V> exp_parts(V y) {
   using C = ElementOf<V>;
@@ -85,7 +86,7 @@ template <class V>
 DLK_INLINE V exp(V x) {
   using C = ElementOf<V>;
   using K = ExpConstants<C>;
-  // Half the way in each factor: neither leaves the normal range where the result is subnormal.
+  // 2^n is applied as two factors with half of n each, so that both are normal even where the result is subnormal.
   const V y = min(V::set1(K::overflow), max(V::set1(K::underflow), x));
   const V shift = V::set1(K::shift);
   const V n = fma(y, V::set1(C(1.4426950408889634)), shift) - shift;
@@ -96,9 +97,10 @@ DLK_INLINE V exp(V x) {
   return fma(scale, expm1_reduced(r, C()), scale) * exponent_from_bits(rest);
 }
 
-// 2^(factor x) for a factor > 0 and products up to about 0 (to n_max at most); exactly 1 at 0; 0 where it would not be
-// normal, NaN for NaN. For what is rounded to 16 bits in the end kRough is enough: within 3e-6, by a shorter
-// polynomial, our own minimax fit (its coefficients as one of linear programming) of the error relative to 2^-r.
+// Computes 2^(factor x) for a factor > 0 and products factor x up to about 0 (n_max at most). The result is exactly 1
+// at x = 0, 0 where it would not be normal, and NaN for NaN. kRough is for results that are rounded to 16 bits in the
+// end: it is within 3e-6, by a shorter polynomial, our own minimax fit (by linear programming) of the error relative to
+// 2^-r.
 template <class C, bool kRough = false>
 struct Exp2Down {
   using V = Vec<C>;
@@ -107,7 +109,7 @@ struct Exp2Down {
 
   DLK_INLINE explicit Exp2Down(C times) : factor(V::set1(times)), least(V::set1(-K::n_max / times)) {}
 
-  // For a Vec or a Pair.
+  // W is a Vec or a Pair.
   template <class W>
   DLK_INLINE W operator()(W x) const {
     const W y = max(spread<W>(least), x), times = spread<W>(factor), shift = W::set1(K::shift);
@@ -131,7 +133,8 @@ DLK_INLINE V sigmoid(V x) {
   return reciprocal(fma(e.scale, e.p, e.scale + one));
 }
 
-// expm1(2x) / (expm1(2x) + 2) at -|x|, where e^2x + 1 rounds best; odd to the last bit.
+// expm1(2x) / (expm1(2x) + 2), computed at -|x|, where e^2x + 1 is rounded with the least error. The sign is set at the
+// end, so the function is odd to the last bit.
 template <class V>
 DLK_INLINE V tanh(V x) {
   using C = ElementOf<V>;

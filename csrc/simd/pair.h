@@ -1,6 +1,6 @@
-// Two vectors that go through the same arithmetic as one: what is written for one Vec then
-// leaves the processor two independent chains, where one alone would wait for its own
-// latencies.
+// Two vectors that go through the same arithmetic together. Code written for one Vec then gives
+// the processor two independent chains of instructions; with one chain it would wait for the
+// latency of each instruction.
 #pragma once
 
 #include <type_traits>
@@ -31,7 +31,7 @@ struct ElementOfVector<Pair<V>> : ElementOfVector<V> {};
 template <class V>
 using ElementOf = typename ElementOfVector<V>::type;
 
-// One vector as what W is.
+// Converts one vector to W: to itself, or to a Pair that holds it twice.
 template <class W, class V>
 DLK_INLINE W spread(V x) {
   if constexpr (std::is_same_v<W, V>) {

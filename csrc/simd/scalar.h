@@ -1,9 +1,11 @@
-// Vec of one lane: the portable build, and the reading of what each operation means.
+// Vec of one lane, for the portable kernels; it also shows what each operation means on every ISA.
 #pragma once
 
 #include "simd/isa.h"
 
 DLK_ISA_BEGIN
+
+constexpr int kRegisters = 16;  // of x86-64; other 64-bit processors have at least as many
 
 template <class C>
 struct Vec {
@@ -51,7 +53,7 @@ DLK_INLINE Vec<C> quotient(Vec<C> a, Vec<C> b) {
   return {a.v / b.v};
 }
 
-// a * b + c and c - a * b; one rounding where the ISA has it, std::fma would be a slow call here.
+// a * b + c and c - a * b, rounded once if the ISA has such an instruction. Here std::fma would be a slow call.
 template <class C>
 DLK_INLINE Vec<C> fma(Vec<C> a, Vec<C> b, Vec<C> c) {
   return {a.v * b.v + c.v};
@@ -135,7 +137,7 @@ DLK_INLINE void narrow(f16* p, Vec<float> a, int n) {
   if (n > 0) narrow(p, a);
 }
 
-// As many unsigned 32-bit integers as Vec<float> has lanes.
+// A vector of as many unsigned 32-bit integers as Vec<float> has lanes.
 struct Words {
   static constexpr int size = 1;
   uint32_t v;
@@ -145,7 +147,7 @@ struct Words {
   DLK_INLINE void store(uint32_t* p) const { *p = v; }
 };
 DLK_INLINE Words operator^(Words a, Words b) { return {a.v ^ b.v}; }
-// The whole product in two halves.
+// The upper and lower halves of the 64-bit products.
 DLK_INLINE void multiply_wide(Words a, Words b, Words* high, Words* low) {
   const uint64_t product = uint64_t{a.v} * b.v;
   *high = {static_cast<uint32_t>(product >> 32)};

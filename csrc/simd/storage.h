@@ -59,7 +59,7 @@ inline f16 to_f16(float x) {
     half = 0x7c00u;
   } else if (magnitude >= 0x38800000u) {  // 2^-14, the least normal half
     half = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  } else {  // 0.5 has the ulp of a subnormal half: the addition rounds, the sum's low bits are the result
+  } else {  // the ulp of 0.5f is that of a subnormal half: the addition rounds, the sum's low bits are the result
     half = float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f);
   }
   return {static_cast<uint16_t>(sign | half)};

@@ -1,4 +1,4 @@
-// What the headers of a target region need, included before the region begins.
+// Includes what the headers of a target region need; they must be included before the region begins.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@
 
 namespace dlk {
 
-// Where nothing multiplies bf16 as such (bf16_dots.h, amx_tiles.h).
+// Bf16Unit of an instruction set that does not multiply bf16 (those that do: bf16_dots.h, amx_tiles.h).
 struct NoBf16Unit {
   static constexpr int kRows = 1, kDepth = 1;
   static constexpr bool kPresent = false;

@@ -2,9 +2,9 @@
 //   DLK_TARGET_BEGIN("avx2,fma,f16c")
 //   namespace dlk::avx2 { ... }
 //   DLK_TARGET_END
-// Everything a region instantiates must be declared inside it: a template from
-// before the region keeps the outer target and another calling convention for
-// vectors, and the compiler does not warn.
+// Everything that a region instantiates must be declared inside it: a template
+// declared before the region keeps the outer target, which passes vectors by another
+// calling convention, and the compiler does not warn.
 #pragma once
 
 #define DLK_PRAGMA(text) _Pragma(#text)
@@ -23,24 +23,24 @@
 #define DLK_NOINLINE __attribute__((noinline))
 
 #define DLK_TARGET_avx2 "avx2,fma,f16c"
-#ifdef DLK_EMULATE_AVX512  // by tests/native/avx512_emulation.h
+#ifdef DLK_EMULATE_AVX512  // defined by tests/native/avx512_emulation.h
 #define DLK_TARGET_avx512 DLK_TARGET_avx2
 #else
 #define DLK_TARGET_avx512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2"
 #endif
 
-// DLK_NO_X86 leaves the scalar kernels alone, as on another processor.
+// With DLK_NO_X86 there are only the scalar kernels, as on any processor but x86-64.
 #if (defined(__x86_64__) || defined(_M_X64)) && !defined(DLK_NO_X86)
 #define DLK_X86 1
 #endif
 
-// DLK_NO_AVX512 stops at AVX2: the rest takes most of the time to compile.
+// DLK_NO_AVX512 leaves out all instruction sets above AVX2, which take most of the time to compile.
 #if defined(DLK_X86) && !defined(DLK_NO_AVX512)
 #define DLK_AVX512 1
 #endif
 
-// What multiplies bf16, where the compiler knows it; DLK_OLD_ASSEMBLER is for an assembler that does not.
-// DLK_EMULATE_BF16 puts plain C++ in its place (bf16_pairs.h), for machines without.
+// The instruction sets that multiply bf16, if the compiler knows them. DLK_OLD_ASSEMBLER says that the assembler does
+// not. DLK_EMULATE_BF16 replaces their instructions by plain C++ (bf16_pairs.h), for machines without them.
 #ifdef DLK_AVX512
 #if !defined(DLK_OLD_ASSEMBLER) && !defined(DLK_EMULATE_AVX512)
 #if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
@@ -67,7 +67,7 @@
 #endif
 #endif
 
-// Whether this compiler makes kernels for a row of core/isas.def.
+// Whether this build has kernels for a row of core/isas.def.
 #define DLK_COMPILES_scalar 1
 #ifdef DLK_X86
 #define DLK_COMPILES_avx2 1

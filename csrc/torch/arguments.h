@@ -1,4 +1,4 @@
-// What the operators share on their way from tensors to structs.
+// What the operators share to turn tensors into the kernels' structs.
 #pragma once
 
 #include <vector>
@@ -9,7 +9,7 @@
 
 namespace dlk {
 
-// Pointers to arguments in the form the kernels read; owns the copies that this took.
+// Returns pointers to arguments in the layout that the kernels read, and owns the copies that this needs.
 class Inputs {
  public:
   const void* contiguous(const Tensor& tensor) {
@@ -18,7 +18,7 @@ class Inputs {
     return copies_.back().data();
   }
 
-  // On a cache line's boundary, as torch allocates; a view may begin anywhere.
+  // Contiguous and aligned to a cache line, as torch allocates; a view may begin anywhere and is then copied.
   const void* aligned(const Tensor& tensor) {
     const void* data = contiguous(tensor);
     if (reinterpret_cast<uintptr_t>(data) % 64 == 0) return data;
@@ -26,8 +26,8 @@ class Inputs {
     return copies_.back().data();
   }
 
-  // Any strides but that of the last dimension, which must be 1. `t_dim` and `b_dim` are the
-  // dimensions of time and batch; b_dim is -1 for packed data.
+  // Copies the tensor only if the stride of its last dimension is not 1. `t_dim` and `b_dim` are
+  // the dimensions of time and batch; b_dim is -1 for packed data.
   RowTensor<const void*> rows(const Tensor& tensor, int t_dim, int b_dim, DType dtype) {
     const Tensor& source = with_dense_rows(tensor);
     const int64_t* strides = source.strides();

@@ -1,4 +1,4 @@
-// Turns a typed function into a boxed kernel of the stable ABI, as TORCH_BOX does, over
+// Turns a typed function into a boxed kernel of the stable ABI, as TORCH_BOX does, with
 // the handles of tensor.h (and without the leak of `str` arguments in torch's conversion).
 #pragma once
 
@@ -14,7 +14,8 @@
 
 namespace dlk {
 
-// Outer autograd has done its part when a kernel runs; what the kernel calls is not to be recorded.
+// Turns autograd's recording off while a kernel runs: the operator itself has already been recorded, and what the
+// kernel calls must not be.
 class NoGrad {
  public:
   NoGrad() : was_enabled_(aoti_torch_grad_mode_is_enabled()) {
@@ -30,7 +31,8 @@ class NoGrad {
   bool was_enabled_;
 };
 
-// How a type crosses the stack. take() owns what the value held, give() hands ownership over.
+// Converts a type from and to a value on the stack. take() takes ownership of what the value holds, give() passes
+// ownership to the value.
 template <class T>
 struct Crossing {
   static_assert(std::is_same_v<T, bool> || std::is_same_v<T, int64_t> || std::is_same_v<T, double>,
@@ -102,7 +104,7 @@ void give_results(StableIValue* stack, std::tuple<T...> results) {
   std::apply([&](T&... result) { ((*stack++ = Crossing<T>::give(std::move(result))), ...); }, results);
 }
 
-// How a type is written in a schema.
+// The name of a type in a schema.
 template <class T>
 constexpr const char* kSchemaName = nullptr;
 template <>
@@ -118,10 +120,10 @@ inline constexpr const char* kSchemaName<OptionalTensor> = "Tensor?";
 template <>
 inline constexpr const char* kSchemaName<std::vector<Tensor>> = "Tensor[]";
 
-// DLK_ARGUMENTS(Name, LIST) makes a struct of an operator's arguments from the one list of them:
+// DLK_ARGUMENTS(Name, LIST) defines a struct of an operator's arguments from a list of them:
 //   #define LIST(ARGUMENT) ARGUMENT(Tensor, x, "") ARGUMENT(int64_t, steps, "=0")
-// with type, name and what follows the name in the schema. Name::schema() is their part of the schema, Name::take reads
-// them from the stack.
+// Each entry has the type, the name and what follows the name in the schema. Name::schema() returns the arguments' part
+// of the schema, Name::take reads them from the stack.
 #define DLK_MEMBER_OF_ARGUMENTS(Type, name, rest) Type name;
 #define DLK_SCHEMA_OF_ARGUMENTS(Type, name, rest) \
   text += text.empty() ? "" : ", ";               \
@@ -145,7 +147,7 @@ inline constexpr const char* kSchemaName<std::vector<Tensor>> = "Tensor[]";
 // Runs an operator and leaves its results on the stack.
 template <class Run>
 void give_results_of(StableIValue* stack, Run run) {
-  // Of the standard library's containers; tensors and working memory name their bytes.
+  // For allocations of the standard library's containers; the messages for tensors and scratch name the bytes.
   static constexpr const char* kNoMemory = "DefaultCPUAllocator: can't allocate memory for the tables of this call";
   try {
     give_results(stack, run());
@@ -156,7 +158,7 @@ void give_results_of(StableIValue* stack, Run run) {
   }
 }
 
-// An operator whose arguments are a struct, behind what its registration fixes.
+// An operator whose function takes a constant, fixed by the registration, and then its arguments as a struct.
 template <auto function, auto fixed>
 struct BoxedCall;
 
@@ -176,7 +178,7 @@ template <class Result, class... Args, Result (*function)(Args...)>
 struct Boxed<function> {
   static void kernel(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
     const NoGrad guard;
-    // Braces, so that the values are taken in order.
+    // take() initialises the tuple with braces, so that the values are read in order.
     const std::tuple<std::decay_t<Args>...> args = take(stack, std::index_sequence_for<Args...>());
     give_results_of(stack, [&] { return std::apply(function, args); });
   }

@@ -1,5 +1,5 @@
-// Argument checks of the operators. They stand behind those of the Python layer, which
-// raises torch's own exception types: here the point is that no call can crash.
+// Argument checks of the operators. The Python layer has checks of its own, which raise
+// torch's exception types. These ensure that no call of an operator can crash the process.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@ std::string concat(const Parts&... parts) {
   return text.str();
 }
 
-// RuntimeError in Python; DLK_CHECK_VALUE: ValueError.
+// Throws a RuntimeError in Python; DLK_CHECK_VALUE throws a ValueError.
 #define DLK_CHECK(condition, ...)                                           \
   do {                                                                      \
     if (!(condition)) throw std::runtime_error(::dlk::concat(__VA_ARGS__)); \
@@ -66,13 +66,14 @@ inline void check_tensor(const Tensor& tensor, const char* what, int32_t dtype, 
             shape_text(shape.begin(), dim), ", got ", shape_text(tensor));
 }
 
-// One dimension of any size.
+// Checks that the tensor has one dimension, of any size.
 inline void check_vector(const Tensor& tensor, const char* what, int32_t dtype, const Device* device = nullptr) {
   DLK_CHECK(tensor.dim() == 1, what, " must be one-dimensional, got shape ", shape_text(tensor));
   check_kind(tensor, what, dtype, device);
 }
 
-// The elements of a vector on the CPU. Each is read once: what is checked is what is used, whoever writes meanwhile.
+// Copies the elements of a vector on the CPU. Each is read once, so the values that are checked are the values that are
+// used, even if another thread writes to the tensor.
 template <class T>
 std::vector<T> copy_values(const Tensor& tensor) {
   std::vector<T> values(static_cast<size_t>(tensor.numel()));

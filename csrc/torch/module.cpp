@@ -1,4 +1,4 @@
-// The host module `_C`, which Python imports to get the operators registered.
+// The host module `_C`; importing it registers the operators.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -62,7 +62,7 @@ py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool 
   return dict;
 }
 
-// The limits of a device of this machine; of an H200 where `device` is none.
+// The limits of a device of this machine, or of an H200 if `device` is empty.
 GpuLimits limits_of(std::optional<int> device) {
 #ifdef DLKERNELS_CUDA_ARCHS
   if (device) return capped(gpu_limits(*device));

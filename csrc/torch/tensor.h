@@ -1,5 +1,5 @@
-// Tensors at the torch boundary: move-only owners of the C shim's handles. A short call
-// feels every reference count and every dispatcher call by name, so there are none.
+// Tensors at the boundary to torch: move-only owners of the C shim's handles. In a short call
+// the time of reference counts and of dispatcher calls by name matters, so there are none.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@
 #include "core/runtime_flags.h"
 #include "core/types.h"
 
-// torch's words for the error that the last function of the shim caught; from 2.13 on, absent before.
+// The message of the error that the last function of the shim caught. torch has it from 2.13 on; before, it is null.
 extern "C" const char* torch_exception_get_what_without_backtrace() __attribute__((weak));
 
 namespace dlk {
@@ -26,8 +26,8 @@ namespace dlk {
   throw std::runtime_error(said && *said ? std::string(said) : std::string(function) + " failed in torch");
 }
 
-// Calls a function of torch's shim; a RuntimeError in Python if it fails. torch's macro would name the file of the
-// build.
+// Calls a function of torch's shim and throws if it fails, a RuntimeError in Python. The message of torch's own macro
+// would contain the path of the source file.
 #define DLK_TORCH(function, ...)                                         \
   do {                                                                   \
     if (function(__VA_ARGS__) != 0) ::dlk::throw_torch_error(#function); \
@@ -120,7 +120,7 @@ inline size_t byte_count(const int64_t* sizes, int64_t dim, int32_t dtype, const
   return bytes;
 }
 
-// Uninitialised; the strides leave no gaps. `what` is for the message where there is no memory.
+// An uninitialised tensor, whose strides must leave no gaps. `what` names it in the message if there is no memory.
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim, int32_t dtype,
                             const Device& device = cpu_device(), const char* what = "a result") {
   const size_t size = byte_count(sizes, dim, dtype, what);
@@ -136,7 +136,7 @@ inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_
   return tensor;
 }
 
-// ... and contiguous.
+// An uninitialised contiguous tensor.
 inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Device& device = cpu_device(),
                     const char* what = "a result") {
   constexpr int64_t kMaxDim = 8;
@@ -144,7 +144,7 @@ inline Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Devi
   int64_t numel = 1;
   for (int64_t d = dim; d-- > 0;) {
     strides[d] = numel;
-    // A stride steps over at least one element, as torch has it; empty_strided refuses what overflows here.
+    // Like torch, strides count a dimension of size 0 as 1. If a product overflows, empty_strided throws.
     if (sizes[d] > 1 && __builtin_mul_overflow(numel, sizes[d], &numel)) numel = 0;
   }
   return empty_strided(sizes, strides, dim, dtype, device, what);

@@ -12,7 +12,7 @@ namespace {
 
 std::atomic<bool> g_forked{false};
 
-// At load time: a fork before the first op must be seen too.
+// Registered at load time, because a fork before the first op must be noticed too.
 [[maybe_unused]] const int g_registered =
     pthread_atfork(nullptr, nullptr, [] { g_forked.store(true, std::memory_order_relaxed); });
 

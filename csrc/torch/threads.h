@@ -1,15 +1,15 @@
-// The threads kernels run on: torch's own pool.
+// The threads on which kernels run: torch's own pool.
 #pragma once
 
 #include "core/types.h"
 
 namespace dlk {
 
-// Threads an op may ask for now: torch.get_num_threads(), and 1 in a forked child, where
-// the pool's threads do not exist and waiting for them would never end.
+// The number of threads that an op may ask for now: torch.get_num_threads(), but 1 in a forked
+// child, where the pool's threads do not exist and waiting for them would never end.
 int thread_count();
 
-// The instruction set in force with torch's pool; what every op hands to its kernel.
+// What every op passes to its kernel: the instruction set in force, and torch's pool.
 Runtime current_runtime();
 
 }  // namespace dlk

@@ -1,9 +1,9 @@
-// Backward of attention. A task has a group of heads of keys (as a rule one) and a part of their
-// keys, which it takes in chunks: the chunk's dk and dv stay in the cache while all query rows
-// pass in blocks. For each tile the probabilities P are made again from the softmax's statistics, then
+// The backward of attention. A task has a group of key heads (usually one) and a part of their keys, which
+// it processes in chunks: the chunk's dk and dv stay in the cache while the task goes through all query rows
+// in blocks. For each tile the probabilities P are computed again from the softmax's statistics, then
 //   dP = v do^T,  dS = P (dP - delta + dlse),  delta = sum(do o),
-// all of them [key][lane], and dv += P do, dk += dS q, dq += dS k. dq of the parts of the keys is added up
-// in order by the task that ends last.
+// all of them [key][lane], and dv += P do, dk += dS q, dq += dS k. If the keys are split, the task that ends
+// last adds up the parts' dq, in order.
 #pragma once
 
 #include "attention/cpu/delta.h"
@@ -89,10 +89,11 @@ class AttentionBackward {
     mask_sums_.begin();
   }
 
-  // A task that takes all keys in one chunk makes the deltas of rows that see something on its way.
+  // Whether the deltas are computed before the tasks. If every task has all keys in one chunk, it can compute them
+  // itself, but only for rows that see something, which does not suffice for the gradients of sinks.
   bool prepares() const { return plan_.splits > 1 || keys_ > chunk_ || p_.dsinks; }
 
-  // Before the tasks: delta of all rows of the heads that share the keys of head `index`.
+  // Runs before the tasks: computes the deltas of all rows that share the keys of head `index`.
   void prepare(int worker, int64_t index) {
     Worker& w = workers_[worker];
     each_block(w, index / s_.Hkv, index % s_.Hkv, [&](int64_t) { make_deltas(w); });
@@ -126,13 +127,13 @@ class AttentionBackward {
   struct Worker {
     Lanes<C> lanes;
     C *q, *grad;            // panels [width][lanes] of q and do; q as rows for dot products
-    C *q_rows, *grad_rows;  // [lane][width]
+    C *q_rows, *grad_rows;  // strips (tile.h), each [lane][width of the strip]
     typename ScoreGradients<C>::Rows rows;
-    C* o;                      // a panel
+    C* o;                      // a panel of the output
     C *scores, *ds, *damping;  // [key][lanes of the block]
     C* bias;
     C *k, *v, *dk, *dv;  // of a chunk
-    C* dq;               // all rows: blocks of panels [D, whole vectors][lanes]
+    C* dq;               // of all rows: blocks of panels [D, whole vectors][lanes]
     PackedBackward<C, Bf16Unit> packed;
   };
 
@@ -154,7 +155,7 @@ class AttentionBackward {
   RowDeltas<C> deltas_;
   MaskGradientSums<C> mask_sums_;
   bool hides_;   // whether anything may be hidden
-  bool copies_;  // whether q, k, v and do are wanted in the compute type, which a bf16 unit does not read
+  bool copies_;  // whether q, k, v and do are needed in the compute type: with a bf16 unit only if something is hidden
   int64_t keys_ = 0, blocks_, chunk_, lanes_, dq_stride_;
   Worker workers_[kMaxMembers];
   C* dq_parts_ = nullptr;
@@ -256,7 +257,7 @@ class AttentionBackward {
       rows_to_lanes(w.lanes, w.lanes.panel[p], p_.grad_o, s_.dtype, s_.Dv, w.grad + w.lanes.panel[p].lane * s_.Dv);
   }
 
-  // The rows of w.lanes by the keys of a chunk.
+  // Computes the gradients of the rows of w.lanes and the keys of a chunk.
   void run_block(Worker& w, const Chunk& chunk, int64_t split, C* dq) {
     Lanes<C>& lanes = w.lanes;
     const int64_t D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
@@ -270,8 +271,8 @@ class AttentionBackward {
       rows_to_lanes(lanes, lanes.panel[p], in_.q, s_.dtype, s_.D, w.q + lanes.panel[p].lane * s_.D);
     for (int64_t l = 0; dot_ && l < lanes.rows; ++l)
       load_row<C>(s_.dtype, lanes.row_of(in_.q, s_.dtype, l), s_.D, w.q + l * D);
-    if (copies_) rows_to_strips(lanes, in_.q, s_.D, w.q_rows);
-    if (copies_) rows_to_strips(lanes, p_.grad_o, s_.Dv, w.grad_rows);
+    if (copies_) rows_to_strips(lanes, in_.q, s_.dtype, s_.D, w.q_rows);
+    if (copies_) rows_to_strips(lanes, p_.grad_o, s_.dtype, s_.Dv, w.grad_rows);
     read_statistics(w);
     if (p_.dslopes) std::fill_n(w.rows.slope_sums, lanes.count, C(0));
     const bool finite = !hides_ || (chunk.finite && all_finite(w.q_rows, D, lanes.rows, D) &&
@@ -283,19 +284,7 @@ class AttentionBackward {
           static_cast<double>(w.rows.slope_sums[l]);
   }
 
-  void rows_to_strips(const Lanes<C>& lanes, const HeadTensor<const void*>& t, int64_t width, C* out) const {
-    const int64_t vectors = lanes_rounded<C>(width) / V::size;
-    for (int64_t strip = 0; strip < strips(vectors); ++strip) {
-      const int64_t first = strip_begin(vectors, strip) * V::size, end = strip_begin(vectors, strip + 1) * V::size;
-      for (int64_t l = 0; l < lanes.rows; ++l) {
-        const void* row = lanes.row_of(t, s_.dtype, l);
-        for (int64_t x = first; x < end; x += V::size, out += V::size)
-          load_any<C>(s_.dtype, row, x, static_cast<int>(std::min<int64_t>(V::size, width - x))).store(out);
-      }
-    }
-  }
-
-  // Of the block's rows; for lanes without a row as if it saw nothing.
+  // Reads the statistics of the block's rows; lanes without a row get those of a row that sees nothing.
   void read_statistics(Worker& w) const {
     const Lanes<C>& lanes = w.lanes;
     for (int64_t l = 0; l < lanes.count; ++l) {
@@ -310,7 +299,7 @@ class AttentionBackward {
   void run_tile(Worker& w, const Chunk& chunk, int64_t at, int64_t keys, int64_t split, C* dq, bool finite) {
     const Lanes<C>& lanes = w.lanes;
     const int64_t ld = lanes.count, D = lanes_rounded<C>(s_.D), Dv = lanes_rounded<C>(s_.Dv);
-    int64_t begin = keys, end = 0;  // of the block's keys, what some panel sees
+    int64_t begin = keys, end = 0;  // those of the block's keys that some panel sees
     for (int64_t p = 0; p < lanes.panels; ++p) {
       ScoreTile<C> tile;
       if (!scores_.clip(lanes.panel[p], chunk.first + at, keys, &tile)) continue;
@@ -342,12 +331,11 @@ class AttentionBackward {
         return w.packed.add_dk(at, range, w.ds, ld, lanes.rows, w.dk);
       }
     }
-    add_product(selected, end - begin, w.scores + begin * ld, ld, lanes.rows, w.grad_rows, w.dv + (at + begin) * Dv,
-                Dv);
-    add_product(selected, end - begin, w.ds + begin * ld, ld, lanes.rows, w.q_rows, w.dk + (at + begin) * D, D);
+    add_strips(selected, end - begin, w.scores + begin * ld, ld, lanes.rows, w.grad_rows, w.dv + (at + begin) * Dv, Dv);
+    add_strips(selected, end - begin, w.ds + begin * ld, ld, lanes.rows, w.q_rows, w.dk + (at + begin) * D, D);
   }
 
-  // Keys [from, to) of the block: no probability, no gradient.
+  // Sets the probabilities and gradients of keys [from, to) of the block to 0.
   void clear_lanes(Worker& w, const LanePanel& panel, int64_t from, int64_t to, int64_t ld) const {
     for (int64_t j = from; j < to; ++j)
       for (int64_t l = panel.lane; l < panel.lane + int64_t{panel.vectors} * V::size; l += V::size) {
@@ -356,24 +344,8 @@ class AttentionBackward {
       }
   }
 
-  // out [keys][ldo] += weights [keys][lane] rows [lane][ldo], the rows as strips
-  void add_product(bool selected, int64_t keys, const C* weights, int64_t ld, int64_t lanes, const C* rows, C* out,
-                   int64_t ldo) const {
-    const int64_t vectors = ldo / V::size;
-    for (int64_t strip = 0; strip < strips(vectors); ++strip) {
-      const int64_t first = strip_begin(vectors, strip) * V::size;
-      const int count = strip_width(vectors, strip);
-      const C* from = rows + first * lanes;
-      if (selected) {
-        const int64_t width = int64_t{count} * V::size;
-        add_selected<C, Lies::rows, true>(keys, width, weights, ld, lanes, from, width, out + first, ldo);
-      } else {
-        multiply_rows(keys, count, weights, ld, lanes, from, out + first, ldo, true);
-      }
-    }
-  }
-
-  // Probabilities and gradients of the scores of one panel, and its dq, of a range of the `keys` from key `at` on.
+  // Computes the probabilities and the gradients of the scores of one panel, and adds to its dq, for a range of the
+  // `keys` keys from key `at` of the chunk on.
   void run_panel(Worker& w, const Chunk& chunk, const ScoreTile<C>& tile, int64_t at, const KeyRange& range,
                  int64_t keys, int64_t split, C* dq, bool finite) {
     const int64_t lane = tile.panel->lane, width = tile.width(), ld = tile.ld;
@@ -384,7 +356,7 @@ class AttentionBackward {
     const C *k = chunk.k.data + key * chunk.k.ld, *v = chunk.v.data + key * chunk.v.ld;
     if constexpr (kPacked) {
       w.packed.score(*tile.panel, at, range, w.scores, w.ds, ld);
-    } else if (dot_) {  // as the forward had them, to the last bit
+    } else if (dot_) {  // the same bits as in the forward
       const int64_t ldq = lanes_rounded<C>(s_.D);
       tile.clear_spare_lanes();
       dot_rows(tile.panel->rows, w.q + lane * ldq, ldq, s_.D, k, chunk.k.ld, tile.keys, tile.scores, ld, RowsAhead{});

@@ -1,6 +1,6 @@
-// delta = sum(do o) of every row, before what needs it of the backward: summed in the order of dP, so that a row
-// that sees one key gets a gradient of exactly 0. And the gradients of the sinks: a sink has the
-// probability like a key, and no value.
+// Computes delta = sum(do o) of every row, which the backward needs first. It is summed in the order of dP, so that
+// a row that sees one key gets a gradient of exactly 0. Also computes the gradients of the sinks: a sink has
+// a probability like a key, but no value.
 #pragma once
 
 #include "attention/cpu/scores.h"
@@ -25,7 +25,7 @@ class RowDeltas {
 
   C at(const Lanes<C>& lanes, int64_t lane) const { return delta_[lanes.offset(like_lse(), lane)]; }
 
-  // The rows of `lanes`. grad holds do as panels, o has room for a panel.
+  // Computes delta of the rows of `lanes`. grad holds do as panels, o has room for a panel.
   void make(const Lanes<C>& lanes, const C* grad, C* o) {
     for (int64_t p = 0; p < lanes.panels; ++p) {
       const LanePanel& panel = lanes.panel[p];
@@ -60,7 +60,7 @@ class RowDeltas {
 
   V sum_products(const C* grad, const C* o, int64_t ld) const {
     const V least = V::set1(std::numeric_limits<C>::min());
-    // Where o is 0 the gradient does not matter, and that of a row that sees nothing may be anything.
+    // Where o is 0 the gradient does not matter, and for a row that sees nothing the gradient may be anything.
     const auto wanted = [&](int64_t x) __attribute__((always_inline)) {
       return select_lt(abs(V::load(o + x * ld)), least, V::zero(), V::load(grad + x * ld));
     };

@@ -1,12 +1,12 @@
-// Products of few query rows (decode): keys as they lie, in their own type, a dot product for each key
-// and row. Nothing of the keys is copied, and all rows that share them use each while it is in registers.
+// Products of few query rows with keys (decode): a dot product for each key and row. The keys are read in place, in
+// their own type, and all rows that share a key use it while it is in registers.
 #pragma once
 
 #include "attention/cpu/state.h"
 
 DLK_ISA_BEGIN
 
-// Rows that will be wanted next, and go to the cache meanwhile.
+// Rows that will be needed next and are prefetched meanwhile.
 struct RowsAhead {
   const char* data;
   int64_t stride, bytes;  // of a row

@@ -1,4 +1,4 @@
-// The table of this ISA: run-time dtype to the templates above.
+// The table of attention kernels of this ISA. Its functions choose the template for the run-time dtype.
 #pragma once
 
 #include "attention/cpu/backward.h"
@@ -8,7 +8,7 @@
 
 DLK_ISA_BEGIN
 
-// The list of what is taken is walked twice: to add up, and to hand out.
+// Runs carve() twice: the first pass adds up the sizes, the second gets the addresses.
 template <class Work>
 DLK_INLINE void carve_all(Work& work, Scratch& scratch) {
   work.carve(scratch);

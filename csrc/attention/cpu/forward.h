@@ -1,5 +1,6 @@
-// Forward of attention: for each block of rows, all panels of queries walk along the keys, block
-// by block. Where the keys are split, the task that ends last adds up the parts, in order.
+// The forward of attention. A task has a block of query rows and goes through its keys block by block, and
+// through all panels of rows for each of these. If the keys are split, the task that ends last adds up the
+// parts, in order.
 #pragma once
 
 #include "attention/cpu/dot.h"
@@ -116,9 +117,9 @@ class AttentionForward {
     }
   }
 
-  // Keys and values of a block, read when a panel first wants them.
+  // Keys and values of a block, which are read when a panel first needs them.
   struct KeyBlock {
-    const AttentionForward& f;
+    const AttentionForward& parent;
     Worker& w;
     const AttentionTask& task;
     int64_t first, keys;
@@ -127,36 +128,36 @@ class AttentionForward {
     int finite = -1;
 
     const void* address(const HeadTensor<const void*>& t) const {
-      return advance(t.data, f.s_.dtype, key_offset(f.in_, w.lanes.sequence, t, task.b, task.kv_head, first));
+      return advance(t.data, parent.s_.dtype, key_offset(parent.in_, w.lanes.sequence, t, task.b, task.kv_head, first));
     }
     const KeyRows<C>& k() {
       if (!k_.data) {
-        const bool in_place = rows_in_place<C>(f.s_.dtype, f.in_.k.row, f.s_.D);
-        k_ = read_rows<C>(f.s_.dtype, address(f.in_.k), f.in_.k.row, keys, f.s_.D, in_place, w.k);
+        const bool in_place = rows_in_place<C>(parent.s_.dtype, parent.in_.k.row, parent.s_.D);
+        k_ = read_rows<C>(parent.s_.dtype, address(parent.in_.k), parent.in_.k.row, keys, parent.s_.D, in_place, w.k);
       }
       return k_;
     }
     const KeyRows<C>& v() {
       if (!v_.data) {
-        // Among few rows values are read as whole vectors, and not often enough for strides to matter.
-        const bool in_place = f.dot_ ? is_compute_type<C>(f.s_.dtype) && f.s_.Dv % V::size == 0
-                                     : rows_in_place<C>(f.s_.dtype, f.in_.v.row, f.s_.Dv);
-        v_ = read_rows<C>(f.s_.dtype, address(f.in_.v), f.in_.v.row, keys, f.s_.Dv, in_place, w.v);
+        // With few rows values are read as whole vectors, and too rarely for their stride to matter.
+        const bool in_place = parent.dot_ ? is_compute_type<C>(parent.s_.dtype) && parent.s_.Dv % V::size == 0
+                                          : rows_in_place<C>(parent.s_.dtype, parent.in_.v.row, parent.s_.Dv);
+        v_ = read_rows<C>(parent.s_.dtype, address(parent.in_.v), parent.in_.v.row, keys, parent.s_.Dv, in_place, w.v);
       }
       return v_;
     }
     const PackedForward<C, Bf16Unit>& packed_keys() {
-      if (!packed_k) w.packed.set_keys(address(f.in_.k), f.in_.k.row, keys);
+      if (!packed_k) w.packed.set_keys(address(parent.in_.k), parent.in_.k.row, keys);
       packed_k = true;
       return w.packed;
     }
     const PackedForward<C, Bf16Unit>& packed_values() {
-      if (!packed_v) w.packed.set_values(address(f.in_.v), f.in_.v.row, keys);
+      if (!packed_v) w.packed.set_values(address(parent.in_.v), parent.in_.v.row, keys);
       packed_v = true;
       return w.packed;
     }
     bool values_finite() {
-      if (finite < 0) finite = all_finite(v().data, v().ld, keys, f.s_.Dv);
+      if (finite < 0) finite = all_finite(v().data, v().ld, keys, parent.s_.Dv);
       return finite;
     }
   };

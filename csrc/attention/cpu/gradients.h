@@ -1,5 +1,5 @@
-// From a tile's scores and the gradients dP of its probabilities to P, as the values had it, and to the gradients dS of
-// the scores, both in place.
+// Turns a tile's scores into the probabilities P that weight the values, and the gradients dP of these into the
+// gradients dS of the scores, both in place.
 #pragma once
 
 #include "attention/cpu/scores.h"
@@ -12,10 +12,10 @@ class ScoreGradients {
  public:
   using V = Vec<C>;
 
-  // Of a block's lanes.
+  // What the lanes of a block need.
   struct Rows {
     C *top, *weight;  // as SoftmaxStatistics has them
-    C* delta;         // less the gradient of lse
+    C* delta;         // minus the gradient of lse
     C* slope_sums;    // null = not wanted
     uint32_t* words;  // for dropout
   };
@@ -46,7 +46,7 @@ class ScoreGradients {
     }
   }
 
-  // Through the softcap. Where dS is 0 nothing may be seen, and the damping may be anything.
+  // Multiplies dS by the derivative of the softcap. Where dS is 0 the key may be hidden and the damping anything.
   void damp(const ScoreTile<C>& tile, const C* damping, C* ds) const {
     for (int64_t j = 0; j < tile.keys; ++j)
       for (int64_t at = j * tile.ld; at < j * tile.ld + tile.width(); at += V::size) {
@@ -59,7 +59,7 @@ class ScoreGradients {
   const Scores<C>& scores_;
   Dropout dropout_;
 
-  // P in place of the scores, its sign negative where dropout drops it; and dP of what is left of P.
+  // Replaces the scores by P, with a negative sign where dropout drops it, and multiplies dP by the factors of dropout.
   void drop(const Lanes<C>& lanes, const ScoreTile<C>& tile, const Rows& rows, C* ds) const {
     const auto probability = scores_.template probability<true>();
     for (int64_t l = 0; l < tile.width(); l += V::size) {
@@ -80,7 +80,7 @@ class ScoreGradients {
       const V delta = V::load(rows.delta + tile.panel->lane + l);
       for (int64_t at = l; at < tile.keys * tile.ld; at += tile.ld) {
         const V p = V::load(tile.scores + at);
-        max(V::zero(), p * kept).store(tile.scores + at);  // in this order NaN stays
+        max(V::zero(), p * kept).store(tile.scores + at);  // with the operands in this order NaN stays NaN
         score_gradient<true>(abs(p), V::load(ds + at) - delta).store(ds + at);
       }
     }
@@ -93,7 +93,7 @@ class ScoreGradients {
     make<kMasked, 1>(tile, rows, ds);
   }
 
-  // Key by key, as the tile lies in memory.
+  // Goes through the keys in the order of the tile in memory.
   template <bool kMasked, int kVectors>
   DLK_NOINLINE void make(const ScoreTile<C>& tile, const Rows& rows, C* ds) const {
     const C *top = rows.top + tile.panel->lane, *weight = rows.weight + tile.panel->lane;
@@ -117,7 +117,7 @@ class ScoreGradients {
     }
   }
 
-  // Where nothing is seen dP may be anything.
+  // Where a key is hidden, P is 0 and dP may be anything.
   template <bool kMasked>
   static DLK_INLINE V score_gradient(V p, V g) {
     if constexpr (!kMasked) return p * g;

@@ -1,4 +1,6 @@
-// The torch-free entry points of attention: plan, run, remember.
+// The torch-free entry points of attention: each makes a plan, runs it and records what ran.
+#include <iterator>
+
 #include "attention/cpu/table.h"
 
 namespace dlk {
@@ -32,16 +34,14 @@ void attention_map(const AttentionMapParams& params, const Runtime& runtime) {
 const AttentionLastRun& attention_last_run() { return g_last_run; }
 
 const AttentionTable& attention_kernels(Isa isa) {
-  const AttentionTable* table = &kAttention_scalar;
-  switch (isa) {
-#define DLK_ISA_ROW(name, features, vectors, bf16) \
-  case Isa::name:                                  \
-    table = &kAttention_##name;                    \
-    break;
+  static constexpr const AttentionTable* kTables[] = {
+#define DLK_ISA_ROW(name, features, vectors, bf16) &kAttention_##name,
 #include "core/isas.def"
 #undef DLK_ISA_ROW
-  }
-  return table->forward ? *table : kAttention_scalar;
+  };
+  static_assert(std::size(kTables) == kIsaCount, "tables are indexed by Isa");
+  const AttentionTable& table = *kTables[static_cast<int>(isa)];
+  return table.forward ? table : kAttention_scalar;
 }
 
 }  // namespace dlk

@@ -1,5 +1,5 @@
-// A task's rows, one lane each, in panels that are strips (attention_tile.h); and the way of a tensor's rows into
-// lanes ([width][lanes]) and back.
+// The rows of a task as vector lanes, one row per lane, divided into panels as wide as strips (tile.h); and copies of a
+// tensor's rows into lanes ([width][lanes]) and back, and into strips.
 #pragma once
 
 #include "attention/cpu/tile.h"
@@ -11,12 +11,12 @@ DLK_ISA_BEGIN
 struct LanePanel {
   int64_t lane;  // the first
   int vectors;
-  int64_t rows;  // real lanes
-  // Over the lanes: keys [first_begin, last_end) concern some of them, [last_begin, first_end) all.
+  int64_t rows;  // lanes with a row of their own
+  // Some lanes may see keys of [first_begin, last_end), and all lanes see all keys of [last_begin, first_end).
   int64_t first_begin, last_begin, first_end, last_end;
 };
 
-// The panels of a task. Lanes beyond the last row repeat it; nothing of them is stored.
+// The panels of a task. Lanes beyond the last row repeat it, and their results are not stored.
 template <class C>
 struct Lanes {
   static constexpr int kWidth = 3 * Vec<C>::size;  // of the widest panel
@@ -48,7 +48,7 @@ struct Lanes {
     counter_head = scratch.take<uint32_t>(n);
   }
 
-  // Rows [first, first + n) of those that share the keys of kv_head.
+  // Takes rows [first, first + n) of those that share the keys of kv_head.
   void set(const AttentionInputs& inputs, int64_t batch, int64_t kv_head, int64_t first, int64_t n) {
     in = &inputs;
     sequence = AttentionSequence(inputs, batch);
@@ -78,7 +78,7 @@ struct Lanes {
     return (in->cu_q ? sequence.q0 * t.row : b * t.b) + head[lane] * t.h + query[lane] * t.row;
   }
 
-  // Lanes beyond the last row see nothing.
+  // Lanes beyond the last row get the statistics of a row that sees nothing.
   void read_statistics(const SoftmaxStatistics<const void*>& stats, int64_t lane, C* top, C* weight) const {
     *top = lane < rows ? static_cast<const C*>(stats.top.data)[offset(stats.top, lane)]
                        : std::numeric_limits<C>::infinity();
@@ -108,14 +108,14 @@ struct Lanes {
   }
 };
 
-// Where the keys' rows begin.
+// The offset of key j.
 template <class Pointer>
 DLK_INLINE int64_t key_offset(const AttentionInputs& in, const AttentionSequence& sequence,
                               const HeadTensor<Pointer>& t, int64_t b, int64_t kv_head, int64_t j) {
   return (in.cu_k ? sequence.k0 * t.row : b * t.b) + kv_head * t.h + j * t.row;
 }
 
-// out[x][lane] for n = 1..size elements x of as many rows as there are lanes, from row[r] + x on.
+// Writes out[i][r] = row[r][x + i] for i < n, n = 1..size, and as many rows r as a vector has lanes.
 template <class C, class S>
 DLK_INLINE void rows_to_lanes(const S* const* row, int64_t x, int n, C* out, int64_t ld) {
   constexpr int kSize = Vec<C>::size;
@@ -147,8 +147,8 @@ DLK_NOINLINE void rows_to_lanes(const Lanes<C>& lanes, const LanePanel& panel, c
   }
 }
 
-// Rows of a tensor into the lanes of a panel: out[x][lane], out[0] being the panel's first lane. Lanes without a row
-// repeat the last one.
+// Copies rows of a tensor into the lanes of a panel: out [width][lanes of the panel]. Lanes without a row repeat the
+// last one.
 template <class C>
 DLK_INLINE void rows_to_lanes(const Lanes<C>& lanes, const LanePanel& panel, const HeadTensor<const void*>& t,
                               DType dtype, int64_t width, C* out) {
@@ -163,7 +163,7 @@ DLK_INLINE void rows_to_lanes(const Lanes<C>& lanes, const LanePanel& panel, con
   }
 }
 
-// The way back, times factor[lane].
+// Copies lanes back to rows of a tensor, multiplied by factor[lane].
 template <class C, class S>
 DLK_NOINLINE void lanes_to_rows(const Lanes<C>& lanes, const LanePanel& panel, const C* from, const C* factor,
                                 const HeadTensor<void*>& t, int64_t width) {
@@ -207,14 +207,30 @@ DLK_INLINE void lanes_to_rows(const Lanes<C>& lanes, const LanePanel& panel, con
   }
 }
 
-// Rows of keys or values in the compute type: where they lie, if that suits, else a copy.
+// Copies the lanes' rows of a tensor into strips (tile.h), one after the other, each [row][width of the strip].
+template <class C>
+DLK_NOINLINE void rows_to_strips(const Lanes<C>& lanes, const HeadTensor<const void*>& t, DType dtype, int64_t width,
+                                 C* out) {
+  constexpr int64_t kSize = Vec<C>::size;
+  const int64_t vectors = lanes_rounded<C>(width) / kSize;
+  for (int64_t strip = 0; strip < strips(vectors); ++strip) {
+    const int64_t first = strip_begin(vectors, strip) * kSize, end = strip_begin(vectors, strip + 1) * kSize;
+    for (int64_t l = 0; l < lanes.rows; ++l) {
+      const void* row = lanes.row_of(t, dtype, l);
+      for (int64_t x = first; x < end; x += kSize, out += kSize)
+        load_any<C>(dtype, row, x, static_cast<int>(std::min(kSize, width - x))).store(out);
+    }
+  }
+}
+
+// Rows of keys or values in the compute type: those of the tensor, if they can be used in place, else a copy.
 template <class C>
 struct KeyRows {
   const C* data;
   int64_t ld;
 };
 
-// Rows far apart would share cache sets.
+// Rows that are far apart are copied, because they would share the same few sets of the cache.
 template <class C>
 DLK_INLINE bool rows_in_place(DType dtype, int64_t row_stride, int64_t width) {
   return is_compute_type<C>(dtype) && row_stride <= 2 * width;

@@ -1,5 +1,5 @@
-// The probabilities of attention, pooled: cell (r, c) is the mean over the queries of bin r of the sum
-// over the keys of bin c. A task has some bins of rows of one head.
+// Computes pooled probabilities of attention: cell (r, c) is the mean over the queries of bin r of the
+// sum over the keys of bin c. A task computes some bins of rows of one head.
 #pragma once
 
 #include "attention/cpu/state.h"
@@ -100,7 +100,7 @@ class AttentionMap {
     }
   }
 
-  // One vector of lanes of a tile, column bin by column bin.
+  // Adds one vector of lanes of a tile to the map, one column bin after the other.
   void pool(Worker& w, const ScoreTile<C>& tile, int64_t l, C* map) const {
     const auto probability = scores_.template probability<true>();
     const V top = V::load(w.top + l), weight = V::load(w.weight + l);

@@ -1,9 +1,9 @@
-// The gradient of an additive mask, summed to the mask's own shape while the tiles pass.
+// The gradient of an additive mask, summed to the mask's own shape tile by tile.
 //
-// Where the mask has queries and keys, each tile adds to its place: such places belong to one task
-// (AttentionTasks::of_keys). A place that is no other head's has one tile, which is stored: nothing is read, or filled
-// with zeros before. Where either is broadcast, sums of each head go to `parts`, which is linear
-// in the lengths, and are added up in order at the end.
+// If the mask is broadcast neither over queries nor over keys, each tile is added to its elements, which only one task
+// changes (AttentionTasks::of_keys). If heads do not share them either, each element belongs to one tile, which is
+// stored without reading the elements or filling them with zeros before. If the mask is broadcast over queries or keys,
+// the sums of each head go to `parts`, whose size is linear in the lengths, and are added up in order at the end.
 #pragma once
 
 #include "attention/cpu/scores.h"
@@ -28,7 +28,7 @@ class MaskGradientSums {
       const DType dtype = in_.mask.dtype;
       once_ = !shared && (is_compute_type<C>(dtype) || dtype == s_.dtype);
       if (once_) return;
-      // Sums of several heads do not go through 16 bits.
+      // Sums over several heads are not rounded to 16 bits in between.
       sums_ = is_compute_type<C>(dtype) ? static_cast<C*>(g_.data) : scratch.take<C>(g_.elements);
       return;
     }
@@ -42,7 +42,7 @@ class MaskGradientSums {
     if (totals_) std::fill_n(totals_, g_.elements, 0.0);
   }
 
-  // A tile of gradients of the scores, [keys][ld].
+  // Adds a tile of gradients of the scores, [keys][ld].
   void add(const Lanes<C>& lanes, const ScoreTile<C>& tile, const C* ds, int64_t split) const {
     if (per_element()) {
       add_elements(lanes, tile, ds);
@@ -53,7 +53,7 @@ class MaskGradientSums {
     }
   }
 
-  // What a panel does not see of the keys [first, end).
+  // Stores zeros for the keys [first, end), which a panel does not see.
   void hide(const Lanes<C>& lanes, const LanePanel& panel, int64_t first, int64_t end) const {
     if (!once_ || first >= end) return;
     const int64_t size = item_size(in_.mask.dtype);
@@ -62,7 +62,7 @@ class MaskGradientSums {
                   static_cast<size_t>((end - first) * size));
   }
 
-  // Once, after all tasks.
+  // Runs once, after all tasks.
   void finish() const {
     if (!wanted() || once_) return;
     if (per_element()) {
@@ -85,8 +85,8 @@ class MaskGradientSums {
   const AttentionShape& s_;
   int64_t splits_;
   int64_t part_count_ = 0;
-  bool once_ = false;         // each element has one tile
-  C* sums_ = nullptr;         // [elements]: `data`, if it can hold them
+  bool once_ = false;         // each element belongs to one tile
+  C* sums_ = nullptr;         // [elements]: the gradient itself if it has the compute type
   C* parts_ = nullptr;        // [B * H][N], or [splits][M or 1] each
   double* totals_ = nullptr;  // [elements]
 

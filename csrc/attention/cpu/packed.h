@@ -1,8 +1,10 @@
-// Operands of products of bf16 by a unit T (simd/bf16_dots.h, simd/amx_tiles.h). Both are copies, filled up with zeros
-// to whole tiles or vectors: rows, [row][depth], and columns, [pair of the depth][column]. Scores lie [key][lane] as
-// everywhere: rows are keys where the products are scores, lanes are the columns. Of NaN and infinity beside what may
-// not be seen: where a block is not covered to its ends, zeros meet what lies beyond them, so the caller goes another
-// way if that is not finite.
+// Packed operands of products of bf16 by a unit T (simd/bf16_dots.h, simd/amx_tiles.h). Both operands are copies,
+// padded with zeros to whole tiles or vectors: the rows of the left one are [row][depth], the columns of the right one
+// [pair of the depth][column]. Scores are stored [key][lane] as everywhere, so in products that give scores the rows
+// are keys and the columns are lanes.
+//
+// A range of keys that does not fill its tiles is multiplied with zeros as the weights of the tiles' other keys. But 0
+// times NaN or infinity is NaN, so if operands are not finite callers use unpacked products for such a range.
 #pragma once
 
 #include "attention/cpu/philox.h"
@@ -10,17 +12,17 @@
 DLK_ISA_BEGIN
 
 DLK_INLINE int64_t rounded_up(int64_t n, int64_t grain) { return (n + grain - 1) / grain * grain; }
-// Values of a row in memory,
+// How many values a row of n values has in memory.
 template <class T>
 DLK_INLINE int64_t values_rounded(int64_t n) {
   return rounded_up(n, T::kWidth);
 }
-// ... of them those that take part,
+// How many of them take part in products.
 template <class T>
 DLK_INLINE int64_t depth_rounded(int64_t n) {
   return rounded_up(n, T::kDepth);
 }
-// ... and rows of transposes, of which there are whole vectors.
+// n rounded up to whole vectors, as for the rows of a transposed operand.
 template <class T>
 DLK_INLINE int64_t size_rounded(int64_t n) {
   return rounded_up(n, T::kSize);
@@ -28,7 +30,7 @@ DLK_INLINE int64_t size_rounded(int64_t n) {
 
 DLK_INLINE int at_most(int64_t n, int64_t most) { return static_cast<int>(std::clamp<int64_t>(n, 0, most)); }
 
-// Rows of a tensor as rows: [rows, whole tiles][ld].
+// Packs rows of a tensor as rows of the left operand: [rows, whole tiles][ld].
 template <class T>
 DLK_NOINLINE void pack_rows(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t ld) {
   for (int64_t r = 0; r < rounded_up(rows, T::kRows); ++r, from += stride, to += ld)
@@ -36,7 +38,7 @@ DLK_NOINLINE void pack_rows(const bf16* from, int64_t stride, int64_t rows, int6
       T::store(T::pairs(from + x, r < rows ? at_most(width - x, T::kWidth) : 0), to + x);
 }
 
-// Rows of a tensor as the depth of rows: [width, whole tiles][ld].
+// Packs the transpose of a tensor's rows as rows of the left operand: [width, whole tiles][ld].
 template <class T, class C>
 DLK_NOINLINE void pack_transposed(const bf16* from, int64_t stride, int64_t rows, int64_t width, bf16* to, int64_t ld) {
   const auto count = [&](int64_t r, int64_t x) { return r < rows ? at_most(width - x, T::kSize) : 0; };
@@ -52,7 +54,7 @@ DLK_NOINLINE void pack_transposed(const bf16* from, int64_t stride, int64_t rows
     }
 }
 
-// The rows of a panel as columns: [width, whole tiles][lanes of the panel].
+// Packs the rows of a panel as columns of the right operand: [pair of the width, whole tiles][lanes of the panel].
 template <class T, class C>
 DLK_NOINLINE void pack_lanes(const Lanes<C>& lanes, const LanePanel& panel, const HeadTensor<const void*>& t,
                              int64_t width, C* to) {
@@ -70,7 +72,7 @@ DLK_NOINLINE void pack_lanes(const Lanes<C>& lanes, const LanePanel& panel, cons
   }
 }
 
-// The rows of a block as the depth of columns: [pair of lanes, whole tiles][ld].
+// Packs the rows of a block as the right operand, with the lanes as its depth: [pair of lanes, whole tiles][ld].
 template <class T, class C>
 DLK_NOINLINE void pack_row_pairs(const Lanes<C>& lanes, const HeadTensor<const void*>& t, int64_t width, C* to,
                                  int64_t ld) {
@@ -92,12 +94,13 @@ struct KeyRange {
   int64_t begin_of(int64_t grain) const { return first / grain * grain; }
   int64_t count_of(int64_t grain) const { return (end() + grain - 1) / grain * grain - begin_of(grain); }
   bool has(int64_t j) const { return j >= first && j < end(); }
+  // Whether the range fills all of its tiles; the last tile may also end where the block ends.
   bool fills(int64_t grain, int64_t block) const {
     return first % grain == 0 && (end() % grain == 0 || end() == block);
   }
 };
 
-// Weights [key of the block][ld] as columns, rounded: from the range's first whole tile on, `width` lanes.
+// Packs weights [key of the block][ld] as columns, rounded to bf16: from the range's first tile on, `width` lanes.
 template <class T, class C>
 DLK_NOINLINE void pack_weights(const C* weights, int64_t ld, int64_t width, const KeyRange& range, C* to) {
   const int64_t begin = range.begin_of(T::kDepth);
@@ -108,7 +111,7 @@ DLK_NOINLINE void pack_weights(const C* weights, int64_t ld, int64_t width, cons
     for (int64_t l = 0; l < width; l += T::kSize) T::pairs(load(j, l), load(j + 1, l)).store(to + l);
 }
 
-// ... and as rows, of `lanes` lanes: [key][values of a row].
+// Packs weights as rows of `lanes` lanes: [key][values of a row].
 template <class T, class C>
 DLK_NOINLINE void pack_weight_rows(const C* weights, int64_t ld, int64_t lanes, const KeyRange& range, bf16* to) {
   const int64_t begin = range.begin_of(T::kRows), width = values_rounded<T>(lanes);
@@ -118,7 +121,7 @@ DLK_NOINLINE void pack_weight_rows(const C* weights, int64_t ld, int64_t lanes, 
                to + l);
 }
 
-// A worker's operands of the forward: a block of rows, a block of keys.
+// A worker's packed operands in the forward: a block of rows and a block of keys.
 template <class C, class T>
 class PackedForward {
  public:
@@ -139,13 +142,13 @@ class PackedForward {
     pack_transposed<T, C>(static_cast<const bf16*>(v), stride, keys, Dv_, v_, keys_);
   }
 
-  // scores [key of the block][lanes of the panel], the range's and whole tiles around it.
+  // Computes scores [key of the block][lanes of the panel] of the range, which is extended to whole tiles.
   void score(const LanePanel& panel, const KeyRange& range, C* scores) const {
     const int64_t ldk = values_rounded<T>(D_), ld = int64_t{panel.vectors} * T::kSize, begin = range.begin_of(T::kRows);
     T::multiply(range.count_of(T::kRows), ld, depth_rounded<T>(D_), k_ + begin * ldk, ldk, rows_of(panel), ld,
                 scores + begin * ld, ld, false);
   }
-  // out [Dv][lanes of the panel] += values, weighted.
+  // out [Dv][lanes of the panel] += values, weighted by `weights`.
   void add_values(const LanePanel& panel, const KeyRange& range, const C* weights, C* out) const {
     const int64_t ld = int64_t{panel.vectors} * T::kSize;
     pack_weights<T>(weights, ld, ld, range, weights_);

@@ -1,5 +1,5 @@
-// A worker's operands of the backward on a bf16 unit: a chunk of keys, a block of rows. Tiles of weights, P and dS,
-// lie [key of the tile][lane of the block].
+// A worker's packed operands in the backward on a bf16 unit: a chunk of keys and a block of rows. Tiles of weights, P
+// and dS, are stored [key of the tile][lane of the block].
 #pragma once
 
 #include "attention/cpu/packed.h"
@@ -37,7 +37,8 @@ class PackedBackward {
     pack_row_pairs<T>(lanes, grad, Dv_, grad_pairs_, wide(Dv_));
   }
 
-  // Of a panel and the range of a tile that begins at key `at` of the chunk: scores, dP, and whole tiles around them.
+  // Computes the scores and dP of a panel and a range of the tile that begins at key `at` of the chunk. The range is
+  // extended to whole tiles.
   void score(const LanePanel& panel, int64_t at, const KeyRange& range, C* scores, C* dp, int64_t ld) const {
     product(panel, at, range, k_, q_, D_, scores, ld);
     product(panel, at, range, v_, grad_, Dv_, dp, ld);

@@ -1,5 +1,5 @@
 // Dropout's random numbers: Philox4x32-10, a function of (seed, offset) and of the element's
-// place alone, so that forward, backward and every tiling see the same mask.
+// position alone, so that forward, backward and every tiling see the same mask.
 #pragma once
 
 #include "attention/cpu/scores.h"
@@ -33,7 +33,7 @@ struct Dropout {
   bool active;
   uint64_t seed;
   uint32_t offset, threshold;
-  double kept;  // what a kept element is multiplied with; 0: none is kept
+  double kept;  // the factor of kept elements; 0 if none is kept
 
   explicit Dropout(const AttentionInputs& in)
       : active(in.dropout_p > 0), seed(in.seed), offset(in.offset), threshold(0), kept(0) {
@@ -43,7 +43,8 @@ struct Dropout {
   }
 };
 
-// apply(at, kept) for each vector of a tile of scores: kept is what dropout multiplies it with.
+// Calls apply(at, kept) for each vector of a tile of scores, which is at scores + at; `kept` holds the factors by which
+// dropout multiplies it.
 template <class C, class Apply>
 DLK_INLINE void drop_tile(const Dropout& dropout, const Lanes<C>& lanes, const ScoreTile<C>& tile, uint32_t* words,
                           Apply apply) {

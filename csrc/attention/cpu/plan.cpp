@@ -1,4 +1,4 @@
-// Decides, before anything runs, how a call of attention is carried out. The kernels follow.
+// Decides before anything runs how a call of attention is carried out. The kernels follow this plan.
 #include <algorithm>
 
 #include "tasks.h"
@@ -6,19 +6,20 @@
 namespace dlk {
 namespace {
 
-// Below this many multiply-adds in all, waking a thread costs more than it brings.
+// Below this many multiply-adds in all, waking a thread takes more time than it saves.
 constexpr double kSerialWork = 200e3;
 // Rows of a task: enough to use keys and values many times once they are in the cache.
 constexpr int64_t kBlockRows = 192;
-// More of them in the forward where keys and values are made floats, or packed, for each task.
+// The forward takes more rows if each task converts keys and values to float, or packs them.
 constexpr int64_t kConvertedBlockRows = 336;
-// Keys multiplied at once: a panel's scores stay in L1, and no sum of products is longer.
+// Keys multiplied at once: a panel's scores stay in L1, and no sum over keys has more products.
 constexpr int64_t kBlockKeys = 128;
-// So many rows of all heads that share keys are multiplied with the keys as they lie.
+// Up to this many rows, of all heads that share keys, are multiplied by dot products instead of tiles.
 constexpr int64_t kDotRows = 8;
-// Where there are fewer tasks than this, the keys are split too, unless the parts get shorter than kSplitKeys.
+// If there are fewer tasks than this, the keys are split too, unless the parts become shorter than kSplitKeys.
 constexpr int64_t kTasks = 32, kBackwardTasks = 16, kSplitKeys = 512, kBackwardSplitKeys = 256;
-// In the backward each part has a dq of its own: so many elements in all, or else so many parts.
+// In the backward each part has a dq of its own. So all parts have at most kPartElements elements of dq together, but
+// kParts parts are always allowed.
 constexpr int64_t kPartElements = 8 << 20, kParts = 8;
 
 }  // namespace
@@ -39,7 +40,7 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   AttentionPlan plan{};
   plan.threads = work < kSerialWork ? 1 : std::min(std::max(threads, 1), kMaxMembers);
   plan.kernel = rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
-  // Some units multiply bf16; few rows wait for the memory.
+  // Units that multiply bf16 are only for tiles: products of few rows wait for the memory anyway.
   const bool units = s.dtype == DType::bf16 && plan.kernel == AttentionPlan::tiles;
   plan.isa = units ? isa : vector_isa(isa);
   const bool converted = !backward && (s.dtype == DType::bf16 || s.dtype == DType::f16);

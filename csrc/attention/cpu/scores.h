@@ -1,6 +1,6 @@
-// From products q.k to scores: scale, softcap, ALiBi, mask, and what may not be seen set to -inf.
-// Tiles lie [key][lane]. A call without any of these keeps its raw products: the scale
-// is then a factor inside the exponential.
+// Turns products q.k into scores: applies scale, softcap, ALiBi and mask, and sets hidden places to -inf.
+// Tiles are stored [key][lane]. A call without softcap, ALiBi and additive mask keeps its raw products:
+// the scale is then a factor inside the exponential.
 #pragma once
 
 #include "attention/cpu/lanes.h"
@@ -33,13 +33,13 @@ class Scores {
         transformed_(in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > kLeastFactor) ||
                      exceeds(in)) {}
 
-  // Scores times this are logits,
+  // The factor from scores to logits.
   C to_natural() const { return static_cast<C>(transformed_ ? 1 : in_.scale); }
-  // ... and times this, exponents of 2.
+  // The factor from scores to exponents of 2.
   C to_base2() const { return static_cast<C>(1.4426950408889634 * static_cast<double>(to_natural())); }
 
-  // From scores to probabilities, given a row's statistics; exactly 1 where the row is all one key's. With kMasked what
-  // is hidden has none, whatever they are.
+  // Computes probabilities from scores and a row's statistics. The result is exactly 1 for a key that has all of the
+  // row's probability. With kMasked it is 0 for hidden keys, whatever the statistics are.
   template <bool kMasked>
   struct Probability {
     using V = Vec<C>;
@@ -55,8 +55,9 @@ class Scores {
     return {Exp2Down<C>(to_base2())};
   }
 
-  // What a row begins with: a sink is a key of probability but without value. `top` is its score rounded to C, and
-  // `weight` is e to what the rounding lost; or 1 where that is more than 1, as such a sink leaves nothing to the keys.
+  // The state with which a row begins. A sink is like a key that has a probability but no value. `top` is its score
+  // rounded to C, and `weight` is e to the power of the rounding error of its logit; or 1 if that error exceeds 1,
+  // because the logit is then so large that the sink has either all of the probability or none.
   struct Sink {
     C top, weight;
   };
@@ -69,7 +70,7 @@ class Scores {
     return {top, std::abs(lost) > 1 ? C(1) : static_cast<C>(std::exp(lost))};
   }
 
-  // The keys of [first, first + keys) that this panel sees at all; false if there are none.
+  // Limits the tile to those keys of [first, first + keys) that some lane of the panel sees; false if there are none.
   bool clip(const LanePanel& panel, int64_t first, int64_t keys, ScoreTile<C>* tile) const {
     const int64_t begin = std::max(first, panel.first_begin), end = std::min(first + keys, panel.last_end);
     tile->panel = &panel;
@@ -104,7 +105,7 @@ class Scores {
       const int64_t item = in_.mask.boolean ? 1 : item_size(in_.mask.dtype);
       for (int64_t l = 0; l < ld; l += V::size) {
         int64_t row[V::size];
-        int64_t next[V::size];  // rows far apart: no prefetcher follows
+        int64_t next[V::size];  // prefetched, because the hardware's prefetchers do not follow rows that are far apart
         for (int r = 0; r < V::size; ++r) {
           row[r] = mask_row(lanes, panel.lane + std::min(l + r, panel.rows - 1));
           next[r] = mask_row(lanes, std::min(panel.lane + l + V::size + r, lanes.rows - 1)) + tile->first;
@@ -134,11 +135,11 @@ class Scores {
     tile->holes = any(smallest, [](C x) { return x == -std::numeric_limits<C>::infinity(); });
     tile->biased = !in_.mask.boolean || tile->holes;
     if (any(largest, [](C x) { return x > -std::numeric_limits<C>::infinity(); })) return true;
-    return !in_.mask.boolean && has_nan(*tile, ld);  // which is neither the largest nor the smallest
+    return !in_.mask.boolean && has_nan(*tile, ld);  // largest and smallest do not show NaN
   }
 
-  // In place, from products to scores. `damping`, if not null, receives what a gradient of the
-  // scores is multiplied with for the softcap.
+  // Turns products into scores, in place. `damping`, if not null, receives the derivative of the
+  // softcap, by which gradients of the scores are multiplied.
   void apply(const Lanes<C>& lanes, const ScoreTile<C>& tile, C* damping) const {
     if (transformed_) {
       if (tile.partial)
@@ -157,10 +158,10 @@ class Scores {
   const AttentionInputs& in_;
   bool transformed_;
 
-  // A smaller scale is none to divide a sink by.
+  // With a smaller scale scores are transformed, because a sink's logit cannot be divided by it.
   static constexpr double kLeastFactor = 1e-20;
 
-  // Is a sink too large to be a raw product?
+  // Whether some sink is too large to be divided by the scale.
   static bool exceeds(const AttentionInputs& in) {
     constexpr double kMost = static_cast<double>(std::numeric_limits<C>::max()) / 2;
     for (int64_t h = 0; in.sinks && h < in.shape.H; ++h)
@@ -180,7 +181,7 @@ class Scores {
       V begin = V::zero(), end = V::zero();
       if constexpr (kPartial) {
         alignas(64) C bounds[2][V::size];
-        for (int i = 0; i < V::size; ++i) {  // from the tile's first key, where floats are exact
+        for (int i = 0; i < V::size; ++i) {  // counted from the tile's first key, so that floats are exact
           bounds[0][i] = static_cast<C>(std::max<int64_t>(0, lanes.begin[lane + i] - tile.first));
           bounds[1][i] = static_cast<C>(std::min(tile.keys, lanes.end[lane + i] - tile.first));
         }
@@ -232,7 +233,7 @@ class Scores {
     return lanes.b * in_.mask.b + lanes.head[lane] * in_.mask.h + lanes.query[lane] * in_.mask.i;
   }
 
-  // n mask values of a row from key j on; others are anything.
+  // Returns n mask values of a row from key j on; the other lanes may be anything.
   DLK_INLINE Vec<C> read(int64_t row, int64_t j, int n) const {
     constexpr int kSize = Vec<C>::size;
     const MaskTensor& m = in_.mask;
@@ -249,7 +250,7 @@ class Scores {
     return Vec<C>::load(copy);
   }
 
-  // Mask values that lie side by side, of a type with vectors.
+  // Whether the mask's values are contiguous along the keys and of a type that is loaded as vectors.
   bool reads_full() const {
     return in_.mask.j == 1 && (in_.mask.boolean || !std::is_same_v<C, double> || in_.mask.dtype == DType::f64);
   }

@@ -1,6 +1,6 @@
-// What the keys so far have made of a task's rows: m, about the maximum of each row's scores, the sum
-// l of their exponentials from there, and the sum o of the values (online softmax). The exponential of m itself is
-// exactly 1.
+// The state of a task's rows after the keys so far (online softmax): m, about the maximum of each row's scores, the sum
+// l of the exponentials of score - m, and the sum o of the values with these exponentials as weights. The exponential
+// of 0 is exactly 1.
 #pragma once
 
 #include "attention/cpu/packed_backward.h"
@@ -10,15 +10,15 @@ DLK_ISA_BEGIN
 template <class C>
 struct RowState {
   using V = Vec<C>;
-  C* o;                 // panels [ld][lanes]; or [lane][ld] where few rows go by dot products
+  C* o;                 // panels [ld][lanes]; or [lane][ld] if few rows are multiplied by dot products
   C *m, *l;             // [lanes]
   C to_natural;         // a score times this is a logit,
   C to_base2;           // and times this an exponent of 2
   int64_t width;        // Dv
   bool by_rows, rough;  // rough: o is rounded to 16 bits, and lse need not be better than 3e-6
 
-  // m follows the maximum only when that has grown by so many powers of 2: bringing o to another m
-  // costs, and exponentials somewhat above 1 are as exact.
+  // m is set to the maximum only when that exceeds m by so many powers of 2: scaling o to another m
+  // takes time, and exponentials somewhat above 1 are as exact.
   static constexpr C kHeadroom = 8;
 
   static int64_t elements(int64_t lanes, int64_t width) { return lanes * (lanes_rounded<C>(width) + 2); }
@@ -37,9 +37,9 @@ struct RowState {
   int64_t ld() const { return lanes_rounded<C>(width); }
   C* of(const LanePanel& panel) const { return o + panel.lane * ld(); }
 
-  // -inf minus itself is NaN: rows that have seen nothing count from 0.
+  // Replaces the m = -inf of rows that have seen nothing by 0, because -inf minus itself is NaN.
   static V finite(V m) { return select_gt(m, V::set1(-std::numeric_limits<C>::infinity()), m, V::zero()); }
-  // What was made with the maximum `from` counts this much with `to`.
+  // The factor that scales sums of exponentials of score - from to those of score - to.
   V decay(V from, V to) const { return Exp2Down<C>(to_base2)(from - finite(to)); }
 
   void begin(const Lanes<C>& lanes, const double* sinks, const Scores<C>& scores) const {
@@ -55,7 +55,7 @@ struct RowState {
                         : logit(lane) + std::log(static_cast<double>(l[lane]));
   }
 
-  // From scores to exponentials; what there is of the rows so far is brought to the new maximum.
+  // Turns scores into exponentials, adds them to l, and scales l and o to the new m.
   void softmax(const ScoreTile<C>& tile) const {
     if constexpr (std::is_same_v<C, float>) {
       if (rough) return softmax<true>(tile);
@@ -63,7 +63,7 @@ struct RowState {
     if constexpr (!Bf16Unit::kPresent) softmax<false>(tile);
   }
 
-  // Takes in the state of other keys.
+  // Adds the state of the same rows after other keys.
   void add(const Lanes<C>& lanes, const RowState& other) const {
     for (int64_t p = 0; p < lanes.panels; ++p) {
       const LanePanel& panel = lanes.panel[p];
@@ -88,13 +88,14 @@ struct RowState {
 
   double logit(int64_t lane) const { return static_cast<double>(m[lane]) * static_cast<double>(to_natural); }
 
-  // Key by key, as the tile lies in memory: it may not fit L1 beside what it was made from.
+  // Goes through the keys in the order of the tile in memory, because the tile and the operands of its products may not
+  // fit into L1 together.
   template <bool kRough, int kVectors>
   DLK_NOINLINE void softmax(const ScoreTile<C>& tile) const {
     constexpr int kKeys = kVectors == 1 ? 4 : 2;  // at once
     const Exp2Down<C, kRough> exp2(to_base2);
     const int64_t ld = tile.ld, whole = tile.keys / kKeys * kKeys;
-    V parts[kKeys][kVectors], zero[kVectors], rest[kVectors];
+    V parts[kKeys][kVectors], subtracted[kVectors], rescale[kVectors];
     fill(parts, -std::numeric_limits<C>::infinity());
     C* scores = tile.scores;
     int64_t j = 0;
@@ -118,12 +119,12 @@ struct RowState {
       for (int i = 1; i < kKeys; ++i) highest = max(parts[i][v], highest);
       const V now = select_gt((highest - before) * exp2.factor, V::set1(kHeadroom), highest, before);
       now.store(at);
-      zero[v] = finite(now);
-      rest[v] = exp2(before - zero[v]);
+      subtracted[v] = finite(now);
+      rescale[v] = exp2(before - subtracted[v]);
     }
     fill(parts, C(0));
     const auto exponential = [&](C* score, int v) __attribute__((always_inline)) {
-      const V e = exp2(V::load(score + v * V::size) - zero[v]);
+      const V e = exp2(V::load(score + v * V::size) - subtracted[v]);
       e.store(score + v * V::size);
       return e;
     };
@@ -133,7 +134,7 @@ struct RowState {
         DLK_UNROLL
         for (int v = 0; v < kVectors; ++v) {
           C *const a = scores + i * ld + v * V::size, *const b = a + ld;
-          const Pair<V> e = exp2(Pair<V>{V::load(a), V::load(b)} - spread<Pair<V>>(zero[v]));
+          const Pair<V> e = exp2(Pair<V>{V::load(a), V::load(b)} - spread<Pair<V>>(subtracted[v]));
           e.a.store(a), e.b.store(b);
           parts[i][v] = parts[i][v] + e.a;
           parts[i + 1][v] = parts[i + 1][v] + e.b;
@@ -150,8 +151,9 @@ struct RowState {
       V sum = parts[0][v];
       DLK_UNROLL
       for (int i = 1; i < kKeys; ++i) sum = sum + parts[i][v];
-      fma(V::load(at), rest[v], sum).store(at);
-      if (hsum(abs(rest[v] - V::set1(C(1)))) != 0) add_values(*tile.panel, v * V::size, rest[v], nullptr, V::zero());
+      fma(V::load(at), rescale[v], sum).store(at);
+      if (hsum(abs(rescale[v] - V::set1(C(1)))) != 0)
+        add_values(*tile.panel, v * V::size, rescale[v], nullptr, V::zero());
     }
   }
 

@@ -1,5 +1,5 @@
-// Cuts a call of attention into tasks: blocks of query rows, of all heads that share keys, by parts
-// of their keys. What a task is depends on the sizes alone; who runs it does not matter.
+// Divides a call of attention into tasks: each has a block of query rows, of all heads that share keys,
+// and a part of these keys. The tasks depend on the sizes alone, and any thread may run any of them.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +42,8 @@ struct AttentionSequence {
   }
 };
 
-// Row r of those that share the keys of one head: head r / M of the group, query r % M.
+// The rows that share the keys of one head are those of a group of query heads: row r is query r % M of head r / M of
+// the group.
 struct AttentionTask {
   int64_t b, kv_head;
   int64_t row, rows;
@@ -50,7 +51,7 @@ struct AttentionTask {
   int64_t block;  // number of this (b, kv_head, row) among all
 };
 
-// `count` parts of n things, in units of `grain`: where part i begins.
+// Where part i begins, if n things are divided into `count` parts in units of `grain`.
 inline int64_t part_begin(int64_t n, int64_t grain, int64_t count, int64_t i) {
   return std::min(n, (n + grain - 1) / grain * i / count * grain);
 }
@@ -59,7 +60,7 @@ struct AttentionTasks {
   std::vector<AttentionTask> tasks;
   int64_t blocks = 0;
 
-  // The last rows first: under causal masks they have the most to do.
+  // The last rows come first: under causal masks they have the most work.
   static AttentionTasks of_rows(const AttentionInputs& in, const AttentionPlan& plan) {
     AttentionTasks all;
     const AttentionShape& s = in.shape;
@@ -77,8 +78,8 @@ struct AttentionTasks {
     return all;
   }
 
-  // For the backward: parts of the keys of a group of heads of keys. A group is one such head, but
-  // where several add to the same elements of a mask's gradient: then all that do.
+  // In the backward a task has a group of key heads and a part of their keys. A group is one key head,
+  // or all key heads that add to the same elements of a mask's gradient.
   std::vector<std::pair<int64_t, int64_t>> heads;  // (b, kv_head), group by group
   std::vector<int64_t> group_begin;
   int64_t groups() const { return static_cast<int64_t>(group_begin.size()) - 1; }
@@ -101,7 +102,8 @@ struct AttentionTasks {
   static constexpr int64_t kRowGrain = 48;  // three of the widest vectors, so that panels are full
 };
 
-// Runs fn(worker, task) for every task on whichever threads come, each within a Session; returns how many came.
+// Runs fn(worker, task) for every task, on the threads that the runtime provides, each with a Session. Returns how many
+// threads took part.
 template <class Session, class F>
 int run_tasks(const Runtime& runtime, int threads, int64_t count, F& fn) {
   struct Context {

@@ -1,6 +1,6 @@
-// Products of attention: out[r][v] (+)= sum_k a(r, k) * b[k][v], with a lying either way round: rows (k
-// contiguous), by the kernel of tile.h, or columns (r contiguous). Queries fill the lanes, so keys and
-// values are read as they lie, by broadcasts, and softmax never sums across a vector.
+// Products of attention: out[r][v] (+)= sum_k a(r, k) * b[k][v]. a is stored either as rows (k contiguous),
+// multiplied by the micro-kernel of gemm/tile.h, or as columns (r contiguous). Queries fill the lanes, so
+// keys and values are read in their own layout, by broadcasts, and softmax never sums across a vector.
 // The order of every sum depends on K alone.
 #pragma once
 
@@ -15,8 +15,8 @@ DLK_INLINE int64_t lanes_rounded(int64_t n) {
   return (n + kSize - 1) / kSize * kSize;
 }
 
-// Wide things are cut to strips of two or three vectors: three are fastest, as their tiles load least for the same
-// work. (One vector remains one.)
+// Wide matrices are cut into strips of two or three vectors of columns: three are fastest, because their tiles load
+// least for the same work. (One vector is one strip.)
 DLK_INLINE int64_t strips(int64_t vectors) { return (vectors + 2) / 3; }
 DLK_INLINE int64_t strip_begin(int64_t vectors, int64_t strip) { return vectors * strip / strips(vectors); }
 DLK_INLINE int strip_width(int64_t vectors, int64_t strip) {
@@ -38,7 +38,7 @@ struct Heights {
   DLK_INLINE int of(int64_t tile) const { return least + (tile < higher); }
 };
 
-// rows by `vectors` vectors, 1..3; b lies [K][vectors]. K = 0 writes (or adds) zeros.
+// out (+)= a b for a [rows][lda] and b [K][kVectors vectors], kVectors = 1..3. K = 0 writes (or adds) zeros.
 template <class C, int kVectors>
 DLK_INLINE void multiply_rows(int64_t rows, const C* a, int64_t lda, int64_t K, const C* b, C* out, int64_t ldo,
                               bool accumulate) {
@@ -63,7 +63,7 @@ DLK_NOINLINE void multiply_rows(int64_t rows, int vectors, const C* a, int64_t l
 template <class C>
 using ColumnsTileFn = void (*)(const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out, int64_t ldo);
 
-// out += for a [K][lda].
+// out += a b for a [K][lda].
 template <class C, int kRows, int kVectors>
 DLK_NOINLINE void columns_tile(const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb, C* out, int64_t ldo) {
   using V = Vec<C>;
@@ -77,7 +77,7 @@ DLK_NOINLINE void columns_tile(const C* a, int64_t lda, int64_t K, const C* b, i
     }
     const int64_t depth = K < slice + slice / 2 ? K : slice;
     for (int64_t k = 0; k < depth; ++k, a += lda, b += ldb) {
-      __builtin_prefetch(a + 8 * lda);  // far apart: no prefetcher follows
+      __builtin_prefetch(a + 8 * lda);  // the hardware's prefetchers do not follow rows that are far apart
       V column[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) column[v] = V::load(b + v * V::size);
@@ -118,7 +118,7 @@ DLK_INLINE void add_columns(int64_t rows, const C* a, int64_t lda, int64_t K, co
   }
 }
 
-// rows by `vectors` vectors, 1..3, added to out.
+// The same for any of 1..3 vectors.
 template <class C>
 DLK_NOINLINE void add_columns(int64_t rows, int vectors, const C* a, int64_t lda, int64_t K, const C* b, int64_t ldb,
                               C* out, int64_t ldo) {
@@ -127,8 +127,8 @@ DLK_NOINLINE void add_columns(int64_t rows, int vectors, const C* a, int64_t lda
   add_columns<C, 3>(rows, a, lda, K, b, ldb, out, ldo);
 }
 
-// out += a b for tiles with masked elements and something in them that is not finite: where the weight
-// is 0 nothing is added, while 0 times NaN would be NaN.
+// out += a b for tiles with masked elements and operands that are not all finite. Where the weight is 0,
+// nothing is added, because 0 times NaN would be NaN. `Lies` tells whether a is stored as rows or columns.
 enum class Lies { rows, columns };
 
 template <class C, Lies kLies, bool kWeightsInA>
@@ -144,7 +144,26 @@ DLK_NOINLINE void add_selected(int64_t rows, int64_t width, const C* a, int64_t 
     }
 }
 
-// All of rows x width finite?
+// out [rows][ldo] += a [rows][lda] b [K][ldo], where a holds weights and b is stored as strips one after the other.
+// `selected` skips weights of 0 (add_selected).
+template <class C>
+DLK_NOINLINE void add_strips(bool selected, int64_t rows, const C* a, int64_t lda, int64_t K, const C* b, C* out,
+                             int64_t ldo) {
+  const int64_t vectors = ldo / Vec<C>::size;
+  for (int64_t strip = 0; strip < strips(vectors); ++strip) {
+    const int64_t first = strip_begin(vectors, strip) * Vec<C>::size;
+    const int count = strip_width(vectors, strip);
+    const C* from = b + first * K;
+    if (selected) {
+      const int64_t width = int64_t{count} * Vec<C>::size;
+      add_selected<C, Lies::rows, true>(rows, width, a, lda, K, from, width, out + first, ldo);
+    } else {
+      multiply_rows(rows, count, a, lda, K, from, out + first, ldo, true);
+    }
+  }
+}
+
+// Whether all of a [rows][width] is finite.
 template <class C>
 DLK_NOINLINE bool all_finite(const C* a, int64_t lda, int64_t rows, int64_t width) {
   using V = Vec<C>;
