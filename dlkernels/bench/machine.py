@@ -5,32 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._core.extension import native
+from .._core.processor import cpu_model, usable_cpus
 from .._version import __version__
 
 _ENVIRONMENT = re.compile(r"^(OMP|KMP|GOMP|MKL|DNNL|ONEDNN|ATEN|TORCH|DLKERNELS|LD_PRELOAD|MALLOC)(_|$)")
-
-
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model", "Hardware")):
-                return " ".join(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    if sys.platform == "darwin":
-        query = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        name = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        if name:
-            return name
-    return platform.processor() or platform.machine()
 
 
 def isa() -> str:
@@ -51,11 +35,6 @@ def _plan(run: dict[str, Any] | None) -> dict[str, Any]:
     return {k: v for k, v in run.items() if isinstance(v, (str, int, float, bool))} if run else {"kernel": "reference"}
 
 
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _caches() -> dict[str, str]:
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
@@ -73,7 +52,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_model(),
         "arch": platform.machine(),
         "system": platform.system(),
-        "cores": cores(),
+        "cores": usable_cpus(),
         "caches": _caches(),
         "isa": isa(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
