@@ -1,4 +1,4 @@
-"""What this machine has, what was built, and which kernel serves which operator here."""
+"""Reports what this machine has, what was built, and which kernel serves which operator."""
 
 from __future__ import annotations
 
@@ -80,7 +80,8 @@ def _isa() -> dict[str, Any]:
 
 
 def _kernels(with_cuda: bool) -> list[dict[str, str]]:
-    """A row for each operator, device and kernel; a row without a kernel says what serves it instead, and why."""
+    """One row for each operator, device and kernel. A row without a kernel says what serves the operator instead, and
+    why."""
     native = extension.native
     if with_cuda:
         no_cuda = "" if torch.cuda.is_available() else "torch finds no CUDA device"
@@ -106,7 +107,8 @@ def _attention_plan(native: Any, dtype: str) -> dict[str, Any]:
 
 
 def _on_cpu(op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[str, str]]:
-    """What serves many rows of even sizes: a row for each kernel, as what multiplies bfloat16 serves nothing else."""
+    """The kernels that serve `op` on the CPU for a large batch and sizes that are multiples of a vector. There is a row
+    for each kernel, because bfloat16 may have products that no other dtype uses."""
     dtypes: dict[str, list[str]] = {}
     for dtype in _DTYPES:
         kernel = str(plan(extension.native, dtype)["kernel"]) if extension.native is not None else "reference"
