@@ -1,4 +1,4 @@
-"""What ran and on what, as it goes into a result file. No host or user names."""
+"""Describes the machine and the software for a result file, without host or user names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def isa() -> str:
 
 
 def last_kernel() -> dict[str, Any]:
-    """The plan of the last op call of this thread; what ran, not what was intended."""
+    """The plan of the last operator call of this thread, as it ran."""
     return _plan(native.last_run() if native else None)
 
 
