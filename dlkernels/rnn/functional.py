@@ -194,7 +194,7 @@ def _checked(
             raise ValueError("lengths: packed input has its own, pass lengths or batch_sizes")
         checks.batch_sizes(x, batch_sizes)
         batch_first, steps = False, 0
-        # The number of sequences is a value of a tensor. Compiled code does not read it; the operator checks the states.
+        # The number of sequences is a tensor's value. Compiled code does not read it: the operator checks the states.
         batch = None if torch.compiler.is_compiling() or (h0 is None and c0 is None) else int(batch_sizes[0])
     else:
         steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
