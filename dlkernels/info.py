@@ -108,7 +108,7 @@ def _attention_plan(native: Any, dtype: str) -> dict[str, Any]:
 
 def _on_cpu(op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[str, str]]:
     """The kernels that serve `op` on the CPU for a large batch and sizes that are multiples of a vector. There is a row
-    for each kernel, because bfloat16 may have products that no other dtype uses."""
+    for each kernel, because bfloat16 may use an instruction set that no other dtype uses."""
     dtypes: dict[str, list[str]] = {}
     for dtype in _DTYPES:
         kernel = str(plan(extension.native, dtype)["kernel"]) if extension.native is not None else "reference"

@@ -33,8 +33,8 @@ def mark_as_leaf(module: Module) -> None:
 
 class _QConfig:
     """The attribute `qconfig`, which torch.ao.quantization sets on every module that it visits. It then replaces
-    modules by their exact type and leaves our layers as they are, of which a layer can warn only when `qconfig` is
-    set."""
+    modules by their exact type, so it leaves our layers as they are. Only the setting of `qconfig` gives a layer the
+    chance to warn about it."""
 
     def __get__(self, module: Module | None, owner: type) -> Any:
         if module is None:

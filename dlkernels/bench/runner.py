@@ -101,8 +101,8 @@ def _unusable(value: Tensor, ref: Tensor, dtype: torch.dtype) -> str:
 
 
 def _bounded(verdict: Verdict, ref: Tensor) -> Verdict:
-    """Lowers the limit to half of the largest reference value, however wrong the peer is: a check that a tensor of
-    zeros would pass shows nothing."""
+    """Lowers the limit to at most half of the largest reference value, however wrong the peer is: a check that a tensor
+    of zeros would pass shows nothing."""
     largest = ref.abs().max().item() if ref.numel() else 0.0
     limit = min(verdict.limit, largest / 2)
     return verdict._replace(ok=verdict.ours <= limit, limit=limit)

@@ -20,7 +20,7 @@ def _per_row(weights: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _rows(x: Tensor) -> int:
-    """The number of rows: steps x sequences, or for packed input those that exist."""
+    """The number of rows: steps x sequences, or for packed input the rows of its data."""
     return x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
 
 

@@ -17,7 +17,8 @@ class Kind(NamedTuple):
 
     gates: rows of the weight matrices per hidden unit, in torch's order: i, f, g, o and r, z, n.
     slots: the values that the forward saves per row for the backward, [H] each; with a projection, the projected h'
-        follows them. The last `narrow` slots have 16 bits on the CPU in a call of a 16-bit type (csrc says why).
+        follows them. On the CPU the last `narrow` slots have 16 bits in a call of a 16-bit type: h', which y rounds to
+        16 bits as well, and the hidden half of gru's n.
     gate_grads: the gradients of the gates that the backward returns on request; `of_input` and `of_hidden` are the
         indices of those that belong to W_ih x + b_ih and to W_hh h + b_hh.
     """

@@ -1,7 +1,7 @@
 """The operators of one layer over whole sequences: their arguments, fakes and autograd.
 
 `sequence` is the entry point. `Sequence` and `SequenceBackward` are new-style Functions around the forward and the
-backward operator; the second exists so that the first can be differentiated twice and mapped over.
+backward operator; the second exists so that the first can be differentiated twice and mapped by vmap.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class Sequence(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         if not KINDS[ctx.cfg.mode].has_cell_state:
-            dc_n = None  # Dynamo passes zeros
+            dc_n = None  # Dynamo passes zeros instead of None
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(needs)
         x, h0, c0, saved, batch_sizes, lengths, *weights = ctx.saved_tensors

@@ -184,8 +184,8 @@ def backward_key(
         BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
     )  # fmt: skip
     if HIDES & FEATURES:
-        # The NaN may come from a query that does not see the key. dv and dk are recomputed one at a time, because both
-        # at once need too many registers.
+        # The NaN may come from a query that does not see the key. dv and dk are recomputed one at a time to save
+        # registers.
         if has_nan(dv):
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             dk, dv = _heads(
