@@ -1,9 +1,9 @@
 """Fused recurrent layers and attention for PyTorch, drop-in for torch.nn.
 
 dlkernels.nn            RNN, LSTM, GRU and their cells, MultiheadAttention, Transformer layers
-dlkernels.functional    the same without state
-dlkernels.reference     the same as short PyTorch, for tests
-dlkernels.patch         swaps the layers of a model, `unpatch` swaps them back
+dlkernels.functional    the same as functions, which take the weights as arguments
+dlkernels.reference     the same in plain PyTorch, for tests
+dlkernels.patch         swaps the layers of a model, and `unpatch` swaps them back
 dlkernels.patch_attention  runs F.scaled_dot_product_attention on our kernels
 dlkernels.explain       tells which kernel runs for an input, and why
 """
@@ -13,8 +13,8 @@ from __future__ import annotations
 from dlkernels import functional, nn, reference
 from dlkernels._version import __version__
 
-# A function and the module that holds it share a name here: the modules are loaded now, so that no later
-# `import dlkernels.explain` puts the module in the function's place.
+# `explain` and `info` name both a function and the module that holds it. The modules are loaded here, so that a later
+# `import dlkernels.explain` does not replace the function by the module.
 from dlkernels.explain import explain
 from dlkernels.info import info
 from dlkernels.integration.patch import patch, patch_report, unpatch

@@ -1,4 +1,4 @@
-"""Which kernel runs a layer for a given input, and why. Nothing is computed: the decision alone is asked for."""
+"""Tells which kernel runs a layer for a given input, and why, without computing anything."""
 
 from __future__ import annotations
 

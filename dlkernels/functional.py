@@ -1,4 +1,4 @@
-"""Attention and the recurrent layers without state: weights come as arguments."""
+"""Attention and the recurrent layers as functions, which take the weights as arguments."""
 
 from dlkernels.attention.functional import attention, attention_map
 from dlkernels.attention.sdpa import scaled_dot_product_attention

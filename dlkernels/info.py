@@ -1,4 +1,4 @@
-"""What this machine has, what was built, and which kernel serves which operator here."""
+"""Reports what this machine has, what was built, and which kernel serves which operator."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import platform
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from dlkernels._core import extension
+from dlkernels._core.dtypes import CUDA_KERNEL_DTYPES
+from dlkernels._core.processor import cpu_model, usable_cpus
 from dlkernels._version import __version__
 from dlkernels.attention import triton
 from dlkernels.rnn.kinds import MODES
@@ -21,6 +22,9 @@ from dlkernels.rnn.kinds import MODES
 __all__ = ["format_info", "info"]
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
+_CUDA_DTYPES = ", ".join(name for name in _DTYPES if getattr(torch, name) in CUDA_KERNEL_DTYPES)
+# The operators of a recurrent cell are its mode with one of these suffixes.
+_SUFFIXES = ("", "_backward", "_cell", "_cell_backward")
 _ENVIRONMENT = (
     "DLKERNELS_CPU_ISA", "DLKERNELS_NATIVE", "DLKERNELS_NO_NATIVE", "DLKERNELS_REQUIRE_NATIVE", "OMP_NUM_THREADS",
     "OMP_THREAD_LIMIT", "OMP_DYNAMIC", "MKL_NUM_THREADS",
@@ -45,13 +49,13 @@ def info() -> dict[str, Any]:
             "build": build,
         },
         "cpu": {
-            "model": _cpu_model(),
+            "model": cpu_model(),
             "features": dict(native.cpu_features()) if native is not None else {},
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
         },
         "isa": _isa(),
         "threads": {
-            "torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cpus": _usable_cpus(),
+            "torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cpus": usable_cpus(),
         },
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "cuda": {"torch_build": torch.version.cuda, "available": torch.cuda.is_available()},
@@ -76,7 +80,8 @@ def _isa() -> dict[str, Any]:
 
 
 def _kernels(with_cuda: bool) -> list[dict[str, str]]:
-    """A row for each operator, device and kernel; a row without a kernel says what serves it instead, and why."""
+    """One row for each operator, device and kernel. A row without a kernel says what serves the operator instead, and
+    why."""
     native = extension.native
     if with_cuda:
         no_cuda = "" if torch.cuda.is_available() else "torch finds no CUDA device"
@@ -84,11 +89,11 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
         no_cuda = f"no CUDA kernels: {extension.why_no_cuda}" if native is not None else extension.why_not
     rows = []
     for mode in MODES:
-        for op in (mode, f"{mode}_backward", f"{mode}_cell", f"{mode}_cell_backward"):
+        for op in (mode + suffix for suffix in _SUFFIXES):
             rows += _on_cpu(op, partial(_layer_plan, mode))
             rows.append({
-                "op": op, "device": "cuda", "kernel": f"cuda/{mode}" if not no_cuda else "reference", "dtypes": "",
-                "reason": no_cuda,
+                "op": op, "device": "cuda", "kernel": f"cuda/{mode}" if not no_cuda else "reference",
+                "dtypes": _CUDA_DTYPES, "reason": no_cuda,
             })  # fmt: skip
     return rows + _attention_kernels()
 
@@ -102,7 +107,8 @@ def _attention_plan(native: Any, dtype: str) -> dict[str, Any]:
 
 
 def _on_cpu(op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[str, str]]:
-    """What serves many rows of even sizes: a row for each kernel, as what multiplies bfloat16 serves nothing else."""
+    """The kernels that serve `op` on the CPU for a large batch and sizes that are multiples of a vector. There is a row
+    for each kernel, because bfloat16 may use an instruction set that no other dtype uses."""
     dtypes: dict[str, list[str]] = {}
     for dtype in _DTYPES:
         kernel = str(plan(extension.native, dtype)["kernel"]) if extension.native is not None else "reference"
@@ -123,24 +129,9 @@ def _attention_kernels() -> list[dict[str, str]]:
         rows += _on_cpu(op, _attention_plan)
         rows.append({
             "op": op, "device": "cuda", "kernel": "reference" if no_cuda else "cuda/triton/attention",
-            "dtypes": "float32, bfloat16, float16", "reason": no_cuda,
+            "dtypes": _CUDA_DTYPES, "reason": no_cuda,
         })  # fmt: skip
     return rows
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def format_info(data: dict[str, Any]) -> str:
@@ -168,12 +159,39 @@ def format_info(data: dict[str, Any]) -> str:
 
 
 def _kernel_table(rows: list[dict[str, str]]) -> list[str]:
-    width = {key: max([len(key), *(len(row[key]) for row in rows)]) for key in ("op", "device", "kernel")}
-    table = [f"{'op':{width['op']}}  {'device':{width['device']}}  {'kernel':{width['kernel']}}  dtypes, or why not"]
+    """The rows of `_kernels` with those merged that differ only in their operator. A merged row that holds for every
+    operator of a family names the family, and the lines below the table list the operators of each family."""
+    families: dict[str, list[str]] = {}
+    merged: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        head = f"{row['op']:{width['op']}}  {row['device']:{width['device']}}  {row['kernel']:{width['kernel']}}"
-        table.append(f"{head}  {row['reason'] or row['dtypes']}".rstrip())
-    return table
+        op, kernel = row["op"], row["kernel"]
+        mode = next((mode for mode in MODES if op.startswith(mode)), None)
+        family = "attention" if mode is None else "recurrent"
+        if mode is not None and kernel.endswith(f"/{mode}"):
+            kernel = kernel.removesuffix(mode) + "MODE"
+        if row["reason"]:
+            kernel += f" ({row['reason']})"
+        dtypes = "all" if row["kernel"] == "reference" else row["dtypes"]
+        merged.setdefault((family, row["device"], dtypes, kernel), []).append(op)
+        families.setdefault(family, []).append(op)
+    operators = {family: list(dict.fromkeys(ops)) for family, ops in families.items()}
+
+    table = [("operators", "device", "dtypes", "kernel")]
+    for (family, device, dtypes, kernel), ops in merged.items():
+        named = f"all {family}" if ops == operators[family] else ", ".join(ops)
+        table.append((named, device, dtypes, kernel))
+    widths = [max(len(cells[column]) for cells in table) for column in range(3)]
+    lines = [
+        f"{op:{widths[0]}}  {device:{widths[1]}}  {dtypes:{widths[2]}}  {kernel}"
+        for op, device, dtypes, kernel in table
+    ]
+    of_mode = ", ".join(f"MODE{suffix}" for suffix in _SUFFIXES)
+    return [
+        *lines,
+        "",
+        f"recurrent: {of_mode}; MODE is one of {', '.join(MODES)}",
+        f"attention: {', '.join(operators['attention'])}",
+    ]
 
 
 def main(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ from dlkernels.attention.transformer import TransformerDecoderLayer, Transformer
 from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
 from dlkernels.rnn.layers import GRU, LSTM, RNN
 
-# Pickles of earlier versions name the modules in which the classes stood then.
+# Pickles of earlier versions name the modules in which those versions defined the classes.
 for _name in ("attention", "cells", "rnn", "transformer"):
     sys.modules[f"{__name__}.{_name}"] = sys.modules[__name__]
 

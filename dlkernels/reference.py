@@ -1,7 +1,8 @@
-"""Short PyTorch for every operator: the oracle of the tests, the formula of double backward, and the path that runs
-where no kernel does. Any floating dtype and device, differentiable any number of times, under functorch transforms too.
+"""Every operator in plain PyTorch. It is the oracle of the tests, the formula that double backward differentiates, and
+the path of calls that no kernel serves. It takes any floating dtype and device, is differentiable any number of times,
+and works under functorch transforms.
 
-float16 and bfloat16 are computed in float32 and rounded at the end, as the kernels hold their state.
+float16 and bfloat16 are computed in float32 and rounded at the end, because the kernels keep their state in float32.
 """
 
 from dlkernels.attention.reference import attention, attention_map

@@ -2,7 +2,7 @@
 
 A result is right when its largest error against float64 is at most a small multiple of the error that torch's own
 op makes in the same dtype, plus a floor for the cases where torch happens to round to the reference exactly.
-The tests, the benchmark's checks and users who add a kernel all ask here.
+The tests, the benchmark's checks and users who add a kernel all use it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def error(actual: Tensor, ref: Tensor) -> float:
 
 
 def floor(ref: Tensor, dtype: torch.dtype) -> float:
-    """The error allowed even where torch makes none."""
+    """The error that is allowed even if torch makes none."""
     finite = ref.detach().double().abs()
     finite = finite[finite.isfinite()]
     largest = finite.max().item() if finite.numel() else 0.0

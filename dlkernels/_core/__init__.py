@@ -1,1 +1,1 @@
-"""What both families stand on. Nothing here imports dlkernels.rnn or dlkernels.attention."""
+"""Code that the recurrent layers and attention share. Nothing here imports dlkernels.rnn or dlkernels.attention."""

@@ -1,4 +1,4 @@
-"""Which dtype autocast is in force for, and casts as it makes them."""
+"""The dtype of the current autocast region, and casts like those of autocast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["autocast_dtype", "cast", "without_autocast"]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What to cast to, or None outside of autocast for the device of x."""
+    """The dtype that autocast casts to on the device of x, or None if autocast is off there."""
     if not is_any_autocast_enabled():
         return None
     kind = x.device.type
@@ -24,14 +24,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def cast(tensor: Any, dtype: torch.dtype) -> Any:
-    """As autocast casts the arguments of linear: every floating dtype but float64."""
+    """Casts `tensor` as autocast casts the arguments of linear: every floating dtype but float64."""
     if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """The reference decides its own precision, whatever region it is called from."""
+    """A context in which autocast is off on `device`: the reference chooses its own precision wherever it is called."""
     if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""vmap of the operators: mapped samples are folded into the batch or the heads, [..., B, ...] -> [..., n*B, ...]."""
+"""The operators' vmap rules fold the n samples into the batch or head dimension, [..., B, ...] -> [..., n*B, ...]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ __all__ = ["each_sample", "fold", "is_mapped", "unflatten", "unfold", "unfold_al
 
 
 def fold(tensor: Tensor | None, mapped_dim: int | None, batch_dim: int, n: int) -> Tensor | None:
-    """Sample-major. A tensor that is not mapped is repeated; one without a batch (an empty placeholder) stays."""
+    """Folds the mapped dimension into the batch dimension, sample-major. A tensor that is not mapped is repeated n
+    times, and one without a batch dimension (an empty placeholder) is not folded."""
     if tensor is None:
         return None
     if mapped_dim is None:
@@ -31,7 +32,7 @@ def unflatten(tensor: Tensor, dim: int, outer: int, inner: int) -> Tensor:
 
 
 def unfold(tensor: Tensor, batch_dim: int, n: int) -> tuple[Tensor, int | None]:
-    """Undoes `fold`: the tensor and where its mapped dimension is, None for an empty placeholder."""
+    """Undoes `fold`: returns the tensor and the position of its mapped dimension, None for an empty placeholder."""
     if tensor.dim() <= batch_dim:
         return tensor, None
     return unflatten(tensor, batch_dim, n, tensor.shape[batch_dim] // n), batch_dim
@@ -47,7 +48,7 @@ def unfold_all(
 def each_sample(
     call: Callable[..., Sequence[Tensor]], n: int, in_dims: Sequence[Any], args: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], int]:
-    """One call per sample, for mapped weights (an ensemble): the operators take one set of weights."""
+    """Calls `call` once per sample. Mapped weights (an ensemble) need this: an operator takes one set of weights."""
     results = []
     for i in range(n):
         sample = (

@@ -1,4 +1,4 @@
-"""Checks that both families make of their arguments."""
+"""Argument checks that the recurrent layers and attention share."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Fakes that refuse to mix devices: a call with one tensor on the meta device reaches the fake, whatever the others are
-on, and would come back with memory that nobody wrote."""
+"""Fake implementations of operators that refuse tensors on different devices. A call with one tensor on the meta device
+is dispatched to the fake whatever device the others are on, and without the check would return uninitialised memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dlkernels._core.private_torch import schema_of
 
 __all__ = ["register_fake"]
 
-# What the kernels may want on the CPU.
+# Arguments that the kernels may want on the CPU while the others are on another device.
 _ANYWHERE = frozenset(("batch_sizes", "lengths", "cu_seqlens_q", "cu_seqlens_k", "rng"))
 
 
 def register_fake(name: str, fake: Callable[..., Any]) -> None:
-    """For the operator dlkernels::`name`. `fake` takes the arguments of the schema by name; those that it does not want
-    go to its `**others`."""
+    """Registers `fake` for the operator dlkernels::`name`. `fake` takes the arguments of the schema by name and
+    collects those that it does not use in `**others`."""
     schema = schema_of(getattr(torch.ops.dlkernels, name).default)
     names = [argument.name for argument in schema.arguments]
 

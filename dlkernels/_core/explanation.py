@@ -1,4 +1,4 @@
-"""The answer of `dlkernels.explain`."""
+"""The types that `dlkernels.explain` returns."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class LayerExplanation:
     """How one layer of the stack, the cell, or one call of attention would run.
 
     path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (not a layer of dlkernels) or
-    "nothing" (an empty batch). `forward` and `backward` are the plans of the native path: kernel, isa, threads, split
-    and reason; of recurrent layers also recurrence (dot or tiles), chunk_steps and directions_side_by_side, on CUDA
-    kind (cluster, grid, steps or cell), blocks, slices, groups, tile, shared_bytes and barriers_per_step instead; of
-    attention block_m and block_n.
+    "nothing" (an empty batch). `forward` and `backward` are the plans of the native path. They hold kernel, isa,
+    threads, split and reason. Plans of recurrent layers also hold recurrence (dot or tiles), chunk_steps and
+    directions_side_by_side, or on CUDA kind (cluster, grid, steps or cell), blocks, slices, groups, tile, shared_bytes
+    and barriers_per_step. Plans of attention also hold block_m and block_n.
     """
 
     name: str
@@ -39,7 +39,7 @@ class LayerExplanation:
 
     @property
     def kernel(self) -> str:
-        """For example "cpu/avx512/lstm"; the path where no kernel of ours runs."""
+        """The kernel's name, for example "cpu/avx512/lstm", or the path if no kernel of dlkernels runs."""
         return str(self.forward.get("kernel", self.path))
 
     def __str__(self) -> str:
@@ -55,8 +55,10 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """`layers` has one entry for each layer of the stack or attention of a layer, one for a cell or a function.
-    `str()` is for reading."""
+    """The result of `dlkernels.explain`; `str()` makes text of it.
+
+    `layers` has one entry for each layer of a recurrent stack, for each attention of a Transformer layer, and for a
+    cell or a function."""
 
     module: str
     call: str

@@ -1,11 +1,11 @@
-"""Loads the compiled module `_C`, once, or says why there is none.
+"""Loads the compiled module `_C` once, or records why there is none.
 
-`HAVE_NATIVE` and `native` tell what was found, `why_not` the reason when it is nothing, `HAVE_CUDA_KERNELS` and
-`why_no_cuda` the same of kernels for CUDA, and `announce_reference()` is what the first call on the reference path says
-to the user.
+`native` is the module or None, `HAVE_NATIVE` tells whether it was loaded, and `why_not` is the reason if it was not.
+`HAVE_CUDA_KERNELS` and `why_no_cuda` tell the same about its CUDA kernels. `announce_reference()` warns the user at the
+first call that runs on the reference path for lack of a compiled module.
 
-Environment: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` does without it,
-`DLKERNELS_REQUIRE_NATIVE=1` makes its absence an ImportError.
+Environment variables: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` loads none, and
+`DLKERNELS_REQUIRE_NATIVE=1` turns its absence into an ImportError.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from dlkernels._core.private_torch import operator_names
 _MODULE = "dlkernels._C"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NAMESPACE = "dlkernels"
-# Left on the operator namespace, which outlives sys.modules, so that a second copy can name the first.
+# The loaded file's name is stored as this attribute of torch.ops.dlkernels, which stays when the package is removed
+# from sys.modules. A second copy of the package reads it to name the first in its error.
 _FILE_ATTRIBUTE = "native_file"
 
 
@@ -95,13 +96,13 @@ def _load() -> tuple[ModuleType | None, str]:
     sys.modules[_MODULE] = module
     setattr(torch.ops.dlkernels, _FILE_ATTRIBUTE, str(file))
     if os.environ.get("DLKERNELS_CPU_ISA"):
-        module.isa()  # ValueError for a name that is none
+        module.isa()  # raises ValueError if the variable names no instruction set
     return module, ""
 
 
 def _runs_as_command() -> bool:
-    """Whether this import is the beginning of `python -m dlkernels` or of a module in it: Python imports the package
-    with "-m" in place of the program's name before it runs any of the program."""
+    """Whether Python imports the package in order to run `python -m dlkernels` or a module in it. During that import
+    sys.argv[0] is "-m", because Python does not know the program's file yet."""
     if sys.argv[:1] != ["-m"]:
         return False
     module = sys.orig_argv[-len(sys.argv)].removeprefix("-m")
@@ -126,7 +127,7 @@ _announced = False
 
 
 def announce_reference() -> None:
-    """Warn, the first time in a process, that calls run on plain PyTorch because nothing was compiled."""
+    """Warns, once per process, that calls run on plain PyTorch because there is no compiled module."""
     global _announced
     if _announced or HAVE_NATIVE:
         return

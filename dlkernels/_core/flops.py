@@ -1,6 +1,6 @@
-"""What torch.utils.flop_counter.FlopCounterMode counts for the operators: the matrix products that torch's own consist
-of, two floating-point operations for each multiply-add. Elementwise work is not counted, as it never is there; padding
-and masked scores are."""
+"""The counts of torch.utils.flop_counter.FlopCounterMode for the operators. As for torch's own operators, they cover
+the matrix products, at two floating-point operations per multiply-add, and no elementwise work. Padding and masked
+scores are counted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNTER = "torch.utils.flop_counter"
 
 
 def register_formulas(formulas: dict[str, Formula]) -> None:
-    """From operator to formula, from the moment that somebody imports torch's counter."""
+    """Registers `formulas` (from operator name to formula) with torch's counter, as soon as that is imported."""
 
     def register() -> None:
         for name, formula in formulas.items():
@@ -38,8 +38,8 @@ def register_formulas(formulas: dict[str, Formula]) -> None:
 
 
 class _AfterImport(MetaPathFinder):
-    """Runs `action` once the counter has been imported. The package does not import it: the counter imports triton,
-    which takes longer than all of this package."""
+    """An import hook that runs `action` after torch's counter has been imported. This package does not import the
+    counter itself, because the counter imports triton, which takes longer than importing all of this package."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action
@@ -61,7 +61,8 @@ class _AfterImport(MetaPathFinder):
 
 
 def _register(name: str, formula: Formula) -> None:
-    """`formula` takes the arguments of dlkernels::`name` by name, those that it does not want in `others`."""
+    """Registers `formula` for the operator dlkernels::`name`. `formula` takes the operator's arguments by name and
+    collects those that it does not use in `**others`."""
     flop_counter = sys.modules[COUNTER]
     packet = getattr(torch.ops.dlkernels, name)
     names = [argument.name for argument in schema_of(packet.default).arguments]
@@ -74,5 +75,5 @@ def _register(name: str, formula: Formula) -> None:
 
 
 def has_no_values(tensor: Tensor) -> bool:
-    """Whether a count has to do without the values of this tensor."""
+    """Whether a formula cannot read the values of this tensor, because it is a fake or meta tensor."""
     return isinstance(tensor, FakeTensor) or tensor.is_meta

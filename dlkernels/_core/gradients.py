@@ -1,4 +1,4 @@
-"""Gradients by torch.func: of a formula, and of the formula of a gradient. And the copies that a Function is given."""
+"""First and second derivatives by torch.func, and the copies that an autograd Function gets in compiled code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ Tensors = tuple[Tensor, ...]
 
 
 def private(tensors: Sequence[Tensor | None], first_weight: int | None = None) -> Sequence[Tensor | None]:
-    """What a Function is given, in compiled code copies. Compiled code checks no versions: an input that it edits after
-    the call would be read edited in the backward. And Dynamo refuses a Function that is given one tensor twice.
+    """The tensors to pass to an autograd Function: `tensors` themselves, or copies of them in compiled code. Compiled
+    code does not check version counters, so if it edits an input after the call, the backward would read the edited
+    values. Dynamo also refuses a Function that gets the same tensor twice.
 
     There are two kinds of copies. Tensors that require a gradient and all weights (from `first_weight` on) are cloned,
-    and the compiler removes the clone if nothing edits them. All others may be inputs of the graph, whose clones
-    Inductor removes even if they are edited, so they go through `private_copy`."""
+    and the compiler removes the clone if nothing edits the original. All other tensors may be inputs of the graph,
+    whose clones Inductor removes even if they are edited, so `private_copy` copies them."""
     if not torch.compiler.is_compiling():
         return tensors
     weights_at = len(tensors) if first_weight is None else first_weight
@@ -34,10 +35,10 @@ def pullback(
     forward: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradient of `forward` for every input, None for those that are None.
+    """The vector-Jacobian product of `forward`: a gradient for every input, None for the inputs that are None.
 
-    None among the cotangents: that output does not count. Uses torch.func, so it holds under functorch too and can be
-    differentiated again.
+    An output whose cotangent is None does not contribute. The computation uses torch.func, so it also works under
+    functorch and can be differentiated again.
     """
     present = [i for i, tensor in enumerate(inputs) if tensor is not None]
     counted = [i for i, tensor in enumerate(cotangents) if tensor is not None]
@@ -60,7 +61,7 @@ def differentiate(
     gradients: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None], wanted: Sequence[bool],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The second derivative: cotangents of `gradients(*inputs)` pulled back to the wanted inputs, else None."""
+    """The second derivative: the vector-Jacobian product of `gradients` for the wanted inputs, None for the others."""
 
     def of_wanted(*tensors: Tensor | None) -> Sequence[Tensor | None]:
         return gradients(*(t if want else fixed for t, want, fixed in zip(tensors, wanted, inputs, strict=True)))

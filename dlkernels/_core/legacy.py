@@ -1,9 +1,9 @@
-"""Gradients of batched gradients: torch.autograd.grad(..., is_grads_batched=True), functional.jacobian(vectorize=True),
+"""Batched gradients: torch.autograd.grad(..., is_grads_batched=True), functional.jacobian(vectorize=True),
 gradcheck(check_batched_grad=True).
 
-They run the backward once on gradients that are "legacy" batched tensors, wrappers from before torch.func. Operators
-without a rule of their own refuse those, and autograd loses the history of what a Function makes of them. So a backward
-takes them apart, runs under torch.vmap, for which the Functions have rules, and puts the wrappers back.
+These run a backward once on "legacy" batched tensors, the wrappers of the vmap that preceded torch.func. Operators
+without a batching rule refuse them, and autograd loses the history of what a Function computes from them. Therefore a
+backward unwraps them, runs under torch.vmap, for which the Functions have rules, and wraps the results again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["differentiate", "is_batched", "map_samples", "run_backward"]
 
 
 def is_batched(tensors: Sequence[Any]) -> bool:
-    for tensor in tensors:  # noqa: SIM110  # in every backward; a generator costs more than the loop
+    for tensor in tensors:  # noqa: SIM110  # runs in every backward; a generator costs more than the loop
         if isinstance(tensor, Tensor) and is_legacy_batched(tensor):
             return True
     return False
@@ -37,7 +37,8 @@ def is_batched(tensors: Sequence[Any]) -> bool:
 def run_backward(
     function: Any, cotangents: Sequence[Tensor | None], args: tuple[Any, ...], apply: Callable[..., Any]
 ) -> Sequence[Tensor]:
-    """`function`, the Function of a backward, in the way that suits the moment. `apply`: its C++ apply alone."""
+    """Runs `function`, the Function of a backward, in the cheapest way that is correct in the current mode. `apply` is
+    its C++ apply without the Python around it."""
     if torch.compiler.is_compiling():
         return function.forward(*args)  # type: ignore[no-any-return]
     if is_batched(cotangents):
@@ -50,11 +51,11 @@ def run_backward(
 
 
 def map_samples(call: Callable[..., Sequence[Tensor]], args: Sequence[Any]) -> tuple[Tensor, ...]:
-    """`call(*args)`, sample by sample of the legacy batched ones among `args`.
+    """Runs `call(*args)` under torch.vmap over the legacy batched tensors among `args`, and wraps the results.
 
-    NotImplementedError where they are batched twice.
+    Raises NotImplementedError if a tensor is batched twice.
     """
-    # The level of the innermost map is how deep they are nested; to enter one more is the only way to learn it.
+    # The level of the innermost legacy vmap is the nesting depth, which can only be read by entering one more.
     level = enter_vmap_level() - 1
     leave_vmap_level()
     size = _batch_size(args, level)
@@ -75,7 +76,7 @@ def map_samples(call: Callable[..., Sequence[Tensor]], args: Sequence[Any]) -> t
 def differentiate(
     call: Callable[..., Sequence[Tensor | None]], cotangents: Sequence[Tensor | None]
 ) -> Sequence[Tensor | None]:
-    """`call(*cotangents)`, by `map_samples` where they are batched. Some of the results may be None."""
+    """Runs `call(*cotangents)`, through `map_samples` if they are batched. Some of the results may be None."""
     if torch.compiler.is_compiling() or not is_batched(cotangents):
         return call(*cotangents)
     present: list[int] = []

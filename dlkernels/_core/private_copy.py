@@ -1,7 +1,7 @@
-"""An operator that copies and that no compiler looks into.
+"""A copy as an operator that is opaque to the compiler.
 
-Inductor takes a clone of a graph's input to be the input itself, even where the graph edits it later: what the backward
-reads is then edited too. (torch 2.13; code of torch alone meets it as well.)
+Inductor replaces a clone of a graph's input by the input itself, even if the graph edits the input later; the backward
+then reads the edited values. (torch 2.13; this also happens in code that uses torch alone.)
 """
 
 from __future__ import annotations
@@ -20,5 +20,5 @@ _operator = torch.ops.dlkernels.private_copy.default
 
 
 def private_copy(x: Tensor) -> Tensor:
-    """x in memory of its own; not differentiable."""
+    """A copy of x in its own memory; not differentiable."""
     return _operator(x)  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""All of torch that this package uses and that torch does not promise to keep.
+"""All names of torch that this package uses although torch does not promise to keep them.
 
-Each name has a line that says what it is for and in which releases of torch it is: the tests run it on 2.13, and
-torch 2.11, the oldest that the package takes, has the name.
+Each has a line that says what it is for and which releases of torch have it: the tests run with 2.13, and torch 2.11,
+the oldest release that the package supports, has the name as well.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ __all__ = [
 ]
 
 # Imported above. `forward_ad._current_level`: at least 0 inside of forward-mode differentiation (2.11, 2.13).
-# `FakeTensor`, `FunctionalTensor`: the plain tensors of a trace, which are subclasses of Tensor (2.11, 2.13).
-# `unwrap_dead_wrappers`: the tensors in wrappers that a transform of torch.func left behind (2.11, 2.13).
+# `FakeTensor`, `FunctionalTensor`: the subclasses of Tensor that stand for plain tensors in a trace (2.11, 2.13).
+# `unwrap_dead_wrappers`: takes tensors out of wrappers that a finished torch.func transform left behind (2.11, 2.13).
 
-# The same of one tensor (2.11, 2.13).
+# `unwrap_dead_wrappers` for one tensor (2.11, 2.13).
 unwrap_dead_wrapper: Callable[[Any], Any] = torch._C._functorch.unwrap_if_dead
 # Whether a transform of torch.func runs (2.11, 2.13).
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -67,19 +67,19 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
 # The names of all operators that are registered, of this package and of others (2.11, 2.13).
 operator_names: Callable[[], list[str]] = torch._C._dispatch_get_all_op_names
-# Whether a tensor is mapped by the vmap of before torch.func (2.11, 2.13).
+# Whether a tensor is batched by the legacy vmap, which preceded torch.func (2.11, 2.13).
 is_legacy_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
-# Its levels: entering one returns how many there are then (2.11, 2.13).
+# Enter and leave a level of the legacy vmap; entering returns the new number of levels (2.11, 2.13).
 enter_vmap_level: Callable[[], int] = torch._C._vmapmode_increment_nesting
 leave_vmap_level: Callable[[], int] = torch._C._vmapmode_decrement_nesting
-# Its wrappers, on and off (2.11, 2.13).
+# Wrap and unwrap a tensor of the legacy vmap (2.11, 2.13).
 add_batch_dim: Callable[..., Tensor] = torch._add_batch_dim
 remove_batch_dim: Callable[..., Tensor] = torch._remove_batch_dim
 # Whether torch was built with oneDNN, which runs its LSTM on the CPU (2.11, 2.13).
 HAS_ONEDNN = bool(torch._C._has_mkldnn)
 # Softmax with zeros where every score is -inf (2.11, 2.13).
 safe_softmax: Callable[..., Tensor] = torch._safe_softmax
-# Whether `torch.backends.mkldnn` leaves it on (2.11, 2.13).
+# Whether oneDNN is enabled, see `torch.backends.mkldnn` (2.11, 2.13).
 is_onednn_enabled: Callable[[], bool] = torch._C._get_mkldnn_enabled
 
 
@@ -99,13 +99,13 @@ def schema_of(overload: Any) -> Any:
 
 
 def without_python(overload: Any) -> Callable[..., Any]:
-    """The same operator without the Python around its overload, which costs a microsecond (2.11, 2.13)."""
+    """The operator without the Python code around its overload, which costs a microsecond (2.11, 2.13)."""
     return overload._op  # type: ignore[no-any-return]
 
 
 def cpp_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """The C++ `apply` of a Function alone: a fifth of the cost of Function.apply, which serves functorch and binds
-    default arguments (2.11, 2.13)."""
+    """The C++ `apply` of a Function. It costs a fifth of Function.apply, which also serves functorch and binds default
+    arguments (2.11, 2.13)."""
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
@@ -141,7 +141,7 @@ def jagged_dim(nested: Any) -> int:
 
 
 def jagged_longest(nested: Any) -> int:
-    """The length of its longest sequence (2.11, 2.13)."""
+    """The length of the longest sequence of a jagged tensor (2.11, 2.13)."""
     return nested._get_max_seqlen()  # type: ignore[no-any-return]
 
 
@@ -151,7 +151,7 @@ def strided_sizes(nested: Any) -> Tensor:
 
 
 def nested_like(buffer: Tensor, like: Any) -> Tensor:
-    """A strided nested tensor over `buffer` whose parts lie as those of `like` (2.11, 2.13)."""
+    """A strided nested tensor over `buffer` with the sizes, strides and offsets of `like` (2.11, 2.13)."""
     return torch._nested_view_from_buffer(
         buffer, like._nested_tensor_size(), like._nested_tensor_strides(), like._nested_tensor_storage_offsets()
     )

@@ -1,4 +1,5 @@
-"""How a call runs: what both families decide alike. The entry points obey a `Route`, and `explain` prints it."""
+"""Chooses the path of a call, as far as the recurrent layers and attention do so in the same way. The entry points
+follow the `Route`, and `explain` prints it."""
 
 from __future__ import annotations
 
@@ -36,14 +37,14 @@ RECORDED = Route("reference", "torch.jit.trace records torch's operators: a save
 
 
 def no_kernel(reason: str) -> Route:
-    """For a call that no kernel serves."""
+    """The route of a call that no kernel serves."""
     return Route("reference", reason)
 
 
 def with_kernel(tensors: tuple[Tensor | None, ...]) -> Route:
-    """For a call that a kernel serves.
+    """The route of a call that a kernel serves.
 
-    NotImplementedError when a tensor carries a forward-mode tangent.
+    Raises NotImplementedError if a tensor carries a forward-mode tangent.
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and forward_ad._current_level >= 0:

@@ -1,4 +1,4 @@
-"""What the layers tell programs that take a model apart: torch.fx, TorchScript, torch.ao.quantization."""
+"""How the layers behave under tools that transform a model: torch.fx, TorchScript, torch.ao.quantization."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.nn import Module
 
 __all__ = ["PUBLIC_MODULE", "KnownLayer", "is_tracing", "mark_as_leaf"]
 
-# What the layers have for __module__: where users find them, and what pickles name.
+# `__module__` of the layers: the module from which users import them and which pickles name.
 PUBLIC_MODULE = "dlkernels.nn"
 
-# Whether torch.jit.trace runs; unlike the function behind it, this one is known to Dynamo.
+# Whether torch.jit.trace is running. Dynamo knows this function, unlike the C function that it calls.
 is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
-# torch.fx asks an instance for __module__ and keeps whole what begins with torch.nn. Only fx is meant: Dynamo's prefix
-# is "torch.nn.", and the class keeps the name by which it is pickled.
+# torch.fx does not trace into a module whose instance has a `__module__` that begins with "torch.nn". This value
+# affects only fx: Dynamo tests for "torch.nn.", with a dot, and pickle uses the `__module__` of the class, which stays.
 _LEAF = "torch.nn, but dlkernels.nn"
 
 
 def mark_as_leaf(module: Module) -> None:
-    """Lets torch.fx keep this module whole if it is one of ours; a subclass of ours is traced through, as one of
-    torch's is."""
+    """Makes torch.fx treat this module as a leaf if its class is a layer of dlkernels. fx traces into a subclass of
+    such a layer, as it does into a subclass of a layer of torch."""
     if type(module).__module__ == PUBLIC_MODULE:
         module.__dict__["__module__"] = _LEAF
     else:
@@ -32,8 +32,9 @@ def mark_as_leaf(module: Module) -> None:
 
 
 class _QConfig:
-    """`qconfig`, which torch.ao.quantization gives to every module it passes. It replaces modules by their exact type,
-    so it passes ours by; this is the only moment at which a layer can say so."""
+    """The attribute `qconfig`, which torch.ao.quantization sets on every module that it visits. It then replaces
+    modules by their exact type, so it leaves our layers as they are. Only the setting of `qconfig` gives a layer the
+    chance to warn about it."""
 
     def __get__(self, module: Module | None, owner: type) -> Any:
         if module is None:
@@ -58,8 +59,8 @@ class _QConfig:
 
 
 def _torch_replaces(module: Module, qconfig: Any) -> bool:
-    """Whether torch.ao.quantization has something else for torch's module of this name: for LSTM, GRU and the cells
-    when it quantizes dynamically, for LSTM and MultiheadAttention when it is given observers."""
+    """Whether torch.ao.quantization would replace torch's module of this name: LSTM, GRU and the cells in dynamic
+    quantization, LSTM and MultiheadAttention if it is given observers."""
     name = type(module).__name__
     return name in ("LSTM", "GRU") or name.endswith("Cell") or (name == "MultiheadAttention" and qconfig is not None)
 
@@ -75,7 +76,7 @@ class KnownLayer(Module):
         return module
 
     def __prepare_scriptable__(self) -> Any:
-        """torch.jit.script calls this before it compiles anything."""
+        """Raises an error with advice: torch.jit.script calls this before it compiles anything."""
         name = type(self).__name__
         raise RuntimeError(
             f"torch.jit.script cannot compile dlkernels.nn.{name}. Call dlkernels.unpatch(model) first if the layer "

@@ -1,4 +1,4 @@
-"""The attention cases, and one side of such a case made runnable."""
+"""The attention cases, and a workload that runs one side of such a case."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
-    """Sizes as in `dlkernels.functional.attention`; 0 for Hkv, N and Dv is H, M and D. mask: "bool" [B, 1, 1, N],
-    "bias" [1, H, M, N], or "grad", such a bias that is trained. packed: sequences of M down to M / 4 rows, by
-    cu_seqlens for us and padded under a mask for torch. against: "torch" (what it chooses) or one of its backends."""
+    """Sizes as in `dlkernels.functional.attention`; 0 for Hkv, N and Dv means H, M and D. mask: "bool" [B, 1, 1, N],
+    "bias" [1, H, M, N], or "grad", such a bias with a gradient. packed: sequences of M down to M / 4 rows, given by
+    cu_seqlens to us and padded with a mask to torch. against: "torch" (its own choice) or one of its BACKENDS."""
 
     B: int
     H: int
@@ -80,7 +80,7 @@ class AttentionCase:
 
     @property
     def lengths(self) -> list[int]:
-        """Of a packed case."""
+        """The lengths of the sequences of a packed case."""
         return packed_lengths(self.M, self.B)
 
     @property
@@ -96,7 +96,8 @@ CROSS = AttentionCase(2, 8, 97, 80, N=1025)
 
 
 def grid(threads: Sequence[int], dtypes: Sequence[str], quick: bool = False) -> list[AttentionCase]:
-    """The first dtype in full, of the others the shapes alone, with the most threads. Thread counts are innermost."""
+    """All variants for the first dtype; for the others only the shapes, with the largest thread count. Thread counts
+    vary fastest."""
     made: list[AttentionCase] = []
     for dtype, training in itertools.product(dtypes[:1] if quick else dtypes, (False, True)):
         new = functools.partial(AttentionCase, dtype=dtype, training=training)
@@ -128,7 +129,7 @@ Tensors = dict[str, Tensor]
 
 
 def make_inputs(case: AttentionCase, seed: int = 0) -> Tensors:
-    """q, k, v, do and mask, made in float32 and rounded to the dtype; packed ones [rows, heads, width]."""
+    """q, k, v, do and mask, made in float32 and rounded to the dtype; for packed cases [rows, heads, width]."""
     generator = torch.Generator().manual_seed(seed)
     Hkv, N, Dv = case.sizes
 
@@ -169,7 +170,7 @@ def theirs(case: AttentionCase, t: Tensors) -> Tensor:
 
 
 def exact(case: AttentionCase, t: Tensors) -> Tensor:
-    """The reference, with the dropout mask that ours draws next."""
+    """The reference, with the dropout mask that `ours` would draw next."""
     return reference.attention(
         t["q"], t["k"], t["v"], mask=_four(t.get("mask")), cu_seqlens_q=t.get("cu"), cu_seqlens_k=t.get("cu"),
         softmax_scale=case.D**-0.5, causal=int(case.causal), dropout_p=case.dropout,
@@ -182,8 +183,8 @@ def _four(mask: Tensor | None) -> Tensor | None:
 
 
 class AttentionWorkload:
-    """Calling it runs attention once: forward under inference_mode, or forward and backward of a fixed gradient.
-    `padded`: sequences of a packed case lie in a padded batch, under a mask."""
+    """Calling it runs attention once: the forward under inference_mode, or in training the forward and the backward
+    with a fixed output gradient. `padded` puts the sequences of a packed case into a padded batch with a mask."""
 
     def __init__(
         self, case: AttentionCase, inputs: Tensors, run: Run, padded: bool = False, dtype: torch.dtype | None = None
@@ -213,7 +214,7 @@ class AttentionWorkload:
         return None
 
     def results(self) -> Tensors:
-        """o and, in training, every gradient, by name; packed ones as rows."""
+        """o and, in training, every gradient, by name; for packed cases [rows, heads, width]."""
         self.prepare()
         with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(self.case.training):
             torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the cases of both families share: regimes, short names of dtypes, packed lengths, choosing by name."""
+"""Code that the layer and attention cases share: regimes, short names of dtypes, packed lengths, selection by name."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ C = TypeVar("C", bound=Named)
 
 
 def packed_lengths(longest: int, count: int) -> list[int]:
-    """Evenly from `longest` down to a quarter of it."""
+    """`count` lengths, spaced evenly from `longest` down to a quarter of it."""
     last = max(1, longest // 4)
     return [longest - (longest - last) * b // max(1, count - 1) for b in range(count)]
 
 
 def select(cases: Iterable[C], patterns: Sequence[str]) -> list[C]:
-    """Those whose name contains or matches one of the patterns; all where there are none."""
+    """The cases whose name contains or matches one of the patterns; all cases if there are no patterns."""
     return [c for c in cases if not patterns or any(p in c.name or fnmatch(c.name, p) for p in patterns)]

@@ -17,14 +17,14 @@ from . import attention, cases, layers, machine, plots, report
 from .runner import AnyCase, Result, Runner
 from .timing import Budget
 
-# No case is started after this, so that a busy machine makes --quick measure less, not last longer.
+# --quick starts no case after this time. On a busy machine it then measures less instead of taking longer.
 QUICK_SECONDS = 45.0
 MOST_THREADS = 1024
 DTYPES = tuple(cases.SHORT_DTYPE)
 
-# What a suite is put together of: lists of cases, made from the options.
+# A suite consists of parts, functions that make a list of cases from the options.
 Part = Callable[[argparse.Namespace], Sequence[AnyCase]]
-# Trains a model with both sides, prints how it went and returns an entry of the result file's "charlm".
+# A job trains a model with both sides, prints the outcome and returns an entry of the result file's "charlm".
 Job = Callable[[], dict[str, Any]]
 
 
@@ -37,7 +37,7 @@ def attention_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
 
 
 class Command:
-    """`python -m dlkernels bench`. benchmarks/ derives from it and adds suites, jobs and their pictures."""
+    """`python -m dlkernels bench`. benchmarks/ derives a class from it that adds suites, jobs and their pictures."""
 
     prog = "python -m dlkernels bench"
     suites: Mapping[str, Sequence[Part]] = {  # the first is the default
@@ -50,7 +50,7 @@ class Command:
         return []
 
     def seconds(self, args: argparse.Namespace) -> float:
-        """Measuring time of a case where --seconds is not given, nor --quick."""
+        """The measuring time for each case if neither --seconds nor --quick is given."""
         return 1.0
 
     def draw(self, doc: dict[str, Any], path: Path) -> list[Path]:
@@ -71,7 +71,8 @@ class Command:
         return p
 
     def run(self, argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
-        """0 = done, 1 = some result is wrong, 2 = a speed target is missed, or bad arguments."""
+        """Returns 0 (done), 1 (some result is wrong), 2 (a speed target is missed, or bad arguments) or 130
+        (interrupted)."""
         args = self.parser().parse_args(argv)
         chosen = cases.select([case for part in self.suites[args.suite] for case in part(args)], args.only)
         if args.list:
@@ -133,7 +134,7 @@ def _measure(chosen: Sequence[AnyCase], runner: Runner, deadline: float) -> list
                 break
             if len(found) < len(chosen):
                 progress.show(chosen[len(found)].name)
-    except KeyboardInterrupt:  # what was measured until now is reported and written all the same
+    except KeyboardInterrupt:  # the results up to now are still reported and written
         reason = "interrupted"
     progress.finish()
     if len(found) < len(chosen):
@@ -185,7 +186,7 @@ class Progress:
         self.start = time.monotonic()
 
     def show(self, label: str) -> None:
-        """Says what runs now."""
+        """Shows the name of the case that runs now."""
         if self.live:
             bar = "#" * (20 * self.done // self.total)
             line = f"{self.what} [{bar:<20}] {self.done}/{self.total} {self._left()} {label}"

@@ -1,4 +1,4 @@
-"""The cases of the recurrent layers and cells, and one side of such a case made runnable."""
+"""The cases of the recurrent layers and cells, and a workload that runs one side of such a case."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class LayerCase:
 
     @property
     def lengths(self) -> list[int]:
-        """Of a packed case: evenly from T down to T/4."""
+        """The lengths of the sequences of a packed case, spaced evenly from T down to T/4."""
         return packed_lengths(self.T, self.B)
 
     @property
@@ -86,13 +86,13 @@ GRID_SHAPES: tuple[Shape, ...] = (
 )
 PACKED_SHAPES: tuple[Shape, ...] = ((32, 200, 64, 64), (64, 100, 256, 256))
 CELL_SHAPES: tuple[Shape, ...] = ((1, 1, 128, 128), (16, 1, 256, 256), (128, 1, 512, 512))
-# Of the other dtypes, one shape per regime.
+# The other dtypes have one shape per regime.
 DTYPE_SHAPES: tuple[Shape, ...] = ((1, 100, 128, 128), (16, 100, 256, 256), (64, 100, 512, 512))
 QUICK_SHAPES: tuple[Shape, ...] = ((1, 100, 128, 128), (16, 100, 256, 256))
 
 
 def grid(threads: Sequence[int], dtypes: Sequence[str], quick: bool = False) -> list[LayerCase]:
-    """Thread counts are innermost, so the runner computes each reference once."""
+    """Thread counts vary fastest, so the runner computes each reference once."""
     first = dtypes[0]
     made: list[LayerCase] = []
     if quick:
@@ -124,7 +124,7 @@ Build = Callable[[LayerCase], nn.Module]
 
 
 def from_namespace(namespace: Any) -> Build:
-    """Builds a case's module from `torch.nn` or anything with the same class names."""
+    """Returns a function that builds a case's module from `torch.nn` or anything with the same class names."""
 
     def build(case: LayerCase) -> nn.Module:
         module: nn.Module = getattr(namespace, case.mode.upper() + ("Cell" if case.cell else ""))(case.I, case.H)
@@ -167,7 +167,8 @@ class Inputs:
 
 
 class Workload:
-    """Calling it runs the layer once: forward under inference_mode, or forward and backward of a fixed gradient."""
+    """Calling it runs the layer once: the forward under inference_mode, or in training the forward and the backward
+    with fixed output gradients."""
 
     def __init__(
         self,
@@ -198,7 +199,7 @@ class Workload:
             self.args += (tuple(self.state) if len(self.state) > 1 else self.state[0],)
 
     def prepare(self) -> None:
-        """Puts torch into the mode this side runs in; called at the start of each block."""
+        """Puts torch into the mode in which this side runs. It is called at the start of each block."""
         torch.use_deterministic_algorithms(self.deterministic)
 
     def __call__(self) -> Any:

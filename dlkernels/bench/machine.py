@@ -1,36 +1,20 @@
-"""What ran and on what, as it goes into a result file. No host or user names."""
+"""Describes the machine and the software for a result file, without host or user names."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .._core.extension import native
+from .._core.processor import cpu_model, usable_cpus
 from .._version import __version__
 
 _ENVIRONMENT = re.compile(r"^(OMP|KMP|GOMP|MKL|DNNL|ONEDNN|ATEN|TORCH|DLKERNELS|LD_PRELOAD|MALLOC)(_|$)")
-
-
-def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "Model", "Hardware")):
-                return " ".join(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    if sys.platform == "darwin":
-        query = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        name = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        if name:
-            return name
-    return platform.processor() or platform.machine()
 
 
 def isa() -> str:
@@ -39,7 +23,7 @@ def isa() -> str:
 
 
 def last_kernel() -> dict[str, Any]:
-    """The plan of the last op call of this thread; what ran, not what was intended."""
+    """The plan of the last operator call of this thread, as it ran."""
     return _plan(native.last_run() if native else None)
 
 
@@ -49,11 +33,6 @@ def last_attention_kernel() -> dict[str, Any]:
 
 def _plan(run: dict[str, Any] | None) -> dict[str, Any]:
     return {k: v for k, v in run.items() if isinstance(v, (str, int, float, bool))} if run else {"kernel": "reference"}
-
-
-def cores() -> int:
-    """Those this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _caches() -> dict[str, str]:
@@ -73,7 +52,7 @@ def describe() -> dict[str, Any]:
         "cpu": cpu_model(),
         "arch": platform.machine(),
         "system": platform.system(),
-        "cores": cores(),
+        "cores": usable_cpus(),
         "caches": _caches(),
         "isa": isa(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),

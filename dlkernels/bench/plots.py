@@ -1,4 +1,4 @@
-"""Pictures beside a result file; matplotlib is optional."""
+"""Draws the pictures that are stored beside a result file; matplotlib is optional."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .cases import REGIMES
 from .layers import MODES
 from .machine import headline
 
-# Okabe-Ito colours, told apart by colour-blind readers too.
+# Okabe-Ito colours, which colour-blind readers can tell apart.
 _COLOURS = dict(zip((*MODES, "attention"), ("#0072B2", "#D55E00", "#009E73", "#CC79A7"), strict=True))
 _MARKERS = "osD^v"
-# The attention maps: tokens, bins of an axis, width of a head.
+# Sizes of the attention maps: tokens, bins of an axis, width of a head.
 LENGTH, BINS, WIDTH = 16384, 96, 64
 
 
@@ -79,7 +79,7 @@ def _ratios(doc: dict[str, Any], entries: list[dict[str, Any]], path: Path) -> P
 
 
 def _heat_map(path: Path) -> Path:
-    """`attention_map` of made-up heads over 16,384 tokens, none of which ever has its M x N probabilities in memory."""
+    """Draws `attention_map` of synthetic heads over 16,384 tokens, whose M x N probabilities are never in memory."""
     import matplotlib.pyplot as plt
     from matplotlib.colors import LogNorm
 
@@ -102,7 +102,7 @@ def _heat_map(path: Path) -> Path:
 
 
 def _rows(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Entries that differ in their thread count only share a row."""
+    """Groups the entries into rows; entries that differ only in their thread count share a row."""
     rows: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         rows.setdefault(entry["name"].rsplit("-", 1)[0], []).append(entry)
@@ -110,7 +110,7 @@ def _rows(entries: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def attention_maps() -> tuple[list[str], list[Tensor]]:
-    """Titles, and maps [BINS, BINS] of four heads over a long text, each with another feature of `attention`."""
+    """Titles, and maps [BINS, BINS] of four heads over a long sequence, each with another feature of `attention`."""
     q, k = _queries_and_keys()
     kinds = {
         "full": attention_map(q, k, rows=BINS, cols=BINS),
@@ -126,7 +126,8 @@ def attention_maps() -> tuple[list[str], list[Tensor]]:
 
 
 def _queries_and_keys() -> tuple[Tensor, Tensor]:
-    """[1, 1, LENGTH, WIDTH]: tokens drift in topic and come back to it, queries look for their own topic."""
+    """Synthetic q and k [1, 1, LENGTH, WIDTH]: the topic of the tokens drifts and returns, and a query matches the keys
+    of its own topic."""
     generator = torch.Generator().manual_seed(0)
     place = torch.arange(LENGTH)[:, None] / LENGTH
     turns = torch.randn(1, WIDTH // 2, generator=generator) * 2

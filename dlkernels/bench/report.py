@@ -1,4 +1,4 @@
-"""What is told of results: a table and a summary for the terminal, and the result file."""
+"""Reports results: a table and a summary for the terminal, and the result file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AGAINST = {
 
 
 def results_table(results: Sequence[Result]) -> str:
-    """Grouped per regime, then what is measured against ourselves."""
+    """One group of rows per regime for cases against torch, then one for each other peer."""
     parts = [
         _group(REGIME_TEXT[regime], [r for r in results if r.case.against == "torch" and r.case.regime == regime])
         for regime in REGIMES
@@ -78,7 +78,7 @@ def kernel_text(kernel: dict[str, Any]) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """First and last column to the left, numbers to the right."""
+    """Aligns the first and the last column to the left and the others, which are numbers, to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     last = len(widths) - 1
     lines = []
@@ -148,7 +148,7 @@ def home() -> Path:
 
 
 def folder(root: Path, host: dict[str, Any]) -> Path:
-    """<root>/<machine>, made where there is none. OSError where no file can be written to it."""
+    """<root>/<machine>, created if it does not exist. Raises OSError if no file can be written to it."""
     found = root / machine.slug(host["cpu"], host["isa"])
     found.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=found):
@@ -157,7 +157,7 @@ def folder(root: Path, host: dict[str, Any]) -> Path:
 
 
 def write(doc: dict[str, Any], root: Path) -> Path:
-    """<root>/<machine>/<date>-<suite>.json; one case a line, so that diffs read well."""
+    """Writes <root>/<machine>/<date>-<suite>.json with one case per line, so that diffs are readable."""
     path = folder(root, doc["machine"]) / f"{doc['date'][:10]}-{doc['suite']}.json"
     lists = ("charlm", "results")
     head = json.dumps({k: v for k, v in doc.items() if k not in lists}, indent=1)

@@ -1,4 +1,5 @@
-"""Check, then time: turns cases into results. A case whose results disagree with torch.nn and float64 is not timed."""
+"""Turns cases into results: a case is checked first and then timed. If its results disagree with torch.nn and float64,
+it is not timed."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ Status = Literal["ok", "disagree", "error", "no peer"]
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """The worst tensor of a check: the one whose error is the largest part of its limit."""
+    """The outcome of a check and its worst tensor, whose error is the largest part of its limit."""
 
     ok: bool
     worst: str
@@ -34,8 +35,8 @@ class Agreement:
 
 
 class Checker:
-    """Keeps the float64 reference and torch's results of the last workload: cases that differ in their thread count
-    only come one after another and share them."""
+    """Compares results with the float64 reference, with torch's error as the measure. It keeps the reference and
+    torch's results of the last workload, because cases that differ only in their thread count follow each other."""
 
     def __init__(self, theirs: layers.Build, their_attention: Run = attention.theirs):
         self.theirs = theirs
@@ -55,7 +56,8 @@ class Checker:
     def attention(self, case: AttentionCase, inputs: Tensors, ours: AttentionWorkload) -> Agreement:
         if case.workload != self._key:
             self._reference = AttentionWorkload(case, inputs, attention.exact, dtype=torch.float64).results()
-            # With dropout the peer draws another mask; plain PyTorch with ours is the measure then.
+            # With dropout the peer draws another mask. Then the measure is the reference in the case's dtype, which
+            # uses our mask.
             peer = attention.exact if case.dropout else self.their_attention
             self._measure = AttentionWorkload(case, inputs, peer, padded=not case.dropout).results()
             self._key = case.workload
@@ -86,7 +88,8 @@ def _refusal(why: str) -> Agreement:
 
 
 def _unusable(value: Tensor, ref: Tensor, dtype: torch.dtype) -> str:
-    """Why a result cannot be judged by its error: a case's numbers are ordinary, so each side's have to be finite."""
+    """Why a result cannot be judged by its error; empty if it can. The inputs of a case are of ordinary size, so the
+    results of both sides must be finite."""
     if value.shape != ref.shape:
         return f"shape {tuple(value.shape)} where the reference has {tuple(ref.shape)}"
     if value.dtype != dtype:
@@ -98,7 +101,8 @@ def _unusable(value: Tensor, ref: Tensor, dtype: torch.dtype) -> str:
 
 
 def _bounded(verdict: Verdict, ref: Tensor) -> Verdict:
-    """A limit at which a tensor of zeros would pass shows nothing, however wrong the peer is: it is not granted."""
+    """Lowers the limit to at most half of the largest reference value, however wrong the peer is: a check that a tensor
+    of zeros would pass shows nothing."""
     largest = ref.abs().max().item() if ref.numel() else 0.0
     limit = min(verdict.limit, largest / 2)
     return verdict._replace(ok=verdict.ours <= limit, limit=limit)
@@ -119,7 +123,7 @@ class Result:
 
     @property
     def speedup(self) -> float | None:
-        """Their time over ours, None where nothing may be claimed. Against our padded run: per valid step."""
+        """Their time divided by ours; None if the case was not timed. Against our padded run it is per valid step."""
         return None if self.sample is None else self.sample.ratio * self._scale
 
     @property
@@ -128,7 +132,7 @@ class Result:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is met; None where there is none."""
+        """Whether the target is met; None if the case has none."""
         if self.case.target is None:
             return None
         return self.speedup is not None and self.speedup >= self.case.target
@@ -216,7 +220,7 @@ class Runner:
         try:
             peer = make_peer()
             peer()
-        except Exception as problem:  # a missing dtype or op of the peer's is a fact to report, not a failure of ours
+        except Exception as problem:  # a dtype or op that the peer lacks is reported, but is no failure of ours
             return Result(case, "no peer", _first_line(problem))
         try:
             mine, agreement = make_mine()

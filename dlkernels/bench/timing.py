@@ -1,10 +1,11 @@
-"""Alternating blocks: how two sides are timed on a machine that is never quiet.
+"""Times two sides in alternating blocks, for machines on which other programs run as well.
 
-A long block of one side and then a long block of the other measures the neighbours. Here short blocks alternate
-(theirs, ours, theirs, ours, ...), the first calls after each switch are thrown away (caches and the spinning threads
-of the other side), and each pair of neighbouring blocks gives one ratio of medians. The result is the median of those
-ratios: a neighbour's load that comes and goes meets both blocks of a pair, where medians over all calls would compare
-one side's quiet time with the other's busy time. Their range shows how far the noise reaches.
+A long block of one side followed by a long block of the other would measure how the load of other programs changes.
+Here short blocks alternate (theirs, ours, theirs, ours, ...), the first calls after each switch are discarded (they
+suffer from the caches and the spinning threads of the other side), and each pair of neighbouring blocks gives one ratio
+of medians. The result is the median of those ratios: a load that comes and goes affects both blocks of a pair, whereas
+medians over all calls would compare one side's quiet time with the other's busy time. The range of the ratios shows the
+size of the noise.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Sample:
 
 
 def run_block(side: Side, calls: int, discard_seconds: float, clock: Clock = time.perf_counter) -> list[float]:
-    """Times of `calls` calls, after at least one and at least `discard_seconds` of discarded ones."""
+    """The times of `calls` calls. Calls are discarded before them, at least one and for at least `discard_seconds`."""
     side.prepare()
     end = clock() + discard_seconds
     side()
@@ -80,7 +81,7 @@ def run_block(side: Side, calls: int, discard_seconds: float, clock: Clock = tim
 
 
 def calls_per_block(seconds_per_call: float, block_seconds: float) -> int:
-    """At least two, so that a block's median is not one accident."""
+    """At least two, so that a block's median does not depend on a single call."""
     return max(2, min(5000, round(block_seconds / max(seconds_per_call, 1e-9))))
 
 

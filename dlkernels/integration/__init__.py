@@ -1,1 +1,1 @@
-"""What carries both families into models that were written for torch.nn."""
+"""Replaces the layers and the attention of models that were written for torch.nn."""

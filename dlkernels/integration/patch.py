@@ -1,8 +1,8 @@
-"""Swap torch.nn's recurrent, attention and Transformer layers inside a model for the ones of dlkernels, and back.
+"""Swaps torch.nn's recurrent, attention and Transformer layers inside a model for those of dlkernels, and back.
 
-A layer is swapped by giving the module object another class. The object itself stays: its parameters, buffers, hooks
-and the handles that remove them, parametrizations, training flag, and every reference to it from elsewhere (a module
-used in two places, an optimizer, a list outside the module tree).
+A layer is swapped by giving the module object another class. The object itself stays, with its parameters, buffers,
+hooks and the handles that remove them, parametrizations, training flag, and every reference to it from elsewhere (a
+module used in two places, an optimizer, a list outside the module tree).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SWAPS: dict[type[Module], type[Module]] = {
     torch.nn.LSTMCell: LSTMCell,
     torch.nn.GRUCell: GRUCell,
     torch.nn.MultiheadAttention: MultiheadAttention,
-    # TransformerEncoder, TransformerDecoder and Transformer only call these, and stay what they are.
+    # TransformerEncoder, TransformerDecoder and Transformer only call these layers and are not swapped.
     torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
 }
@@ -43,13 +43,13 @@ _OUR_CLASSES = tuple(_OURS)
 _TORCH = tuple(_SWAPS)
 _NAMES = {theirs.__name__ for theirs in _SWAPS}
 
-# Tells a patched layer from one that was built with dlkernels, which unpatch leaves alone.
+# The attribute that marks a patched layer. unpatch leaves layers without it alone: they were built with dlkernels.
 _MARK = "_dlkernels_patched"
 _NOTE = (
     "note: tools that look a layer up by its exact type, such as torch.ao.quantization, opacus and operation counters, "
     "do not find these layers in their tables and pass them by; call dlkernels.unpatch(model) before such a tool"
 )
-# What torch's layers keep for cuDNN and ours do without.
+# The attributes that torch's layers keep for cuDNN and that our layers do not use.
 _CUDNN_STATE = ("_flat_weights", "_flat_weight_refs")
 
 
@@ -86,7 +86,7 @@ class PatchReport:
 
     @property
     def note(self) -> str:
-        """What holds for all layers of dlkernels in the model; empty where there is none."""
+        """A remark that holds for all layers of dlkernels in the model; empty if it has none."""
         return _NOTE if any(entry.state in ("patched", "native") for entry in self.entries) else ""
 
     def __str__(self) -> str:
@@ -103,8 +103,8 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
     scripted module, an instance with its own `forward`) stay as they are, and a warning names them and the reason.
     `verbose` prints the report, which `patch_report(model)` gives at any time. Patching twice changes nothing.
 
-    Tools that look a layer up by its exact type (torch.ao.quantization, opacus, operation counters) pass patched layers
-    by, and torch.jit.script refuses them: `unpatch` the model first. docs/tools.md tells what each tool sees.
+    Tools that look a layer up by its exact type (torch.ao.quantization, opacus, operation counters) do not recognise
+    patched layers, and torch.jit.script refuses them: `unpatch` the model first. docs/tools.md describes each tool.
     """
     _check_module("patch", model)
     if copy:
@@ -130,7 +130,7 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
 
 
 def unpatch(model: M) -> M:
-    """Gives every layer that `patch` swapped its torch.nn class back, in place, and returns the model."""
+    """Restores, in place, the torch.nn class of every layer that `patch` swapped, and returns the model."""
     _check_module("unpatch", model)
     for module in model.modules():
         if not module.__dict__.pop(_MARK, False):
@@ -175,7 +175,7 @@ def _layer_name(module: Module) -> str:
 
 
 def _obstacle(module: Module) -> str:
-    """Why a layer of torch cannot be swapped; empty where it can, or where the module is something else."""
+    """Why a layer of torch cannot be swapped; empty if it can, or if the module is no layer of torch."""
     if isinstance(module, torch.jit.ScriptModule):
         return "compiled by TorchScript" if module.original_name in _NAMES else ""
     cls: Any = type_before_parametrizations(module)
@@ -191,7 +191,8 @@ def _obstacle(module: Module) -> str:
 
 
 def _assigned_weights(module: Module) -> list[Any] | None:
-    """What a program put into `_flat_weights` in place of the weights under their names, where it counts."""
+    """The list that a program assigned to `_flat_weights`, if forward would use it instead of the weights under their
+    names, else None."""
     if not isinstance(module, torch.nn.RNNBase):
         return None
     module._update_flat_weights()
@@ -202,7 +203,8 @@ def _assigned_weights(module: Module) -> list[Any] | None:
 
 
 def _set_class(module: Module, target: type[Module]) -> None:
-    """`module.__class__ = target`, keeping what parametrize injected into a class of the module's own."""
+    """Sets `module.__class__` to `target`. A parametrized module has a class of its own, into which parametrize has
+    injected properties; they are carried over to the new class."""
     current = type(module)
     if is_parametrized(module):
         injected = {name: value for name, value in vars(current).items() if name not in ("__dict__", "__weakref__")}

@@ -1,7 +1,8 @@
-"""aten::scaled_dot_product_attention on our kernels: the switch for models that call torch's function.
+"""A switch that runs aten::scaled_dot_product_attention on our kernels, for models that call torch's function.
 
-While it is on, kernels of ours stand in the dispatcher before torch's composite one. So they are reached from every
-thread, from C++ and TorchScript, and from the recomputation that torch.utils.checkpoint does during a backward.
+While it is on, our kernels are registered in the dispatcher, where they take precedence over torch's composite kernel.
+So they serve calls from every thread, from C++ and TorchScript, and from the recomputation that torch.utils.checkpoint
+does during a backward.
 """
 
 from __future__ import annotations
@@ -34,22 +35,23 @@ from dlkernels.attention.sdpa import scaled_dot_product_attention
 __all__ = ["AttentionPatch", "patch_attention"]
 
 _OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
-# With and without autograd: inference mode skips the autograd keys.
+# Both the keys with and without autograd are needed, because inference mode skips the autograd keys.
 _KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
-# Part of the key of Inductor's caches, which see torch's operator and not what it is traced to: a call of ours, whose
-# arguments may change from one build to the next.
+# The schemas are part of the key of Inductor's caches. The caches see torch's operator but not our operator, to which
+# it is traced and whose arguments may change from one build to the next.
 _SCHEMAS = "".join(
     str(schema_of(getattr(torch.ops.dlkernels, name).default)) for name in ("attention", "attention_backward")
 )
 _TAG = f"[dlkernels {__version__} attention {extension.HAVE_NATIVE} {zlib.crc32(_SCHEMAS.encode())}]"
-# More than any model has of calls that wait for their backward; 100 bytes each.
+# The most draws that are remembered, at 100 bytes each. No model has as many calls that wait for their backward.
 _MOST_DRAWS = 2**16
 
 
 class _State:
-    """Of the process. `draws` maps a state of the generator (hashed) to what is known of the mask drawn from it. False:
-    our kernel drew it, and no backward has drawn it again. True: a backward has. None: torch drew from the same state
-    too, so nobody can tell whose mask is to be drawn again.
+    """The switch's state in the process. `users` counts the blocks that are entered. `draws` maps a state of the random
+    number generator (hashed) to what is known of the dropout mask drawn from it. False: our kernel drew it, and no
+    backward has drawn it again. True: a backward has drawn it again. None: torch also drew a mask from the same state,
+    so a backward cannot tell which of the two it has to draw again.
     """
 
     def __init__(self) -> None:
@@ -59,13 +61,13 @@ class _State:
         self.draws: dict[int, bool | None] = {}
 
     def renew_lock(self) -> None:
-        """In a forked child: the thread that held the lock may not exist there."""
+        """Replaces the lock in a forked child, where the thread that held it may not exist."""
         self.lock = threading.Lock()
 
 
 class _Running(threading.local):
-    """Of this thread. `depth`: blocks that it entered and did not leave; torch's configuration, which has the tag, is
-    the thread's own too."""
+    """The switch's state in this thread. `inside` tells whether our function is running. `depth` counts the blocks that
+    the thread entered and did not leave. torch's configuration, which holds the tag, is thread-local as well."""
 
     inside = False
     depth = 0
@@ -77,7 +79,8 @@ os.register_at_fork(after_in_child=_state.renew_lock)
 
 
 class AttentionPatch(contextlib.ContextDecorator):
-    """What `patch_attention` returns. It may be entered again, nested, and left in any order and by any thread."""
+    """The context that `patch_attention` returns. It may be entered repeatedly and nested, and left in any order and by
+    any thread."""
 
     def __enter__(self) -> AttentionPatch:
         with _state.lock:
@@ -93,8 +96,8 @@ class AttentionPatch(contextlib.ContextDecorator):
         with _state.lock:
             _state.users -= 1
             off = _state.users == 0
-            # A kernel must not be taken away while another thread may be about to call it. And a recomputation that
-            # comes later must find out whether its dropout mask was ours.
+            # The kernels stay registered while another thread may be about to call one, and while draws are remembered:
+            # a later recomputation must find out whether our kernel drew its dropout mask.
             if off and _state.library is not None and not _thread._count() and not _state.draws:
                 unregister(_state.library)
                 _state.library = None
@@ -108,13 +111,14 @@ class AttentionPatch(contextlib.ContextDecorator):
 
 def patch_attention() -> AttentionPatch:
     """`with dlkernels.patch_attention():` runs models that call torch.nn.functional.scaled_dot_product_attention on our
-    kernels, however they call it: also torch.nn.MultiheadAttention and the Transformer layers where they come down to
+    kernels, however they call it. This includes torch.nn.MultiheadAttention and the Transformer layers where they call
     it, C++ and TorchScript, all threads, recomputation by torch.utils.checkpoint, and what is compiled inside of the
-    block. It also works as a decorator. What our kernels do not serve is torch's, errors too.
+    block. It also works as a decorator. Calls that our kernels do not serve run in torch, which also raises the errors.
 
-    Run the backward of checkpointed calls inside of the block as well. After it, calls without dropout are recomputed
-    by torch, which is a CheckpointError unless `use_reentrant=True`; calls with dropout by the kernel that drew the
-    mask. A compiled graph keeps the kernels that it was compiled with. A thread that compiles enters the block itself.
+    Run the backward of checkpointed calls inside of the block as well. After it, torch recomputes calls without
+    dropout, which raises CheckpointError unless `use_reentrant=True`; calls with dropout are recomputed by the kernel
+    that drew the mask. A compiled graph keeps the kernels that it was compiled with. A thread that compiles must enter
+    the block itself.
     """
     if torch.compiler.is_compiling():
         return _Traced()  # type: ignore[return-value]
@@ -145,7 +149,7 @@ def _kernel(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    # Our function hands what it does not serve to torch's, which comes here again.
+    # Our function passes calls that it does not serve to torch's function, which dispatches to this kernel again.
     if _running.inside or not _is_ours(query, dropout_p):
         return _OPERATOR.decompose(  # type: ignore[no-any-return]
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -161,11 +165,11 @@ def _kernel(
 
 def _is_ours(query: Tensor, dropout_p: float) -> bool:
     on = _state.users > 0
-    # A transform of torch.func that has come down to this level cannot take an autograd.Function any more.
+    # A torch.func transform that has reached this level of dispatch can no longer handle an autograd.Function.
     if are_transforms_active():
         return False
     if type(query) not in (Tensor, torch.nn.Parameter):
-        # Traced: what comes out may be kept in a cache under a key with the tag of this thread.
+        # The call is traced, and its result may be cached under a key that has the tag of this thread.
         if not on:
             _untag()  # another thread left the block that this one entered
         return on and _is_tagged()
@@ -179,7 +183,8 @@ def _is_ours(query: Tensor, dropout_p: float) -> bool:
 
 
 def _remember(ours: bool) -> None:
-    """A call whose dropout mask checkpoint may have to draw again: of either kind, or within a Function of the user."""
+    """Records a call whose dropout mask may be drawn again in a backward: in either kind of checkpoint, or in a
+    Function of the user."""
     draws, draw = _state.draws, _draw()
     with _state.lock:
         if ours:
@@ -209,7 +214,8 @@ def _was_ours() -> bool:
 
 
 def _draw() -> int:
-    """Which dropout mask would be drawn now: checkpoint restores the generator's state."""
+    """A hash of the generator's state. It identifies the dropout mask that would be drawn now, because checkpoint
+    restores the state."""
     state = torch.get_rng_state()
     return hash(ctypes.string_at(state.data_ptr(), state.numel()))
 

@@ -1,1 +1,1 @@
-"""The recurrent family: layers and cells, from the modules down to the operators."""
+"""The recurrent layers and cells, from the modules down to the operators."""

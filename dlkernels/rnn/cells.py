@@ -1,9 +1,9 @@
 """RNNCell, LSTMCell and GRUCell: torch.nn's classes with another forward.
 
-A cell's work is a few microseconds. So forward first looks whether the call is a common one (batched, on the CPU, no
-transform) and then hands it to the operator, or to the Function around it where a gradient is wanted; the operator
-refuses whatever does not fit. Only then comes the functional form, with all the checks that find the right words for a
-mistake.
+A cell computes for only a few microseconds, so checks in Python would cost too much. If a call is a common one
+(batched, on the CPU, no transform), forward passes it unchecked to the operator, or to the autograd Function around the
+operator if a gradient is wanted; the operator refuses arguments that do not fit. All other calls and the refused ones
+go to the functional form, whose checks raise torch.nn's errors.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ Weights = tuple[Any, Any, Any, Any]
 
 
 def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
-    """h' first, then for the lstm c'; None where the call is not a common one, or a mistake."""
+    """Runs the cell without checks and returns h', then c' for the lstm. Returns None if the call is not a common one
+    or the operator refuses it."""
     if not HAVE_NATIVE or _is_compiling() or are_transforms_active() or is_any_autocast_enabled() or is_tracing():
         return None
     if forward_ad._current_level >= 0:  # the operator would drop the tangents
         return None
     weights: dict[str, Any] = cell._parameters
     try:
-        # CellInputs, and what the operator wants besides.
+        # The fields of CellInputs, then the operator's arguments `save` and `deterministic`.
         arguments = (
             x, h, c, weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"], False,
             _is_deterministic(),
@@ -73,14 +74,14 @@ def _check_rank(name: str, tensor: Any, what: str) -> None:
 
 
 def _check(name: str, input: Any, states: dict[str, Any], weights: Weights) -> None:
-    """What torch.nn has other exceptions for than the functional form: all that concerns ranks."""
+    """Checks the ranks, for which torch.nn raises other exceptions than the functional form."""
     _check_rank(name, input, "input")
     for what, state in states.items():
         _check_rank(name, state, what)
     for what, state in states.items():
         if input.dim() == 1 and state.dim() == 2:
             raise RuntimeError(f"For unbatched 1-D input, {what} should also be 1-D but got 2-D tensor")
-    # IndexErrors, where a weight has no such dimension.
+    # These calls raise IndexError if a weight does not have the dimension.
     w_ih, w_hh = weights[:2]
     if isinstance(w_ih, Tensor) and isinstance(w_hh, Tensor):
         w_ih.size(0 if name == "RNNCell" else 1), w_hh.size(1)
@@ -88,8 +89,8 @@ def _check(name: str, input: Any, states: dict[str, Any], weights: Weights) -> N
 
 class _Cell(KnownLayer):
     def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
-        """torch.nn.Module's call comes here only while torch.jit.trace runs. It records the operator of torch.nn's own
-        cell, unless a subclass has another forward."""
+        """torch.nn.Module calls this only while torch.jit.trace runs. The trace then records the operator of torch.nn's
+        own cell, unless a subclass has another forward."""
         theirs = _RECORDED.get(type(self).forward)
         if theirs is None or "forward" in self.__dict__ or not is_tracing():
             return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
@@ -141,7 +142,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         h = c = None
         if type(hx) is tuple and len(hx) == 2:
             h, c = hx
-        # One state of two is a mistake, and another kind of hx is left to the checks.
+        # A pair with one missing state is a mistake. It and any other kind of hx are left to the checks below.
         if hx is None or (h is not None and c is not None):
             out = _unchecked("lstm", self, input, h, c)
             if out is not None:

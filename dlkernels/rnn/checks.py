@@ -1,7 +1,7 @@
-"""Checks of what users pass to the recurrent layers, with the exception types and words of torch.nn where it has them.
+"""Checks of what users pass to the recurrent layers, with torch.nn's exception types and messages where it has them.
 
-Shapes, dtypes and devices only: no check reads the values of a tensor, so nothing synchronises. The values of lengths
-and batch_sizes are checked by the operators.
+The checks read shapes, dtypes and devices but no values of a tensor, so they do not synchronise with a device. The
+operators check the values of lengths and batch_sizes; `values_for_reference` does so for CPU calls without a kernel.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from dlkernels._core.checks import tensor as tensor
 from dlkernels.rnn.kinds import Kind, split_directions
 
-# What one call may mix under autocast.
+# The dtypes that one call may mix under autocast.
 _MIXED = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def bptt_steps(value: Any) -> int:
-    """`value` as an int, 0 for None; TypeError or ValueError."""
+    """`value` as an int, 0 for None. Raises TypeError or ValueError."""
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int):
@@ -59,8 +59,8 @@ def same_kind(
     x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None],
     mismatch: type[Exception] = ValueError, mixed: bool = False,
 ) -> None:  # fmt: skip
-    """One floating dtype, or with `mixed` any but float64, and one device. `mismatch`: what torch.nn raises for an
-    input of another dtype."""
+    """Checks that all tensors are on one device and have one floating dtype, or with `mixed` any but float64.
+    `mismatch` is the exception that torch.nn raises for an input of another dtype."""
     dtype, device = x.dtype, x.device
     allowed = _MIXED if mixed else ()
     first = weights[0]
@@ -88,7 +88,7 @@ def same_kind(
 
 
 def weight_count(kind: Kind, weights: Any, num_layers: int, directions: int) -> int:
-    """The number of weights per layer."""
+    """Checks the list of weights and returns the number of weights per layer."""
     if not isinstance(weights, (tuple, list)):
         raise TypeError(f"{kind.function}(): argument 'weights' must be tuple of Tensors, not {type(weights).__name__}")
     for weight in weights:
@@ -192,9 +192,9 @@ def lengths(value: Any, batch: int, device: torch.device) -> Tensor:
 def values_for_reference(
     x: Tensor, sizes: Tensor | None, lengths: Tensor | None, steps: int
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Copies of batch_sizes and lengths with their values checked, in the words of the operators, which check them
-    themselves. For eager calls: it reads them. What is checked is what the call goes on with, whoever writes to the
-    caller's tensors meanwhile."""
+    """Checks the values of batch_sizes and lengths and returns copies of both. The messages are those of the operators,
+    which check the values themselves. This function is for eager calls only, because it reads the values. The call goes
+    on with the copies, so that writes to the caller's tensors after the check have no effect."""
     if sizes is not None:
         rows, count = x.shape[0], sizes.shape[0]
         if count > rows:
@@ -219,7 +219,7 @@ def values_for_reference(
 
 
 def cell(name: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, gates: int) -> None:
-    """Sizes of one step; x is 2-D, unbatched calls have their dimension by now."""
+    """Checks the sizes of one step. x is 2-D: unbatched calls have been given a batch dimension before."""
     batch, features = x.shape
     if w_hh.dim() != 2:
         raise RuntimeError(f"weight_hh must have 2 dimensions, got {w_hh.dim()}")

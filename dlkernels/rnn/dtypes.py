@@ -1,4 +1,4 @@
-"""The dtypes of a recurrent call, and what autocast asks of them."""
+"""The dtypes of a recurrent call under autocast."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from dlkernels._core.private_torch import HAS_ONEDNN, is_onednn_enabled, onednn_
 
 __all__ = ["SAME", "Types", "dtype_of", "recurrent_types"]
 
-# On the CPU torch runs an LSTM either by oneDNN, wholly in autocast's dtype, or step by step, where c has the dtype
-# that autocast's and its own promote to. A torch that was built without oneDNN has no such operators.
+# On the CPU torch runs an LSTM either by oneDNN, wholly in autocast's dtype, or step by step; then c has the dtype to
+# which autocast's dtype and the dtype of c promote. A torch without oneDNN lacks the operators that answer these
+# questions.
 _ONEDNN_TAKES_BF16 = HAS_ONEDNN and onednn_takes_bf16()
 _ONEDNN_TAKES_F16 = HAS_ONEDNN and onednn_takes_f16()
 
 
 class Types(NamedTuple):
-    """What autocast asks of a call, as places in DTYPES: `product` for operands of products, `h` for y and h_n, `c` for
-    c_n."""
+    """The dtypes that autocast requires of a call, as indices in DTYPES (-1: that of x): `product` for the operands of
+    matrix products, `h` for y and h_n, `c` for c_n."""
 
     product: int = -1
     h: int = -1
@@ -33,7 +34,7 @@ SAME = Types()
 
 
 def dtype_of(number: int, x: Tensor) -> torch.dtype:
-    """The dtype that a number of a `Types` means in a call with this x."""
+    """The dtype for which a field of `Types` stands in a call with this x."""
     return x.dtype if number < 0 else DTYPES[number]
 
 
@@ -41,10 +42,11 @@ def recurrent_types(
     mode: str, x: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor | None], *, layer: bool = True,
     projected: bool = False, batch_sizes: Tensor | None = None,
 ) -> Types:  # fmt: skip
-    """The dtypes of a recurrent call under autocast, SAME outside of it or where nothing differs.
+    """The dtypes of a recurrent call under autocast; SAME outside of autocast or if all dtypes are the same.
 
-    On CUDA torch casts all arguments. On the CPU it casts those of the matrix products; what the gates make of the
-    state before has the dtype to which the two promote, and the first state is in the dtype of the input.
+    On CUDA torch casts all arguments. On the CPU it casts the arguments of the matrix products; the new state, which
+    the gates compute from the previous one, has the dtype to which autocast's dtype and that of the previous state
+    promote. A default initial state has the dtype of the input.
     """
     dtype = autocast_dtype(x)
     if dtype is None or dtype not in DTYPES or not x.is_floating_point() or x.dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""Which kernel runs a recurrent layer or cell for a given input, and why."""
+"""Tells which kernel runs a recurrent layer or cell for a given input, and why."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CELL_MODES = {torch.nn.LSTMCell: "lstm", torch.nn.GRUCell: "gru"}
 
 @dataclass(frozen=True)
 class _Call:
-    """The sizes of a call, whatever form its input has."""
+    """A call's text, tensors and sizes, independent of the form of its input."""
 
     text: str
     input: Tensor
@@ -37,7 +37,7 @@ class _Call:
 def explain_layer(
     layer: Module, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, bptt_steps: int
 ) -> Explanation:  # fmt: skip
-    """What a call of one of LAYERS with these arguments would run."""
+    """Tells what a call of one of LAYERS with these arguments would run."""
     if isinstance(layer, RecurrentLayer):
         call = _layer_call(layer, input, hx, lengths, bptt_steps)
         layers = _explain_stack(layer, call)
@@ -91,7 +91,7 @@ def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation
     outputs = (layer.proj_size or layer.hidden_size) * directions
     explained = []
     for index in range(layer.num_layers):
-        # A layer's input is recorded for autograd if anything below it is.
+        # Autograd records a layer if it records any of the layers below, so all of their weights count.
         tensors = [call.input, *call.states, *weights[: (index + 1) * per_layer]]
         sizes = {
             "I": layer.input_size if index == 0 else outputs,

@@ -1,4 +1,4 @@
-"""The matrix products of the recurrent operators, for torch's counter."""
+"""The FLOP counts of the recurrent operators' matrix products, for torch's counter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _per_row(weights: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _rows(x: Tensor) -> int:
-    """Steps x sequences; of packed input the valid ones."""
+    """The number of rows: steps x sequences, or for packed input the rows of its data."""
     return x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
 
 
@@ -38,13 +38,13 @@ def sequence_backward(
     rows = _rows(x)
     products = rows * directions * (with_input * (need_x + need_weights) + with_state * (1 + need_weights))
     if not (need_state and h0 is not None):
-        # Nobody wants the gradient of the first step's state.
+        # The gradient of the initial state is not wanted, which saves one product in the first step.
         products -= weights[1].numel() * sum(_first_rows(x, batch_sizes, batch_first)[:directions])
     return 2 * products
 
 
 def _first_rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, int]:
-    """The sequences of the first step, forward and in reverse."""
+    """The number of sequences in the first step of the forward and of the reverse direction."""
     if batch_sizes is None:
         batch = x.shape[0 if batch_first else 1]
         return batch, batch

@@ -1,15 +1,17 @@
-"""Stateless recurrent layers, whose weights come as arguments; `dlkernels.functional` exports them.
+"""Recurrent layers as functions, which take the weights as arguments; `dlkernels.functional` exports them.
 
-They take floating-point tensors of one dtype and one device (float32, float64, bfloat16 and float16 have kernels
-on the CPU; what has none runs on `dlkernels.reference`, as `dlkernels.explain` tells). Under autocast input, states and
-weights may be of any dtypes but float64. Products may be rounded to autocast's dtype, sums and states are float32
-inside, and results have the dtypes that torch.nn returns: on CUDA autocast's, on the CPU also that to which it and the
-state promote (docs/differences.md). Gradients arrive in the dtypes that came in.
+They take floating-point tensors of one dtype and one device. On the CPU there are kernels for float32, float64,
+bfloat16 and float16; calls without a kernel run on `dlkernels.reference`, and `dlkernels.explain` tells which do. Under
+autocast input, states and weights may have any dtypes but float64. Products may be rounded to autocast's dtype, sums
+and states are float32 inside, and results have the dtypes that torch.nn returns: autocast's dtype, or on the CPU
+possibly the dtype to which it and the state's promote (docs/differences.md). Gradients have the dtypes of the
+arguments.
 
 Sizes in this module: T steps, B sequences, I input features, H hidden units, D directions, L layers, P projected units,
 O = P with a projection and H without. Errors have the types that torch.nn raises for the same mistake: RuntimeError for
 sizes, devices, bad batch_sizes and a T of 0, ValueError for the rank and dtype of the input and for values out of range
-(those of lengths are clamped on CUDA, where nothing waits to read them), TypeError for arguments of a wrong type.
+(on CUDA lengths are clamped instead, because a check would have to wait for the device), TypeError for arguments of a
+wrong type.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def lstm(
         are its last ones (h_0, c_0 for length 0) and its reverse direction starts at its own end.
     bptt_steps: k > 0 cuts the gradient that flows through the state before every k-th step (truncated back-propagation
         through time); 0 or None never cuts.
-    packed: one buffer of `dlkernels.rnn.operators.pack` for each layer, made of these very weights.
+    packed: one buffer of `dlkernels.rnn.operators.pack` for each layer, made of these weights.
 
     Returns output (the layout of `input`, D*O features) and (h_n, c_n), shaped as hx.
     """
@@ -134,7 +136,7 @@ def rnn_cell(
 
 
 class Stack(NamedTuple):
-    """What a call of layers is told besides input, states and weights; see `lstm`."""
+    """The arguments of a call of layers besides input, states and weights; see `lstm`."""
 
     num_layers: int = 1
     bidirectional: bool = False
@@ -148,7 +150,7 @@ class Stack(NamedTuple):
 
 
 def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Any]:
-    """`lstm`, `gru` and `rnn`."""
+    """The common implementation of `lstm`, `gru` and `rnn`."""
     h0, c0 = (None, None) if hx is None else checks.states(kind, kind.function, hx)
     if not isinstance(input, Tensor):
         checks.tensor(kind.function, "input", input)
@@ -192,7 +194,7 @@ def _checked(
             raise ValueError("lengths: packed input has its own, pass lengths or batch_sizes")
         checks.batch_sizes(x, batch_sizes)
         batch_first, steps = False, 0
-        # The number of sequences is data; a compiler leaves it to the operator.
+        # The number of sequences is a tensor's value. Compiled code does not read it: the operator checks the states.
         batch = None if torch.compiler.is_compiling() or (h0 is None and c0 is None) else int(batch_sizes[0])
     else:
         steps, batch = (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
@@ -223,7 +225,7 @@ def _checked(
 
 
 def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The operators take weights of another dtype than the rest, but of one."""
+    """The weights in one dtype, which the operators require; it may differ from the dtypes of the other tensors."""
     if all(weight.dtype == weights[0].dtype for weight in weights):
         return weights
     return [cast(weight, DTYPES[types.product]) for weight in weights]
@@ -240,7 +242,7 @@ def _layer_by_layer(
     count = len(weights) // num_layers
     directions = 2 if cfg.bidirectional else 1
     h_n, c_n = [], []
-    # torch draws its masks on time-major outputs, so all layers but the last run time-major when there are masks.
+    # torch draws the dropout masks on time-major outputs, so with dropout all layers but the last run time-major.
     swapped = bool(dropout) and cfg.batch_first
     if swapped:
         x = x.transpose(0, 1)

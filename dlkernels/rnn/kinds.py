@@ -1,4 +1,4 @@
-"""What a cell is: its gates, its states, what it saves, and how the weights of a layer are listed."""
+"""The properties of each cell (gates, states, saved tensors), and the order of a layer's weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ __all__ = ["GATES", "KINDS", "MODES", "DirectionWeights", "Kind", "kind_of", "rn
 
 
 class Kind(NamedTuple):
-    """One cell. `mode` is its name, which begins those of its operators; `function` and `layer` are the names in
-    torch.nn that errors use.
+    """The properties of one cell. `mode` is its name and the prefix of its operators' names; `function` and `layer` are
+    the names in torch.nn that errors use.
 
     gates: rows of the weight matrices per hidden unit, in torch's order: i, f, g, o and r, z, n.
-    slots: what the forward saves of each row for the backward, [H] each; with a projection its result comes behind
-        them. `narrow` of them, the last ones, take 16 bits on the CPU in a call of a 16-bit type (csrc says why).
-    gate_grads: the gradients of the gates that the backward returns on request; `of_input` and `of_hidden` are those
-        that belong to W_ih x + b_ih and to W_hh h + b_hh.
+    slots: the values that the forward saves per row for the backward, [H] each; with a projection, the projected h'
+        follows them. On the CPU the last `narrow` slots have 16 bits in a call of a 16-bit type: h', which y rounds to
+        16 bits as well, and the hidden half of gru's n.
+    gate_grads: the gradients of the gates that the backward returns on request; `of_input` and `of_hidden` are the
+        indices of those that belong to W_ih x + b_ih and to W_hh h + b_hh.
     """
 
     mode: str
@@ -36,11 +37,11 @@ class Kind(NamedTuple):
 
     @property
     def weight_counts(self) -> tuple[int, ...]:
-        """How many weights a direction may have: with and without biases, with and without a projection."""
+        """How many weights a direction may have: with or without biases, with or without a projection."""
         return (2, 3, 4, 5) if self.may_project else (2, 4)
 
     def hidden_of(self, record: Sequence[Tensor]) -> Tensor:
-        """h' of a saved record, given as its slots; with a projection the h before it."""
+        """h' from the slots of a saved record; with a projection, h' before it is projected."""
         if self.has_cell_state:
             return record[self.slots.index("o")] * torch.tanh(record[self.slots.index("c'")])
         return record[self.slots.index("h'")]
@@ -50,7 +51,7 @@ _LSTM = Kind(
     "lstm", "lstm", "LSTM", 4, has_cell_state=True, may_project=True, slots=("i", "f", "g", "o", "c'"), narrow=0,
     gate_grads=("i", "f", "g", "o"), of_input=(0, 1, 2, 3), of_hidden=(0, 1, 2, 3),
 )  # fmt: skip
-# n = tanh(W_in x + b_in + r * (W_hn h + b_hn)): the two halves of n have gradients of their own.
+# n = tanh(W_in x + b_in + r * (W_hn h + b_hn)): the input half and the hidden half of n have different gradients.
 _GRU = Kind(
     "gru", "gru", "GRU", 3, has_cell_state=False, may_project=False, slots=("r", "z", "n", "hidden half of n", "h'"),
     narrow=2, gate_grads=("r", "z", "input half of n", "hidden half of n"), of_input=(0, 1, 2), of_hidden=(0, 1, 3),
@@ -88,7 +89,8 @@ class DirectionWeights(NamedTuple):
 
 
 def split_directions(weights: Sequence[Tensor], directions: int) -> list[DirectionWeights]:
-    """Per direction 2 weights, 4 with biases, one more with a projection: the count alone tells which are there."""
+    """Splits the flat list of a layer's weights. A direction has 2 weights, 4 with biases, and one more with a
+    projection, so the count tells which of them exist."""
     count = len(weights) // directions
     result = []
     for start in range(0, count * directions, count):

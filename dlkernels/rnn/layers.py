@@ -1,8 +1,8 @@
 """RNN, LSTM and GRU with every argument, parameter name and input form of their torch.nn namesakes.
 
-They derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM` and its sisters: Dynamo refuses any instance of those.
+They derive from `torch.nn.RNNBase`, not from `torch.nn.LSTM`, GRU and RNN, because Dynamo refuses instances of those.
 Nothing is cached between calls: the weights are looked up by name in every forward, so parametrizations, weight tying,
-`functional_call` and writes through `.data` take effect at once. The one exception is what `prepack()` was asked for.
+`functional_call` and writes through `.data` take effect at once. The one exception is the copy that `prepack()` makes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
 
-# What an instance may hold besides its state.
+# The attributes of an instance that are not part of its state.
 _NO_STATE = ("_prepacked", "_flat")
 _PACKABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -39,7 +39,7 @@ class Prepacked:
     buffers: tuple[Tensor, ...]
 
     def why_not(self, weights: list[Tensor]) -> str:
-        """Why these buffers must not stand in for `weights` in a call made now; empty when they may."""
+        """Why these buffers must not replace `weights` in a call made now; empty if they may."""
         if torch.compiler.is_compiling():
             return "compiled code could not notice that the weights were written to"
         if any(now is not then for now, then in zip(weights, self.weights, strict=True)):
@@ -55,23 +55,23 @@ class Prepacked:
 
 @dataclass(frozen=True)
 class FlatWeights:
-    """The list that a program got from or gave to `_flat_weights`, and the weights under their names at that time."""
+    """The list that a program read from or assigned to `_flat_weights`, and the weights by name at that time."""
 
     weights: list[Any]
     named: list[Any]
 
     def holds(self, named: list[Any]) -> bool:
-        """Whether a call takes the list: no weight was replaced by name since, in which case torch.nn takes `named`."""
+        """Whether a call uses the list. If a weight was replaced by name since, it uses `named`, as torch.nn does."""
         pairs = zip(named, self.named, strict=True)
         return all(now is None or then is None or now is then for now, then in pairs)
 
 
 def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count of their writes
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors have no version counter
 
 
 class RecurrentLayer(KnownLayer, RNNBase):
-    """What the three layers share. `hx` is one tensor, or for the LSTM a pair."""
+    """The base of the three layers. `hx` is one tensor, or for the LSTM a pair."""
 
     _prepacked: Prepacked | None = None
     _flat: FlatWeights | None = None
@@ -82,7 +82,7 @@ class RecurrentLayer(KnownLayer, RNNBase):
         return self.mode.lower()
 
     # torch.nn's forward reads the list `_flat_weights`, and programs that compute the weights anew assign to it or to
-    # its items. Here the list exists once somebody asked for it or assigned it, until a weight is replaced by name.
+    # its items. Here the list exists from when a program reads or assigns it until a weight is replaced by name.
 
     @property
     def _flat_weights(self) -> list[Any]:
@@ -96,7 +96,7 @@ class RecurrentLayer(KnownLayer, RNNBase):
         self.__dict__["_flat"] = FlatWeights(weights, self._named_weights(None))
 
     def _named_weights(self, *missing: None) -> list[Any]:
-        """The weights under their names; `missing` for those that were deleted, without it an AttributeError."""
+        """The weights by name. A weight that was deleted is given as `missing`, or without it raises AttributeError."""
         parameters: dict[str, Any] = self._parameters
         try:
             return [parameters[name] for name in self._flat_weights_names]
@@ -110,7 +110,7 @@ class RecurrentLayer(KnownLayer, RNNBase):
         pass
 
     def flatten_parameters(self) -> None:
-        """Does nothing: the kernels read the weights where they lie."""
+        """Does nothing: the kernels read the weights where they are stored."""
 
     def __setattr__(self, attr: str, value: Any) -> None:
         if self._flat is not None and attr in self._flat_weights_names:
@@ -150,9 +150,9 @@ class RecurrentLayer(KnownLayer, RNNBase):
         """Packs the weights for inference on the CPU; calls that want no weight gradients then use the packed copy.
 
         The copy is not part of the state: saving, copying, pickling and `to()` leave it out. Replacing a parameter or
-        writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) puts the copy out
-        of use, but a write through `.data` or numpy is NOT noticed: call `prepack()` again after it, or `unpack()`.
-        Under torch.compile the weights are used as they lie.
+        writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) disables the
+        copy, but a write through `.data` or numpy is NOT noticed: call `prepack()` again after it, or `unpack()`.
+        Under torch.compile the copy is not used.
         """
         self.unpack()
         weights = self.weight_list()
@@ -176,13 +176,13 @@ class RecurrentLayer(KnownLayer, RNNBase):
         return self
 
     def unpack(self) -> Self:
-        """Forgets what `prepack()` made."""
+        """Discards the copy that `prepack()` made."""
         self.__dict__.pop("_prepacked", None)
         return self
 
     def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
-        # `functional.run` does the checking. What is asked of the arguments here, `dim` above all, is what torch.nn
-        # asks of them too, and fails with the same exceptions.
+        # `functional.run` does the checks. The calls on the arguments here, such as `dim()`, are those that torch.nn
+        # makes as well, so that arguments of a wrong type raise the same exceptions.
         weights = self.weight_list()
         packed_input = isinstance(input, PackedSequence)
         batch_sizes = None
@@ -212,14 +212,14 @@ class RecurrentLayer(KnownLayer, RNNBase):
 
     _kind: Kind
 
-    # What torch.jit.trace records: torch's own operators, which a saved file may hold and which have gradients there.
+    # torch's forward, which torch.jit.trace records: a saved file may hold torch's operators, and they have gradients.
     _traced: Any
 
     def _check_states(self, input: Tensor, hx: Any) -> None:
         hx.dim()
 
     def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
-        batch_sizes[0]  # of no sequences at all an IndexError, as in torch
+        batch_sizes[0]  # raises IndexError if it is empty, as in torch
         if hx is not None:
             hx.size()
         elif batch_sizes.is_floating_point():
@@ -238,8 +238,9 @@ class _OneState(RecurrentLayer):
     ) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
-        """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
-        0, h_n is its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0: never).
+        """As in torch.nn, with two more arguments. `lengths` [B] replaces packing: rows may have any order, outputs
+        after a sequence's end are 0, and h_n is its last state. `bptt_steps` = k cuts the gradient of the state before
+        every k-th step (0: never).
         """
         if is_tracing() and lengths is None and not bptt_steps:
             return self._traced(input, hx)
@@ -335,9 +336,9 @@ class LSTM(RecurrentLayer):
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...  # fmt: skip
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
-        """As in torch.nn, and: `lengths` [B] instead of packing (rows of any order; outputs after a sequence's end are
-        0, h_n and c_n are its last state), `bptt_steps` = k cuts the gradient of the state before every k-th step (0:
-        never).
+        """As in torch.nn, with two more arguments. `lengths` [B] replaces packing: rows may have any order, outputs
+        after a sequence's end are 0, and h_n and c_n are its last state. `bptt_steps` = k cuts the gradient of the
+        state before every k-th step (0: never).
         """
         if is_tracing() and lengths is None and not bptt_steps:
             return self._traced(input, hx)
@@ -356,7 +357,7 @@ class LSTM(RecurrentLayer):
         hx[0].dim(), hx[1].dim()
 
     def _check_packed(self, data: Tensor, batch_sizes: Tensor, hx: Any, weights: list[Tensor]) -> None:
-        # torch.nn.LSTM leaves packed input to its kernels, which find other words for some mistakes.
+        # torch.nn.LSTM does not check packed input, and its kernels raise other errors for some mistakes.
         batch_sizes[0]
         if hx is None and batch_sizes.is_floating_point():
             raise TypeError(f"batch_sizes should be of dtype torch.int64, got {batch_sizes.dtype}")

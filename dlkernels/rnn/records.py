@@ -1,4 +1,4 @@
-"""The layout of what the forward saves of each row for the backward."""
+"""The layout of the record that the forward saves for each row and the backward reads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def _narrow(kind: Kind, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def size(kind: Kind, hidden: int, proj: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Values of the compute type in a record; `dtype`: what products may be rounded to."""
+    """The size of a record, in values of the compute type; `dtype` is the type to which products may be rounded."""
     narrow = _narrow(kind, dtype, device)
     return (len(kind.slots) - narrow) * hidden + (narrow * hidden + 1) // 2 + proj
 
 
 def slots(kind: Kind, saved: Tensor, hidden: int, dtype: torch.dtype) -> list[Tensor]:
-    """The slots of records [..., size], [..., H] each, in the compute type; with a projection h' behind them."""
+    """The slots of records [..., size], [..., H] each, in the compute type; with a projection, h' follows them."""
     narrow = _narrow(kind, dtype, saved.device)
     if not narrow:
         return list(torch.split(saved, hidden, -1))

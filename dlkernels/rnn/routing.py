@@ -12,7 +12,7 @@ __all__ = ["route"]
 
 
 def _why_no_kernel(x: Tensor, projected: bool) -> str:
-    """Empty where there is one for this input."""
+    """Why there is no kernel for this input; empty if there is one."""
     kind = x.device.type
     if kind not in ("cpu", "cuda"):
         return f"no kernel for {kind} tensors"
@@ -26,10 +26,10 @@ def _why_no_kernel(x: Tensor, projected: bool) -> str:
 
 
 def route(*tensors: Tensor | None, projected: bool = False) -> Route:
-    """How a call with these tensors runs now; the first is the input. They are of one device and dtype. `projected`:
-    of a layer with proj_size.
+    """The route of a call with these tensors, made now. The first tensor is the input, and all have one device and
+    dtype. `projected` tells that the layer has a proj_size.
 
-    Raises NotImplementedError when one of them carries a forward-mode tangent.
+    Raises NotImplementedError if one of them carries a forward-mode tangent.
     """
     x = tensors[0]
     assert x is not None

@@ -1,6 +1,8 @@
-"""The operators `dlkernels::attention*` on CUDA: argument lists as in their schemas, launches of the Triton kernels.
+"""The operators `dlkernels::attention*` on CUDA: functions with the arguments of their schemas, which launch the Triton
+kernels.
 
-Allocates what grows with M or N only; the one exception is the gradient of a full mask, which is as large as the mask.
+The memory that they allocate grows with M or N but not with M * N. The one exception is the gradient of a full mask,
+which is as large as the mask.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ LOG2E = math.log2(math.e)
 _PREPROCESS_ROWS = 64
 _COMBINE_ROWS = 16
 _MAP_TILE = 32
-_MAX_ROW_STRIDE = 2**31 // 256  # 256 rows are more than a tile has
+_MAX_ROW_STRIDE = 2**31 // 256  # a tile has fewer than 256 rows, so offsets within it fit 32 bits
 BUSY = sum(bit.value for bit in (elements.DROPOUT, elements.FLOAT_MASK, elements.SOFTCAP))
 
 
 class Call(NamedTuple):
-    """What the kernels of one call have in common."""
+    """The values that all kernels of one call share."""
 
     B: int
     H: int
@@ -60,8 +62,9 @@ class Call(NamedTuple):
         return heuristics.tile(kernel, arch, self.half, width, bool(self.features & BUSY))
 
     def options(self, warps: int, stages: int) -> dict[str, Any]:
-        """In float32 the scaled score is rounded before anything is subtracted from it: fused, p would miss 1 at its
-        row's maximum by the score's own rounding, which in a saturated row is all the error there is."""
+        """The launch options. Operations are not fused in float32, so that the scaled score is rounded before anything
+        is subtracted from it. Otherwise p at its row's maximum would differ from 1 by the rounding error of the score,
+        which would be the whole error of a saturated row."""
         return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": self.half}
 
     @property
@@ -93,7 +96,8 @@ def _describe(
     else:
         B, H, HKV, M, N = cu_seqlens_q.numel() - 1, q.size(1), k.size(1), max_seqlen_q, max_seqlen_k
         reach = q.size(0) + k.size(0)
-    # No distance is as large as `reach`: such an edge bounds nothing. Below it 32 bits hold every position.
+    # No query and key are `reach` positions apart, so a window edge that far away bounds nothing. With smaller edges
+    # all positions fit 32 bits.
     left = window_left if 0 <= window_left < reach else -1
     right = window_right if 0 <= window_right < reach else -1
     if causal:
@@ -129,7 +133,7 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 def _machine(q: Tensor) -> tuple[str, int]:
-    """The table's family and the number of multiprocessors. A CPU tensor means Triton's interpreter."""
+    """The family in the tables and the number of multiprocessors. A CPU tensor means Triton's interpreter."""
     if not q.is_cuda:
         return "sm_80", 1
     properties = torch.cuda.get_device_properties(q.device)
@@ -141,13 +145,13 @@ def _on(q: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def _new(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, fill_zero: bool = False) -> Tensor:
-    """Every buffer comes from here; the tests hand out guarded memory instead."""
+    """Allocates every buffer, so that the tests can replace it by a function that returns guarded memory."""
     make = torch.zeros if fill_zero else torch.empty
     return make(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def _result(q: Tensor, width: int, varlen: bool, contiguous: bool) -> Tensor:
-    """o; see `dlkernels.attention.operators`."""
+    """Allocates o; see `dlkernels.attention.operators`."""
     if varlen:
         return _new((*q.shape[:2], width), q, fill_zero=True)
     if not contiguous and width == q.size(-1) and q.stride(-1) == 1:
@@ -158,8 +162,8 @@ def _result(q: Tensor, width: int, varlen: bool, contiguous: bool) -> Tensor:
 
 
 def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
-    """[B, H, M, width] in the memory order [B, M, H, width], as torch's own gradients have it; varlen as it is.
-    Rows of packed tensors that no sequence covers are 0."""
+    """Allocates [B, H, M, width] in the memory order [B, M, H, width], as in torch's own gradients; with varlen
+    [rows, H, width], where rows that no sequence covers are 0."""
     if varlen:
         return _new((x.size(0), x.size(1), width), x, fill_zero=True)
     B, H, M = x.shape[:3]
@@ -167,7 +171,8 @@ def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x as the kernels take it: neighbours in a row lie side by side, and offsets within a tile fit 32 bits."""
+    """x, or a contiguous copy if the kernels cannot read x: they need contiguous rows, and offsets within a tile that
+    fit 32 bits."""
     rows = x.stride(-2) if x.dim() == 4 else x.stride(0)
     fits = x.stride(-1) == 1 or x.size(-1) <= 1
     return x if fits and rows < _MAX_ROW_STRIDE else x.contiguous()
@@ -261,7 +266,7 @@ def attention_backward(
     window_right: int, softcap: float, dropout_p: float, need_q: bool, need_kv: bool, need_mask: bool,
     need_slopes: bool, need_sinks: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[dq, dk, dv, dmask, dslopes, dsinks], [0]-shaped where not wanted; see the operator's schema."""
+    """[dq, dk, dv, dmask, dslopes, dsinks], of shape [0] if not wanted; see the operator's schema."""
     call = _describe(
         q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, rng, max_seqlen_q, max_seqlen_k, softmax_scale, causal,
         window_left, window_right, softcap, dropout_p,
@@ -353,7 +358,7 @@ def attention_backward(
 
 
 def _mask_gradient_kind(mask: Tensor | None) -> tuple[bool, bool, bool]:
-    """(one value per query, or one in all; one per key; one for each pair)."""
+    """Whether the mask has one value per query (or one in all), one per key, or one for each pair."""
     if mask is None or mask.dtype == torch.bool:
         return False, False, False
     by_row = mask.size(3) == 1
@@ -398,7 +403,7 @@ def attention_map(
         return out
     if call.M == 0 or call.N == 0:
         return out.zero_()
-    # The forward pass, over values of no width, for its statistics.
+    # The forward pass runs only for its statistics, with values of width 0.
     _, _, stats = attention_forward(q, k, no_values, *features, softcap, 0.0, True)
     q, k = _readable(q), _readable(k)
     with _on(q):

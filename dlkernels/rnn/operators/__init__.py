@@ -1,12 +1,13 @@
-"""The recurrent operators `torch.ops.dlkernels.*`, by mode: "lstm", "gru", "rnn_tanh", "rnn_relu". `sequence` has those
-of a layer, `cell` those of one step: the order of their arguments, their fakes and their autograd Functions.
+"""The recurrent operators `torch.ops.dlkernels.*`, one for each mode: "lstm", "gru", "rnn_tanh", "rnn_relu". The module
+`sequence` has the operators of a layer and `cell` those of one step, each with the order of the arguments, the fakes
+and the autograd Functions.
 
-They check and compute, no more: no autograd, no broadcasting, no promotion, no mutation. What is not there or not
-wanted comes back as a tensor of shape [0].
+An operator only checks and computes. It does no autograd, broadcasting, promotion or mutation. Results that do not
+exist or are not wanted are returned as tensors of shape [0].
 
-All tensors of a call are of one dtype, unless it has a `Types`, which autocast asks for: then each may be float32,
-bfloat16 or float16 (the weights of one dtype), products may be rounded to `Types.product` and sums are float32.
-Gradients come in the dtypes of what they are of.
+All tensors of a call have one dtype, unless the call has a `Types` for autocast. Then each tensor may be float32,
+bfloat16 or float16 (all weights of one dtype), products may be rounded to `Types.product`, and sums are float32.
+A gradient has the dtype of the tensor to which it belongs.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ __all__ = ["overloads", "pack"]
 
 
 def overloads(suffix: str, fake: Callable[..., Any], formula: Formula) -> dict[str, Callable[..., Any]]:
-    """From mode to operator, each with its fake and what torch counts for it. `fake` takes a Kind and, by name, the
-    arguments of the operator.
+    """Registers the fake and the FLOP formula of the operators with this suffix, and returns the operators by mode.
+    `fake` takes a Kind and, by name, the arguments of the operator.
 
-    They are fetched once: a lookup through torch.ops costs as much as a good part of a short call.
+    The operators are looked up only once, because a lookup through torch.ops costs a good part of a short call.
     """
     if not extension.HAVE_NATIVE:
         return {}
@@ -41,7 +42,8 @@ def overloads(suffix: str, fake: Callable[..., Any], formula: Formula) -> dict[s
 
 
 def pack(mode: str, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
-    """The weights as the kernels of the instruction set in force like them: opaque bytes, stale once weights change."""
+    """The weights packed for the kernels of the instruction set in force, as opaque bytes. They are a copy: later
+    changes of the weights do not reach them."""
     return torch.ops.dlkernels.pack.default(mode, weights, bidirectional)  # type: ignore[no-any-return]
 
 

@@ -1,5 +1,5 @@
-"""The arguments of the operators, as they travel from the checks to the kernel. Tuples: cheap to make, and Dynamo can
-trace them."""
+"""The arguments of the operators, as they are passed from the checks to the kernel. They are tuples, because these are
+cheap to make and Dynamo can trace them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CellConfig", "CellInputs", "SequenceConfig", "SequenceInputs", "Want
 
 
 class SequenceConfig(NamedTuple):
-    """What the operators of a layer are told besides their tensors."""
+    """The arguments of a layer's operators besides their tensors; `mode` selects the operators."""
 
     mode: str  # "lstm", "gru", "rnn_tanh" or "rnn_relu"
     bidirectional: bool = False
@@ -25,7 +25,7 @@ class SequenceConfig(NamedTuple):
 
     @property
     def batch_dim(self) -> int:
-        """Of x, y and dy when padded; 1 for h0, c0, h_n, c_n and 2 for what the forward saved."""
+        """The batch dimension of padded x, y and dy. It is 1 for h0, c0, h_n and c_n, and 2 for the saved tensor."""
         return 0 if self.batch_first else 1
 
 
@@ -47,7 +47,7 @@ class SequenceInputs(NamedTuple):
 
 
 class CellConfig(NamedTuple):
-    """What the operators of a step are told besides their tensors."""
+    """The arguments of a step's operators besides their tensors; `mode` selects the operators."""
 
     mode: str
     deterministic: bool = False
@@ -69,8 +69,8 @@ class CellInputs(NamedTuple):
 class Wanted(NamedTuple):
     """Which gradients a backward computes.
 
-    groups: 0 for weight gradients summed over the batch, as always; n > 0 when vmap folded n samples into the batch:
-    then the weight gradients come one per sample, [n, *shape], from the gate gradients.
+    groups: 0 in general: weight gradients are summed over the batch. n > 0 if vmap folded n samples into the batch:
+    weight gradients are then computed for each sample, [n, *shape], from the gate gradients.
     """
 
     x: bool

@@ -24,16 +24,16 @@ __all__ = ["Refused", "cell", "eager_operators", "unchecked_cell"]
 
 
 def _forward(cfg: CellConfig, given: Sequence[Any], save: bool) -> list[Tensor]:
-    """[h'], with c' after it where there is a cell state and `saved` [B, `records.size`] if `save`. `given`: what
-    CellInputs names, and so below."""
+    """[h'], followed by c' if there is a cell state and by `saved` [B, `records.size`] if `save`. Here and below,
+    `given` holds the fields of CellInputs."""
     return _operators[cfg.mode](*given, save, cfg.deterministic, *cfg.types)  # type: ignore[no-any-return]
 
 
 def _backward(
     cfg: CellConfig, wanted: Wanted, cotangents: Sequence[Tensor | None], given: Sequence[Any], saved: Tensor
 ) -> list[Tensor]:
-    """[dx, dh, dc, dw_ih, dw_hh, db_ih, db_hh] from cotangents = (dh', dc'), and dgates [B, `Kind.gate_grads`, H] after
-    them for groups."""
+    """[dx, dh, dc, dw_ih, dw_hh, db_ih, db_hh] from cotangents = (dh', dc'), followed by dgates [B, `Kind.gate_grads`,
+    H] if there are groups."""
     return _backward_operators[cfg.mode](  # type: ignore[no-any-return]
         *cotangents, *given, saved, cfg.deterministic, *wanted.flags, cfg.types.product
     )
@@ -72,12 +72,13 @@ def _backward_fake(
 
 _operators = overloads("_cell", _fake, flops.cell)
 _backward_operators = overloads("_cell_backward", _backward_fake, flops.cell_backward)
-# The forward without the Python around an overload, about a microsecond of a cell's ten; not for tracing.
+# The forward operators without the Python code around an overload, which costs about one of a cell's ten microseconds.
+# They cannot be traced.
 eager_operators: dict[str, Callable[..., list[Tensor]]] = {mode: without_python(op) for mode, op in _operators.items()}
 
 
 def cell(cfg: CellConfig, given: CellInputs) -> tuple[Tensor, ...] | list[Tensor]:
-    """One step -> h' first, then for the lstm c'; the rest is for the backward."""
+    """Runs one step and returns h', then c' for the lstm; what follows these is for the backward."""
     path = route(*given).path
     if path == "op":
         return _forward(cfg, given, False)
@@ -99,7 +100,7 @@ class Cell(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        # Not h' and c', which the caller may edit: `saved` has what the backward wants of them.
+        # h' and c' are not saved, because the caller may edit them; `saved` has what the backward needs of them.
         cfg, *tensors = inputs
         saved = output[-1]
         ctx.set_materialize_grads(False)
@@ -133,7 +134,7 @@ class Cell(torch.autograd.Function):
 class CellBackward(torch.autograd.Function):
     """(cfg, wanted, dh', dc', x, h, c, w_ih, w_hh, b_ih, b_hh, saved) -> the gradients of x to b_hh.
 
-    What is not wanted comes back empty.
+    Gradients that are not wanted are returned empty.
     """
 
     @staticmethod
@@ -214,11 +215,12 @@ def _grouped_gradients(
 
 
 class Refused(Exception):
-    """The operator did not take what `unchecked_cell` was given."""
+    """The operator refused the arguments of `unchecked_cell`."""
 
 
 class UncheckedCell(Cell):
-    """Tells what the operator refuses from what others raise: hooks on saved tensors, the tracer of torch.jit."""
+    """A `Cell` that raises `Refused` for an error of the operator, but not for errors of other code that runs in the
+    call, such as hooks on saved tensors and the tracer of torch.jit."""
 
     @staticmethod
     def forward(cfg: CellConfig, *tensors: Any) -> tuple[Tensor, ...]:
@@ -229,7 +231,7 @@ class UncheckedCell(Cell):
 
 
 def unchecked_cell(cfg: CellConfig, given: Sequence[Any]) -> Sequence[Tensor]:
-    """`cell` where the path is known to be "eager", without any check but the operator's: raises `Refused`."""
+    """`cell` for a call whose path is known to be "eager", with no checks but the operator's. Raises `Refused`."""
     try:
         tensors = [t if t is None else unwrap_dead_wrapper(t) for t in given]
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""First-order gradients of layers and cells, written with PyTorch operations: what double backward differentiates."""
+"""First-order gradients of layers and cells in PyTorch operations, which double backward differentiates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dlkernels.rnn.operators.arguments import CellConfig, SequenceConfig, Sequen
 
 
 def run_sequence(cfg: SequenceConfig, given: SequenceInputs, **cut: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The call by PyTorch operations."""
+    """Computes a layer's call with PyTorch operations."""
     x, h0, c0, _, batch_sizes, lengths, weights = given
     return reference.sequence(
         cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
@@ -25,7 +25,7 @@ def run_sequence(cfg: SequenceConfig, given: SequenceInputs, **cut: Any) -> tupl
 def run_cell(
     cfg: CellConfig, x: Tensor, h: Tensor | None, c: Tensor | None, *weights: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same of one step."""
+    """Computes one step with PyTorch operations."""
     return reference.cell(
         cfg.mode, x, h, c, *weights, h_dtype=dtype_of(cfg.types.h, x),  # type: ignore[arg-type]
         c_dtype=dtype_of(cfg.types.c, x),
@@ -38,10 +38,10 @@ def sequence_gradients(
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients for inputs = (x, h0, c0, *weights) given cotangents = (dy, dh_n, dc_n), as the backward op has them.
 
-    Truncation (bptt_steps) makes the first-order gradient something else than a derivative of the outputs: the state
-    that enters a cut step counts as a constant, but in the gradient formula it still is the value that all earlier
-    steps produced. So the states at the cuts are computed first, without cutting, and then stand in for the detached
-    ones: a constant for the differentiation here, a function of every input for the one around it.
+    With truncation (bptt_steps) the first-order gradient is not a derivative of the outputs: the state that enters a
+    cut step counts as a constant, but in the gradient formula it is still the value that all earlier steps produced.
+    Therefore the states at the cuts are computed first, without cutting, and then take the place of the detached
+    states. They are constants for the differentiation here and functions of every input for the one around it.
     """
 
     def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor, **cut: Any) -> Tensors:

@@ -19,7 +19,8 @@ __all__ = ["cell_weight_grads", "sequence_weight_grads", "unfold_groups"]
 def unfold_groups(
     grads: Sequence[Tensor], inner_groups: int, n: int
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """As `unfold_all` for weight gradients [n * inner groups, *shape]; inner_groups 0: no vmap inside this one."""
+    """As `unfold_all`, for weight gradients [n * inner groups, *shape]. inner_groups is 0 if no vmap is inside this
+    one."""
     out_dims = tuple(None if grad.dim() == 1 else 0 for grad in grads)  # 1-D: a placeholder
     if inner_groups:
         grads = [grad if grad.dim() == 1 else unflatten(grad, 0, n, inner_groups) for grad in grads]
@@ -66,7 +67,7 @@ def sequence_weight_grads(
         x = x.transpose(0, 1)
     steps = torch.arange(x.shape[0], device=x.device)[:, None]
     if lengths is not None:
-        # What the padding holds must reach no sum.
+        # The values in the padding must not enter any sum.
         alive = (steps < lengths)[:, :, None]
         x, saved = torch.where(alive, x, 0), torch.where(alive, saved, 0)
     directions = split_directions(weights, dgates.shape[0])

@@ -1,7 +1,7 @@
 """The operators of one layer over whole sequences: their arguments, fakes and autograd.
 
 `sequence` is the entry point. `Sequence` and `SequenceBackward` are new-style Functions around the forward and the
-backward operator; the second exists so that the first can be differentiated twice and mapped over.
+backward operator; the second exists so that the first can be differentiated twice and mapped by vmap.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _BACKWARD_WEIGHTS = 11
 
 
 def _forward(cfg: SequenceConfig, given: SequenceInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n, saved). y lies in memory with time first, as torch's does. `save` keeps what the backward needs:
-    [D, rows, `records.size`] in float32 (float64 for float64), rows being [T, B] for padded input whatever
-    `batch_first` says; padding rows of it are not defined. `records` reads them."""
+    """Returns (y, h_n, c_n, saved). y is stored time-major, as in torch. With `save`, `saved` holds what the backward
+    needs: [D, rows, `records.size`] in float32 (float64 for float64), where rows is [T, B] for padded input, even with
+    `batch_first`, and padding rows are undefined. `records` reads it."""
     x, h0, c0, packed, batch_sizes, lengths, weights = given
     return _operators[cfg.mode](  # type: ignore[no-any-return]
         x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, save, cfg.deterministic,
@@ -46,7 +46,7 @@ def _forward(cfg: SequenceConfig, given: SequenceInputs, save: bool) -> tuple[Te
 def _backward(
     cfg: SequenceConfig, wanted: Wanted, cotangents: Tensors[Tensor | None], given: SequenceInputs, saved: Tensor
 ) -> list[Tensor]:
-    """[dx, dh0, dc0, *dweights] from cotangents = (dy, dh_n, dc_n), and [dgates, dproj] after them for groups.
+    """[dx, dh0, dc0, *dweights] from cotangents = (dy, dh_n, dc_n), followed by dgates and dproj if there are groups.
 
     `bptt_steps` = k > 0 computes the gradients as if the state had been detached before every k-th step of a sequence.
     dgates: [D, rows, `Kind.gate_grads`, H]. dproj: [D, rows, P].
@@ -64,12 +64,12 @@ def _batch(x: Tensor, states: Iterable[Tensor | None], batch_sizes: Tensor | Non
     for state in states:
         if state is not None:
             return state.shape[1]
-    # The first of the batch sizes: a value, which tracing does not have.
+    # The batch is batch_sizes[0], a value that tracing does not have.
     return torch.library.get_ctx().new_dynamic_size()  # type: ignore[return-value]
 
 
 def _rows(x: Tensor, batch_sizes: Tensor | None, batch_first: bool) -> tuple[int, ...]:
-    """The leading dimensions of what is kept per row: time-major even where x is not."""
+    """The leading dimensions of tensors with an entry per row, which are time-major even if x is not."""
     if batch_sizes is not None:
         return (x.shape[0],)
     return (x.shape[1], x.shape[0]) if batch_first else (x.shape[0], x.shape[1])
@@ -145,7 +145,8 @@ def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor
     if path == "eager":
         y, h_n, c_n, _ = _apply(cfg, *unwrap_dead_wrappers(tensors))
     else:
-        # Copied here and not where they are saved: Dynamo refuses a Function that is given one tensor twice.
+        # The tensors are copied here and not where they are saved, because Dynamo refuses a Function that gets one
+        # tensor twice.
         y, h_n, c_n, _ = Sequence.apply(cfg, *private(tensors, first_weight=6))  # type: ignore[no-untyped-call]
     return y, h_n, c_n
 
@@ -165,7 +166,7 @@ class Sequence(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        # Not y, h_n or c_n, which the caller may edit: `saved` has what the backward wants of them.
+        # y, h_n and c_n are not saved, because the caller may edit them; `saved` has what the backward needs of them.
         cfg, x, h0, c0, _, batch_sizes, lengths, *weights = inputs
         _, _, c_n, saved = output
         ctx.set_materialize_grads(False)
@@ -180,7 +181,7 @@ class Sequence(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, _: None) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         if not KINDS[ctx.cfg.mode].has_cell_state:
-            dc_n = None  # Dynamo makes zeros of it
+            dc_n = None  # Dynamo passes zeros instead of None
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(needs)
         x, h0, c0, saved, batch_sizes, lengths, *weights = ctx.saved_tensors
@@ -214,8 +215,8 @@ class Sequence(torch.autograd.Function):
 class SequenceBackward(torch.autograd.Function):
     """(cfg, wanted, dy, dh_n, dc_n, x, h0, c0, saved, batch_sizes, lengths, *weights) -> (dx, dh0, dc0, *dweights).
 
-    What is not wanted comes back empty. Its own backward differentiates the reference: `saved` is a function of the
-    other inputs and gets no gradient of its own.
+    Gradients that are not wanted are returned empty. The backward of this Function differentiates the reference:
+    `saved` is a function of the other inputs and gets no gradient of its own.
     """
 
     @staticmethod
@@ -270,7 +271,7 @@ class SequenceBackward(torch.autograd.Function):
             batching.fold(tensor, dim, batch_dim, n)
             for tensor, dim, batch_dim in zip((dy, dh_n, dc_n, x, h0, c0, saved), dims, batch_dims, strict=False)
         ]
-        # Samples that an inner vmap folded before are groups already, and this one's go around them.
+        # Samples that an inner vmap has folded are groups already; the samples of this vmap are the outer dimension.
         groups = n * max(wanted.groups, 1) if wanted.weights else 0
         grads = SequenceBackward.apply(  # type: ignore[no-untyped-call]
             cfg, wanted._replace(groups=groups), *folded, None, batching.fold(lengths, dims[8], 0, n), *weights

@@ -1,4 +1,4 @@
-"""The recurrent operators as short PyTorch; `dlkernels.reference` exports it."""
+"""The recurrent operators in plain PyTorch; `dlkernels.reference` exports them."""
 
 from dlkernels.rnn.kinds import GATES, DirectionWeights, split_directions
 from dlkernels.rnn.reference.cells import cell

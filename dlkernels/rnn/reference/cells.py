@@ -12,7 +12,7 @@ from dlkernels.rnn.kinds import kind_of
 
 
 def step(mode: str, gi: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gate equations. gi = W_ih x + b_ih and gh = W_hh h + b_hh [B, G*H], h [B, H] (unread by lstm), c [B, H].
+    """The gate equations. gi = W_ih x + b_ih and gh = W_hh h + b_hh [B, G*H], h [B, H] (unused by lstm), c [B, H].
 
     lstm  i, f, o = sigmoid(.), g = tanh(.), c' = f c + i g, h' = o tanh(c')
           (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000)
@@ -44,7 +44,7 @@ def cell(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """One step: x [B, I], h and c [B, H] or None for zeros -> (h', c'), c' None for gru and rnn.
 
-    Computed in float32 at least; h_dtype and c_dtype: of the results, None for that of x.
+    The computation is in float32 or float64. h_dtype and c_dtype are the dtypes of the results, None for that of x.
     """
     dtype = compute_dtype(x.dtype)
     zeros = x.new_zeros((x.shape[0], w_hh.shape[1]), dtype=dtype)

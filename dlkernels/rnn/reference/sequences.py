@@ -13,7 +13,7 @@ from dlkernels._core.dtypes import compute_dtype
 from dlkernels.rnn.kinds import DirectionWeights, kind_of, split_directions
 from dlkernels.rnn.reference.cells import step
 
-# What happens to (h, c) where truncated back-propagation through time cuts; called in one fixed order.
+# A function of (h, c) that is called at each cut of truncated back-propagation through time, in a fixed order.
 Cut = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
@@ -30,10 +30,10 @@ def sequence(
     """One layer over x [T, B, I] ([B, T, I] if `batch_first`, packed data [rows, I] with `batch_sizes` [T]).
 
     h0 [D, B, O] and c0 [D, B, H], None for zeros. `lengths` [B] of 0..T: y is 0 after a sequence's end, the states are
-    its last ones and the reverse direction starts at its end. Every `bptt_steps` steps (0: never) the state goes
-    through `cut`. Returns y (the layout of x, D*O features), h_n [D, B, O] and c_n [D, B, H], which is empty for gru
-    and rnn. A projection is h' = W_hr h (Sak et al. 2014). Computed in float32 at least; h_dtype is that of y and h_n,
-    c_dtype that of c_n, None for that of x.
+    its last ones and the reverse direction starts at its end. Every `bptt_steps` steps (0: never) `cut` is applied to
+    the state. Returns y (the layout of x, D*O features), h_n [D, B, O] and c_n [D, B, H], which is empty for gru and
+    rnn. A projection is h' = W_hr h (Sak et al. 2014). The computation is in float32 or float64. h_dtype is the dtype
+    of y and h_n, c_dtype that of c_n, None for that of x.
     """
     if batch_sizes is not None:
         present = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # [T, B]
@@ -73,7 +73,7 @@ def _scan(
     cut: Cut,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """One direction, in its own order: x [T, B, I] -> y [T, B, O], h, c."""
-    if lengths is not None:  # what the padding holds, NaN included, must reach neither the result nor a gradient
+    if lengths is not None:  # values in the padding, NaN included, must affect neither the result nor a gradient
         present = (torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[:, :, None]
         x = torch.where(present, x, 0)
     gi = linear(x, w.w_ih, w.b_ih)
@@ -82,7 +82,7 @@ def _scan(
         if bptt_steps and s and s % bptt_steps == 0:
             before_h, before_c = h, c
             h, c = cut(h, c)
-            if lengths is not None:  # a sequence that has ended has no step here that could be cut
+            if lengths is not None:  # sequences that have ended are not cut
                 h = torch.where(present[s], h, before_h)
                 c = None if c is None or before_c is None else torch.where(present[s], c, before_c)
         new_h, new_c = step(mode, gi[s], linear(h, w.w_hh, w.b_hh), h, c)
@@ -99,7 +99,7 @@ def _scan(
 
 
 def _in_order(x: Tensor, lengths: Tensor | None, direction: int) -> Tensor:
-    """[T, B, F] from time's order to the direction's, or back: it is its own inverse."""
+    """Converts [T, B, F] from time order to the order of the direction or back; the conversion is its own inverse."""
     if direction == 0:
         return x
     if lengths is None:

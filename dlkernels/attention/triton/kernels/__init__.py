@@ -1,1 +1,1 @@
-"""The Triton kernels, one pass of attention to a file. Nothing here is imported before the first CUDA call."""
+"""The Triton kernels, with a file for each pass of attention. Nothing here is imported before the first CUDA call."""

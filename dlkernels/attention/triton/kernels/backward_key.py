@@ -1,5 +1,6 @@
-"""Backward pass, by key: dk and dv, and the gradient of a mask which has one value per key. A tile of keys has one
-owner, which walks the queries of all heads that share it in order: no atomics, no copy per query head."""
+"""Backward pass, by key: dk and dv, and the gradient of a mask which has one value per key. One program computes a tile
+of keys. It loops over the queries of all heads that share the keys in a fixed order, so there are no atomics and no
+copy per query head."""
 
 import triton
 import triton.language as tl
@@ -32,7 +33,8 @@ def _walk(
     WANT_DV: tl.constexpr, MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles lie as [keys, queries]: p and ds are then the left factors of dv and dk as they are."""
+    """Accumulates the queries begin..end into dk, dv and mask_grad. Tiles are [keys, queries], so that p and ds are the
+    left factors of dv and dk without a transpose."""
     EXACT: tl.constexpr = k.dtype == tl.float32
     rows = tl.arange(0, BLOCK_M)
     for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
@@ -40,8 +42,8 @@ def _walk(
         q = load_rows(q_base, start, rows, stride_qm, M, D, BLOCK_D, EDGE)
         i = start + rows
         live = i < M
-        # The row's statistics are loaded unmasked, for SPARE rows lie behind each sequence, and where they are used:
-        # loaded here they would spill.
+        # The rows' statistics are loaded without a mask, because SPARE rows follow each sequence, and only where they
+        # are used, because they would spill if they were loaded here.
         mask_rows = mask_base
         if ANY_MASK & FEATURES:
             mask_rows = (mask_base + i.to(tl.int64) * stride_mask_m)[None, :]
@@ -52,7 +54,7 @@ def _walk(
         p = power(s - tl.load(top_base + i)[None, :], EXACT) * tl.load(weight_base + i)[None, :]
         seen = s != float("-inf")
         if EDGE or (ANY_MASK & FEATURES):
-            p = tl.where(seen, p, 0.0)  # both are NaN for a query of NaN
+            p = tl.where(seen, p, 0.0)  # the row's statistics are NaN if its query has a NaN
         do = load_rows(do_base, start, rows, stride_gm, M, DV, BLOCK_DV, EDGE)
         if DROPOUT & FEATURES:
             keep = tl.trans(kept(i[:, None], first_j, head, seed, offset, threshold, BLOCK_M, BLOCK_N))
@@ -87,7 +89,7 @@ def _heads(
     WANT_DV: tl.constexpr, MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All query heads of the key head, one after the other."""
+    """Accumulates all query heads of the key head, one after the other."""
     EXACT: tl.constexpr = k.dtype == tl.float32
     cols = first_j + tl.arange(0, BLOCK_N)
     j = cols[:, None]
@@ -120,7 +122,8 @@ def _heads(
                 DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
             )  # fmt: skip
         else:
-            # Tiles at an edge are few, and their bounds take the registers that loading ahead would need.
+            # Tiles at an edge have 1 stage: they are few, and their bounds checks take the registers that loading ahead
+            # would need.
             if RIGHT & FEATURES:
                 dk, dv, mask_grad = _walk(
                     dk, dv, mask_grad, k, v, begin, full_begin, q_base, do_base, top_base, weight_base, delta_base,
@@ -155,8 +158,8 @@ def backward_key(
     MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """mask_part: [B, H, N], the sum over the queries. Under a causal mask the first keys have most to do, and they do
-    come first."""
+    """mask_part: [B, H, N], the sum over the queries. Under a causal mask the first keys are seen by the most queries,
+    and their programs start first."""
     tile = tl.program_id(0) % tiles_n
     outer = tl.program_id(0) // tiles_n
     b = outer // (H // GROUP)
@@ -181,7 +184,8 @@ def backward_key(
         BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
     )  # fmt: skip
     if HIDES & FEATURES:
-        # Perhaps from a query that does not see the key. One at a time, for the registers' sake.
+        # The NaN may come from a query that does not see the key. dv and dk are recomputed one at a time to save
+        # registers.
         if has_nan(dv):
             dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
             dk, dv = _heads(

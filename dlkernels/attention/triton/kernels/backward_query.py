@@ -1,5 +1,5 @@
 """Backward pass, by query: delta and the sinks' gradient, then dq, with the slopes' gradient and that of a mask which
-has one value per query. A tile of queries has one owner, which walks the keys in order: no atomics."""
+has one value per query. One program computes a tile of queries and loops over the keys in order, without atomics."""
 
 import triton
 import triton.language as tl
@@ -36,9 +36,9 @@ def preprocess(
     FEATURES: tl.constexpr, DLSE: tl.constexpr, SINK_GRAD: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(o * do) - dlse, and for each tile its part of the sinks' gradient, -sum(p_sink * delta).
+    """Computes delta = rowsum(o * do) - dlse, and for each tile its part of the sinks' gradient, -sum(p_sink * delta).
 
-    Beside delta it copies the softmax's statistics. All get SPARE rows without weight behind each sequence.
+    It also copies the softmax's statistics. All three get SPARE rows, with a weight of 0, after each sequence.
     """
     EXACT: tl.constexpr = o_ptr.dtype.element_ty == tl.float32
     tile = tl.program_id(0) % tiles_m
@@ -58,7 +58,7 @@ def preprocess(
     do_rows = do_ptr + b64 * stride_gb + h64 * stride_gh + i64 * stride_gm
     o = tl.load(o_rows[:, None] + dims[None, :], mask=there, other=0.0).to(tl.float32)
     do = tl.load(do_rows[:, None] + dims[None, :], mask=there, other=0.0).to(tl.float32)
-    # A query that sees nothing has o = 0, and whatever its do is, no gradient.
+    # A query that sees no key has o = 0 and no gradient, even if its do is NaN or infinite.
     delta = tl.sum(tl.where(o == 0.0, 0.0, o * do), 1)
     of_head = b64 * stride_lb + h64 * stride_lh
     if DLSE:
@@ -85,7 +85,8 @@ def _walk(
     MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All three sums are still to be multiplied with the query's weight."""
+    """Accumulates the keys begin..end into dq, slope_grad and mask_grad, which the caller multiplies by the query's
+    weight."""
     EXACT: tl.constexpr = q.dtype == tl.float32
     cols = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
@@ -193,7 +194,7 @@ def backward_query(
     )  # fmt: skip
     if HIDES & FEATURES:
         if has_nan(dq):
-            # Perhaps from a key that the query does not see; the two sums are elementwise and were right.
+            # The NaN may come from a key that the query does not see. The two other sums are elementwise and right.
             dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
             dq, _slope_grad, _mask_grad = _walk(
                 dq, slope_grad, mask_grad, q, do, top, delta, begin, end, k_base, v_base, stride_kn, stride_vn, i,

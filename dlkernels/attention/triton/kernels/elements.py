@@ -1,11 +1,12 @@
-"""What happens to one score between the two products of attention. Every kernel, forward and backward, asks here.
+"""The elementwise work on the scores between the two products of attention, which all kernels, forward and backward,
+share.
 
-Shapes are left to the caller: `i` (query), `j` (key) and what belongs to a query broadcast against the tile, so the
-same text serves tiles [queries, keys] and [keys, queries].
+The caller chooses the shapes: `i` (query), `j` (key) and the values that belong to a query broadcast against the tile,
+so the same code serves tiles [queries, keys] and [keys, queries].
 
-Scores of 16-bit operands are in base 2, with log2(e) in the scale, since exp2 is the machine's instruction. Those of
-float32 operands (EXACT) are natural: the factor, rounded, would be the largest error of all, and another
-multiplication is nothing beside float32's products.
+Scores of 16-bit operands are in base 2, with log2(e) in the scale, because exp2 is a machine instruction. Scores of
+float32 operands (EXACT) are in base e: the rounding of log2(e) in the scale would be the largest of all errors, and the
+additional multiplication costs nothing beside float32's products.
 """
 
 import triton
@@ -22,29 +23,31 @@ BOOL_MASK = tl.constexpr(4)
 FLOAT_MASK = tl.constexpr(8)
 DROPOUT = tl.constexpr(16)
 SINKS = tl.constexpr(32)
-LEFT = tl.constexpr(64)  # a key may be too far before its query
-RIGHT = tl.constexpr(128)  # or too far behind: the window's right edge, 0 under causal
+LEFT = tl.constexpr(64)  # the window has a left edge, which hides keys too far before their query
+RIGHT = tl.constexpr(128)  # it has a right edge, which hides keys too far after their query; causal: at distance 0
 VARLEN = tl.constexpr(256)
-BOTTOM_RIGHT = tl.constexpr(512)  # the last query stands at the last key
+BOTTOM_RIGHT = tl.constexpr(512)  # the last query has the position of the last key
 SIGNED_SCALE = tl.constexpr(1024)  # the scale is negative: the largest product is not the largest score
 
-# Rows of statistics and delta behind each sequence, for the backward passes to read ahead without a bound: two tiles.
+# Spare rows of statistics and delta after each sequence (two tiles), so that the backward passes can load ahead without
+# a bounds check.
 SPARE = tl.constexpr(256)
 
 ANY_MASK = tl.constexpr(4 | 8)
-# Some key within bounds may be hidden from some query, so NaN may lie where it must not be seen.
+# With these features a key within bounds may be hidden from a query, which then must not see a NaN of the key.
 HIDES = tl.constexpr(4 | 8 | 64 | 128)
 
 
 @triton.jit
 def tanh(x, EXACT: tl.constexpr):
-    """Without libdevice, which the interpreter lacks. EXACT: to an ulp or two near 0 as well, for float32."""
+    """tanh without libdevice, which the interpreter lacks. With EXACT, for float32, it is accurate to an ulp or two
+    near 0 as well."""
     size = tl.abs(x)
     e = tl.exp2(size * (-2 * LOG2E))
     y = (1 - e) / (1 + e)
     y = tl.where(x < 0, -y, y)
     if EXACT:
-        # 1 - e cancels there. Minimax polynomial of Cephes' tanhf.
+        # 1 - e cancels near 0, so this is the minimax polynomial of Cephes' tanhf.
         z = x * x
         near = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z
         y = tl.where(size < 0.625, (near - 3.33332819422e-1) * z * x + x, y)
@@ -62,7 +65,7 @@ def unit(EXACT: tl.constexpr):
 
 @triton.jit
 def power(x, EXACT: tl.constexpr):
-    """e to a score."""
+    """exp of a score that is given in the units of the scores."""
     if EXACT:
         return tl.exp2(x * LOG2E)
     else:
@@ -71,8 +74,8 @@ def power(x, EXACT: tl.constexpr):
 
 @triton.jit
 def bias(mask, EXACT: tl.constexpr):
-    """A mask's values in the units of the scores. In base 2 a float32 may have no room for them; what is finite must
-    stay so, as -inf hides a key and inf makes NaN of its row."""
+    """A mask's values in the units of the scores. In base 2 a large value may overflow float32. A finite value must
+    stay finite, because -inf hides a key and inf turns its row into NaN."""
     if EXACT:
         return mask
     else:
@@ -82,7 +85,7 @@ def bias(mask, EXACT: tl.constexpr):
 
 @triton.jit
 def load_sink(ptr):
-    """A sink of any dtype in float32, finite if it is."""
+    """A sink of any dtype, converted to float32 such that a finite value stays finite."""
     given = tl.load(ptr)
     sink = given.to(tl.float32)
     within = tl.minimum(tl.maximum(sink, -LARGEST), LARGEST)
@@ -91,7 +94,7 @@ def load_sink(ptr):
 
 @triton.jit
 def sink_score(sink, EXACT: tl.constexpr):
-    """A sink in the units of the scores, finite if it is."""
+    """A sink in the units of the scores; a finite value stays finite."""
     if EXACT:
         return sink
     else:
@@ -102,8 +105,8 @@ def sink_score(sink, EXACT: tl.constexpr):
 
 @triton.jit
 def start_with_sink(m, l, sink, EXACT: tl.constexpr):
-    """(largest score, sum, factor of what was summed before) of a row and its sink, a key without value. `m` and `l`
-    are those of its keys."""
+    """Adds the sink, a key without a value, to a row whose keys have the largest score `m` and the sum `l`. Returns the
+    new largest score, the new sum, and the factor for what was accumulated before."""
     top = tl.maximum(m, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
     shrink = power(m - base, EXACT)
@@ -112,9 +115,9 @@ def start_with_sink(m, l, sink, EXACT: tl.constexpr):
 
 @triton.jit
 def store_statistics(stats, lse, plane, m, l, sink, natural_sink, live, EXACT: tl.constexpr):
-    """The two numbers by which the backward makes a row's probabilities again, p = power(s - top) * weight: apart,
-    since beside a large score the logarithm of a sum is lost to rounding. Where nothing is seen: +inf and 0. And the
-    log-sum-exp."""
+    """Stores the two statistics from which the backward recomputes a row's probabilities, p = power(s - top) * weight,
+    and the log-sum-exp. The statistics are not combined into one, because the logarithm of the sum would be lost to
+    rounding beside a large score. In rows that see no key they are +inf and 0."""
     empty = l == 0.0
     total = tl.where(empty, 1.0, l)
     tl.store(stats, tl.where(empty, float("inf"), m), mask=live)
@@ -131,11 +134,12 @@ def scores(
     dots, i, j, live, N, shift, left, right, scale, cap, slope, mask_rows, mask_stride, FEATURES: tl.constexpr,
     EDGE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """(scores, tanh): the logits, -inf where the key is hidden; the softcap's tanh, for its derivative.
+    """Returns (scores, tanh): the logits, -inf if the key is hidden, and the softcap's tanh, for its derivative.
 
     `live`: the query exists. EDGE: the tile may cross the end of the keys or the edge of the causal triangle or the
-    window; without it only a mask hides anything. With a softcap `scale` is softmax_scale / softcap and `cap` the
-    softcap in the scores' units; without, it is `scale` that is in these, as `slope` always is.
+    window; without it only a mask hides keys. With a softcap `scale` is softmax_scale / softcap and `cap` is the
+    softcap in the units of the scores. Without one `scale` is softmax_scale in these units. `slope` is always in these
+    units.
     """
     s = dots * scale
     t = s
@@ -151,7 +155,7 @@ def scores(
         if LEFT & FEATURES:
             seen = seen & (j >= i + shift - left)
     if ANY_MASK & FEATURES:
-        # Read under the bounds alone: what the triangle hides is dropped by the `where` below, NaN or not.
+        # Only the bounds limit this load. The `where` below drops what the triangle or the window hides, even if NaN.
         there = live & (j < N)
         mask = tl.load(mask_rows + j.to(tl.int64) * mask_stride, mask=there, other=0)
         if BOOL_MASK & FEATURES:
@@ -171,10 +175,11 @@ def scores(
 
 @triton.jit
 def kept(i, first_j, head, seed, offset, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N]: does dropout keep the element? `i` and `head` are [BLOCK_M, 1] or scalars, first_j % 4 == 0.
+    """Whether dropout keeps each element, [BLOCK_M, BLOCK_N]. `i` and `head` are [BLOCK_M, 1] or scalars, and first_j
+    is a multiple of 4.
 
-    A function of seed, offset, head, query and key alone, so every tiling and both passes see the same mask. One call
-    of the generator gives the words of four neighbouring keys.
+    The result depends only on seed, offset, head, query and key, so every tiling and both passes have the same mask.
+    One call of the generator gives the words of four neighbouring keys.
     """
     quads = (first_j // 4 + tl.arange(0, BLOCK_N // 4))[None, :]
     w0, w1, w2, w3 = tl.philox(seed, quads, i, head, offset.to(tl.uint32))
@@ -186,9 +191,9 @@ def kept(i, first_j, head, seed, offset, threshold, BLOCK_M: tl.constexpr, BLOCK
 
 @triton.jit
 def load_rows(base, first, rows, stride, end, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """Rows first + rows of a matrix as [len(rows), BLOCK], zero beyond `end` (asked only at an EDGE) and WIDTH."""
+    """Rows first + rows of a matrix as [len(rows), BLOCK], zero beyond `end` (checked only with EDGE) and WIDTH."""
     cols = tl.arange(0, BLOCK)
-    # Only the start is 64 bits wide: offsets within a tile fit 32.
+    # Only the start needs 64 bits; offsets within a tile fit 32.
     pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
     if EDGE and WIDTH < BLOCK:
         return tl.load(pointers, mask=(first + rows < end)[:, None] & (cols < WIDTH)[None, :], other=0.0)
@@ -202,8 +207,9 @@ def load_rows(base, first, rows, stride, end, WIDTH: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def product(p, x, acc, seen, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + p @ x. CAREFUL: a NaN or infinity in x counts only where `seen`, though p is 0 elsewhere and 0 * NaN is
-    not: kernels come back this way when the plain product gave NaN."""
+    """acc + p @ x. With CAREFUL, a NaN or infinity in x counts only where `seen`. In the plain product it counts
+    everywhere, because p is 0 elsewhere but 0 * NaN is NaN. A kernel recomputes with CAREFUL if the plain product gave
+    NaN."""
     if CAREFUL:
         clean = tl.where(tl.abs(x) < float("inf"), x, 0.0).to(x.dtype)
         acc = tl.dot(p.to(x.dtype), clean, acc, input_precision=PRECISION)
@@ -219,13 +225,13 @@ def product(p, x, acc, seen, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def has_nan(x):
-    # Flat: two reductions, one after the other, crash Triton 3.6's compiler for 10.0.
+    # The tensor is flattened, because two reductions in a row crash Triton 3.6's compiler for compute capability 10.0.
     return tl.max(tl.reshape((x != x).to(tl.int32), [x.shape[0] * x.shape[1]]), 0) > 0
 
 
 @triton.jit
 def sequence(cu_q, cu_k, b, M, N, FEATURES: tl.constexpr):
-    """(first query row, M, first key row, N, shift) of batch entry b; position of query i is i + shift."""
+    """(first query row, M, first key row, N, shift) of batch entry b; the position of query i is i + shift."""
     if VARLEN & FEATURES:
         row0 = tl.load(cu_q + b)
         rows = tl.load(cu_q + b + 1) - row0
@@ -254,7 +260,7 @@ def stats_start(b, h, row0, stride_b, stride_h, FEATURES: tl.constexpr):
 
 @triton.jit
 def _whole_or_none(begin, full_begin, full_end, end):
-    # Without a whole tile the loop behind the whole ones takes everything.
+    # If no tile is whole, the loop after that over whole tiles takes the whole range.
     full_begin = tl.maximum(full_begin, begin)
     any_whole = full_begin < full_end
     return begin, tl.where(any_whole, full_begin, begin), tl.where(any_whole, full_end, begin), end
@@ -264,8 +270,8 @@ def _whole_or_none(begin, full_begin, full_end, end):
 def key_range(i_first, i_last, N, shift, left, right, FEATURES: tl.constexpr, BLOCK_N: tl.constexpr):
     """(begin, full_begin, full_end, end) of the keys that queries i_first..i_last see.
 
-    All but `end` are multiples of BLOCK_N. Tiles of [full_begin, full_end) are seen whole; the others need EDGE. Only
-    the left edge of a window puts tiles before full_begin.
+    All but `end` are multiples of BLOCK_N. Each of these queries sees all keys in [full_begin, full_end); tiles outside
+    of it need EDGE. Tiles before full_begin exist only if the window has a left edge.
     """
     begin = N * 0
     full_begin = begin
@@ -282,9 +288,9 @@ def key_range(i_first, i_last, N, shift, left, right, FEATURES: tl.constexpr, BL
 
 @triton.jit
 def query_range(j_first, j_last, M, N, shift, left, right, FEATURES: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The same for the queries that see one of the keys j_first..j_last, a tile: j_last may lie beyond N.
+    """The same for the queries that see one of the keys j_first..j_last of a tile; j_last may be beyond N.
 
-    Here it is the right edge, the causal diagonal, that puts tiles before full_begin.
+    Here tiles before full_begin exist only if the window has a right edge, such as the causal diagonal.
     """
     begin = M * 0
     full_begin = begin

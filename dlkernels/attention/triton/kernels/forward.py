@@ -1,5 +1,5 @@
-"""Forward pass: o, the log-sum-exp and the softmax's statistics. Also split over the keys for decoding, with `combine`
-to join the parts."""
+"""Forward pass: o, the log-sum-exp and the softmax's statistics. For decoding it can be split over the keys; `combine`
+then joins the parts."""
 
 import triton
 import triton.language as tl
@@ -38,7 +38,7 @@ def _walk(
     CAREFUL: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys begin..end into (acc, l, m): sum of p v, sum of p, largest score, per query."""
+    """Accumulates the keys begin..end into (acc, l, m): sum of p v, sum of p and largest score, per query."""
     EXACT: tl.constexpr = q.dtype == tl.float32
     cols = tl.arange(0, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
@@ -47,10 +47,10 @@ def _walk(
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         j = (start + cols)[None, :]
         if not EDGE and ((SOFTCAP | ALIBI | ANY_MASK | SIGNED_SCALE) & FEATURES) == 0 and not EXACT:
-            # Multiplying by the scale rides on the subtraction, as one FMA..
+            # The multiplication by the scale and the subtraction are one FMA.
             top = tl.maximum(m, tl.max(dots, 1) * scale)
             p = tl.exp2(dots * scale - top[:, None])
-            seen = dots == dots  # for CAREFUL, which never comes here
+            seen = dots == dots  # unused: only CAREFUL reads it, and CAREFUL comes with EDGE
             shrink = tl.exp2(m - top)
         else:
             s, _tanh = scores(
@@ -58,7 +58,7 @@ def _walk(
                 EXACT,
             )  # fmt: skip
             top = tl.maximum(m, tl.max(s, 1))
-            # A query that has seen nothing yet: -inf - -inf would be NaN.
+            # For a query that has seen no key yet, -inf - -inf would be NaN.
             base = tl.where(top == float("-inf"), 0.0, top)
             p = power(s - base[:, None], EXACT)
             seen = s != float("-inf")
@@ -99,14 +99,15 @@ def forward(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head; PACKED: of all query heads that share a key head, so that decoding, where M is 1,
-    fills a tile. SPLIT: program_id(1) takes its part of the keys and leaves a normalised float32 o, its largest score
-    and its sum, without the sink, for `combine`. lse: [.., M], stats: [.., 2, M]."""
+    """Each program computes a tile of queries of one head; with PACKED, of all query heads that share a key head, so
+    that decoding, where M is 1, fills a tile. With SPLIT, program_id(1) selects a part of the keys, and the program
+    stores a normalised float32 o, its largest score and its sum, without the sink, for `combine`. lse: [.., M], stats:
+    [.., 2, M]."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     tile = tl.program_id(0) % tiles_m
     outer = tl.program_id(0) // tiles_m
     if RIGHT & FEATURES:
-        # Under a causal mask later queries have more to do: start with them.
+        # Under a causal mask later queries see more keys, so their programs start first.
         tile = tiles_m - 1 - tile
     heads = H
     if PACKED:
@@ -183,7 +184,7 @@ def forward(
     )  # fmt: skip
     if HIDES & FEATURES:
         if has_nan(acc):
-            # Perhaps 0 * NaN, from a value that the query does not see: once more, slowly.
+            # The NaN may be 0 * NaN with a value that the query does not see, so this recomputes with CAREFUL.
             acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
             l = tl.zeros([BLOCK_M], tl.float32)
             m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -200,7 +201,7 @@ def forward(
         sink = sink_score(natural_sink, EXACT)
         m, l, shrink = start_with_sink(m, l, sink, EXACT)
         acc = acc * shrink[:, None]
-    # Before acc is scaled and stored: else their values spill beside it.
+    # The statistics are stored before acc is scaled and stored; otherwise their values would spill.
     of_head = b64 * stride_lb + h64 * stride_lh
     stats_rows = stats_ptr + split * stride_ls.to(tl.int64) + 2 * of_head + i64
     if SPLIT:
@@ -221,7 +222,7 @@ def combine(
     stride_ls, stride_lb, stride_lh, stride_ob, stride_oh, stride_om, M, H, splits, FEATURES: tl.constexpr,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Joins the parts of a split forward pass, each by its largest score and its sum, and the sink."""
+    """Joins the parts of a split forward pass, weighted by their largest scores and sums, and adds the sink."""
     EXACT: tl.constexpr = o_ptr.dtype.element_ty == tl.float32
     outer = tl.program_id(1)
     b = outer // H
@@ -234,7 +235,7 @@ def combine(
     live = rows < M
     b64, h64, i64 = b.to(tl.int64), h.to(tl.int64), row0.to(tl.int64) + rows
     of_head = b64 * stride_lb + h64 * stride_lh
-    # The parts' statistics have the layout of the result's, apart from the leading split.
+    # The parts' statistics have the layout of the result's statistics with a leading dimension for the split.
     stats_rows = part_stats_ptr + 2 * of_head + i64
     parts = tl.arange(0, BLOCK_S)
     every = stats_rows[:, None] + parts[None, :].to(tl.int64) * stride_ls

@@ -1,4 +1,4 @@
-"""The attention probabilities pooled to a small picture, tile by tile: no M x N tensor."""
+"""Pools the attention probabilities to a small picture, tile by tile and without an M x N tensor."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def attention_map(
     picture_cols, left, right, scale, cap, FEATURES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per cell. stats: contiguous [B, H, 2, M]; out: contiguous [B, H, rows, cols]."""
+    """Each program computes one cell. stats: contiguous [B, H, 2, M]; out: contiguous [B, H, rows, cols]."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     cells = picture_rows.to(tl.int64) * picture_cols
     outer = (tl.program_id(0) // cells).to(tl.int32)

@@ -1,6 +1,6 @@
 """Gradient of an additive mask with a value per query and key: the sum of ds over the batch entries and heads that
-share the mask. (With one value per query or key it falls out of the other passes.) A tile of the mask has one owner,
-so the sum is taken in order, and nothing is as large as [B, H, M, N] unless the mask is."""
+share the mask. (Masks with one value per query or key get their gradient in the other passes.) One program computes a
+tile of the gradient, so the sum has a fixed order, and nothing is as large as [B, H, M, N] unless the mask is."""
 
 import triton
 import triton.language as tl
@@ -44,7 +44,7 @@ def mask_gradient(
     PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The slowest part of program_id counts the mask's own batch entries and heads. dmask: contiguous."""
+    """The slowest-varying part of program_id counts the mask's own batch entries and heads. dmask: contiguous."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     i_first = tl.program_id(0) % tiles_m * BLOCK_M
     first_j = tl.program_id(0) // tiles_m % tiles_n * BLOCK_N
