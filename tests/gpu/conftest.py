@@ -1,4 +1,5 @@
-"""The tests here use the modules of tests/support and of tests/gpuless; DLKERNELS_DEADLINE ends them in time."""
+"""Puts tests/gpuless and the root of the repository on the path, and skips tests that begin after
+DLKERNELS_DEADLINE."""
 
 from __future__ import annotations
 
