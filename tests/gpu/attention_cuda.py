@@ -78,8 +78,8 @@ NO_FEATURES = (None, None, None, None, None, None, 0, 0)
 @first_shard
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saturated_rows(dtype: torch.dtype) -> None:
-    """Logits of about 1e4. If the product of scores and the subtraction of the maximum were fused, the rounding error
-    of the score would remain in p, which then would not be 1."""
+    """Logits of about 1e4. If the scaling of a score were fused with the subtraction of the maximum, p at the maximum
+    would differ from 1 by the rounding error of the maximum."""
     inputs = build(PLAIN | {"causal": 1, "dtype": dtype, "widths": (64, 64)}, 13)
     judged(inputs._replace(q=inputs.q * 64, k=inputs.k * 64), dtype)
 

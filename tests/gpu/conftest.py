@@ -1,5 +1,4 @@
-"""Puts tests/gpuless and the root of the repository on the path, and skips tests that begin after
-DLKERNELS_DEADLINE."""
+"""Puts tests/gpuless and the repository's root on the path, and skips the tests that begin after DLKERNELS_DEADLINE."""
 
 from __future__ import annotations
 
