@@ -143,8 +143,7 @@ class Case {
     }
   }
 
-  // The strides of a tensor with this many features per row. `elements` is its size and `place` the offset of row (t,
-  // b).
+  // The strides of a tensor with this many features per row; `elements` is its size, `place` the offset of row (t, b).
   struct Strides {
     int64_t t, b;
   };

@@ -74,7 +74,7 @@ def replayable(work: Callable[[], Any]) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def other_stream() -> Iterator[None]:
-    """Runs the block on a stream other than the current one, which waits for it before and after."""
+    """Runs the block on another stream, which first waits for the current one; afterwards the current one waits for it."""
     if not ON_GPU:
         yield
         return

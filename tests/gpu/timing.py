@@ -60,8 +60,7 @@ def why(error: Exception) -> str:
 
 
 def run_all(path: Path, plan: Sequence[Callable[[], dict[str, Any]]]) -> int:
-    """Runs all cases and writes the rows after each, so that no measurement is lost if a later case ends the
-    process."""
+    """Runs all cases and writes the rows after each, so that no measurement is lost if the process ends later."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("NOT RUN: torch finds no CUDA device")
         return 3

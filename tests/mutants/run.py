@@ -74,8 +74,7 @@ class Scratch:
         self.module = ""  # the path of the working tree's compiled module, or empty for that of this copy
 
     def prepare(self) -> None:
-        """Makes the copy equal to the working tree. Only files that differ are written, so that little is compiled
-        again."""
+        """Makes the copy equal to the working tree. Only files that differ are written, to compile little again."""
         listed = subprocess.run(
             ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"],
             capture_output=True,
@@ -104,8 +103,7 @@ class Scratch:
         return {**{k: v for k, v in os.environ.items() if k != "DLKERNELS_NATIVE"}, **settings}
 
     def command(self, command: list[str], limit: float) -> tuple[int, str]:
-        """Runs a command and returns its status and output. After `limit` seconds it is killed and the status is
-        124."""
+        """Runs a command and returns its status and output. After `limit` seconds it is killed; the status is 124."""
         with self.log.open("w+", errors="replace") as log:
             process = subprocess.Popen(
                 command, cwd=self.tree, env=self.environment(), stdout=log, stderr=subprocess.STDOUT,
