@@ -54,8 +54,8 @@ def case(kind: str, precision: str, shape: tuple[int, int, int, int], packed: bo
     dtype, tf32 = PRECISIONS[precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     x = torch.randn(steps, batch, width, device=DEVICE, dtype=dtype, requires_grad=True)
-    # Evenly spaced lengths from T down to T / 4, the longest first, as pack_padded_sequence wants them. A packed case has
-    # 0.625 of the tokens of a padded one.
+    # Evenly spaced lengths from T down to T / 4, the longest first, as pack_padded_sequence wants them. A packed case
+    # has 0.625 of the tokens of a padded one.
     lengths = torch.linspace(steps, max(1, steps // 4), batch).long()
     given: Any = pack_padded_sequence(x, lengths) if packed else x
     if packed:

@@ -74,7 +74,7 @@ def replayable(work: Callable[[], Any]) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def other_stream() -> Iterator[None]:
-    """Runs the block on another stream, which first waits for the current one; afterwards the current one waits for it."""
+    """Runs the block on another stream. That stream waits for the current one before, and the current for it after."""
     if not ON_GPU:
         yield
         return
