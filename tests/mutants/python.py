@@ -251,7 +251,7 @@ PYTHON: tuple[Mutant, ...] = (
            "the record of dropout masks grows beyond its bound", SWITCH),
     Mutant("sdpa-fused", ATTENTION + "sdpa.py", "and q.shape[-1] == v.shape[-1]\n", "",
            "a result whose values are wider than q has the strides of the fused kernel",
-           ("tests/attention/test_strides.py", *SDPA)),
+           ("tests/attention/test_edits.py -k Dv", "tests/attention/test_strides.py", *SDPA)),
     Mutant("attention-causal", ATTENTION + "checks.py", '"top_left": 1, "bottom_right": 2',
            '"top_left": 2, "bottom_right": 1',
            "the two causal alignments are exchanged", ("tests/attention/test_functional.py",)),
