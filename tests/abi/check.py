@@ -1,9 +1,9 @@
-"""Runs the module that this environment's torch compiled under another torch release.
+"""Runs the module that was compiled against this environment's torch under another torch release.
 
     python tests/abi/check.py torch==2.11.0
 
-Makes a virtual environment in build/ with that torch (gigabytes), loads the very same file there and compares its
-layers with torch's. Exits non-zero unless the results agree under both.
+It makes a virtual environment in build/ with that torch (gigabytes), loads the same file there and compares its layers
+with torch's. The exit status is non-zero unless the results agree under both releases.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
     print(f"{module}\nsha256 {hashlib.sha256(module.read_bytes()).hexdigest()}", flush=True)
     pythons = [Path(sys.executable), other_python(spec)]
     settings = {**environment(), "DLKERNELS_NATIVE": str(module)}
-    # Away from the sources of both: each interpreter is to take torch from its own environment.
+    # They run in another folder than the sources, so that each interpreter imports torch from its own environment.
     codes = [subprocess.run([str(python), str(SMOKE)], env=settings, cwd="/").returncode for python in pythons]
     return max(codes)
 

@@ -1,4 +1,4 @@
-"""Loads dlkernels under whatever torch this interpreter has, and holds its layers, forward and backward, to torch's."""
+"""Loads dlkernels under the torch of this interpreter and compares its layers with torch's, forward and backward."""
 
 from __future__ import annotations
 

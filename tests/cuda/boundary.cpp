@@ -1,5 +1,5 @@
-// The torch boundary of the CUDA layers without a GPU: loaded after dlkernels, this library takes over the recurrent
-// operators for CPU tensors, with the kernels under emulation.
+// Tests the torch boundary of the CUDA layers without a GPU. When this library is loaded after dlkernels, its recurrent
+// operators replace those for CPU tensors and run the CUDA kernels under emulation.
 #include <new>
 
 #include "core/runtime_flags.h"
@@ -17,7 +17,7 @@ const char* gpu_error_text(int) { return "an error that the emulation does not h
 
 }  // namespace dlk
 
-// Streams and current devices mean nothing here; torch's own functions would ask for an accelerator.
+// There are no streams and no current device here. torch's own functions would fail without an accelerator.
 extern "C" {
 
 AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
@@ -32,7 +32,7 @@ AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle* guard)
 
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
 
-// The `cap_cuda_plan` of this library's plans.
+// The equivalent of the module's `cap_cuda_plan` for the plans that this library makes.
 __attribute__((visibility("default"))) void boundary_cap_plan(int kind) {
   dlk::set_plan_cap(static_cast<dlk::SequencePlan::Kind>(kind));
 }

@@ -1,4 +1,4 @@
-"""The rung that runs the torch boundary (csrc/rnn/torch/cuda) on CPU tensors, with emulated kernels behind it."""
+"""The rung `boundary`, which tests the torch boundary (csrc/rnn/torch/cuda) on CPU tensors with emulated kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(source: Path) -> None:
 
 def link() -> None:
     built = [*(object_of("plain", source) for source in KERNELS), *(object_of("boundary", _name(path)) for path in OWN)]
-    # The library's own stand-ins for torch's functions are to be those that it calls.
+    # -Bsymbolic binds the library's calls to its own replacements of torch's functions (boundary.cpp).
     options = ["-shared", "-Wl,-Bsymbolic", f"-L{torch_folder() / 'lib'}", "-ltorch", "-ltorch_cpu", "-pthread"]
     must([*compiler("plain"), *built, RUNTIME, *options, "-o", LIBRARY])
 

@@ -1,4 +1,5 @@
-"""The rungs that look at what nvcc makes of the kernels: registers, spills, tensor cores, what is resident at once."""
+"""The rungs `compile` and `resident`, which check what nvcc makes of the kernels: registers, spills, tensor-core
+instructions, and whether all blocks that wait for each other fit the GPU at the same time."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from ladder import BUILD, CSRC, CUDA, HERE, Failure, Unit, must, tool
 
 ARCHS = ("80", "90a", "100a")
-# How long the files take for one GPU, about, and the GPUs against sm_90a.
+# Roughly how long each file takes to compile for sm_90a, in seconds, and the factor for each architecture.
 SECONDS = {"sequence_forward": 15, "sequence_backward": 22, "cell": 5}
 ARCH_FACTORS = {"80": 0.4, "90a": 1.0, "100a": 1.6}
 
@@ -26,7 +27,7 @@ class Kernel(NamedTuple):
     tensor_products: int
 
 
-_kernels: dict[tuple[str, str], list[Kernel]] = {}  # of each file and arch, when it has been compiled
+_kernels: dict[tuple[str, str], list[Kernel]] = {}  # by (file, arch); compile_one fills it
 
 
 def files() -> list[str]:
@@ -48,7 +49,8 @@ def code_of(cubin: Path) -> dict[str, bytes]:
 
 
 def tensor_products(code: bytes) -> int:
-    """How many of the instructions, 16 bytes each, are HMMA: their lowest 12 bits say so on all GPUs from sm_75 on."""
+    """Counts the HMMA instructions. An instruction has 16 bytes, and its lowest 12 bits are the opcode, which is the
+    same on all GPUs from sm_75 on."""
     return sum(struct.unpack_from("<H", code, at)[0] & 0xFFF == 0x23C for at in range(0, len(code), 16))
 
 
@@ -77,7 +79,7 @@ def compile_one(file: str, arch: str) -> None:
 
 
 def check_compiled() -> None:
-    """Tensor cores multiply in every 16-bit sequence kernel that its GPU can run, and in no other."""
+    """Checks that exactly the 16-bit sequence kernels that their GPU can run have tensor-core products."""
     for kernel in (kernel for some in _kernels.values() for kernel in some):
         sequence = sequence_kernel(kernel.function)
         runs = sequence is not None and not (sequence.cluster and kernel.arch == "80")
@@ -86,11 +88,11 @@ def check_compiled() -> None:
             raise Failure(f"{kernel.function} on sm_{kernel.arch} has {kernel.tensor_products} tensor-core products")
 
 
-# ---- What is resident at once.
+# ---- Which blocks are resident at the same time.
 
 
 class Sequence(NamedTuple):
-    """Which instance of the sequence kernels a plan takes."""
+    """The template arguments of a sequence kernel. A plan selects one such instance."""
 
     way: str
     cell: str
@@ -109,14 +111,15 @@ def sequence_kernel(mangled: str) -> Sequence | None:
     return Sequence(match[1], match[2].lower(), dtype, match[4] == "1", int(match[5]))
 
 
-# An H200's multiprocessors, and what one of them has: registers, threads, shared memory, of which each block takes
-# 1 KiB more than it asks for. A cluster stays within a part of the GPU that has at least 16 of them.
+# The number of multiprocessors of an H200, and the registers, threads and shared memory in bytes of each. Of the shared
+# memory each block occupies 1 KiB more than it requests. All blocks of a cluster run within one GPC (a part of the
+# GPU), which has at least 16 multiprocessors.
 MULTIPROCESSORS, CLUSTER_ROOM = 132, 16
 REGISTERS, THREADS, SHARED, SHARED_OF_BLOCK, RESERVED = 65536, 2048, 228 << 10, 227 << 10, 1 << 10
 
 
 def blocks_at_once(registers: int, shared: int, threads: int) -> int:
-    """Blocks of a kernel on one multiprocessor. Registers are dealt out to warps in pieces of 256."""
+    """How many blocks of a kernel fit one multiprocessor. Registers are allocated per warp in units of 256."""
     if shared > SHARED_OF_BLOCK:
         return 0
     of_warp = -(-registers * 32 // 256) * 256
@@ -124,7 +127,8 @@ def blocks_at_once(registers: int, shared: int, threads: int) -> int:
 
 
 def check_resident() -> None:
-    """The blocks of every plan that meet at a barrier run at the same time, given what the compiler took."""
+    """Checks for every plan that the blocks that wait for each other at a barrier can all run at the same time, with
+    the registers and the shared memory that the compiled kernel uses."""
     program = BUILD / "plans"
     must([tool("g++"), "-std=c++17", "-O1", f"-I{CSRC}", HERE / "plans.cpp", CUDA / "sequence_plan.cpp", "-o", program])
     kernels = {
@@ -141,7 +145,8 @@ def check_resident() -> None:
             continue
         kernel = kernels[Sequence(way, cell, dtype, kind == "cluster", int(column_tiles))]
         on_one = blocks_at_once(kernel.registers, kernel.static_shared + int(shared), int(threads))
-        # A grid meets as a whole, of clusters each by itself.
+        # The barrier of a grid joins the blocks of all groups. That of a cluster joins the blocks of one group, and the
+        # plan counts on groups_at_once groups that run at the same time.
         together = int(slices) * (int(groups) if kind == "grid" else min(int(groups), int(at_once)))
         fits = kind == "grid" or int(slices) <= CLUSTER_ROOM * on_one
         if together > MULTIPROCESSORS * on_one or not fits:
@@ -152,8 +157,8 @@ def check_resident() -> None:
 
 
 def left_out(file: str, arch: str) -> bool:
-    """Of a short ladder. Registers of float16 are bfloat16's: the same sizes, another conversion. It is compiled for
-    sm_90a, bfloat16 and float32 for all."""
+    """Whether --short leaves out this compilation. A float16 kernel takes the registers of the bfloat16 kernel, since
+    the sizes are the same and only the conversion differs: it is compiled for sm_90a only, the other dtypes for all."""
     return "f16" in file and "bf16" not in file and arch != "90a"
 
 

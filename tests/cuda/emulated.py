@@ -1,4 +1,5 @@
-"""The rungs that run under the emulation: its own planted bugs, the kernels in three builds, bugs in the kernels."""
+"""The rungs that run under the emulation: its own test with planted bugs, the kernels in three builds (plain, asan,
+tsan), and bugs planted in the kernels."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from mutants import MUTANTS, Mutant
 
 SEEDS = (0, 1, 3)
 COMPILERS = {
-    "plain": ["g++", "-O2", "-Wno-array-bounds"],  # GCC 12 loses track of what a storage dtype implies
-    # The shapes are small: compiling takes longer than running.
+    # naive::load and store have a case for f64, which test_arrays.h never allocates (2 or 4 bytes an element). GCC 12
+    # cannot exclude that case and warns that 8 bytes are accessed in 4.
+    "plain": ["g++", "-O2", "-Wno-array-bounds"],
+    # -O0, since the shapes of this rung are so small that compiling takes longer than running.
     "asan": ["clang++", "-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["clang++", "-O1", "-fsanitize=thread"],
 }
@@ -54,11 +57,11 @@ RUNTIME = BUILD / "runtime.o"
 
 
 def build_runtime() -> None:
-    """The emulation itself, which no sanitizer may see."""
+    """Compiles the emulation's runtime without sanitizers, which it informs of fibers and barriers itself."""
     must([tool("g++"), "-O2", *flags(), "-c", HERE / "emulation" / "runtime.cpp", "-o", RUNTIME])
 
 
-# ---- The emulation's own bugs: which builds must notice. Others may.
+# ---- The bugs planted in the emulation's own test, each with the builds that must notice it. The others may notice it.
 PLANTED = {
     "missing_block_barrier": "tsan",
     "missing_cluster_wait": "plain tsan",
@@ -94,7 +97,7 @@ def emulation(kind: str) -> None:
 
 # ---- The kernels.
 SOURCES = {
-    # How long each takes to compile, about.
+    # Roughly how long each takes to compile, in seconds.
     "sequence_forward_bf16.cu": 4, "sequence_backward_bf16.cu": 4,
     "sequence_forward_f16.cu": 4, "sequence_backward_f16.cu": 4,
     "sequence_forward_f32.cu": 2, "sequence_backward_f32.cu": 2,
@@ -123,8 +126,8 @@ def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
             raise Failure(output)
 
 
-# ---- Bugs in the kernels themselves.
-# Of one cell, to compile fast: several chunks, both directions, uneven lengths.
+# ---- Bugs planted in the kernels.
+# Shapes of one cell, so that compiling is fast. They cover several chunks, both directions and uneven lengths.
 MUTANT_SHAPES = (
     "lstm:bf16:small:3:40:40:2:lengths:hbk",
     "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
@@ -142,7 +145,7 @@ def one_cell(kind: str, way: str, header_folder: Path, out: Path) -> None:
 
 
 def copy_of_headers(name: str) -> Path:
-    """A copy of csrc to change; its folder of CUDA kernels."""
+    """Makes a copy of the headers of csrc in which a bug can be planted, and returns its folder of CUDA kernels."""
     folder = BUILD / f"mutant-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(CSRC, folder / "csrc", ignore=shutil.ignore_patterns("cpu", "torch", "setup", "*.cpp", "*.cu"))
@@ -181,7 +184,7 @@ def mutated(number: int, mutant: Mutant) -> None:
     if text.count(mutant.old) != 1:
         raise Failure(f"{mutant.file} has {text.count(mutant.old)} times, not once: {mutant.old}")
     file.write_text(text.replace(mutant.old, mutant.new))
-    # What both ways include is wrong in both; it is enough that one of them is noticed.
+    # A header that forward and backward share is changed for both. Only one of them is compiled, which must notice it.
     way = "backward" if "backward" in mutant.file else "forward"
     other = one_cell_of(kind, "forward" if way == "backward" else "backward")
     changed = folder / f"{way}.o"
@@ -208,7 +211,7 @@ def units(short: bool = False) -> list[Unit]:
     ):
         for shape in chosen:
             seconds = 1 + shapes.work(shape) / 1e6
-            # Each shape in every build, but in one schedule less.
+            # --short leaves out one seed, that is, one schedule of the threads, of each shape.
             run = partial(run_shape, kind, shape, seeds[:-1] if short else seeds)
             all_units.append(Unit(rung, f"{rung} {shape}", seconds, run, (f"link {kind}",)))
     for kind in sorted({mutant.noticed_by for mutant in MUTANTS}):

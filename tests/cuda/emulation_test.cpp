@@ -1,5 +1,6 @@
-// Kernels with planted bugs, for the emulation's own test: `emulation_test NAME` runs one and says whether its result
-// is right; run.py knows which build must notice what. Without a bug ("none") nothing may be noticed by any.
+// The emulation's own test: kernels in which bugs can be planted. `emulation_test NAME` runs them with the bug NAME and
+// prints whether the results are right. emulated.py lists which build must notice which bug. Without a bug ("none") no
+// build may report anything.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -48,7 +49,8 @@ struct Params {
   unsigned* counter;  // zero
 };
 
-// out[i] = in of the thread opposite, by way of shared memory; all lanes add their warp's sum of zeros.
+// out[i] = in of thread kThreads - 1 - i of the block, passed through shared memory, plus zeros summed over lanes by a
+// shuffle.
 __global__ void within_block(const Params p) {
   float* items = reinterpret_cast<float*>(dynamic_shared());  // [kThreads], a gap, [kThreads] more
   float* more = items + kThreads + kSharedGap / 4;
@@ -69,7 +71,8 @@ __global__ void within_block(const Params p) {
   p.out[block + i + (p.bug == Bug::global_overrun ? kThreads : 0)] = items[kThreads - 1 - i] + zero;
 }
 
-// out[i] = in of the same thread in the cluster's other block, by way of the other's shared memory; twice.
+// out[i] = in of thread kThreads - 1 - i of the cluster's other block, which stores it in this block's shared memory.
+// Done twice, so that the second turn must wait until the first is read.
 __global__ void within_cluster(const Params p) {
   uint4* items = reinterpret_cast<uint4*>(dynamic_shared());
   const unsigned rank = blockIdx.x % kBlocks, other = p.bug == Bug::absent_block ? rank + 1 : (rank + 1) % kBlocks;
@@ -91,7 +94,7 @@ __global__ void within_cluster(const Params p) {
   }
 }
 
-// out[i] = in of the thread opposite in the whole grid, by way of global memory.
+// out[i] = in of thread kItems - 1 - i of the whole grid, passed through global memory.
 __global__ void within_grid(const Params p) {
   const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   p.scratch[i] = p.in[i];
@@ -108,7 +111,7 @@ __global__ void within_grid(const Params p) {
   p.out[i] = p.scratch[kItems - 1 - i];
 }
 
-// out = a 16 x 8 product whose element (m, n) is 16 m + n, from one-hot rows of a.
+// out = a b, 16 x 8, where a is the identity matrix, so that element (m, n) is b's: 16 m + n.
 __global__ void product(const Params p) {
   const int lane = static_cast<int>(threadIdx.x), g = lane / 4, q = lane % 4;
   const auto pair = [](float first, float second) {

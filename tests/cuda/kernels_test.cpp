@@ -1,5 +1,5 @@
-// The CUDA kernels under emulation against the reference.
-//   kernels_test SHAPE...   as test_case.h describes them
+// Compares the CUDA kernels under emulation with the reference.
+//   kernels_test SHAPE...   where test_case.h describes the shapes
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -208,7 +208,7 @@ class Test : Case {
     }
   }
 
-  // [D, T, B, H]: the h before each step, given those after it; 0 where a sequence is not alive.
+  // The h before each step, [D, T, B, H], from the h after each step, [T, B, D*H]. It is 0 past the end of a sequence.
   Values hidden_before(const Values& after) const {
     Values all;
     for (int d = 0; d < o.D; ++d) {
@@ -240,7 +240,8 @@ class Test : Case {
     return array.data() ? static_cast<char*>(array.data()) + index * array.item() : nullptr;
   }
 
-  // At most twice the error of the plain computation in the same dtype, three times for gradients, and one eps.
+  // Our error may be at most twice that of the plain implementation in the same dtype (`peer`), three times for
+  // gradients, plus one eps of the largest value.
   bool compare(const char* name, const Values& ours, const Values& exact, const Values& peer, bool grad, DType stored) {
     double largest = 0, error = 0, theirs = 0;
     size_t worst = 0;

@@ -1,4 +1,4 @@
-"""What the rungs of run.py are made of: commands, and units of work that run MAX_JOBS at a time, by default two."""
+"""Runs the units of work of which the rungs of run.py consist, MAX_JOBS at a time (default 2), and their commands."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUDA = CSRC / "rnn" / "cuda"
 BUILD = ROOT / "build" / "cuda-tests"
 JOBS = int(os.environ.get("MAX_JOBS") or min(2, len(os.sched_getaffinity(0))))
 
-_here = threading.local()  # .spent: processor seconds of the commands that this thread's unit ran
+_here = threading.local()  # .spent: processor seconds of the commands that the current unit of this thread has run
 
 
 class Failure(Exception):
@@ -32,7 +32,8 @@ class Done(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A piece of a rung. `seconds`, a guess, decides what goes first; `after` names units that must have run."""
+    """A piece of a rung. `seconds` is a guess of its time, by which units are ordered. `after` names the units that
+    must have run before it."""
 
     rung: str
     name: str
@@ -71,12 +72,12 @@ def tool(*names: str) -> str:
 
 class Outcome(NamedTuple):
     spent: float  # processor seconds
-    ended: float  # seconds after the start of all
+    ended: float  # seconds since the start of the run
     failure: str | None
 
 
 def chosen_units(units: Sequence[Unit], rungs: Sequence[str]) -> list[Unit]:
-    """The units of these rungs and those that they wait for."""
+    """The units of these rungs and all units on which they depend."""
     by_name = {unit.name: unit for unit in units}
     assert len(by_name) == len(units)
     todo = [unit.name for unit in units if unit.rung in rungs]
@@ -90,7 +91,7 @@ def chosen_units(units: Sequence[Unit], rungs: Sequence[str]) -> list[Unit]:
 
 
 def run_units(units: Sequence[Unit]) -> dict[str, Outcome]:
-    """Runs all, JOBS at a time, first what the longest chain of others waits for."""
+    """Runs all units, JOBS at a time, first those on which the longest chain of other units depends."""
     waiting = {unit.name: unit for unit in units}
     chain: dict[str, float] = {}
 
@@ -121,7 +122,7 @@ def run_units(units: Sequence[Unit]) -> dict[str, Outcome]:
             if failure is None:
                 try:
                     unit.run()
-                except Exception as error:  # of whatever kind: the rung failed, the others go on
+                except Exception as error:  # any error fails this unit; the others still run
                     failure = str(error) if isinstance(error, Failure) else repr(error)
             with changed:
                 outcomes[unit.name] = Outcome(_here.spent, time.monotonic() - begin, failure)

@@ -1,4 +1,4 @@
-// The plans of an H200 for the sizes of docs/cuda.md, one a line, for the check of what is resident:
+// Prints the plans for an H200 at the sizes of docs/cuda.md, one per line. check_resident() in compiled.py reads them:
 //   cell dtype H B D way kind slices groups groups_at_once column_tiles threads shared_bytes
 #include <cstdio>
 #include <initializer_list>

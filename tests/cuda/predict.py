@@ -1,7 +1,7 @@
-"""Counts what a step of the recurrence costs on an H200 and predicts its time: the table of docs/cuda.md.
+"""Counts the memory traffic and the barriers of one step of the recurrence on an H200 and predicts its time.
 
-`python tests/cuda/predict.py` prints it. The constants are data-sheet rates and guesses about latencies, all of which a
-measurement must replace; the counts follow from the plan.
+`python tests/cuda/predict.py` prints the table of docs/cuda.md. The counts follow from the plan. The constants are
+data-sheet rates and guesses about latencies; none of them is measured.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 CLOCK = 1.755e9  # cycles a second
-MMA_RATE = 1270  # multiply-adds a cycle of one multiprocessor through mma.sync, about 0.6 of its peak
+MMA_RATE = 1270  # multiply-adds per cycle of one multiprocessor through mma.sync, about 0.6 of its peak
 SHARED_RATE = 128  # bytes a cycle
 L2_RATE = 64  # bytes a cycle into one multiprocessor
 L2_TOTAL_RATE = 5.5e12  # bytes a second into all of them
 MEMORY_RATE = 4.3e12  # bytes a second
-CELL_CYCLES = 250  # gates, two meetings of the block, addresses
-CLUSTER_SECONDS = 0.45e-6  # barrier and the stores to the other blocks
-GRID_SECONDS = 1.1e-6  # arrival, flag, acquire, by way of L2
-LAUNCH_SECONDS = 2.0e-6  # of a product or a cell kernel in a stream
+CELL_CYCLES = 250  # gates, two barriers of the block, addresses
+CLUSTER_SECONDS = 0.45e-6  # a cluster barrier and the stores to the other blocks
+GRID_SECONDS = 1.1e-6  # a barrier of the grid: arrival, flag and acquire, through L2
+LAUNCH_SECONDS = 2.0e-6  # the launch of a matrix product or of a cell kernel in a stream
 
 SIZES = (128, 256, 512, 1024, 2048)
 BATCHES = (1, 16, 64, 128)
@@ -26,9 +26,10 @@ _SAVED = {"lstm": 5, "gru": 5, "rnn_tanh": 1}
 
 
 def predict(plan: dict[str, Any], mode: str, batch: int, hidden: int, training: bool = True) -> dict[str, float]:
-    """One direction, 16 bits, forward."""
+    """The cost of a forward step of one direction in 16 bits: bytes of device memory, of exchange between blocks and of
+    weights, the number of barriers, and seconds."""
     gates = _GATES[mode]
-    # Input products and y; what the backward will want.
+    # The input products and y, and in training the saved record.
     memory = batch * hidden * (4 * gates + 2 + (4 * _SAVED[mode] if training else 0))
     if plan["kind"] == "steps":
         weights = gates * hidden * hidden * 2
@@ -45,7 +46,7 @@ def predict(plan: dict[str, Any], mode: str, batch: int, hidden: int, training: 
     partials = 2 * splits * columns * rows * 4 / SHARED_RATE
     cycles = chunks * (max(product, vectors + weights) + partials + CELL_CYCLES)
     waves = -(-plan["groups"] // plan["groups_at_once"])
-    exchange = plan["slices"] * plan["tile"] * terms * 2  # of a group, to all its blocks
+    exchange = plan["slices"] * plan["tile"] * terms * 2  # h of one group, sent to all its blocks
     seconds = cycles / CLOCK
     if not cluster:
         seconds = max(seconds, plan["groups"] * exchange / L2_TOTAL_RATE)

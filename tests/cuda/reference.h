@@ -1,6 +1,7 @@
-// A layer's recurrence, one sequence after the other, as plainly as possible; shares no code with the kernels.
-// With C = double and no rounding it says what is right. With C = float, and h and the gate gradients rounded to the
-// layer's dtype where they enter a product, it says how much of an error that dtype brings with it whoever computes.
+// A plain implementation of a layer's recurrence, one sequence after the other, which shares no code with the kernels.
+// With C = double and no rounding it gives the exact results. With C = float, and with h and the gate gradients rounded
+// to the layer's dtype where they are operands of a product, its error is the one that this dtype causes in any
+// implementation, and is the measure of the tolerance.
 #pragma once
 
 #include <cmath>
@@ -41,7 +42,7 @@ Result run(const Problem& p, const Round& round) {
   std::vector<C> db_ih(static_cast<size_t>(p.D) * G * H, C(0)), db_hh = db_ih;
 
   struct Step {
-    std::vector<C> i, f, g, o, c, h;  // gru: r, z, n, hidden n; the rnn: h alone
+    std::vector<C> i, f, g, o, c, h;  // of the lstm; gru stores r, z, n and W_hn h + b_hn in i, f, g, o; rnn only h
   };
   for (int d = 0; d < p.D; ++d) {
     const double* w = p.w_hh.data() + static_cast<size_t>(d) * G * H * H;

@@ -1,18 +1,18 @@
-"""Everything that can be said about the CUDA kernels without a GPU: `python tests/cuda/run.py [--short] [RUNG...]`.
+"""Tests the CUDA kernels without a GPU: `python tests/cuda/run.py [--short] [RUNG...]`. The rungs:
 
-emulation  the emulation's own test: planted bugs, each noticed by the builds that must notice it
-kernels    the kernels under emulation against the reference, over a covering array of shapes
+emulation  the emulation's own test: each planted bug is noticed by the builds that must notice it
+kernels    the kernels under emulation are compared with the reference, over a covering array of shapes
 asan       the same over smaller shapes with the address and undefined-behaviour sanitizers
 tsan       the same with clang's ThreadSanitizer, in several schedules
 boundary   the torch boundary on CPU tensors with emulated kernels: tests/gpu/recurrent*_cuda.py (after `make build`)
 mutants    bugs planted in the kernels: each must be noticed
 compile    nvcc for sm_80, sm_90a and sm_100a: no spills, no local memory, registers, tensor-core instructions
-resident   the blocks of a plan that meet at a barrier fit an H200 at the same time
+resident   all blocks of a plan that wait for each other at a barrier fit an H200 at the same time
 
-Needs nvcc with its headers, g++, clang++ with its sanitizers' runtimes (Debian: clang, libclang-rt-14-dev). A rung that
-lacks something fails. MAX_JOBS says how many commands run at a time (2), NICE=19 at which niceness. The times that are
-printed are those of processors. --short, what .ci/run asks for: one schedule less of each shape, and float16
-compiled for sm_90a alone.
+This needs nvcc with its headers, g++, and clang++ with the runtimes of its sanitizers (Debian: clang,
+libclang-rt-14-dev). A rung that lacks one of them fails. MAX_JOBS is the number of commands that run at a time (2),
+NICE their niceness. The times in the report are processor times. --short, which .ci/run uses, leaves out one schedule
+of each shape and compiles float16 for sm_90a only.
 """
 
 from __future__ import annotations

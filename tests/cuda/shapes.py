@@ -1,7 +1,7 @@
-"""The shapes that the kernels run on under emulation: covering arrays, in which every pair of values of two factors
-occurs somewhere, as far as the emulation can afford it (some tenths of a GFLOP a second).
+"""The shapes on which the kernels run under emulation. They are covering arrays: every pair of values of two factors
+occurs in some shape, unless it is too expensive for the emulation, which computes some tenths of a GFLOP per second.
 
-A shape is cell:dtype:path:T:B:H:D:form:options, as test_case.h reads it.
+A shape is written cell:dtype:path:T:B:H:D:form:options; test_case.h parses it.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _FACTORS: dict[str, tuple[str | int, ...]] = {
     "options": ("b", "hb", "hbk", "hbf", "hg", "-"),
 }
 _NAMES = list(_FACTORS)
-_LIMITED = [_NAMES.index(name) for name in ("path", "T", "B", "H", "D")]  # what costs depend on
+_LIMITED = [_NAMES.index(name) for name in ("path", "T", "B", "H", "D")]  # the factors that determine the cost
 
-# In float32 a chunk of a grid has fewer cells than the block has threads, and with an even number of chunks the last
-# one's cells change hands at the end.
+# In float32 a chunk of a grid has fewer cells than the block has threads. With an even number of chunks the final
+# states of the last chunk are handled by other threads than its steps.
 _FURTHER_SMALL = ("gru:f32:smallgrid:2:64:16:2:lengths:hb",)
 
 Row = tuple[str | int, ...]
@@ -42,7 +42,7 @@ def _affordable(path: str, T: int, B: int, H: int, D: int) -> bool:
 
 
 def _small(path: str, T: int, B: int, H: int, D: int) -> bool:
-    # A grid's blocks are all at once: 64 of them have more threads than ThreadSanitizer finds room for.
+    # All blocks of a grid run at the same time, and 64 blocks have more threads than ThreadSanitizer supports.
     if path == "grid" and D * -(-B // 8) * -(-H // 16) > 32:
         return False
     return T <= 5 and H <= 64 and T * B <= 128
@@ -59,7 +59,7 @@ def _all_limits(allowed: Allowed) -> list[Limits]:
 
 
 def _limits_with(allowed: Allowed, pair: Pair) -> Iterator[Limits]:
-    """The values of the limited factors that are allowed and agree with the pair."""
+    """The allowed values of the limited factors that contain the pair's values, where the pair has such factors."""
     fixed = [(_LIMITED.index(i), value) for i, value in (pair[:2], pair[2:]) if i in _LIMITED]
     return (values for values in _all_limits(allowed) if all(values[i] == value for i, value in fixed))
 
@@ -76,7 +76,8 @@ def _possible_pairs(allowed: Allowed) -> tuple[Pair, ...]:
 
 
 def _covering(allowed: Allowed, seed: int) -> list[str]:
-    """Greedily, from random rows with a pair that is still missing."""
+    """Builds a covering array greedily. Of 40 random rows that contain the first missing pair it takes the one that
+    contains the most missing pairs."""
     chance = random.Random(seed)
     missing = list(_possible_pairs(allowed))
     rows: list[str] = []
@@ -105,12 +106,12 @@ def all_shapes() -> list[str]:
 
 @cache
 def small_shapes() -> list[str]:
-    """For the sanitizers."""
+    """The shapes that run under the sanitizers."""
     return [*_covering(_small, seed=1), *_FURTHER_SMALL]
 
 
 def work(shape: str) -> int:
-    """About how many multiply-adds of one gate a shape takes."""
+    """Roughly the number of multiply-adds that a shape takes for one gate."""
     _, _, _, T, B, H, D, *_ = shape.split(":")
     return int(T) * int(B) * int(H) * int(H) * int(D)
 
@@ -120,7 +121,7 @@ def _row(shape: str) -> Row:
 
 
 def check() -> None:
-    """That the arrays cover what they promise, whoever changes this file."""
+    """Checks that the arrays cover every affordable pair and that only the pairs of `big` are too expensive."""
     for chosen, allowed in ((all_shapes(), _affordable), (small_shapes(), _small)):
         rows = [_row(shape) for shape in chosen]
         for row in rows:
@@ -128,7 +129,6 @@ def check() -> None:
             assert allowed(*(row[i] for i in _LIMITED)), row
         missing = set(_possible_pairs(allowed)) - set().union(*map(_pairs, rows))
         assert not missing, missing
-    # What is out of reach is only this.
     every = set(_possible_pairs(lambda *_: True))
     beyond = {(_NAMES[i], a, _NAMES[j], b) for i, a, j, b in every - set(_possible_pairs(_affordable))}
     big = {(name, size, "H", H) for name, size in (("T", 5), ("T", 33), ("B", 17), ("B", 64)) for H in (256, 512)}

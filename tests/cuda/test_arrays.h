@@ -1,17 +1,18 @@
-// Numbers for the kernels to read and write, as the tests see them.
+// Arrays of every dtype that the kernels read and write, which the tests access as doubles.
 #pragma once
 
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "../native/naive.h"
+#include "../native/naive_storage.h"
 
 namespace dlk {
 
 using Values = std::vector<double>;
 
-// An array of a dtype of exactly its size, for the address sanitizer; every byte 0xff (a NaN) until it is written.
+// An array of f32, bf16 or f16. It is allocated with exactly its size, so that the address sanitizer reports every
+// access beyond it, and all its bytes are 0xff (NaN) until they are written.
 class Array {
  public:
   Array() = default;

@@ -1,8 +1,9 @@
-// One case of the kernels' test: its name, the random layer that the name asks for, and where rows lie in memory.
+// One case of the kernels' test: its name, the random layer that the name describes, and the layout of rows in memory.
 //   cell:dtype:path:T:B:H:D:form:options, for example lstm:bf16:best:5:8:40:2:lengths:hb
-// path: grid or steps; best: what an H200 would take, a cluster where possible; small, smallgrid: on a GPU with room
-// for few groups. form: padded, lengths, packed. options: b biases, h states given, k gradients cut every two steps, f
-// batch first (and a gap between rows), g only final states' gradients, - none.
+// path: grid or steps forces that kind of plan; best is the plan for an H200, a cluster where possible; small and
+// smallgrid plan for a GPU with room for few groups. form: padded, lengths or packed. options: b biases, h initial
+// states and gradients of the final ones, k backward truncated every two steps, f batch first (and a gap between rows),
+// g no gradient of y, - none.
 #pragma once
 
 #include <algorithm>
@@ -119,12 +120,12 @@ class Case {
     first_row.push_back(static_cast<int>(rows));
     if (o.form == "lengths") {
       for (int n : p.lengths) lengths.push_back(n);
-      // The kernel clamps: of these no value may be used as it is.
+      // The kernels clamp lengths to 0..T. Lengths outside check that no value is used unclamped.
       for (int64_t& n : lengths) n = n == o.T ? n + 7 : n == 0 ? -3 : n;
     }
     LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows, false};
     GpuLimits gpu = kH200;
-    // Room for a few groups only, so that each has several chunks of sequences to walk.
+    // With room for a few groups only, each group has several chunks of sequences.
     const int units = slice_shape(G, o.dtype != DType::f32, false, false).units;
     if (o.path == "small") gpu.clusters_8 = gpu.clusters_16 = 1;
     if (o.path == "smallgrid") gpu.multiprocessors = o.D * ceil_div(o.H, units);
@@ -142,7 +143,7 @@ class Case {
     }
   }
 
-  // A tensor of rows with these features: where row (t, b) begins, and how many elements it has in all.
+  // The strides of a tensor with this many features per row; `elements` is its size, `place` the offset of row (t, b).
   struct Strides {
     int64_t t, b;
   };
@@ -165,7 +166,7 @@ class Case {
     return {static_cast<Pointer>(array.data()), s.t, s.b, array.dtype()};
   }
 
-  // From [T, B, features] to rows and back; rows that must not be read are NaN.
+  // Convert [T, B, features] to the layout of the case and back. Rows that the kernels must not read are NaN.
   Array to_rows(const Values& values, size_t begin, DType dtype, size_t features, int64_t row_gap) const {
     Array array(dtype, elements(static_cast<int64_t>(features), row_gap));
     for (int t = 0; t < o.T; ++t) {

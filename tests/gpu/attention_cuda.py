@@ -1,5 +1,6 @@
-"""The attention operators on a CUDA device against float64 on the CPU: the cases of tests/gpuless, and what only a GPU
-can show. Run by check.py; DLKERNELS_SHARD=2/8 takes each eighth case, DLKERNELS_DEADLINE ends a run in time."""
+"""Compares the attention operators on a CUDA device with float64 on the CPU over the cases of tests/gpuless, and tests
+what only a GPU can show. check.py runs this file; turns.py and conftest.py explain DLKERNELS_SHARD and
+DLKERNELS_DEADLINE."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ import dlkernels.attention.triton
 from dlkernels.testing import Verdict
 
 dlkernels.attention.triton.register()
-# Longer than under the interpreter: several of the shipped tiles, whole and cut.
+# Longer sequences than under the interpreter, which have several of the shipped tiles, whole tiles and partial ones.
 LENGTHS = ((1, 1), (1, 513), (7, 97), (97, 7), (300, 300), (257, 1030), (1025, 130))
 CASES = pairwise(FACTORS | {"lengths": LENGTHS[:4] if REHEARSAL else LENGTHS})
 
@@ -46,13 +47,13 @@ def test_pairs_of_features(index: int) -> None:
 
 
 def judged(inputs: Inputs, dtype: torch.dtype) -> None:
-    """Right, and the same twice."""
+    """Checks that the results are right and that a second run gives the same bits."""
     o, lse, gradients = on_device(inputs)
     judge = Judge(inputs, dtype)
     wrong = []
 
     def note(name: str, verdict: Verdict, factor: float) -> None:
-        # exp2, log2 and division of the GPU are good to 2 ulp, those of the CPU to 1.
+        # exp2, log2 and division have errors of up to 2 ulp on the GPU and 1 ulp on the CPU.
         if not verdict.ours <= verdict.limit * factor + 1e-6 * float(dtype == torch.float32):
             wrong.append(f"{name}: {verdict}")
 
@@ -77,7 +78,8 @@ NO_FEATURES = (None, None, None, None, None, None, 0, 0)
 @first_shard
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saturated_rows(dtype: torch.dtype) -> None:
-    """Logits of some 1e4: were a score fused with what is subtracted from it, p would miss 1 by its rounding."""
+    """Logits of about 1e4. If the scaling of a score were fused with the subtraction of the maximum, p at the maximum
+    would differ from 1 by the rounding error of the maximum."""
     inputs = build(PLAIN | {"causal": 1, "dtype": dtype, "widths": (64, 64)}, 13)
     judged(inputs._replace(q=inputs.q * 64, k=inputs.k * 64), dtype)
 
@@ -109,7 +111,7 @@ def test_200_repeats_are_bit_equal() -> None:
 @on_a_gpu
 @first_shard
 def test_memory_is_linear() -> None:
-    """16k x 16k, forward and backward: nothing of M x N elements."""
+    """A forward and a backward of 16k x 16k allocate no tensor of M x N elements."""
     length, heads, width = 16384, 2, 64
     q, k, v, do = (torch.randn(1, heads, length, width, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
     rest = (*NO_FEATURES, width**-0.5, 0, -1, -1, 0.0, 0.0)
@@ -122,7 +124,7 @@ def test_memory_is_linear() -> None:
 
 @first_shard
 def test_decode_splits_the_keys() -> None:
-    """(1, 32, 1, 2048, 128) with four query heads to a key head, against the same without splitting and SDPA."""
+    """Decoding of (B, H, M, N, D) = (1, 32, 1, 2048, 128) with four query heads per key head, compared with SDPA."""
     q = torch.randn(1, 32, 1, 128, device=DEVICE, dtype=torch.bfloat16)
     k, v = (torch.randn(1, 8, 2048, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     rest = (*NO_FEATURES, 128**-0.5, 0, -1, -1, 0.0, 0.0)
@@ -133,7 +135,7 @@ def test_decode_splits_the_keys() -> None:
 
 @first_shard
 def test_the_function_runs_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`dlkernels.functional.attention` with gradients, compiled and not; on a GPU it is the Triton code that ran."""
+    """`dlkernels.functional.attention` with gradients, eager and compiled. On a GPU the Triton code must have run."""
     ran: list[str] = []
     if not REHEARSAL:
         from dlkernels.attention.triton import host
@@ -160,7 +162,7 @@ def test_the_function_runs_these_kernels(monkeypatch: pytest.MonkeyPatch) -> Non
 @on_a_gpu
 @first_shard
 def test_cuda_graph() -> None:
-    """Nothing synchronises and nothing is allocated behind torch's back: a captured call replays with other inputs."""
+    """A captured call replays with other inputs, so it neither synchronises nor allocates memory outside of torch."""
     rest = (*NO_FEATURES, 64**-0.5, 1, -1, -1, 0.0, 0.0)
     q, k, v, do = (torch.randn(2, 4, 256, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
 

@@ -1,4 +1,4 @@
-"""Forward and backward TFLOP/s of the attention kernels beside every SDPA backend: bench_attention.py OUT.json."""
+"""Measures the TFLOP/s of the attention kernels and of every SDPA backend, both passes: bench_attention.py OUT.json."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKENDS = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_math": SDPBackend.MATH,
 }
-MATH_UP_TO = 2048  # beyond, its M x N tensors are most of the memory and of the time
+MATH_UP_TO = 2048  # for longer sequences its M x N tensors take most of the memory and of the time
 TOKENS = 128 if REHEARSAL else 16384
 HIDDEN = 128 if REHEARSAL else 2048
 LENGTHS = (64, 128) if REHEARSAL else (4096, 1024, 16384, 2048, 8192)
@@ -81,7 +81,7 @@ def case(dtype: torch.dtype, width: int, causal: bool, length: int) -> dict[str,
                     if expected is not None:
                         difference = calls[0]().float() - expected.float()
                         row[name]["largest_difference"] = difference.abs().max().item()
-        except Exception as error:  # a backend that refuses, or runs out of memory, must not take the others along
+        except Exception as error:  # a backend may refuse the call or run out of memory; the others are still measured
             row[name] = {"not_run": why(error)}
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
@@ -89,7 +89,7 @@ def case(dtype: torch.dtype, width: int, causal: bool, length: int) -> dict[str,
 
 
 def _ratios(row: dict[str, Any]) -> dict[str, Any]:
-    """Ours over the better of SDPA's flash and cuDNN, in speed."""
+    """Our speed divided by that of the faster of SDPA's flash and cuDNN backends."""
     found = {}
     for name in ("forward", "backward"):
         peers = [row[peer].get(f"{name}_ms") for peer in ("sdpa_flash", "sdpa_cudnn")]
@@ -105,7 +105,7 @@ def decode(length: int) -> dict[str, Any]:
     rest = (None, None, None, None, None, None, 0, 0, 128**-0.5, 0, -1, -1, 0.0, 0.0)
     row: dict[str, Any] = {"what": "decode", "dtype": "bfloat16", "H": 32, "HKV": 8, "M": 1, "N": length, "D": 128}
     row["dlkernels"] = {"forward_ms": milliseconds(lambda: torch.ops.dlkernels.attention(q, k, v, *rest, False))[0]}
-    # Whatever SDPA chooses by itself.
+    # SDPA chooses its backend.
     row["sdpa"] = {"forward_ms": milliseconds(lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True))[0]}
     return row
 

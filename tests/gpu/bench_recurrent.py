@@ -1,7 +1,8 @@
-"""torch.nn's recurrent layers, which are cuDNN's on CUDA, and ours beside them: bench_recurrent.py OUT.json.
+"""Times our recurrent layers and torch.nn's, which use cuDNN on CUDA: bench_recurrent.py OUT.json.
 
-float32 is measured twice, with and without tf32 in cuDNN and in torch's products; our own products never use it. Ours
-run on whatever path `dlkernels.explain` names; where that is the reference, step by step, only small cases are timed.
+float32 is measured twice, with and without tf32 in cuDNN and in torch's products; our own products never use tf32. Our
+layers run on the path that `dlkernels.explain` names. Where that is the reference path, which runs step by step, only
+small cases are timed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import dlkernels
 
-# (B, T, I, H): latency, what fits a cluster, what fills the GPU, what is too large to stay on the chip
+# (B, T, I, H): a batch of one for the latency; sizes whose weights fit a cluster; sizes that fill the GPU; weights that
+# are too large to stay in shared memory.
 SHAPES = (
     ((2, 8, 16, 16),)
     if REHEARSAL
@@ -52,7 +54,8 @@ def case(kind: str, precision: str, shape: tuple[int, int, int, int], packed: bo
     dtype, tf32 = PRECISIONS[precision]
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     x = torch.randn(steps, batch, width, device=DEVICE, dtype=dtype, requires_grad=True)
-    # Of every length from a quarter on, as many tokens as in the mean of a shuffled corpus.
+    # Evenly spaced lengths from T down to T / 4, the longest first, as pack_padded_sequence wants them. A packed case
+    # has 0.625 of the tokens of a padded one.
     lengths = torch.linspace(steps, max(1, steps // 4), batch).long()
     given: Any = pack_padded_sequence(x, lengths) if packed else x
     if packed:

@@ -1,7 +1,7 @@
-"""Calls of the recurrent layers for a tool that watches them: calls.py small | main.
+"""Calls of the recurrent layers to be run under a tool: calls.py small | main.
 
-small: every kind of kernel once, at sizes that compute-sanitizer gets through in time. main: what the benchmarks are
-about, once, for ncu.
+small calls every kind of kernel once, at sizes that are fast enough under compute-sanitizer. main calls layers of the
+sizes of the benchmarks once, for ncu.
 """
 
 from __future__ import annotations

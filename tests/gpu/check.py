@@ -1,11 +1,12 @@
-"""Everything to be learnt from a machine with an NVIDIA GPU, in one call of under nine minutes: `make gpu-check`.
+"""Runs all checks that need an NVIDIA GPU in one call of under nine minutes: `make gpu-check`.
 
     python tests/gpu/check.py [--rehearse] [OUT.json]
 
-Build for the GPU at hand, GPU tests, compute-sanitizer, benchmarks of attention against every SDPA backend and of the
-recurrent layers against cuDNN's, ncu. A part that fails does not keep the others from running. What did not run, on a
-machine without a GPU nearly everything, is said. The exit status is 0 if all parts ran and passed. --rehearse runs the
-same parts on the CPU, at small sizes: that this file and its tests work, not more.
+The parts are a build for the GPU of this machine, the GPU tests, compute-sanitizer, benchmarks of attention against
+every SDPA backend and of the recurrent layers against cuDNN's, and ncu. A part that fails does not keep the others from
+running. The report names what did not run, which on a machine without a GPU is nearly everything. The exit status is 0
+if all parts ran and passed. --rehearse runs the same parts on the CPU at small sizes, which tests this file and the
+tests that it runs, but no GPU code.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 BEGIN = time.time()
-TOTAL = 520.0  # seconds, of nine minutes
-# Seconds since the beginning; a part may take what those before it left.
+TOTAL = 520.0  # seconds, which leaves a margin to nine minutes
+# The time by which a part must end, in seconds since the start. A part may use the time that earlier parts left over.
 UNTIL = {
     "build": 110.0, "tests": 270.0, "memcheck": 310.0, "racecheck": 340.0, "attention": 420.0, "recurrent": 495.0,
     "ncu": 512.0,
 }  # fmt: skip
 TAIL = 6000
 REHEARSE = "--rehearse" in sys.argv[1:]
-if REHEARSE:  # on whatever machine, beside whatever else
+if REHEARSE:  # the machine may be slow or busy
     UNTIL = {name: 5 * seconds for name, seconds in UNTIL.items()}
 
 
 def environment() -> dict[str, Any]:
-    """Versions and the device, by a process of its own: a torch that does not import is a result too."""
+    """Versions and the device, found by a separate process, so that a torch that cannot be imported is reported too."""
     script = """
 import json, platform, sys
 found = {"python": sys.version.split()[0], "platform": platform.platform()}
@@ -79,7 +80,7 @@ def settings(**more: str) -> dict[str, str]:
 
 
 def finish(process: subprocess.Popen[str], until: float) -> int:
-    """Its status; what it started ends with it, `until` seconds after the beginning at the latest."""
+    """Waits for a process and returns its status. It is killed with its children `until` seconds after the start."""
     try:
         return process.wait(timeout=max(5.0, BEGIN + until - time.time()))
     except subprocess.TimeoutExpired:
@@ -89,7 +90,7 @@ def finish(process: subprocess.Popen[str], until: float) -> int:
 
 
 def run(command: list[str], until: float, tail: int = TAIL, **more: str) -> dict[str, Any]:
-    """A part in a process of its own, with `more` in its environment."""
+    """Runs a part in a separate process with `more` added to its environment."""
     begin = time.time()
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         try:
@@ -107,7 +108,7 @@ def run(command: list[str], until: float, tail: int = TAIL, **more: str) -> dict
 
 
 def build(gpu: bool) -> dict[str, Any]:
-    """For the GPU at hand alone; where there is none only the CPU's kernels."""
+    """Builds for the GPU of this machine only; without a GPU, only the CPU kernels."""
     result = run([sys.executable, "csrc/setup/native.py"], UNTIL["build"], DLKERNELS_CUDA=str(int(gpu)))
     built = re.findall("^dlkernels: .*", result["output"], re.MULTILINE)
     return result | {"built": built[0] if built else ""}
@@ -126,7 +127,7 @@ def pytest_process(name: str, file: str, shard: str, deadline: float) -> tuple[s
 
 
 def tests() -> dict[str, Any]:
-    """In several processes: most of the time goes into compiling, and into float64 on the CPU."""
+    """Runs the tests in several processes, since most of their time is spent compiling and on float64 on the CPU."""
     cores = os.cpu_count() or 2
     shards = {"attention": 1, "recurrent": 1, "recurrent_torch": 1, "recurrent_dropin": 1} if REHEARSE else {
         "attention": max(1, min(10, cores - 7)), "recurrent": max(1, min(3, cores - 4)), "recurrent_torch": 1,
@@ -152,19 +153,19 @@ def tests() -> dict[str, Any]:
 
 
 def tool(name: str) -> str | None:
-    """Of the CUDA toolkit: on the PATH, or where nvcc is."""
+    """Finds a tool of the CUDA toolkit on the PATH or beside nvcc."""
     nvcc = shutil.which(os.environ.get("NVCC", "nvcc"))
     folders = [Path(nvcc).resolve().parent, Path("/usr/local/cuda/bin")] if nvcc else [Path("/usr/local/cuda/bin")]
     return shutil.which(name) or next((str(folder / name) for folder in folders if (folder / name).is_file()), None)
 
 
 def watched(name: str, program: str, options: list[str], calls: str) -> dict[str, Any]:
-    """calls.py under a tool; in a rehearsal without it."""
+    """Runs calls.py under a tool; a rehearsal runs it without the tool."""
     found = None if REHEARSE else tool(program)
     if found is None and not REHEARSE:
         return {"not_run": f"there is no {program}", "status": 0}
     command = [sys.executable, str(HERE / "calls.py"), calls]
-    # Without torch's cache each tensor is memory of its own, which memcheck can tell from its neighbours.
+    # Without torch's caching allocator each tensor is a separate allocation, so that memcheck sees accesses beyond it.
     more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if program == "compute-sanitizer" else {}
     result = run(
         [found, *options, *command] if found else command, UNTIL[name], tail=4 * TAIL,
@@ -172,7 +173,7 @@ def watched(name: str, program: str, options: list[str], calls: str) -> dict[str
     )  # fmt: skip
     if "ERR_NVGPUCTRPERM" in result["output"]:
         result |= {"status": 0, "not_run": "this machine does not let users read the GPU's counters"}
-    elif "NOT RUN" in result["output"] and result["status"] == 1:  # calls.py found its time over; 9 are errors
+    elif "NOT RUN" in result["output"] and result["status"] == 1:  # calls.py ran out of time; 9 is the status of errors
         result |= {"status": 0}
     return result
 
@@ -210,7 +211,7 @@ def benchmark(name: str, out: Path) -> dict[str, Any]:
 
 
 def missing(found: dict[str, Any]) -> str:
-    """Why nothing can run on a GPU here, or ""."""
+    """The reason why nothing can run on a GPU here, or an empty string."""
     if "error" in found or "torch_error" in found:
         return f"torch: {found.get('torch_error') or found['error']}"
     if REHEARSE:
@@ -221,7 +222,7 @@ def missing(found: dict[str, Any]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The recurrent layers' times for a terminal."""
+    """The times of the recurrent layers as text lines."""
     head = f"{'layer':22} {'B x T x I x H':20} {'form':7} {'plan':9} {'forward ms':>20} {'training ms':>20}"
     lines = [f"{head}  speed-up of ours / torch.nn"]
     for row in rows:
@@ -270,7 +271,7 @@ def main() -> int:
             continue
         try:
             note(name, work[name]())
-        except Exception as error:  # of this file: the other parts are still worth having
+        except Exception as error:  # an error of this file must not keep the other parts from running
             note(name, {"status": 1, "output": repr(error)})
     print("\n".join(table(parts["recurrent"].get("rows", []))))
     if reason or REHEARSE:

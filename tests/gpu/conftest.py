@@ -1,4 +1,4 @@
-"""The tests here use the modules of tests/support and of tests/gpuless; DLKERNELS_DEADLINE ends them in time."""
+"""Puts tests/gpuless and the repository's root on the path, and skips the tests that begin after DLKERNELS_DEADLINE."""
 
 from __future__ import annotations
 

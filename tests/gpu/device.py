@@ -1,4 +1,4 @@
-"""What only a CUDA device has, and what stands for it in a rehearsal on the CPU."""
+"""Features that only a CUDA device has (plans, graphs, streams), and their replacements in a rehearsal on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from turns import ON_GPU
 
 from dlkernels._core import extension
 
-# A library whose CUDA layers serve CPU tensors, with emulated kernels: tests/cuda/run.py makes it.
+# A library that runs the CUDA layers on CPU tensors with emulated kernels. tests/cuda/run.py builds it.
 EMULATED = os.environ.get("DLKERNELS_EMULATED", "")
 CUDA_KERNELS = ON_GPU or bool(EMULATED)
 KINDS = ("cluster", "grid", "steps")
@@ -21,7 +21,7 @@ KINDS = ("cluster", "grid", "steps")
 
 def _emulate() -> Any:
     torch.ops.load_library(EMULATED)
-    # On the CPU torch has no product of 16-bit numbers with float32 results.
+    # On the CPU torch has no matrix product of 16-bit operands with a float32 result.
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype_out", lambda a, b, dtype, out: torch.mm(a.to(dtype), b.to(dtype), out=out), "CPU")
     return ctypes.CDLL(EMULATED), library
@@ -32,7 +32,7 @@ _emulated = _emulate() if EMULATED else None
 
 @contextlib.contextmanager
 def best_plan(kind: str) -> Iterator[None]:
-    """Layers run by plans of this kind, if they can, or of a later one."""
+    """Within it, layers run by plans of this kind or, where that is not possible, of a later one in KINDS."""
 
     def cap(name: str) -> None:
         extension.native.cap_cuda_plan(name)
@@ -52,7 +52,7 @@ def plan_kind(mode: str, dtype: torch.dtype, T: int, B: int, H: int, D: int, bac
 
 
 def replayable(work: Callable[[], Any]) -> Callable[[], Any]:
-    """`work`, captured in a CUDA graph: the call replays it."""
+    """Captures `work` in a CUDA graph and returns a function that replays it. Without a GPU it is `work` itself."""
     if not ON_GPU:
         return work
     side = torch.cuda.Stream()
@@ -74,7 +74,7 @@ def replayable(work: Callable[[], Any]) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def other_stream() -> Iterator[None]:
-    """A stream that is not the default one, ordered with it on both sides."""
+    """Runs the block on another stream. That stream waits for the current one before, and the current for it after."""
     if not ON_GPU:
         yield
         return
@@ -87,7 +87,7 @@ def other_stream() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Whatever waits for the device is an error."""
+    """Makes every operation that synchronizes with the device an error."""
     if not ON_GPU:
         yield
         return

@@ -1,4 +1,4 @@
-"""What the files of tests of the recurrent layers on a CUDA device share: small layers and their lengths."""
+"""Small layers and their lengths, which all tests of the recurrent layers on a CUDA device use."""
 
 from __future__ import annotations
 

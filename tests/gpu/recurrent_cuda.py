@@ -1,8 +1,9 @@
-"""The numbers of the recurrent layers on a CUDA device against float64 on the CPU.
+"""Compares results of the recurrent layers on a CUDA device with float64 on the CPU.
 
-Run by check.py, with recurrent_torch_cuda.py: DLKERNELS_SHARD=2/8 takes each eighth case, DLKERNELS_DEADLINE ends a run
-in time. Without a GPU two others run for them: the CPU's kernels, which rehearses these files, and those of
-csrc/rnn/cuda under emulation (`python tests/cuda/run.py boundary`), which tests their torch boundary.
+check.py runs this file. DLKERNELS_SHARD=2/8 runs every eighth case from number 2 on, and DLKERNELS_DEADLINE (a
+time.time()) is the time after which tests are skipped. Without a GPU the same tests run on the CPU kernels, which tests
+the files themselves, or on the emulated kernels of csrc/rnn/cuda (`python tests/cuda/run.py boundary`), which tests
+their torch boundary.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from dlkernels.testing import within_rule
 from tests.support.layer_cases import Case, assert_same_results, check_case, error, make_data, new_layer, run_layer
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-# T, B, I, H: one of everything; several slices, several tiles; nothing a multiple of anything.
+# T, B, I, H: with one slice and one tile, with all sizes 1, with several slices and tiles, and with sizes that are not
+# multiples of any tile.
 SMALL = ((5, 3, 4, 40), (1, 1, 3, 1), (3, 18, 5, 70), (4, 9, 7, 33))
 LARGE = ((5, 3, 4, 40), (1, 1, 3, 1), (33, 9, 70, 130), (17, 70, 33, 256), (9, 130, 16, 300))
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -54,7 +56,7 @@ def label(row: dict[str, Any]) -> str:
 
 def as_case(row: dict[str, Any], seed: int) -> Case:
     T, B, I, H = row["size"]
-    # Of every kind, one of length 0 where the form can say it; pack_padded_sequence cannot.
+    # Uneven lengths. One is 0 where the form allows it; pack_padded_sequence does not.
     lengths = tuple(1 + (3 * b + T - 1) % T for b in range(B))
     if row["form"] == "lengths" and B > 2:
         lengths = (*lengths[:1], 0, *lengths[2:])
@@ -108,7 +110,8 @@ def test_cells(mode: str, dtype: torch.dtype, bias: bool, hx: bool) -> None:
     ref = run(torch.nn, torch.float64, "cpu")
     for key, value in ours.items():
         verdict = within_rule(value, theirs[key], ref[key], dtype, grad=key.startswith("d"))
-        # One throw of the dice, without the second look that layers get.
+        # The limit is proportional to torch's own error, a random quantity that is measured once. A layer that exceeds
+        # its limit is measured again on inputs nearby (check_case). A cell is not, so it is allowed twice the limit.
         assert verdict.ours <= 2 * verdict.limit, f"{key}: {verdict}"
 
 
@@ -128,7 +131,7 @@ def test_the_same_call_gives_the_same_bits(mode: str, kind: str) -> None:
 @first_shard
 @pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_tanh"])
 def test_only_what_is_wanted(mode: str) -> None:
-    """Frozen weights, an input without gradient, no states: what remains has the same bits."""
+    """Without the gradient of the weights or that of the input, the remaining gradients have the same bits."""
     case = a_case(mode)
     data = make_data(case).to(DEVICE)
     layer = new_layer(case, data, case.dtype)
@@ -175,7 +178,8 @@ def test_nothing_in_the_batch(mode: str) -> None:
 
 @first_shard
 def test_gradients_of_samples_and_of_gradients() -> None:
-    """vmap(grad) asks the backward for its gate gradients; the second derivative is the reference's."""
+    """Per-sample gradients, for which vmap(grad) uses the gate gradients of the backward, and a second derivative,
+    which is compared with that of the reference."""
     case = a_case(dtype=torch.float32, T=3, B=5, H=17, bidirectional=False)
     data = make_data(case).to(DEVICE)
     layer = new_layer(case, data, torch.float32)

@@ -1,5 +1,5 @@
-"""What a program may do with the results of the recurrent layers on a CUDA device, and calls with tensors of several
-dtypes, as autocast makes them. Run as recurrent_cuda.py is."""
+"""Tests that the recurrent layers on a CUDA device can replace torch's: memory layouts, results edited before the
+backward, and calls with tensors of several dtypes, as autocast makes them. Run in the same way as recurrent_cuda.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.layer_cases import Case, assert_bit_equal, leaf, make_data, n
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 FORMS = ("padded", "batch_first", "lengths", "packed")
-# Of the products, x, h0, c0 and the weights.
+# The dtypes of the products, x, h0, c0 and the weights.
 MIXED = (
     (BF16, F32, F32, F32, F32), (F16, F32, F16, F32, F32), (BF16, BF16, F32, BF16, F32), (F16, F16, BF16, F32, BF16),
     (F32, F16, F32, BF16, BF16), (BF16, F16, BF16, BF16, F16),
@@ -52,7 +52,7 @@ def test_results_lie_in_memory_as_those_of_torch(mode: str, batch_first: bool) -
 
 @first_shard
 def test_input_that_lies_with_time_first() -> None:
-    """What a layer of batch-first input returned, given to the next: the same as a contiguous copy of it."""
+    """The transposed output of a batch_first layer, passed on, gives the same results as a contiguous copy of it."""
     case = a_case("gru", batch_first=True)
     data = make_data(case).to(DEVICE)
     layer = new_layer(case, data, case.dtype)
@@ -66,7 +66,7 @@ def test_input_that_lies_with_time_first() -> None:
         without_dx = torch.autograd.grad(layer(x.detach())[0].float().square().sum(), list(layer.parameters()))
         found.append([y.detach(), h_n.detach(), *grads, *without_dx])
     for i, (one, other) in enumerate(zip(*found, strict=True)):
-        # Sums over rows in another order differ in their last bits.
+        # Sums over rows in different orders differ in their last bits.
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(one.abs().max()), msg=f"result {i}")
 
 
@@ -141,12 +141,13 @@ def op(name: str) -> Any:
 
 
 def numbers(product: torch.dtype) -> Types:
-    """What CUDA's autocast asks for: all results in the dtype of the products."""
+    """The dtypes of results under CUDA's autocast: all are that of the products."""
     return Types(*[DTYPES.index(product)] * 3)
 
 
 def judge(named: dict[str, tuple[Tensor, Tensor, Tensor, torch.dtype]], product: torch.dtype) -> None:
-    """Ours, the same call in one dtype, float64, and the dtype that ours must have."""
+    """Checks results by name: (ours, the same call with all tensors in one dtype, float64, the dtype that ours must
+    have)."""
     for name, (ours, plain, exact, dtype) in named.items():
         assert ours.dtype == dtype, f"{name}: {ours.dtype}"
         coarser = max((product, dtype), key=lambda one: torch.finfo(one).eps)
@@ -198,7 +199,7 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
     exact = [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
     names = ["y", "h_n", *(["c_n"] if mode == "lstm" else []), "dx", "dh0", *(["dc0"] if mode == "lstm" else [])]
     names += [f"d{name}" for name in data.params]
-    # Each plan and each mixture comes with several modes and forms.
+    # The kind of plan and the half of MIXED rotate, so that each occurs with several modes and forms.
     turn = MODES.index(mode) + FORMS.index(form)
     with best_plan(KINDS[turn % 3]):
         for product, *dtypes in MIXED[turn % 2 :: 2]:
@@ -206,7 +207,7 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
             states_of = dtypes[:3] if mode == "lstm" else dtypes[:2]
             expected = [*[product] * len(outputs), *states_of, *[dtypes[3]] * len(data.params)]
             judge(dict(zip(names, zip(ours, plain, exact, expected, strict=True), strict=True)), product)
-            if CUDA_KERNELS:  # which round operands; those of the CPU need not
+            if CUDA_KERNELS:  # these round their operands to the dtype of the products; the CPU kernels need not
                 for name, mixed, same in list(zip(names, ours, plain, strict=True))[: len(outputs)]:
                     assert_bit_equal(f"{name}, products of {product}", mixed, same)
 
@@ -247,7 +248,7 @@ def test_each_tensor_of_a_cell_in_a_dtype_of_its_own(mode: str) -> None:
 @first_shard
 @pytest.mark.parametrize("mode", MODES)
 def test_results_in_other_dtypes_than_the_products(mode: str) -> None:
-    """Types that no autocast on CUDA asks for: results are converted."""
+    """Result dtypes that autocast on CUDA never produces: the results are converted."""
     case = a_case(mode, dtype=F32)
     data = make_data(case).to(DEVICE)
     args: tuple[Any, ...] = (
@@ -270,7 +271,7 @@ def test_autocast_trains_weights_of_float32(mode: str) -> None:
     for package in (dlkernels.nn, torch.nn):
         layer = new_layer(case, data, F32, package)
         x, h0, c0 = (leaf(values, F32, True) for values in (data.x, data.h0, data.c0))
-        # In a rehearsal on the CPU torch runs step by step: oneDNN has no bfloat16 kernel for some of these layers.
+        # A rehearsal on the CPU disables oneDNN, which has no bfloat16 kernel for some of these layers.
         with torch.autocast(DEVICE, BF16), torch.backends.mkldnn.flags(enabled=False):
             y, states = layer(x, (h0, c0) if mode == "lstm" else h0)
         outputs = [y, *(states if mode == "lstm" else [states])]

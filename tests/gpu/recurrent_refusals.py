@@ -1,7 +1,8 @@
-"""The same mistakes at the recurrent operators of the CPU and at those of a CUDA device: one exception, one message.
+"""Invalid calls of the recurrent operators, which must raise the same exception with the same message on the CPU and on
+a CUDA device.
 
-Under emulation the library for the test has replaced the operators of the CPU, so they are asked in another process:
-this file as a script prints what they say."""
+Under emulation the test's library has replaced the operators of the CPU, so those are called in another process: run as
+a script, this file prints their outcomes."""
 
 from __future__ import annotations
 
@@ -169,7 +170,8 @@ def placed(name: str, value: Any, device: str) -> Any:
 
 
 def outcome(name: str, device: str) -> list[str]:
-    """The exception's type and message; of a call without changes, nothing."""
+    """The type and the message of the exception that a call raises, or an empty list. Where `name` is an operator
+    instead of a mistake, the call is valid."""
     operator, changes = MISTAKES.get(name, (name, {}))
     call = {key: placed(key, value, device) for key, value in {**CALLS[operator], **changes}.items()}
     try:
@@ -180,7 +182,7 @@ def outcome(name: str, device: str) -> list[str]:
 
 
 def of_the_cpu() -> dict[str, list[str]]:
-    """In a process without emulation."""
+    """The outcomes of all calls on the CPU, from a process without emulation."""
     environment = {name: value for name, value in os.environ.items() if name != "DLKERNELS_EMULATED"}
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
-"""What torch asks of the recurrent layers on a CUDA device: refusals, autocast, graphs, streams, devices, the compiler,
-dropout between layers. Run as recurrent_cuda.py is."""
+"""Tests that the recurrent layers on a CUDA device work with torch: refusals, autocast, CUDA graphs, streams, devices,
+torch.compile, dropout between layers. Run in the same way as recurrent_cuda.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.layer_cases import error, make_data, new_layer
 
 
 def arguments(**changes: Any) -> tuple[Any, ...]:
-    """Of the operator `lstm`."""
+    """The arguments of the operator `lstm`."""
     f32 = {"device": DEVICE}
     weights = [torch.zeros(8, 3, **f32), torch.zeros(8, 2, **f32), torch.zeros(8, **f32), torch.zeros(8, **f32)]
     call: dict[str, Any] = {
@@ -50,7 +50,7 @@ def arguments(**changes: Any) -> tuple[Any, ...]:
     ],
 )
 def test_refusals(changes: dict[str, Any], words: str) -> None:
-    """The operator itself, behind the checks in Python: no call may reach a kernel that it does not fit."""
+    """The operator is called without the checks in Python: it must refuse every call that does not fit its kernels."""
     torch.ops.dlkernels.lstm(*arguments())
 
     def move(value: Any) -> Any:
@@ -71,7 +71,7 @@ def test_one_rule_on_both_devices() -> None:
     different = [f"{name}: {cpu[name]} on the CPU, {here[name]}" for name in MISTAKES if cpu[name] != here[name]]
     assert not different, "\n".join(different)
     assert all(here.values()), [name for name in here if not here[name]]
-    # torch.nn's type for bad batch_sizes.
+    # torch.nn raises this type for invalid batch_sizes too.
     assert {here[name][0] for name in here if "bptt_steps" not in name} == {"RuntimeError"}
 
 
@@ -86,7 +86,7 @@ def test_no_kernel_for_float64_and_projections() -> None:
         assert explained[1].layers[0].reason == "no CUDA kernel for projections"
         assert dlkernels.explain(layer.float(), doubles.float()).kernel.startswith("cuda/")
         layer.double()
-    if not EMULATED:  # which serves all CPU tensors, and these types not
+    if not EMULATED:  # the emulated operators serve all CPU tensors and have no reference path for these types
         peer = torch.nn.LSTM(4, 6, device=DEVICE, dtype=torch.float64)
         layer.load_state_dict(peer.state_dict())
         torch.testing.assert_close(layer(doubles + 1)[0], peer(doubles + 1)[0])
@@ -113,7 +113,7 @@ def test_autocast() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["padded", "lengths", "packed"])
 def test_cuda_graph(kind: str, form: str) -> None:
-    """Captured once with both passes, replayed for other values."""
+    """Forward and backward are captured once and replayed for other values."""
     case = a_case()
     data = make_data(case).to(DEVICE)
     layer = new_layer(case, data, case.dtype)
@@ -210,7 +210,8 @@ def test_this_build_is_for_this_gpu() -> None:
 @first_shard
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_between_layers(kind: str) -> None:
-    """The masks are torch's own: the same as around two layers of one level each, and the same again for a seed."""
+    """The dropout masks are torch's: they equal those of torch's dropout between two single-layer calls, and repeat for
+    the same seed."""
     case = a_case(dtype=torch.float32, layers=2)
     data = make_data(case).to(DEVICE)
     layer = new_layer(case, data, case.dtype)

@@ -1,4 +1,4 @@
-"""How the benchmarks of `make gpu-check` take times, on a CUDA device or, rehearsing, on the CPU."""
+"""Measures times for the benchmarks of `make gpu-check`, on a CUDA device or, in a rehearsal, on the CPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 DEVICE = os.environ.get("DLKERNELS_DEVICE", "cuda")
-REHEARSAL = DEVICE == "cpu"  # the same code at small sizes, to see that it runs; its numbers mean nothing
-DEADLINE = float(os.environ.get("DLKERNELS_DEADLINE", "inf"))  # a time.time()
+REHEARSAL = DEVICE == "cpu"  # runs the same code at small sizes to test it; the times mean nothing
+DEADLINE = float(os.environ.get("DLKERNELS_DEADLINE", "inf"))  # in seconds, as time.time() counts them
 
 
 def synchronize() -> None:
@@ -42,7 +42,7 @@ def _timed(call: Callable[[], Any], repeats: int) -> list[float]:
 
 
 def milliseconds(call: Callable[[], Any], budget: float = 0.15) -> tuple[float, float]:
-    """(median, spread of the middle half) of a call's time on the device, after a warm-up."""
+    """The median of a call's time on the device after a warm-up, and the range of its middle half, in milliseconds."""
     for _ in range(1 if REHEARSAL else 3):
         call()
     synchronize()
@@ -60,7 +60,7 @@ def why(error: Exception) -> str:
 
 
 def run_all(path: Path, plan: Sequence[Callable[[], dict[str, Any]]]) -> int:
-    """Writes the rows after each case, so that what was measured survives whatever comes next."""
+    """Runs all cases and writes the rows after each, so that no measurement is lost if the process ends later."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("NOT RUN: torch finds no CUDA device")
         return 3

@@ -1,4 +1,4 @@
-"""Which of the tests on a CUDA device run here: DLKERNELS_SHARD=2/8 takes each eighth case."""
+"""Selects the tests on a CUDA device that this process runs: DLKERNELS_SHARD=2/8 takes every eighth case."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The Triton attention kernels under Triton's interpreter: every feature with every other, against float64.
+"""Runs the Triton attention kernels under Triton's interpreter and compares every pair of features with float64.
 
-Needs TRITON_INTERPRET=1 and a process of its own: `make gpuless`.
+This needs TRITON_INTERPRET=1 and a separate process: `make gpuless`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ faulthandler.enable()
 interpreter.install_bfloat16()
 interpreter.install_shortcuts()
 CASES = pairwise(FACTORS)
-# Small, so that 97 rows are several.
+# Small tiles, so that 97 rows take several.
 SMALL = Tile(64, 32, 4, 1)
 TILES = (SMALL, Tile(64, 64, 4, 1), Tile(128, 32, 4, 1), Tile(32, 128, 4, 1))
 
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
-    """Small tiles; buffers of NaN before a guard page. Yields the shapes of these."""
+    """Makes the host code use small tiles, and buffers of NaN that end at a protected page. Yields their shapes."""
     shapes: list[tuple[int, ...]] = []
 
     def new(shape: Any, like: Tensor, dtype: torch.dtype | None = None, fill_zero: bool = False) -> Tensor:
@@ -58,7 +58,7 @@ def ours(inputs: Inputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 def compare(inputs: Inputs, dtype: torch.dtype, gradients: bool = True) -> None:
-    """Everything the kernels return, under the rule of dlkernels.testing."""
+    """Checks all results of the kernels by the tolerance rule of dlkernels.testing."""
     if gradients:
         o, lse, actual = ours(inputs)
     else:
@@ -67,7 +67,7 @@ def compare(inputs: Inputs, dtype: torch.dtype, gradients: bool = True) -> None:
     assert o.dtype == dtype and lse.dtype == torch.float32
     assert judge.output(o, dtype).ok, judge.output(o, dtype)
     verdict = judge.logarithm(lse)
-    # 16-bit operands have their scores in base 2: two or three roundings of float32 more than the peer's.
+    # With 16-bit operands scores are in base 2, which takes two or three roundings to float32 more than the peer's.
     assert verdict.ours <= verdict.limit * (1 if dtype == torch.float32 else 3), verdict
     if not gradients:
         return
@@ -118,7 +118,8 @@ def test_split_keys(name: str, splits: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_saturated_rows(dtype: torch.dtype) -> None:
-    """Logits of some 1e4: nearly every p is 0 or 1, and a log-sum-exp that is off by an ulp shows in every gradient."""
+    """With logits of about 1e4 nearly every p is 0 or 1, and an error of one ulp in the log-sum-exp changes every
+    gradient."""
     inputs = build(PLAIN | {"causal": 1, "dtype": dtype, "widths": (64, 64)}, 13)
     inputs = inputs._replace(q=inputs.q * 64, k=inputs.k * 64)
     compare(inputs, dtype)
@@ -128,7 +129,7 @@ def test_a_query_that_sees_one_key_has_no_gradient() -> None:
     inputs = build(PLAIN | {"causal": 1, "widths": (64, 64)}, 14)
     o, _, gradients = ours(inputs)
     assert torch.equal(o[:, :, 0], inputs.v[:, :, 0])
-    # p is 1 and ds = dp - delta, two sums of the same products.
+    # p is 1 and ds = dp - delta, where both are sums of the same products.
     assert gradients["dq"][:, :, 0].abs().max() <= 2e-5
 
 
@@ -148,7 +149,8 @@ HIDDEN = {
     [*((name, float("nan")) for name in HIDDEN), *((name, float("-inf")) for name in ("causal", "float", "dropout"))],
 )
 def test_hidden_places_do_not_leak(name: str, poison: float) -> None:
-    """One key, and one query that sees some keys, are poisoned: whoever does not meet them keeps his exact result."""
+    """One key, and then one query, is filled with NaN or -inf. The results of queries that do not see the key, and the
+    gradients of keys that the query does not see, must not change."""
     case = PLAIN | HIDDEN[name]
     inputs = build(case, 5, batch=1)
     clean_o, clean_lse, clean = ours(inputs)
@@ -159,7 +161,7 @@ def test_hidden_places_do_not_leak(name: str, poison: float) -> None:
         inputs.features["window_right"], inputs.features["softcap"],
     )  # fmt: skip
     sees = probability > 0  # [B, H, M, N]; one head per key head here
-    # A key that some queries see and others do not (a mask over keys hides it from all), and the like of a query.
+    # A key that some queries see and others do not; a mask over keys hides it from all. Likewise a query below.
     fewest = 0 if name == "keys" else 1
     j = next(j for j in range(N // 2, N) if fewest <= sees[..., j].sum() < sees[..., j].numel())
     k, v = inputs.k.clone(), inputs.v.clone()
@@ -236,8 +238,9 @@ def test_results_do_not_hang_on_the_tiling(block_m: int, block_n: int, monkeypat
     ],
 )  # fmt: skip
 def test_dropout_keeps_these_elements(p: float, seed: int, offset: int) -> None:
-    """With the identity for v, o shows what was kept: against the oracle's own generator, exactly. Triton passes an
-    integer in 32 bits when it fits, so small seeds and large ones are two kernels."""
+    """With the identity matrix for v, o shows which elements were kept; they must be exactly those of the oracle's
+    generator. Triton passes an integer in 32 bits when it fits, so small and large seeds are compiled to two
+    kernels."""
     M, N = 33, 61
     q, k, v = torch.zeros(2, 2, M, 16), torch.zeros(2, 2, N, 16), torch.eye(N)[None, None].expand(2, 2, N, N)
     rng = torch.tensor([seed, offset])
@@ -247,7 +250,7 @@ def test_dropout_keeps_these_elements(p: float, seed: int, offset: int) -> None:
 
 
 def test_nothing_of_size_m_times_n(machine: list[tuple[int, ...]]) -> None:
-    """Rows and columns of the mask, and its [M, N] sum over heads, need no buffer of [B, H, M, N]."""
+    """The gradients of masks over keys, over queries and of [M, N] need no buffer of [B, H, M, N]."""
     for kind in ("none", "float keys", "float queries", "float MN"):
         machine.clear()
         case = PLAIN | {"mask": kind, "alibi": "BH", "sinks": True, "dropout": 0.3, "group": 2}
@@ -321,7 +324,7 @@ def test_strided_and_expanded_inputs() -> None:
 
 
 def test_layouts_of_results() -> None:
-    """o as q, unless its width is another; the gradients row by row."""
+    """o has the layout of q unless its width differs from q's. Gradients store the heads of a row side by side."""
     for order, widths in (("BHMD", (16, 16)), ("BMHD", (16, 16)), ("BMHD", (16, 8))):
         o, lse, gradients = ours(build(PLAIN | {"order": order, "widths": widths}, 12))
         assert (o.transpose(1, 2) if (order, widths[1]) == ("BMHD", 16) else o).is_contiguous()
@@ -353,7 +356,7 @@ FAR = {
 def test_a_large_offset(
     name: str, offset: str | float, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Most rows of a mask are one large number, beside which the logarithm of a sum is nothing."""
+    """Most rows of a mask are one large number, beside which the logarithm of the sum is lost in rounding."""
     plan = heuristics.forward_plan
     monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
     inputs = build(PLAIN | FAR[name] | {"dtype": dtype}, 15)
@@ -367,8 +370,8 @@ def test_a_large_offset(
     if not isinstance(offset, str):
         compare(with_far(offset), dtype)
         return
-    # The kernels keep scores in base 2, where float32 ends at 2.36e38 nats. finfo.min is beyond that: its results are
-    # compared with those of -2e38.
+    # The kernels store scores in base 2, where the largest float32 is 2.36e38 nats. finfo.min is beyond that, so its
+    # results are compared with those of -2e38.
     compare(with_far(-2e38), dtype)
     expected, found = ours(with_far(-2e38)), ours(with_far(torch.finfo(dtype).min))
     assert torch.equal(found[0], expected[0])
@@ -379,7 +382,7 @@ def test_a_large_offset(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sink", [torch.finfo(torch.float32).min, torch.finfo(torch.float32).max, -1e30, 1e38])
 def test_extreme_sinks(sink: float, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finite sink is a number like any other, and rows that see nothing else have it for their log-sum-exp."""
+    """Results are right for finite sinks of any size, and the log-sum-exp of rows that see no key is the sink."""
     plan = heuristics.forward_plan
     monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
     inputs = build(PLAIN | {"mask": "bool queries", "lengths": (7, 97), "dlse": True, "dtype": dtype}, 16)
@@ -396,7 +399,7 @@ def test_extreme_sinks(sink: float, dtype: torch.dtype, splits: int, monkeypatch
 def test_numbers_that_float32_does_not_hold(
     sign: int, dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sinks of float64 count as the nearest number of float32, and so do masks in base 2."""
+    """A float64 sink beyond the range of float32 counts as the nearest float32, and so does a mask value in base 2."""
     plan = heuristics.forward_plan
     monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
     inputs = build(PLAIN | {"mask": "float full", "lengths": (7, 97), "dlse": True, "dtype": dtype}, 17)
@@ -412,4 +415,4 @@ def test_numbers_that_float32_does_not_hold(
     mask = inputs.features["mask"].float()
     far, near = (results(mask=torch.full_like(mask, sign * value)) for value in (3e38, 2e38))
     for at, (found, expected) in enumerate(zip(far, near, strict=True)):
-        assert torch.equal(found, expected) or at == 1, at  # all but lse
+        assert torch.equal(found, expected) or at == 1, at  # all results except lse

@@ -1,6 +1,6 @@
-"""Every shipped tile of the Triton attention kernels, compiled for the architectures it is shipped for, with no GPU.
+"""Compiles every shipped tile of the Triton attention kernels for its architectures, without a GPU: `make gpuless`.
 
-The host code itself makes the launches, so what is compiled is what would run: `make gpuless`.
+The launches are made by the host code, so the compiled kernels are those that would run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dlkernels.attention.triton import heuristics, host
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 KERNELS = ("forward", "combine", "preprocess", "backward_query", "backward_key", "mask_gradient", "map_kernel")
-# These have products; with 16-bit operands they are the matrix units' work.
+# The kernels with matrix products. With 16-bit operands these must use the matrix units.
 PRODUCTS = ("forward", "backward_query", "backward_key", "mask_gradient")
-# Here a whole warp group's, on 9.0.
+# The kernels that must use wgmma, the instructions of a whole warp group, on 9.0.
 WARPGROUP = ("forward", "backward_query", "backward_key")
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -29,13 +29,14 @@ FEATURES: dict[str, dict[str, Any]] = {
         "alibi_slopes": True, "sinks": True,
     },
 }  # fmt: skip
-# Spilled registers that each turn of a loop over tiles may move: over whole tiles, and over any. Whole tiles are what
-# people wait for: there a few moves at most, which hide behind the products. Tiles at an edge are few; "everything" is
-# seven features at once, whose price is paid in registers. The repair of hidden NaN runs on no finite data.
+# How many spilled registers each iteration of a loop over tiles may store or load: in the loop over whole tiles, and in
+# any loop. Nearly all time is spent on whole tiles, so there only a few are allowed, whose latency the products hide.
+# There are few partial tiles. "everything" combines seven features, which need registers. The loop that separates
+# hidden NaN does not run for finite data and is not checked.
 SPILLS_PER_LOOP = {"plain": (8, 64), "causal": (8, 64), "dropout": (8, 64), "everything": (64, 128)}
-# At a width of 256 the sums for 64 keys, the fewest that a warp group takes, are half of the registers.
+# At a width of 256 the sums for 64 keys, the fewest that a warp group can compute, take half of the registers.
 SPILLS_WIDE = (16, 128)
-# A turn of these has a thousand multiplications and more.
+# For float32, where each iteration has more than a thousand multiplications.
 SPILLS_FLOAT32 = (64, 160)
 
 
@@ -46,7 +47,7 @@ class Compiled(NamedTuple):
 
 
 class Recorder:
-    """Stands for a kernel: compiles each launch instead of running it."""
+    """Replaces a kernel and compiles each launch instead of running it."""
 
     def __init__(self, name: str, kernel: Any, found: list[Compiled]) -> None:
         self.name, self.kernel, self.found = name, kernel, found
@@ -94,7 +95,7 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str, width: int = 
         where = f"{name}, {kind}, {arch}: {binary}, {loops}"
         print(where)
         assert binary.shared <= heuristics.FAMILIES[arch], f"too much shared memory: {where}"
-        # Triton makes an empty kernel of one that needs more, without a word.
+        # For a kernel that needs more tensor memory Triton makes an empty kernel without an error.
         assert binary.tensor_columns <= 512, f"too much tensor memory: {where}"
         assert binary.registers <= 255, where
         if name not in PRODUCTS:
@@ -111,7 +112,8 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str, width: int = 
             continue
         assert loops, f"no loop found: {where}"
         whole, any_loop = SPILLS_FLOAT32 if not half else SPILLS_WIDE if width > 128 else SPILLS_PER_LOOP[kind]
-        # Blocks that wait for a barrier lie behind the code and jump back into it: they look like small loops.
+        # Code that waits for a barrier is placed after the kernel's code and jumps back into it, so it looks like a
+        # small loop. The loop over whole tiles is looked for among those with at least half of `most`.
         most = max(loop.matrix for loop in loops)
         plainest = min((loop for loop in loops if 2 * loop.matrix >= most), key=lambda loop: loop.selects)
         assert plainest.spills <= whole, f"spills in a loop: {where}"
@@ -120,7 +122,7 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str, width: int = 
 
 
 def _repairs(name: str, kind: str) -> int:
-    """Loops that only repair, the last ones."""
+    """How many of the last loops only separate hidden NaN and infinities (CAREFUL), which finite data does not need."""
     if kind in ("plain", "dropout") or name == "mask_gradient":
         return 0
     return 2 if name == "backward_key" else 1
@@ -132,7 +134,7 @@ WIDTHS = (64, 128, 256)
 @pytest.mark.parametrize("kind", ["plain", "dropout"])
 @pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, WIDTHS)))
 def test_shipped_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the matrix units: each tile of the tables, and each that `heuristics.tile` makes of it for busy kernels."""
+    """Compiles each tile of the tables and each that `heuristics.tile` derives for busy kernels, in bfloat16."""
     check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind, width)
 
 
@@ -142,7 +144,10 @@ def test_shipped_tiles_float32(arch: str, width: int, monkeypatch: pytest.Monkey
     check(compile_call(monkeypatch, arch, torch.float32, width, {}), arch, False, "plain")
 
 
-# The features' price is the same registers on 8.0; 10.0's tensor memory is narrowest at 256.
+# To save time only these of the combinations of an architecture with (128, causal), (256, causal) and (64, everything)
+# are compiled. Architecture 8.0 has as many registers per thread as 9.0, so its cost of "everything" is assumed to be
+# that of 9.0. On 10.0 both widths are compiled, since their sums are in different places: at 128 in tensor memory, of
+# which each loop over tiles takes its own part, and at 256 in registers (heuristics.py).
 CUT = [
     ("sm_80", 128, "causal"), ("sm_90", 128, "causal"), ("sm_90", 64, "everything"), ("sm_100", 128, "causal"),
     ("sm_100", 256, "causal"),
@@ -158,7 +163,7 @@ def test_loops_over_cut_tiles(arch: str, width: int, kind: str, monkeypatch: pyt
 @pytest.mark.one_release
 @pytest.mark.parametrize("arch, width", [("sm_86", width) for width in WIDTHS])
 def test_small_shared_memory(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """8.6, 8.9 and 12.x: 99 KiB. Compiled as 8.6."""
+    """8.6, 8.9 and 12.x have 99 KiB of shared memory. They are compiled as 8.6."""
     for name, binary, _ in compile_call(monkeypatch, arch, torch.float16, width, {}):
         assert binary.shared <= heuristics.FAMILIES[arch], (name, width, binary)
 

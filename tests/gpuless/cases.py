@@ -1,4 +1,4 @@
-"""Attention calls that cross every feature with every other, and what they are held to."""
+"""Attention calls that combine every feature with every other, and the judge of their results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def _gain(missing: set[tuple[int, int, int, int]], row: dict[int, int], c: int, 
 
 
 def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Few combinations in which every pair of values of two factors occurs: greedy, always the same."""
+    """A small set of combinations in which every pair of values of two factors occurs, built greedily and always the
+    same."""
     names = list(factors)
     missing = {
         (a, x, b, y)
@@ -53,7 +54,7 @@ def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
         for c in range(len(names)):
             if c not in row:
                 values = range(len(factors[names[c]]))
-                # Among equals another one each time, so that what is no longer missing still varies.
+                # Among values of equal gain the choice rotates, so that a factor with all pairs covered still varies.
                 row[c] = max(values, key=lambda z: (_gain(missing, row, c, z), (z + len(rows)) % len(values)))
         pairs = itertools.combinations(sorted(row.items()), 2)
         missing -= {(*first, *second) for first, second in pairs}
@@ -62,7 +63,7 @@ def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
 
 
 class Inputs(NamedTuple):
-    """Everything of a call; `features` is what follows q, k and v in the operator."""
+    """All inputs of a forward and a backward call. `features` are the operator's arguments after q, k and v."""
 
     q: Tensor
     k: Tensor
@@ -73,7 +74,7 @@ class Inputs(NamedTuple):
 
 
 def build(case: dict[str, Any], seed: int, batch: int = 2, place: Callable[[Tensor], Tensor] = lambda x: x) -> Inputs:
-    """`place` decides where each tensor lies."""
+    """The inputs of a case. `place` copies each tensor to memory of its choice."""
     generator = torch.Generator().manual_seed(seed)
     M, N = case["lengths"]
     D, DV = case["widths"]
@@ -92,7 +93,7 @@ def build(case: dict[str, Any], seed: int, batch: int = 2, place: Callable[[Tens
     cu_q = cu_k = None
     longest = (0, 0)
     if kind == "varlen":
-        # A sequence without queries, one without keys, and one of everything.
+        # The second sequence has no queries and the third no keys.
         q_lengths, k_lengths = (M, 0, 3, M // 2), (N, 4, 0, N)
         cu_q = place(torch.tensor([0, *itertools.accumulate(q_lengths)], dtype=torch.int32))
         cu_k = place(torch.tensor([0, *itertools.accumulate(k_lengths)], dtype=torch.int32))
@@ -132,7 +133,7 @@ def _mask(kind: str, B: int, H: int, M: int, N: int, dtype: torch.dtype, generat
     if name == "bool":
         return torch.rand(shape, generator=generator) < 0.7
     mask = torch.randn(shape, generator=generator, dtype=torch.float64)
-    # Some pairs are hidden by -inf. Not whole heads: those would hide every difference.
+    # Some pairs are hidden by -inf, but no whole heads, since nothing would be left to compare in those.
     hidden = torch.rand(shape, generator=generator) < (0.0 if shape_name == "heads" else 0.15)
     mask = mask.masked_fill(hidden, float("-inf"))
     return mask.to(torch.float32 if name == "float32" else dtype)
@@ -142,7 +143,7 @@ GRADIENTS = ("dq", "dk", "dv", "dmask", "dslopes", "dsinks")
 
 
 class Leaves:
-    """The inputs in `dtype`, and which of them want a gradient."""
+    """The inputs of a call in `dtype`, with a leaf for each input that needs a gradient."""
 
     def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
         self.by_gradient: dict[str, Tensor] = {}
@@ -175,17 +176,17 @@ def exact(inputs: Inputs) -> Outcome:
     """(o, lse, gradients) in float64, by autograd."""
     x = Leaves(inputs, torch.float64)
     o, lse, _ = attention(x.q, x.k, x.v, **x.features)
-    # A query that sees nothing has an lse of -inf, whose gradient is nothing.
+    # The lse of a query that sees no key is -inf, and its gradient is 0.
     bounded = lse.masked_fill(lse == float("-inf"), 0.0)
     return o.detach(), lse.detach(), x.gradients((o, bounded), (x.do, x.dlse.expand_as(lse)))
 
 
 def peer(inputs: Inputs, dtype: torch.dtype, draw: int = 0) -> Outcome:
-    """What torch's own fused op would give in `dtype`, had it the features: float32 throughout, p and ds rounded for
-    the matrix units, o rounded once, the backward pass from that o and the log-sum-exp.
+    """The results that a fused op of torch would have in `dtype` if it had these features. It computes in float32,
+    rounds p and ds for the matrix units, rounds o once, and starts the backward pass from that o and the log-sum-exp.
 
-    Its error is one draw of a random number, the worst of few when a result has few elements. Each `draw` adds up in
-    another order and rounds p at another scale, as another tiling would."""
+    Its error is random, and varies the more the fewer elements a result has. Each `draw` adds in another order and
+    rounds p at another scale, as another tiling would."""
     generator = torch.Generator().manual_seed(draw)
     scale = 2.0 ** torch.rand((), generator=generator).item() if draw else 1.0
 
@@ -198,7 +199,7 @@ def peer(inputs: Inputs, dtype: torch.dtype, draw: int = 0) -> Outcome:
     x = Leaves(inputs, torch.float32)
     order, again = shuffled(x.q.size(-1)), shuffled(x.q.size(-1))
     o, lse, _ = attention(x.q[..., order], x.k[..., order], x.v, **x.features)
-    # The backward pass computes the scores again, and adds up the products in another order.
+    # The backward pass computes the scores again and adds up their products in another order.
     _, _, pieces = attention(x.q[..., again], x.k[..., again], x.v, **x.features)
     dlse = x.dlse.expand_as(lse)
     gradients: dict[str, Tensor] = {}
@@ -206,7 +207,8 @@ def peer(inputs: Inputs, dtype: torch.dtype, draw: int = 0) -> Outcome:
     for piece in pieces:
         p, keep = piece.p.detach(), piece.keep
         part_lse = piece.of_rows(lse.detach(), False)[..., None]
-        # exp(scores - part_lse), but beside a large score the logarithm of a sum is lost.
+        # This is exp(scores - part_lse), computed from p, since in the difference the log-sum-exp of large scores would
+        # lose the logarithm of the sum to rounding.
         again_lse = piece.lse.detach()[..., None]
         p_again = p * (again_lse - part_lse).exp().masked_fill(part_lse == float("-inf"), 0.0)
         do = piece.of_rows(x.do, True)
@@ -220,7 +222,7 @@ def peer(inputs: Inputs, dtype: torch.dtype, draw: int = 0) -> Outcome:
         dp = do[..., widths] @ values[..., widths].transpose(-1, -2) * keep
         ds = (p_again * (dp - delta)).masked_fill(p_again == 0, 0.0)
         dv = rounded(p_again * keep).transpose(-1, -2) @ do
-        # The exact ds for what is added to the scores, the rounded one for what is multiplied.
+        # What is added to the scores gets its gradient from the exact ds; operands of products from the rounded one.
         for names, weight in ((("dmask", "dslopes"), ds), (("dq", "dk"), rounded(ds))):
             found = x.gradients((piece.scores,), (weight,))
             for name in names:
@@ -234,12 +236,12 @@ def peer(inputs: Inputs, dtype: torch.dtype, draw: int = 0) -> Outcome:
 
 
 class Judge:
-    """Compares results with float64 under the rule of dlkernels.testing, the worst of four peers as the measure."""
+    """Compares results with float64 by the rule of dlkernels.testing, measured by the worst of four peers."""
 
     def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
         self.o, self.lse, self.gradients = exact(inputs)
         self.peers = [peer(inputs, dtype, draw) for draw in range(4)]
-        # A bound on dp, times what it is multiplied with on the way to a gradient.
+        # An upper bound of dp times the largest factor by which it is multiplied in a gradient.
         q, k, v, _, do, _ = (x.double() if isinstance(x, Tensor) else x for x in inputs)
         dp = (do.norm(dim=-1).max() * v.norm(dim=-1).max()) if v.numel() and do.numel() else torch.zeros(())
         factor = max([1.0, *(float(x.abs().max()) for x in (q, k) if x.numel())])
@@ -254,7 +256,7 @@ class Judge:
     def gradient(self, name: str, actual: Tensor) -> Verdict:
         dtype, ref = actual.dtype, self.gradients[name]
         if name != "dv" and ref.numel() and ref.abs().max() <= 1e-9 * self.largest_term:
-            # A softmax over one key: ds = p * (dp - delta) is 0, and the rounding of the two is left.
+            # In a softmax over one key ds = p * (dp - delta) is 0, and only the rounding errors of dp and delta remain.
             found, limit = error(actual, ref), torch.finfo(dtype).eps * self.largest_term
             return Verdict(found <= limit, found, 0.0, limit)
         peers = [peer[2][name].to(dtype) for peer in self.peers]

@@ -1,6 +1,10 @@
-"""DLKERNELS_SHARD=0/2 takes every second test, DLKERNELS_ARCH=sm_90 those for this architecture and its kin: 8.6 goes
-with 8.0. DLKERNELS_RELEASE=0/2, of the first of two Triton releases: tests marked `one_release` are dealt out;
-with DLKERNELS_DEAL_ALL=1 all are, in turns, so that each release still gets each width, kind and architecture."""
+"""Selects the tests that this process runs.
+
+DLKERNELS_SHARD=0/2 takes every second test. DLKERNELS_ARCH=sm_90 takes the tests of this architecture and of those with
+the same first digit (8.6 runs with 8.0). DLKERNELS_RELEASE=0/2 is the first of two Triton releases: of the tests marked
+`one_release` each release runs its share. With DLKERNELS_DEAL_ALL=1 all tests are distributed so, in rotation, so that
+each release runs every width, every kind and every architecture.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     dealt = [item for item in items if everything or item.get_closest_marker("one_release")]
     index, _, count = os.environ.get("DLKERNELS_RELEASE", "0/1").partition("/")
     turns = int(count) if everything else len(dealt) + 1
-    # The innermost parameter has as many values as there are releases: each turn begins with another release.
+    # The innermost parameter may have as many values as there are releases. So the release that gets the first test
+    # changes with every round.
     left_out = {item for at, item in enumerate(dealt) if (at + at // turns) % int(count) != int(index)}
     arch = os.environ.get("DLKERNELS_ARCH")
     items[:] = [

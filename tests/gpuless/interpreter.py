@@ -1,7 +1,8 @@
-"""Makes `TRITON_INTERPRET=1` a fair judge: bfloat16 that rounds, memory that faults behind its end.
+"""Corrects Triton's interpreter (`TRITON_INTERPRET=1`) for tests: bfloat16 arithmetic, and faults beyond a tensor's
+end.
 
-The interpreter keeps bfloat16 as uint16 bits and computes on the bits (a product is off by 1e10, without a word), and
-numpy reads beyond a tensor as readily as a GPU does.
+The interpreter stores bfloat16 as uint16 and computes on the bits, so that a product is off by 1e10 without an error.
+And numpy, like a GPU, reads beyond the end of a tensor without an error.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _down(handle: Any) -> Any:
 
 
 def install_bfloat16() -> None:
-    """Arithmetic on bfloat16 goes through float32 and rounds to nearest even, as on the GPU."""
+    """Makes arithmetic on bfloat16 compute in float32 and round to nearest even, as on the GPU."""
     builder = interpreter.InterpreterBuilder
     cast, dot, binary, unary = builder.cast_impl, builder.create_dot, builder.binary_op, builder.unary_op
 
@@ -105,8 +106,9 @@ def _number(x: Any) -> Any:
 
 
 def install_shortcuts() -> None:
-    """Half of the interpreter's time is work done again: the language is patched at each call of a function inside a
-    kernel, and each tensor has types with names of their own. Done once, the same comes out."""
+    """Makes the interpreter twice as fast. Half of its time is repeated work: it patches the language at each call of a
+    function inside a kernel, and it builds the types of each tensor anew. Here both are done once; results are
+    the same."""
     _patch_once()
     dtypes, tuples, blocks, tensors = {}, {}, {}, {}  # type: ignore[var-annotated]
     dtype_of, tuple_type_of = interpreter._get_np_dtype, core._type_for_tuple_values
@@ -139,7 +141,7 @@ def install_shortcuts() -> None:
 
 
 def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A contiguous tensor, NaN where it can be, whose last byte is the last before a page that may not be touched."""
+    """A contiguous tensor, filled with NaN if its dtype has NaN, whose last byte is just before a protected page."""
     count = int(np.prod(shape, dtype=np.int64))
     if count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -154,7 +156,7 @@ def guarded(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def guard(x: Tensor) -> Tensor:
-    """x, its elements in the same order of memory, before a guard page."""
+    """A copy of x with its elements in the same memory order, which ends at a protected page."""
     order = sorted(range(x.dim()), key=lambda dim: (-x.stride(dim), dim))
     copy = guarded([x.size(dim) for dim in order], x.dtype)
     back = [order.index(dim) for dim in range(x.dim())]

@@ -1,4 +1,4 @@
-"""That the interpreter's rung can fail: bfloat16 rounds, and a step beyond a tensor's end is a fault."""
+"""Tests that the rung of the interpreter can fail: bfloat16 is rounded, and an access beyond a tensor's end faults."""
 
 from __future__ import annotations
 

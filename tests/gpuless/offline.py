@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for a GPU that is not here, by the way a launch takes, and reads what the binary holds."""
+"""Compiles Triton kernels for a GPU that is not in this machine, through a normal launch, and inspects the binary."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import cache, driver
 
 CUOBJDUMP = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / "cuobjdump"
-# A cache that begins empty needs no hash of the whole of Triton in its keys: two seconds in each process.
+# The cache starts empty, so its keys need no hash of all of Triton's files, which takes two seconds per process.
 cache.triton_key = lambda: triton.__version__
 
 
 class OfflineDriver:
-    """As much of a driver as `kernel.warmup` asks for."""
+    """The methods of a driver that `kernel.warmup` calls."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -31,7 +31,7 @@ class OfflineDriver:
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        # A number per architecture, or the kernel that was compiled for the last one comes back.
+        # Different for each architecture. Otherwise Triton would return the kernel compiled for the previous one.
         return self.capability
 
     def get_current_stream(self, device: int | None = None) -> int:
@@ -46,7 +46,7 @@ class OfflineDriver:
 
 @contextmanager
 def architecture(name: str) -> Iterator[None]:
-    """For "sm_90" and the like."""
+    """Within it, kernels are compiled for the architecture `name`, such as "sm_90"."""
     with tempfile.TemporaryDirectory() as folder:
         before = os.environ.get("TRITON_CACHE_DIR")
         os.environ["TRITON_CACHE_DIR"] = folder
@@ -60,12 +60,13 @@ def architecture(name: str) -> Iterator[None]:
 
 
 class Binary(NamedTuple):
-    """What ptxas made, which compiles a kernel over every limit without an error; and what it was told to use."""
+    """The resources of a compiled kernel, which ptxas does not limit to what the GPU has, and the number of
+    instructions of each kind."""
 
     registers: int
     stack: int
     shared: int
-    tensor_columns: int  # of 10.0's tensor memory
+    tensor_columns: int  # columns of tensor memory on 10.0
     spill_stores: int
     spill_loads: int
     wgmma: int
@@ -80,7 +81,7 @@ class Loop(NamedTuple):
 
     matrix: int
     spills: int
-    selects: int  # of one value or another: what bounds and masks cost
+    selects: int  # instructions that choose between two values, which bounds checks and masks need
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
@@ -92,13 +93,14 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
 
 
 def disassemble(kernel: Any) -> list[tuple[int, str]]:
-    """(address, instruction). Triton's own listing, asm["sass"], ends without a word at address 0x10000."""
+    """(address, instruction). Triton's own listing, asm["sass"], stops at address 0x10000 without an error."""
     text = _cuobjdump(kernel.asm["cubin"], "-sass")
     return [(int(at, 16), code) for at, code in re.findall(r"/\*([0-9a-f]{4,8})\*/\s+(.*?);", text)]
 
 
 def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
-    """The loops are listed only if something spills, that is, if there is a stack: a listing takes half a second."""
+    """The resources and the loops of a kernel. Loops are listed only if registers are spilled, that is, if there is a
+    stack, since a listing takes half a second."""
     usage_text = _cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage_text.split("Function")[-1])}
     code = disassemble(kernel) if usage["STACK"] else []
@@ -117,8 +119,9 @@ def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
 
 
 def _matrix_loops(code: list[tuple[int, str]]) -> list[Loop]:
-    """In the order of addresses: what lies between a branch back and its target, with matrix instructions but without
-    another such pair inside. (Loops that wait for a barrier are inside, too.)"""
+    """The innermost loops with matrix instructions in the order of addresses. A loop is the code between a backward
+    branch and its target; it is innermost if it contains no other loop with matrix instructions. (It may contain loops
+    that wait for a barrier.)"""
     spans: dict[tuple[int, int], Loop] = {}
     for at, line in code:
         jump = re.search(r"\bBRA.*\b0x([0-9a-f]+)", line)

@@ -1,4 +1,4 @@
-"""That the checks of attention_offline.py can fail."""
+"""Tests that the checks of attention_offline.py can fail."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dlkernels.attention.triton import heuristics
 
 
 def test_shared_memory_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tile far too large compiles without a word."""
+    """Triton compiles a tile that is far too large without an error."""
     monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(64, 128, 8, 4))
     found = compile_call(monkeypatch, "sm_80", torch.bfloat16, 256, {}, backward=False)
     with pytest.raises(AssertionError, match="shared memory"):
@@ -18,7 +18,7 @@ def test_shared_memory_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_spills_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 x 128 scores and 128 x 64 sums of float32 are more than the registers of four warps."""
+    """128 x 128 scores and 128 x 64 sums of float32 do not fit the registers of four warps."""
     monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 128, 4, 1))
     found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {}, backward=False)
     with pytest.raises(AssertionError, match="spills in a loop"):

@@ -1,4 +1,4 @@
-"""Attention in a few lines of PyTorch, written apart from everything it judges."""
+"""An oracle for attention in a few lines of PyTorch, which shares no code with the kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def philox_words(seed: int, counters: tuple[Tensor, Tensor, Tensor, int]) -> list[Tensor]:
-    """Philox4x32-10 in int64 arithmetic."""
+    """The four words of Philox4x32-10 for each counter, computed in int64."""
     low = 0xFFFFFFFF
     c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in counters))
     k0, k1 = seed & low, (seed >> 32) & low
 
     def product(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a * x, from 16-bit halves: the whole product would not fit int64."""
+        """The high and the low word of a * x, from 16-bit halves of x, since the whole product does not fit int64."""
         part = a * (x & 0xFFFF)
         rest = a * (x >> 16) + (part >> 16)
         return rest >> 16, ((rest & 0xFFFF) << 16) | (part & 0xFFFF)
@@ -29,7 +29,7 @@ def philox_words(seed: int, counters: tuple[Tensor, Tensor, Tensor, int]) -> lis
 
 
 def keep_mask(rng: Tensor, p: float, B: int, H: int, M: int, N: int, first: int = 0) -> Tensor:
-    """[B, H, M, N]; `first` is the batch entry that comes first."""
+    """Which elements dropout keeps, [B, H, M, N]. `first` is the index of the first batch entry."""
     seed, offset = rng.tolist()
     head = (torch.arange(B)[:, None] + first) * H + torch.arange(H)
     j = torch.arange(N)
@@ -39,7 +39,8 @@ def keep_mask(rng: Tensor, p: float, B: int, H: int, M: int, N: int, first: int 
 
 
 class Piece(NamedTuple):
-    """One sequence of packed input, or the whole of padded input: [B, H, ...] with v repeated for each query head."""
+    """Intermediate results for one sequence of packed input or for the whole padded input, [B, H, ...]. v is repeated
+    for each query head."""
 
     scores: Tensor
     p: Tensor
@@ -49,7 +50,7 @@ class Piece(NamedTuple):
     rows: slice | None
 
     def of_rows(self, x: Tensor, has_width: bool) -> Tensor:
-        """This piece's part of a tensor with the layout of o, or of the log-sum-exp."""
+        """The part of `x` that belongs to this piece, where `x` has the layout of o or of the log-sum-exp."""
         if self.rows is None:
             return x
         return x[self.rows].transpose(0, 1)[None] if has_width else x[None, :, self.rows]

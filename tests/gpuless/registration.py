@@ -1,4 +1,5 @@
-"""That the CUDA functions take what the operators hand them, and that nobody loads Triton before it is needed."""
+"""Tests that the CUDA functions take the arguments of the operators, and that Triton is not imported before it is
+needed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ SCHEMAS = Path(__file__).resolve().parents[2] / "csrc" / "attention" / "torch" /
 
 
 def schema_in_cpp(operator: str) -> torch._C.FunctionSchema:
-    """As the compiled module registers it."""
+    """The schema with which the compiled module registers an operator."""
     text = SCHEMAS.read_text()
     for definition in re.findall(r"library\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", text):
         schema = "".join(re.findall(r"\"([^\"]*)\"", definition))

@@ -1,14 +1,17 @@
-"""GPU code proven without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all | --short] [PYTEST ...]
+"""Tests GPU code without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all | --short] [PYTEST ...]
 
-The Triton kernels run under Triton's interpreter with the first of the given releases, and are compiled for each
-architecture with all of them: each shipped tile for 16-bit operands. What crosses features, and float32, whose tiles
-are the same for every architecture, is dealt out to the releases; --all compiles everything with each. --short, what
-.ci/run asks for, deals out the 16-bit tiles as well, so that each is compiled for each architecture by one of the
-releases, and makes the ladder of the CUDA kernels short. As many processes at a time as MAX_JOBS says, by default as
-there are processors. The CUDA kernels have a ladder of their own, tests/cuda/run.py, a rung here that goes on beside
-the others and speaks last. A rung that cannot run says why and fails, unless DLKERNELS_GPULESS_ALLOW names it
-(`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`). The environments, in build/, lie on top of the one that runs this:
-they hold Triton and the numpy that its interpreter can work with. One more holds nvcc, where the machine has none.
+The Triton kernels run under Triton's interpreter with the first of the given releases. They are compiled for each
+architecture: the shipped tiles for 16-bit operands with all releases, float32 and combinations of features with one
+release each (the tiles of float32 are the same for every architecture). --all compiles everything with each release.
+--short, which .ci/run uses, also compiles each 16-bit tile with only one of the releases, and passes --short to
+tests/cuda/run.py.
+
+The tests of the CUDA kernels, tests/cuda/run.py, run beside the others as one more rung, which is reported last.
+MAX_JOBS is the number of processes at a time, by default the number of processors. A rung that cannot run prints the
+reason and fails, unless DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`).
+
+For each release an environment is made in build/ that holds Triton and a numpy that its interpreter supports, on top of
+the environment that runs this script. Where the machine has no nvcc, one more environment holds it.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ HERE = Path(__file__).resolve().parent
 # Triton 3.6's interpreter converts arrays of one element to scalars, which numpy 2.4 refuses.
 NUMPY = "numpy<2.4"
 ARCHITECTURES = ("sm_90", "sm_100", "sm_80")
-# The compiler of CUDA, its own needs, and the headers of bfloat16 and float16, which the emulation reads too.
+# The CUDA compiler, what it needs, and the headers of bfloat16 and float16, which the emulation includes too.
 NVCC_SPECS = tuple(f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-runtime", "cuda-crt", "nvvm", "cuda-cccl"))
 SHARDS = 2  # of the interpreter's tests
-LIMIT = 1500.0  # seconds that a rung may take
+LIMIT = 1500.0  # the time limit of a rung in seconds
 JOBS = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
 
 
@@ -51,10 +54,10 @@ class Result(NamedTuple):
 
 
 def rungs(specs: list[str], everything: bool, short: bool) -> list[Rung]:
-    """The longest first."""
+    """All rungs but that of the CUDA kernels, the longest first."""
     shares = 1 if everything else len(specs)
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    # Lines' numbers in the binaries cost a tenth of the time to compile.
+    # Line numbers in the binaries would take a tenth of the compile time.
     compiled = {"TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1", "DLKERNELS_DEAL_ALL": str(int(short))}
     return [
         *(
@@ -74,7 +77,7 @@ def rungs(specs: list[str], everything: bool, short: bool) -> list[Rung]:
 
 
 def environment(spec: str) -> tuple[Path, str]:
-    """The Python of an environment with this Triton, or why there is none."""
+    """The Python of an environment with this Triton, and the reason if there is none."""
     if not sys.platform.startswith("linux"):
         return Path(), f"Triton has no wheels for {sys.platform}"
     folder = ROOT / "build" / f"gpuless-{re.sub(r'[^0-9A-Za-z.]+', '-', spec)}"
@@ -96,7 +99,7 @@ def environment(spec: str) -> tuple[Path, str]:
 
 
 def nvcc() -> tuple[str, str]:
-    """The command, or why there is none."""
+    """The command that runs nvcc, and the reason if there is none."""
     found = shutil.which(os.environ.get("NVCC") or "nvcc")
     if found:
         return found, ""
@@ -122,7 +125,7 @@ def nvcc() -> tuple[str, str]:
 
 
 def climb_cuda(short: bool) -> Result:
-    """The ladder of the CUDA kernels, which prints its own rungs."""
+    """Runs tests/cuda/run.py, which prints its own rungs."""
     begin = time.monotonic()
     rung = Rung("cuda", "tests/cuda/run.py", "", {})
     command, missing = nvcc()
@@ -145,7 +148,7 @@ def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Resul
         **os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "DLKERNELS_TEST_ALLOW_REFERENCE": "1",
         **rung.settings,
     }  # fmt: skip
-    # Triton 3.6 reads scalars from arrays of one element in every operation; numpy warns each time.
+    # In every operation Triton 3.6 reads scalars from arrays of one element, and numpy warns each time.
     command = [
         str(python), "-m", "pytest", str(HERE / rung.file), "-q", "-p", "no:cacheprovider", f"--confcutdir={HERE}",
         "-W", "ignore::DeprecationWarning", *arguments,
@@ -160,7 +163,7 @@ def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Resul
             status = 124
     output = log.read_text()
     summary = output.strip().splitlines()[-1] if output.strip() else "no output"
-    # Nothing may be skipped here: whatever cannot be tested is to be seen.
+    # A skipped test fails the rung, so that nothing is left untested unnoticed.
     fine = status == 0 and "skipped" not in summary
     if not fine:
         print(output[-20000:], flush=True)
@@ -179,7 +182,7 @@ def main(arguments: list[str]) -> int:
     (ROOT / "build").mkdir(exist_ok=True)
     results = []
     with ThreadPoolExecutor(JOBS) as pool:
-        # It needs no environment and takes longest.
+        # This rung starts first, since it needs no environment and takes the longest.
         cuda = pool.submit(climb_cuda, short)
         with ThreadPoolExecutor(len(specs)) as installing:
             pythons = dict(zip(specs, installing.map(environment, specs), strict=True))

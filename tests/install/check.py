@@ -1,9 +1,10 @@
-"""Shows that pip installs dlkernels, with plain build isolation, without fetching a second torch.
+"""Tests that pip installs dlkernels with its usual build isolation without downloading a second torch.
 
     python tests/install/check.py torch==2.13.0
 
-Three ways, each timed, each followed by the smoke test with the compiled module: into a virtual environment that has
-torch; editable; into a virtual environment on top of a Python that has torch. Takes minutes and 3 GB under /tmp.
+Three installations are timed and each is followed by the smoke test with the compiled module: into a virtual
+environment that has torch, the same as an editable installation, and into a virtual environment on top of a Python that
+has torch. This takes minutes and 3 GB under /tmp.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def install(name: str, python: Path, *what: str) -> None:
 
 
 def source(folder: Path, name: str) -> str:
-    """A copy of the tree for each install, so that each compiles everything."""
+    """Copies the tree, so that each installation compiles everything."""
     return str(shutil.copytree(ROOT, folder / name, ignore=LEAVE_OUT))
 
 
 def python_with_torch(folder: Path, spec: str) -> Path | None:
-    """A whole interpreter of its own with torch in it, as in a container; None where this one cannot be copied."""
+    """A copy of this interpreter with torch installed, as in a container, or None if it cannot be copied."""
     if sys.base_prefix in ("/usr", "/usr/local"):
         return None
     shutil.copytree(sys.base_prefix, folder, symlinks=True)

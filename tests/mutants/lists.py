@@ -1,4 +1,4 @@
-"""All mutants, in the order in which they are tried: those that need no compiler first."""
+"""All mutants by group, in the order in which they are tried: those that need no compiler first."""
 
 from __future__ import annotations
 
@@ -7,4 +7,5 @@ from mutant import Mutant
 from python import PYTHON
 from recurrent import RECURRENT
 
+GROUPS: dict[str, tuple[Mutant, ...]] = {"Python": PYTHON, "recurrent, C++": RECURRENT, "attention, C++": ATTENTION}
 MUTANTS: tuple[Mutant, ...] = (*PYTHON, *RECURRENT, *ATTENTION)

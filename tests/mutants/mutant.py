@@ -1,4 +1,4 @@
-"""A bug to plant: what stands in a file, what takes its place, why somebody might write it, and who should notice."""
+"""A bug to plant: a text in a file, its replacement, what is wrong with it, and the tests that should notice it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Mutant:
-    """`old` stands in `file` exactly once. `tests`: arguments of pytest, the likeliest first, or "native tsan" and
-    "native asan" for tests/native/run.sh."""
+    """`old` must occur in `file` exactly once. `why` is what the code does wrong with `new` in its place. `tests` are
+    arguments of pytest, those most likely to fail first, or "native tsan" and "native asan" for tests/native/run.sh."""
 
     name: str
     file: str
@@ -25,7 +25,7 @@ class Mutant:
         return self.file.startswith("csrc/")
 
     def problem(self, root: Path = ROOT) -> str:
-        """Why it cannot be planted; empty if it can."""
+        """The reason why it cannot be planted; empty if it can."""
         path = root / self.file
         if not path.is_file():
             return f"{self.file} does not exist"

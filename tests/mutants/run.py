@@ -1,12 +1,15 @@
-"""Plants the bugs of this folder's lists one at a time in a copy of the tree, and says which of them the tests notice.
+"""Plants the bugs of this folder's lists one at a time in a copy of the tree and reports which of them the tests
+notice.
 
     python tests/mutants/run.py [--only PATTERN ...] [--jobs N] [--list] [--full] [--record]
 
-Each job has a copy of its own. Bugs in Python meet the module of the working tree; those in C++ an unoptimised build up
-to AVX2, where only what a mutant touches is compiled anew.
-A mutant's own tests run first, then (--full: all, else as many as --budget seconds allow) the rest of the suite. At the
-end each test that failed runs once more without a mutant: one that fails there too has noticed nothing. A test that
-reaches its time limit has failed. --record adds the verdicts to results.json.
+Each job has its own copy of the tree. Bugs in Python are tested with the compiled module of the working tree, those in
+C++ with an unoptimised build up to AVX2, in which only the files that a mutant changes are compiled again.
+
+A mutant's own tests run first, then the rest of the suite: all of it with --full, otherwise as much as --budget seconds
+allow. A test that fails or reaches its time limit has noticed the mutant. At the end each of these tests runs once more
+without a mutant; if it fails there too, it has noticed nothing. --record adds the verdicts to results.json and writes
+RESULTS.md from it.
 """
 
 from __future__ import annotations
@@ -30,16 +33,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from lists import MUTANTS
+from lists import GROUPS, MUTANTS
 from mutant import ROOT, Mutant
 
-KILLED, SURVIVED, ERROR = "killed", "SURVIVED", "ERROR"
-# Cheap files first; what is left out needs a network, a compiler, or says nothing about values.
+HERE = Path(__file__).resolve().parent
+KILLED, TIMED_OUT, SURVIVED, ERROR = "killed", "killed (timeout)", "SURVIVED", "ERROR"
+# Files of the suite that are not run for a mutant: they need a network or a compiler, or do not depend on values.
 LEFT_OUT = (
     "tests/package/test_packaging.py", "tests/package/test_cuda_build.py", "tests/package/test_mutants.py",
     "tests/package/test_time_limit.py", "tests/rnn/test_memory.py",
 )  # fmt: skip
-NOTHING_COLLECTED = 5
+NOTHING_COLLECTED = 5  # a status of pytest
+COMMAND_LIMIT = 3600.0  # seconds for a build, or for one entry of a mutant's tests
+# What pytest-timeout and faulthandler write when a test reaches its limit.
+TIMEOUT = re.compile(r"\+\+\+ Timeout \+\+\+|Timeout \(?>|Timeout \(\d+:\d\d:\d\d")
 
 
 @dataclass(eq=False)
@@ -49,21 +56,25 @@ class Outcome:
     by: str = ""
     seconds: float = 0.0
 
+    @property
+    def killed(self) -> bool:
+        return self.verdict in (KILLED, TIMED_OUT)
+
     def __str__(self) -> str:
-        return f"{self.verdict:8} {self.mutant.name:32} {self.seconds:5.0f} s  {self.by}"
+        return f"{self.verdict:16} {self.mutant.name:32} {self.seconds:5.0f} s  {self.by}"
 
 
 class Scratch:
-    """A copy of the working tree with a build of its own."""
+    """A copy of the working tree with its own build."""
 
     def __init__(self, folder: Path, timeout: int) -> None:
         self.folder, self.tree, self.timeout = folder, folder / "tree", timeout
         self.tree.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log.txt"
-        self.module = ""  # the working tree's, or that of this copy
+        self.module = ""  # the path of the working tree's compiled module, or empty for that of this copy
 
     def prepare(self) -> None:
-        """Brings the copy up to date with the working tree, file by file, so that little is compiled again."""
+        """Makes the copy equal to the working tree. Only files that differ are written, to compile little again."""
         listed = subprocess.run(
             ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"],
             capture_output=True,
@@ -81,7 +92,7 @@ class Scratch:
         path.write_bytes(data)
 
     def environment(self) -> dict[str, str]:
-        # Kernels above AVX2 take most of the time to compile and are not mutated.
+        # Kernels above AVX2 would take most of the compile time, and no mutant changes them.
         settings = {
             "PYTHONPATH": str(self.tree), "DLKERNELS_CPU_ISA": "avx2", "OMP_WAIT_POLICY": "passive",
             "CXXFLAGS": "-DDLK_NO_AVX512", "DLKERNELS_CUDA": "0", "MAX_JOBS": os.environ.get("MAX_JOBS", "1"),
@@ -92,7 +103,7 @@ class Scratch:
         return {**{k: v for k, v in os.environ.items() if k != "DLKERNELS_NATIVE"}, **settings}
 
     def command(self, command: list[str], limit: float) -> tuple[int, str]:
-        """Status and output; 124 after `limit` seconds."""
+        """Runs a command and returns its status and output. After `limit` seconds it is killed; the status is 124."""
         with self.log.open("w+", errors="replace") as log:
             process = subprocess.Popen(
                 command, cwd=self.tree, env=self.environment(), stdout=log, stderr=subprocess.STDOUT,
@@ -108,42 +119,52 @@ class Scratch:
             return status, log.read()
 
     def build(self) -> str:
-        """The compiler's last words if it fails."""
-        status, output = self.command([sys.executable, "csrc/setup/native.py", "--opt", "0"], 3600)
+        """Builds the copy and returns the end of the compiler's output if that fails."""
+        status, output = self.command([sys.executable, "csrc/setup/native.py", "--opt", "0"], COMMAND_LIMIT)
         return "" if status == 0 else output[-1500:]
 
     def test(self, arguments: str, limit: float) -> tuple[str, str]:
-        """(verdict, which test) of one entry of a mutant's list."""
+        """Runs one entry of a mutant's tests and returns the verdict and the test that gave it. If the entry reaches a
+        `limit` below COMMAND_LIMIT, the budget has ended and no test has failed."""
         kind, _, mode = arguments.partition(" ")
         if kind == "native":
             status, output = self.command(
-                ["env", f"BUILD={self.folder / mode}", "sh", "tests/native/run.sh", mode], 3600
+                ["env", f"BUILD={self.folder / mode}", "sh", "tests/native/run.sh", mode], COMMAND_LIMIT
             )
-            return (SURVIVED, "") if status == 0 else (KILLED, f"native {mode}: {_first_complaint(output)}")
+            if status == 0:
+                return SURVIVED, ""
+            return TIMED_OUT if status == 124 else KILLED, f"native {mode}: {_first_complaint(output)}"
         command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
         command += [f"--timeout={self.timeout}", *shlex.split(arguments)]
         status, output = self.command(command, limit)
         if status in (0, NOTHING_COLLECTED):
             return SURVIVED, ""
-        if status == 124:
+        if status == 124 and limit < COMMAND_LIMIT:
             return SURVIVED, "out of time"
         if status == 4:
             return ERROR, output[-500:]
         by = _killing_test(output)
+        if status == 124 or TIMEOUT.search(output):
+            return TIMED_OUT, by or f"{arguments} (reached the time limit)"
         if not by and status > 0:
             return ERROR, f"pytest ended with status {status} and named no test: {output[-200:]!r}"
         return KILLED, by or f"the process died: status {status}"
 
     def failing(self, names: list[str]) -> set[str]:
-        """Which of the tests that killed mutants fail in this tree as it is."""
-        failing = {name for name in names if name.startswith("native") and self.test(name, 3600)[0] != SURVIVED}
+        """Returns those of the tests `names` that fail or reach their time limit in this tree as it is."""
+        native = [name for name in names if name.startswith("native")]
+        failing = {name for name in native if self.test(name, COMMAND_LIMIT)[0] != SURVIVED}
         tests = [name for name in names if name.startswith("tests/")]
         if tests:
-            command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *tests]
-            status, output = self.command(command, 3600)
-            if status not in (0, 1):
-                return failing.union(tests)
-            failing.update(_runnable(name) for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE))
+            command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
+            status, output = self.command([*command, f"--timeout={self.timeout}", *tests], COMMAND_LIMIT)
+            if status in (0, 1) and not TIMEOUT.search(output):
+                failing.update(_runnable(name) for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE))
+            elif len(tests) == 1:
+                failing.update(tests)
+            else:  # a test that reaches its time limit ends the process, and with it the run of the others
+                for test in tests:
+                    failing |= self.failing([test])
         return failing
 
     def try_out(self, mutant: Mutant, budget: float, full: bool) -> Outcome:
@@ -164,7 +185,7 @@ class Scratch:
             left = float("inf") if number < len(mutant.tests) or full else begin + budget - time.monotonic()
             if left < 5:
                 break
-            verdict, by = self.test(arguments, min(left, 3600))
+            verdict, by = self.test(arguments, min(left, COMMAND_LIMIT))
             if verdict != SURVIVED:
                 return outcome(verdict, by)
         return outcome(SURVIVED)
@@ -183,7 +204,7 @@ def _killing_test(output: str) -> str:
         return str(found[0])
     ended = re.findall(r'File ".*/(tests/(?:\w+/)*test_\w+\.py)", line \d+,? in (test_\w+)', output)
     if ended:
-        how = "reached its time limit" if "+++ Timeout +++" in output or "Timeout >" in output else "the process ended"
+        how = "reached its time limit" if TIMEOUT.search(output) else "the process ended"
         return f"{ended[-1][0]}::{ended[-1][1]} ({how})"
     return ""
 
@@ -194,7 +215,7 @@ def _first_complaint(output: str) -> str:
 
 
 def built_module() -> str:
-    """Of the working tree: optimised, so that no test is left out."""
+    """The compiled module of the working tree. It is optimised, so that no test is skipped."""
     name = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not (ROOT / "dlkernels" / name).is_file():
         raise SystemExit(f"dlkernels/{name} is missing: make build")
@@ -202,10 +223,11 @@ def built_module() -> str:
 
 
 def confirm(scratch: Scratch, outcomes: list[Outcome]) -> None:
-    """A test that fails without a mutant too says nothing: what it killed comes back as an error."""
+    """Runs the tests that killed mutants once more without a mutant. Where a test fails there too, the verdict becomes
+    an error."""
     scratch.prepare()
     for compiled in (False, True):
-        killed = {o: _runnable(o.by) for o in outcomes if o.verdict == KILLED and o.mutant.compiled == compiled}
+        killed = {o: _runnable(o.by) for o in outcomes if o.killed and o.mutant.compiled == compiled}
         if killed and compiled and (words := scratch.build()):
             raise SystemExit(f"without any mutant the tree does not compile: {words}")
         scratch.module = "" if compiled else built_module()
@@ -216,14 +238,16 @@ def confirm(scratch: Scratch, outcomes: list[Outcome]) -> None:
 
 
 def _runnable(by: str) -> str:
-    """A test to run again. Ids with spaces come cut from pytest's summary: then all parameters of the test."""
+    """The name under which pytest runs a test again. The id of a test may be cut off at a space; then the name is that
+    of the test with all its parameters."""
     name = by.partition(":")[0] if by.startswith("native") else by.split(" ")[0]
     return name if name.endswith("]") else name.partition("[")[0]
 
 
 def record(outcomes: list[Outcome]) -> None:
-    """Adds verdicts to results.json: what a mutant met the last time that it was tried, and on which commit."""
-    path = Path(__file__).with_name("results.json")
+    """Adds verdicts to results.json, which has for each mutant its last verdict, the test that gave it and the commit,
+    and writes RESULTS.md."""
+    path = HERE / "results.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
@@ -233,6 +257,27 @@ def record(outcomes: list[Outcome]) -> None:
     listed = {mutant.name for mutant in MUTANTS}
     kept = {name: known[name] for name in sorted(known) if name in listed}
     path.write_text(json.dumps(kept, indent=1) + "\n")
+    (HERE / "RESULTS.md").write_text(results_page(kept))
+
+
+def results_page(known: dict[str, dict[str, str]]) -> str:
+    """RESULTS.md: the numbers of verdicts per group, and the mutants that survived or could not be judged."""
+    verdicts = (KILLED, TIMED_OUT, SURVIVED.lower(), ERROR.lower(), "not tried")
+    found = {mutant: known.get(mutant.name, {}).get("verdict", "not tried") for mutant in MUTANTS}
+    lines = [
+        "# Results of `make mutants`", "",
+        "Written by `tests/mutants/run.py --record` from results.json, which has for each mutant the test that noticed",
+        "it and the commit on which it was tried last.", "",
+        f"| group | mutants | {' | '.join(verdicts)} |", f"| --- |{' ---: |' * (1 + len(verdicts))}",
+    ]  # fmt: skip
+    for group, mutants in {**GROUPS, "all": MUTANTS}.items():
+        counts = [sum(found[mutant] == verdict for mutant in mutants) for verdict in verdicts]
+        lines.append(f"| {group} | {len(mutants)} | {' | '.join(map(str, counts))} |")
+    for verdict, title in ((SURVIVED.lower(), "Survivors"), (ERROR.lower(), "Not judged")):
+        left = [mutant for mutant in MUTANTS if found[mutant] == verdict]
+        if left:
+            lines += ["", f"## {title}", "", *(f"- `{mutant.name}` ({mutant.file}): {mutant.why}" for mutant in left)]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> int:
@@ -244,7 +289,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=0, help="seconds of other tests for such a mutant (0)")
     parser.add_argument("--timeout", type=int, default=120, help="seconds for one test (120)")
     parser.add_argument("--unconfirmed", action="store_true", help="do not run what failed without a mutant too")
-    parser.add_argument("--record", action="store_true", help="add the verdicts to results.json beside this file")
+    parser.add_argument("--record", action="store_true", help="add the verdicts to results.json and write RESULTS.md")
     parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "mutants", help="where the copies lie")
     options = parser.parse_args()
     chosen = [
@@ -289,14 +334,14 @@ def main() -> int:
 
 
 def summarize(outcomes: list[Outcome]) -> int:
-    count = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in (KILLED, SURVIVED, ERROR)}
-    judged = count[KILLED] + count[SURVIVED]
-    share = 100 * count[KILLED] / judged if judged else 0
-    print(f"{count[KILLED]} of {judged} killed ({share:.0f}%), {count[ERROR]} could not be planted or judged")
+    killed, errors = sum(o.killed for o in outcomes), sum(o.verdict == ERROR for o in outcomes)
+    judged = len(outcomes) - errors
+    share = 100 * killed / judged if judged else 0
+    print(f"{killed} of {judged} killed ({share:.0f}%), {errors} could not be planted or judged")
     for outcome in outcomes:
-        if outcome.verdict != KILLED:
+        if not outcome.killed:
             print(f"  {outcome.verdict} {outcome.mutant.name}: {outcome.mutant.why}. {outcome.by}")
-    return int(count[SURVIVED] + count[ERROR] > 0)
+    return int(killed < len(outcomes))
 
 
 if __name__ == "__main__":

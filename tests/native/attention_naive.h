@@ -1,13 +1,13 @@
-// Attention once more, as slowly and plainly as possible: one element after the other, every number a
-// double, and what a rule hides is never looked at. Takes the same structs as the kernels and judges
-// them; shares no code with them.
+// An oracle for attention, as slow and plain as possible: it computes one element after the other, every number is a
+// double, and keys that the mask or a window hides are never read. It takes the same structs as the kernels and
+// shares no code with them.
 #pragma once
 
 #include <cmath>
 #include <vector>
 
 #include "attention/params.h"
-#include "naive.h"
+#include "naive_storage.h"
 
 namespace dlk {
 namespace naive {
@@ -56,7 +56,7 @@ struct Attention {
     return load(in.mask.data, at, in.mask.dtype) != -INFINITY;
   }
 
-  // Of a visible element; `slope` is what the softcap leaves of a gradient.
+  // The score of a visible element. `slope` is set to the derivative of the softcap, 1 without one.
   double score(int64_t b, int64_t h, int64_t i, int64_t j, double* slope) const {
     double x = 0;
     for (int64_t d = 0; d < s.D; ++d) x += q(b, h, i, d) * k(b, h, j, d);
@@ -73,7 +73,7 @@ struct Attention {
   }
   double distance(int64_t b, int64_t i, int64_t j) const { return std::fabs(static_cast<double>(position(b, i) - j)); }
 
-  // What dropout multiplies an element with.
+  // The factor by which dropout multiplies an element: 0 or 1 / (1 - p). The generator is Philox4x32-10.
   double kept(int64_t b, int64_t h, int64_t i, int64_t j) const {
     if (in.dropout_p == 0) return 1;
     if (in.dropout_p == 1) return 0;
@@ -90,8 +90,8 @@ struct Attention {
     return x[j % 4] >= static_cast<uint32_t>(in.dropout_p * 4294967296.0) ? 1 / (1 - in.dropout_p) : 0;
   }
 
-  // The factor from the kernels' scores to logits. Where the scale is all that is done to a score, the kernels apply it
-  // inside the exponential and keep unscaled scores; else the factor is 1.
+  // The factor by which the kernels' scores must be multiplied to become logits. Where a score is only scaled, the
+  // kernels apply the scale inside the exponential and store unscaled scores; otherwise the factor is 1.
   double unit() const {
     bool scaled = in.softcap != 0 || in.slopes || (in.mask.data && !in.mask.boolean) || !(in.scale > 1e-20);
     const double most = s.dtype == DType::f64 ? 0x1p1023 : 0x1p127;
@@ -100,13 +100,13 @@ struct Attention {
     return scaled ? 1 : s.dtype == DType::f64 ? in.scale : static_cast<double>(static_cast<float>(in.scale));
   }
 
-  // The statistics of a row.
+  // The softmax statistics of a row.
   struct Row {
     double top, weight;
     Row(const Attention& a, const SoftmaxStatistics<const void*>& stats, int64_t b, int64_t h, int64_t i)
         : top(load(stats.top.data, a.query_at(stats.top, b, h, i), a.compute()) * a.unit()),
           weight(load(stats.weight.data, a.query_at(stats.weight, b, h, i), a.compute())) {}
-    // `top` was rounded when it was stored: a logit within that rounding counts as equal to it.
+    // `top` was rounded when it was stored, so a logit within that rounding error counts as equal to it.
     double probability(double logit) const {
       const double below = logit - top;
       return std::exp(std::fabs(top) > 1e8 && std::fabs(below) < 1e-6 * std::fabs(top) ? 0 : below) * weight;
@@ -152,7 +152,7 @@ inline void attention_forward(const AttentionForwardParams& p) {
   });
 }
 
-// From the o and the statistics that are given, as they were rounded.
+// The backward starts from the o and the softmax statistics of the call, as they were rounded when they were stored.
 inline void attention_backward(const AttentionBackwardParams& p) {
   const Attention a(p.in);
   const AttentionShape& s = a.s;
@@ -161,7 +161,7 @@ inline void attention_backward(const AttentionBackwardParams& p) {
   Vector dq(size(sequences * s.H * s.M * s.D)), dk(size(sequences * s.Hkv * s.N * s.D));
   Vector dv(size(sequences * s.Hkv * s.N * s.Dv)), dmask(size(p.dmask.elements));
   Vector dslopes(size(s.B * s.H)), dsinks(size(s.H));
-  // Places in these, [sequence, head, row].
+  // Row indices into these vectors, [sequence, head, row].
   const auto row_q = [&](int64_t b, int64_t h, int64_t i) {
     return p.in.cu_q ? h * s.M + p.in.cu_q[b] + i : (b * s.H + h) * s.M + i;
   };

@@ -1,7 +1,7 @@
-// The attention kernels against attention_naive.h, over random calls, without torch:
+// Compares the attention kernels with attention_naive.h over random calls, without torch:
 //   attention_test [cases] [seed]
-// Buffers are of exact size and hold NaN until written, scratch too, and so do all inputs that nobody may see;
-// meant to run under sanitizers.
+// Buffers have exactly the size that the kernels may use and are filled with NaN until they are written, scratch memory
+// included. In half of the cases inputs that no result may depend on are NaN. Meant to run under sanitizers.
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -15,7 +15,8 @@
 namespace dlk {
 namespace {
 
-// [B, H, rows, width], or [rows of all, H, width] in the order of memory when packed.
+// A tensor [B, H, rows, width]. With packed sequences its memory is [all rows, H, width]; with rows_first it is
+// [B, rows, H, width].
 struct Heads {
   Buffer buffer;
   int64_t b = 0, h = 0, row = 0;
@@ -32,7 +33,7 @@ struct Heads {
   HeadTensor<void*> write() const { return {buffer.get(), b, h, row}; }
 };
 
-// The softmax's statistics of a call.
+// The softmax statistics of a call.
 struct Statistics {
   Heads top, weight;
   SoftmaxStatistics<void*> write() const { return {top.write(), weight.write()}; }
@@ -68,13 +69,12 @@ struct AttentionCase {
 
   std::string text() const {
     static const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};
-    static const char* const isas[] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
     const AttentionShape& s = in.shape;
     char line[400];
     std::snprintf(line, sizeof line,
                   "%s %s B=%d H=%d/%d M=%d N=%d D=%d/%d threads=%d %s causal=%d window=%d,%d scale=%g softcap=%g "
                   "slopes=%d sinks=%d dropout=%g mask=%s %d%d%d%d map=%dx%d",
-                  dtypes[int(s.dtype)], isas[int(isa)], int(s.B), int(s.H), int(s.Hkv), int(s.M), int(s.N), int(s.D),
+                  dtypes[int(s.dtype)], isa_name(isa), int(s.B), int(s.H), int(s.Hkv), int(s.M), int(s.N), int(s.D),
                   int(s.Dv), threads, packed() ? "packed" : "padded", int(in.causal), int(in.left), int(in.right),
                   in.scale, in.softcap, in.slopes != nullptr, in.sinks != nullptr, in.dropout_p,
                   !in.mask.data     ? "none"
@@ -85,13 +85,13 @@ struct AttentionCase {
   }
 };
 
+// Random lengths of B packed sequences as cumulative lengths, and the number of rows of the tensor.
 void cut(Random& random, int64_t B, int64_t* rows, std::vector<int32_t>* cu) {
   cu->assign(1, 0);
   for (int64_t b = 0; b < B; ++b) cu->push_back(cu->back() + static_cast<int32_t>(random() % uint64_t(*rows + 1)));
-  *rows = cu->back() + static_cast<int64_t>(random() % 3);  // some that belong to nobody
+  *rows = cu->back() + static_cast<int64_t>(random() % 3);  // up to two rows that belong to no sequence
 }
 
-// Only the strides of a gradient that `data` may still be missing from.
 MaskGradient mask_gradient(const AttentionCase& c, void* data) {
   return {data, c.mask.count(), c.in.mask.b, c.in.mask.h, c.in.mask.i, c.in.mask.j};
 }
@@ -113,7 +113,7 @@ void random_mask(Random& random, AttentionCase* c) {
     for (int64_t i = 0; i < count; ++i) static_cast<uint8_t*>(c->mask.get())[i] = chance(random, visible);
   } else {
     c->mask = Buffer::random(count, dtype, random, 1.5);
-    if (dtype != DType::f16 && chance(random, 0.2)) {  // the scores of whole rows stand far from 0
+    if (dtype != DType::f16 && chance(random, 0.2)) {  // most scores are far from 0
       const double far = pick(random, {-1e30, 1e20, -3e38});
       for (int64_t i = 0; i < count; ++i)
         if (chance(random, 0.8)) naive::store(c->mask.get(), i, dtype, far);
@@ -124,7 +124,7 @@ void random_mask(Random& random, AttentionCase* c) {
   c->in.mask = {c->mask.get(), boolean, dtype, stride[0], stride[1], stride[2], stride[3]};
 }
 
-// NaN in all queries that see nothing and in all keys that nobody sees.
+// Fills with NaN all queries that see no key and all keys that no query sees.
 void poison_hidden(AttentionCase* c) {
   const naive::Attention a(c->in);
   const AttentionShape& s = c->in.shape;
@@ -155,7 +155,8 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
   AttentionShape& s = in.shape;
   s.dtype = static_cast<DType>(random() % 4);
   c->isa = isas[random() % isas.size()];
-  if (c->isa > Isa::avx512 && chance(random, 0.8)) s.dtype = DType::bf16;  // what it has kernels for
+  // These instruction sets have kernels of their own for bf16 only.
+  if (bf16_products(c->isa) != Bf16Products::as_float && chance(random, 0.8)) s.dtype = DType::bf16;
   s.B = 1 + int64_t(random() % 3), s.Hkv = 1 + int64_t(random() % 2), s.H = s.Hkv * (1 + int64_t(random() % 3));
   s.M = pick(random, lengths), s.N = pick(random, lengths), s.D = pick(random, widths), s.Dv = pick(random, widths);
   if (chance(random, 0.1)) s.Dv = 0;
@@ -163,7 +164,7 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
   if (chance(random, 0.04)) s.M = 0;
   if (chance(random, 0.04)) s.N = 0;
   if (chance(random, 0.08)) s.M = 200 + int64_t(random() % 60), s.N = 120 + int64_t(random() % 160), s.B = 1;
-  if (chance(random, 0.08)) {  // the keys are split
+  if (chance(random, 0.08)) {  // so many keys per query that the plan splits them
     s.N = 1024 + int64_t(random() % 200), s.M = 1 + int64_t(random() % 5), s.B = 1;
     s.D = std::min<int64_t>(s.D, 8), s.Dv = std::min<int64_t>(s.Dv, 8);
   }
@@ -205,22 +206,24 @@ void random_case(Random& random, const std::vector<Isa>& isas, AttentionCase* c)
   if (chance(random, 0.5)) poison_hidden(c);
 }
 
-// Within rounding of the storage type, and of sums in the compute type of terms up to about `term`; with `weighted` of
-// terms whose weights have been rounded to bf16.
+// The tolerance covers the rounding of the storage type and that of sums in the compute type whose terms are at most
+// about `term`. With `weighted`, where the kernels round the softmax weights to bf16, it covers that rounding too.
 void compare(const AttentionCase& c, const char* name, const Buffer& got, const Buffer& want, double term = 4,
              bool weighted = false) {
   const DType dtype = want.dtype();
-  // What is as far as the masks and sinks of some cases is compared by its own size, lest it excuse the others.
+  // Values as large as the masks and sinks of some cases are compared relative to themselves. They are left out of
+  // `largest`, since otherwise they would widen the tolerance of all other values.
   const double far = 1e15;
   double largest = 0;
   for (int64_t i = 0; i < want.count(); ++i)
     if (std::fabs(want.at(i)) < far) largest = std::fmax(largest, std::fabs(want.at(i)));
   const double epsilon = c.in.shape.dtype == DType::f64 ? 0x1p-52 : 0x1p-23;
-  const double weights = weighted && attention_last_run().plan.isa > Isa::avx512 ? 0x1p-9 : 0;
+  const bool rounds_weights = weighted && bf16_products(attention_last_run().plan.isa) != Bf16Products::as_float;
+  const double weights = rounds_weights ? 0x1p-9 : 0;
   const double relative = dtype == DType::bf16 ? 0x1p-7 : dtype == DType::f16 ? 0x1p-10 : 0x1p-22;
   const double absolute = (epsilon * (200 + 4 * double(c.in.shape.N + c.in.shape.M)) + weights) * (term + largest);
   for (int64_t i = 0; i < want.count(); ++i) {
-    if (got.same_bits(i, want, i)) continue;  // also what neither has written
+    if (got.same_bits(i, want, i)) continue;  // includes the NaN of elements that neither has written
     const double a = got.at(i), b = want.at(i);
     const bool close = std::fabs(a - b) <= absolute + (std::fabs(b) < far ? relative : 0x1p-20) * std::fabs(b);
     CHECK(close, "%s[%d] = %.9g, want %.9g: %s", name, int(i), a, b, c.text().c_str());
@@ -236,12 +239,13 @@ void same_bits(const AttentionCase& c, const char* name, const Buffer& a, const 
   }
 }
 
-// How often each plan ran, so that the test can tell what it covered.
+// How often each plan ran. The test prints it as its coverage.
 std::map<std::string, int> g_covered;
 
 void remember() {
   const AttentionLastRun& run = attention_last_run();
-  std::string key = run.plan.isa > Isa::avx512 ? isa_name(run.plan.isa) + std::string(" ") : "";
+  const bool own_products = bf16_products(run.plan.isa) != Bf16Products::as_float;
+  std::string key = own_products ? isa_name(run.plan.isa) + std::string(" ") : "";
   key += run.backward ? "backward" : "forward";
   key += run.plan.kernel == AttentionPlan::dot ? " dot" : " tiles";
   if (run.plan.splits > 1) key += " split";
@@ -309,13 +313,13 @@ void run_case(const AttentionCase& c) {
   attention.each_row([&](int64_t b, int64_t h, int64_t i) {
     const naive::Attention::Row row(attention, stats.read(), b, h, i);
     const double want = naive::load(want_lse.buffer.get(), attention.query_at(want_lse.read(), b, h, i), c.compute());
-    if (!(std::fabs(want) < 1e15)) return;  // a lse so large holds nothing of the sum
+    if (!(std::fabs(want) < 1e15)) return;  // beside so large a maximum the logarithm of the sum is lost in rounding
     const double bound = c.in.shape.dtype == DType::f64 ? 1e-9 : 1e-3;
     CHECK(std::fabs(row.top - std::log(row.weight) - want) <= bound * (1 + std::fabs(want)), "statistics: %s",
           c.text().c_str());
   });
 
-  // The backward starts from the oracle's forward, so that only its own error shows.
+  // The backward gets the oracle's forward results, so that only its own error is measured.
   const Gradients grads(c), want(c);
   const auto backward = [&](int threads, const Gradients& into) {
     attention_backward(backward_params(c, want_o, want_stats, into), Runtime{c.isa, threads, parallel});

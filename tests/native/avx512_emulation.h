@@ -1,7 +1,9 @@
-// AVX-512 for machines that have AVX2 alone: the intrinsics that csrc/simd uses, in namespace dlk, where code there
-// finds them before the compiler's. Included ahead of everything else, with DLK_EMULATE_AVX512 (target.h).
+// Emulates the AVX-512 intrinsics that csrc/simd uses on machines that have AVX2 only. They are declared in namespace
+// dlk, where name lookup finds them before those of the compiler. The compiler includes this file before everything
+// else (-include), with DLK_EMULATE_AVX512 (simd/target.h).
 //
-// Arithmetic is that of AVX2, half by half; loads and stores under a mask are plain, so that the sanitizer sees them.
+// Arithmetic is done by AVX2 on each half of a vector. Masked loads and stores are plain scalar loads and stores, which
+// the address sanitizer checks element by element.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +14,7 @@
 #if defined(DLK_X86) && defined(DLK_EMULATE_AVX512)
 #pragma GCC diagnostic ignored "-Wignored-attributes"
 
-// Macros of the compiler's, at some levels of optimisation.
+// The compiler defines these intrinsics as macros at some optimisation levels.
 #undef _mm512_cmp_pd_mask
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
@@ -40,7 +42,7 @@ DLK_INLINE To bits(const From& from) {
   return to;
 }
 
-// A vector in two halves, of AVX2, or four quarters, of SSE.
+// A vector as two halves (AVX2) or four quarters (SSE).
 template <class Part, class Whole>
 struct Parts {
   static constexpr int count = sizeof(Whole) / sizeof(Part);
@@ -62,7 +64,7 @@ DLK_INLINE V by_halves(F f, V a, More... more) {
   return out.whole();
 }
 
-// All ones in the lanes of a mask: 8 of 4 bytes, 4 of 8.
+// Sets all bits of the lanes whose bit in `mask` is set: 8 lanes of 4 bytes or 4 lanes of 8 bytes.
 DLK_INLINE __m256i lanes(unsigned mask, float) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
   return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(mask)), bit), bit);
@@ -72,7 +74,7 @@ DLK_INLINE __m256i lanes(unsigned mask, double) {
   return _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(mask), bit), bit);
 }
 
-// The lanes of b where the mask is set, of a elsewhere.
+// Takes the lanes of b where the mask is set and those of a elsewhere.
 template <class T, class V>
 DLK_INLINE V blend(unsigned mask, V a, V b) {
   const Parts<__m256i, V> x(a), y(b);
@@ -100,7 +102,8 @@ DLK_NOINLINE void masked_store(void* to, unsigned mask, V a) {
     if (mask >> i & 1) std::memcpy(static_cast<T*>(to) + i, &lanes[i], sizeof(T));
 }
 
-// To 14 bits, exact for powers of two: further off than the instruction, never by more than 2^-14.
+// 1 / a with the mantissa cut to 14 bits, exact for powers of two. The relative error is larger than that of vrcp14ps,
+// but never above the 2^-14 that vrcp14ps guarantees.
 DLK_INLINE __m256 rough_reciprocal(__m256 a) {
   const __m256 r = _mm256_div_ps(_mm256_set1_ps(1), a);
   const __m256 cut = _mm256_and_ps(r, _mm256_castsi256_ps(_mm256_set1_epi32(~0x1ff)));
@@ -300,7 +303,7 @@ DLK_INLINE __mmask16 _mm_testn_epi8_mask(__m128i a, __m128i b) {
   return static_cast<__mmask16>(_mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(a, b), _mm_setzero_si128())));
 }
 
-// Bit 4 a + 2 b + c of the table is the result for a, b, c.
+// Bit 4 a + 2 b + c of `table` is the result for the input bits a, b and c.
 DLK_INLINE __m512i _mm512_ternarylogic_epi32(__m512i a, __m512i b, __m512i c, int table) {
   uint64_t x[3][8], out[8] = {};
   std::memcpy(x[0], &a, sizeof out), std::memcpy(x[1], &b, sizeof out), std::memcpy(x[2], &c, sizeof out);
@@ -316,7 +319,7 @@ DLK_INLINE __m512i _mm512_ternarylogic_epi64(__m512i a, __m512i b, __m512i c, in
 
 DLK_INLINE __m512 _mm512_permute_ps(__m512 a, int order) {
   const __m256i each = _mm256_setr_epi32(order, order >> 2, order >> 4, order >> 6, order, order >> 2, order >> 4,
-                                         order >> 6);  // two bits of each count
+                                         order >> 6);  // vpermilps reads only the lowest two bits of each
   return avx512_emulation::by_halves<__m256>(
       [each](__m256 x) __attribute__((always_inline)) { return _mm256_permutevar_ps(x, each); }, a);
 }
@@ -326,7 +329,7 @@ DLK_INLINE __m512d _mm512_permute_pd(__m512d a, int order) {
   for (int i = 0; i < 8; ++i) out[i] = x[(i & ~1) + (order >> i & 1)];
   return avx512_emulation::bits<__m512d>(out);
 }
-// Two quarters of a, then two of b.
+// The result is two quarters of a followed by two quarters of b.
 DLK_INLINE __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int order) {
   const avx512_emulation::Parts<__m128, __m512> x(a), y(b);
   const __m128 part[4] = {x.part[order & 3], x.part[order >> 2 & 3], y.part[order >> 4 & 3], y.part[order >> 6 & 3]};

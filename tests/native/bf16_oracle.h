@@ -1,4 +1,5 @@
-// What the manuals say of the instructions that multiply bfloat16, in plain loops.
+// An oracle in plain loops for the instructions that multiply bfloat16 (vdpbf16ps, tdpbf16ps), written from Intel's
+// manuals.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,7 @@ struct Operands {
   float sums[32][32];
 };
 
-// Denormals, infinities and NaN are among them.
+// Random bf16 bits, among them denormals, infinities and NaN.
 uint16_t any_value(std::mt19937& random) {
   if (random() % 4 == 0) return static_cast<uint16_t>(random());
   return dlk::to_bf16(std::ldexp(static_cast<float>(random() % 513) - 256, -static_cast<int>(random() % 30))).bits;
@@ -24,7 +25,9 @@ uint16_t any_value(std::mt19937& random) {
 
 float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
-// x y + sum, 0 if it is tiny when it is rounded as if exponents had no end.
+// x y + sum, rounded once. The result is flushed to 0 if it is below the least normal number after rounding with an
+// unbounded exponent range (tininess after rounding), even where rounding to the denormals' grid gives the least normal
+// number.
 float fused(float x, float y, float sum) {
   const float z = std::fma(x, y, sum);
   if (std::fabs(z) != std::numeric_limits<float>::min()) return flushed(z);
@@ -43,7 +46,8 @@ float product(const Operands& in, int r, int c) {
   return flushed(flushed(in.sums[r][c]) + flushed(even + odd));
 }
 
-// The first sum becomes the least normal number, and then a little less: where denormals and normal numbers meet.
+// Sets the operands of element [0][0] so that its sum first becomes the least normal number, 2^-126, and then a little
+// less: the boundary between normal numbers and denormals.
 template <class Operands>
 void set_edge(Operands& in, std::mt19937& random) {
   const auto bits = [](float x) { return dlk::to_bf16(x).bits; };

@@ -1,4 +1,5 @@
-// What multiplies bfloat16, emulated, and where the machine has the instructions, these too (bf16_test_of_isa.cpp).
+// Tests Bf16Unit, the products of bfloat16: their emulation and, where the machine has them, the instructions
+// themselves (bf16_test_of_isa.cpp).
 #include "check.h"
 #include "simd/target.h"
 

@@ -1,5 +1,6 @@
-// What multiplies bfloat16 in one instruction set, against plain loops. run.sh compiles this file four times: with
-// DLK_ISA as amx and as avx512_bf16, both as the machine has it and, with DLK_EMULATE_BF16, in plain C++.
+// Tests the Bf16Unit of one instruction set against plain loops (bf16_oracle.h). run.sh compiles this file four times:
+// for DLK_ISA amx and avx512_bf16, each once with the machine's instructions and once with their emulation in plain C++
+// (DLK_EMULATE_BF16).
 
 #include "bf16_oracle.h"
 #include "check.h"
@@ -69,7 +70,7 @@ void test_product(const char* kind, std::mt19937& random) {
     }
 }
 
-// A session puts back what it found: the shapes of an outer one, or none.
+// A session restores the tile shapes that it found: those of an outer session, or none.
 inline void test_sessions(const char* kind) {
   TileRegisters::Shapes shapes{};
   const auto same = [&](const TileRegisters::Shapes& other) { return std::memcmp(&shapes, &other, sizeof other) == 0; };
@@ -150,7 +151,7 @@ inline void test_multiply(const char* kind, std::mt19937& random) {
   }
 }
 
-// The diagonal of a product, to the last bit.
+// Compares the diagonal of a product bit for bit.
 inline void test_diagonal(const char* kind, std::mt19937& random) {
   const int width = 1 + static_cast<int>(random() % DotOperands::kDepth);
   float a[DotOperands::kDepth][16], b[DotOperands::kDepth][16], got[16];
@@ -181,7 +182,7 @@ inline void test_dots(const char* kind) {
 
 DLK_ISA_END
 
-// False where this compiler does not know the instructions.
+// Returns false if this compiler does not know the instructions.
 bool DLK_JOIN(test_, DLK_ISA_NAMESPACE)(const char* kind) {
 #if DLK_ISA_NUMBER == DLK_NUMBER_amx
   dlk::DLK_ISA_NAMESPACE::test_tiles(kind);

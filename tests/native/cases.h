@@ -1,5 +1,5 @@
-// Random layer calls for the kernel tests: shapes, layouts, and buffers of exactly the
-// size that the contract in rnn_params.h gives, so that the sanitizer sees any overreach.
+// Random layer calls for the kernel tests: shapes, layouts, and buffers of exactly the size that rnn/params.h asks for,
+// so that the address sanitizer reports any access beyond them.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/isa.h"
 #include "rnn/params.h"
 #include "naive.h"
 
@@ -28,8 +29,8 @@ T pick(Random& random, const T (&from)[n]) {
 
 class Buffer {
  public:
-  Buffer() = default;                 // absent: a null pointer
-  Buffer(int64_t count, DType dtype)  // every element a NaN until it is written
+  Buffer() = default;                 // an absent tensor, whose pointer is null
+  Buffer(int64_t count, DType dtype)  // every element is NaN until it is written
       : count_(count), dtype_(dtype), bytes_(new char[static_cast<size_t>(count * item_bytes(dtype))]) {
     if (count) std::memset(bytes_.get(), 0xff, static_cast<size_t>(count * item_bytes(dtype)));
   }
@@ -60,7 +61,7 @@ class Buffer {
   std::unique_ptr<char[]> bytes_;
 };
 
-// The dtypes of a call's tensors; shape.dtype is what products may be rounded to.
+// The dtypes of a call's tensors. shape.dtype is the dtype to which the operands of products may be rounded.
 struct Types {
   DType x, weights, h0, c0, h, c;
 };
@@ -86,7 +87,7 @@ struct Case {
     return naive::Walk{shape, packed() ? batch_sizes.data() : nullptr, nullptr}.row(t, b);
   }
 
-  // Strides and size of a tensor with this many features.
+  // Strides and number of elements of a tensor with this many features.
   int64_t stride_t(int64_t features) const {
     return packed() || batch_first ? features + gap : (features + gap) * shape.B;
   }
@@ -101,18 +102,16 @@ struct Case {
   }
 
   std::string text() const {
-    static const char* const cells[] = {"lstm", "gru", "rnn_tanh", "rnn_relu"};
     static const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};
-    static const char* const isas[] = {"scalar", "avx2", "avx512", "avx512_bf16"};
     const LayerShape& s = shape;
     char line[500];
     std::snprintf(line, sizeof line,
                   "%s %s%s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
                   "bias=%d h0=%d c0=%d save=%d prepacked=%d "
                   "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
-                  cells[int(s.cell)], dtypes[int(s.dtype)], s.narrow ? " narrow" : "", dtypes[int(types.x)],
+                  mode_name(s.cell), dtypes[int(s.dtype)], s.narrow ? " narrow" : "", dtypes[int(types.x)],
                   dtypes[int(types.weights)], dtypes[int(types.h0)], dtypes[int(types.c0)], dtypes[int(types.h)],
-                  dtypes[int(types.c)], isas[int(isa)], int(s.T), int(s.B), int(s.I), int(s.H), int(s.P), s.D, threads,
+                  dtypes[int(types.c)], isa_name(isa), int(s.T), int(s.B), int(s.I), int(s.H), int(s.P), s.D, threads,
                   packed()          ? "packed"
                   : lengths.empty() ? "padded"
                                     : "lengths",
@@ -133,27 +132,28 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
   if (chance(random, 0.02)) s.I = 0;
   s.P = s.cell == CellKind::lstm && s.H > 1 && chance(random, 0.4) ? 1 + int64_t(random() % uint64_t(s.H - 1)) : 0;
   s.D = 1 + int(random() % 2);
-  if (chance(random, 0.03)) {  // longer than any chunk of time
+  if (chance(random, 0.03)) {  // more steps than a chunk of time steps can have
     s.T = 390 + int64_t(random() % 20), s.B = 1 + int64_t(random() % 2), s.H = std::min<int64_t>(s.H, 8);
     s.I = std::min<int64_t>(s.I, 8), s.P = s.P ? 1 : 0;
     if (s.H == 1) s.P = 0;
-  } else if (chance(random, 0.06)) {  // several chunks of time, and enough work in each step to split it
+  } else if (chance(random, 0.06)) {  // several chunks of time steps, and enough work in each step to split it
     const bool by_rows = chance(random, 0.5);
     s.H = pick(random, {33, 40}), s.I = pick(random, {3, 40});
     s.B = by_rows ? pick(random, {33, 35}) : pick(random, {11, 13});
     s.T = (800 + int64_t(random() % 100)) / s.B;
     if (s.P) s.P = 17;
-  } else if (chance(random, 0.25)) {  // enough work for every way to split it
+  } else if (chance(random, 0.25)) {  // enough work for each way of splitting it over threads
     s.H = pick(random, {33, 40, 65}), s.B = pick(random, {3, 8, 17, 33, 70}), s.T = pick(random, {5, 13});
     if (s.P) s.P = 17;
   }
   c.isa = isas[random() % isas.size()];
-  if (c.isa == Isa::avx512_bf16 && chance(random, 0.8)) {  // what it has kernels for
+  // Shapes for which layer_isa() takes the kernels that multiply bf16.
+  if (bf16_products(c.isa) != Bf16Products::as_float && chance(random, 0.8)) {
     s.dtype = DType::bf16, s.P = 0;
     s.I += s.I % 2, s.H += s.H % 2;
   }
   s.narrow = (s.dtype == DType::bf16 || s.dtype == DType::f16) && chance(random, 0.7);
-  const bool mixed = s.dtype != DType::f64 && chance(random, 0.3);  // as under autocast
+  const bool mixed = s.dtype != DType::f64 && chance(random, 0.3);  // a dtype for each tensor, as under autocast
   const auto dtype = [&] { return mixed ? pick(random, {DType::f32, DType::bf16, DType::f16}) : s.dtype; };
   c.types = {dtype(), dtype(), dtype(), dtype(), dtype(), dtype()};
   c.threads = 1 + int(random() % 4);
@@ -161,7 +161,7 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
        {&c.bias, &c.h0, &c.c0, &c.save, &c.dy, &c.dh_n, &c.dc_n, &c.need_x, &c.need_state, &c.need_weights}) {
     *flag = chance(random, 0.75);
   }
-  if (s.T * s.B > 2 * 384) c.need_weights = chance(random, 0.5);  // frozen weights, chunk after chunk
+  if (s.T * s.B > 2 * 384) c.need_weights = chance(random, 0.5);  // several chunks, often with frozen weights
   for (bool* flag : {&c.prepacked, &c.deterministic, &c.gate_grads}) *flag = chance(random, 0.3);
   c.prepacked = c.prepacked && c.types.weights == s.dtype;
   c.gap = pick(random, {0, 0, 0, 3});
@@ -222,7 +222,7 @@ struct Inputs {
   }
 };
 
-// A buffer as a state.
+// The StateTensor of a buffer.
 template <class Pointer>
 StateTensor<Pointer> state(const Buffer& buffer) {
   return {buffer.get(), buffer.dtype()};
@@ -240,7 +240,7 @@ struct Outputs {
   }
 };
 
-// The slots of all records in the compute type, and those that are narrow.
+// Saved records taken apart: the slots in the compute type of all records, and the narrow slots of all records.
 struct Records {
   Buffer wide, narrow;
 

@@ -1,4 +1,4 @@
-// A counter of failures and the one macro the native tests check with.
+// The check macro of the native tests, and the counter of its failures.
 #pragma once
 
 #include <cstdio>
@@ -8,7 +8,7 @@ inline int& failures() {
   return count;
 }
 
-// Prints the first twenty, counts all.
+// Prints the first twenty failures and counts all of them.
 #define CHECK(condition, ...)                                     \
   do {                                                            \
     if (!(condition) && ++failures() <= 20) {                     \
@@ -20,7 +20,7 @@ inline int& failures() {
 
 #if defined(__x86_64__)
 inline bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-// Or what emulates it.
+// True also where AVX-512 is emulated.
 inline bool has_avx512() {
 #ifdef DLK_EMULATE_AVX512
   return has_avx2();

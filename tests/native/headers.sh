@@ -1,5 +1,5 @@
 #!/bin/sh
-# Parses every torch-free header alone, as an editor does that opens it: each includes what it uses.
+# Parses every torch-free header by itself, as an editor does, which shows whether each header includes what it uses.
 set -eu
 cd "$(dirname "$0")/../../csrc"
 command -v clang++ >/dev/null && CXX=clang++

@@ -1,6 +1,7 @@
-// The recurrent kernels against naive.h, over random calls, without torch:
+// Compares the recurrent kernels with naive.h over random calls, without torch:
 //   kernels_test [cases] [seed]
-// Buffers are of exact size and hold NaN until written, scratch too; meant to run under sanitizers.
+// Buffers have exactly the size that the kernels may use and are filled with NaN until they are written, scratch memory
+// included. Meant to run under sanitizers.
 #include <array>
 #include <cstdlib>
 #include <map>
@@ -14,9 +15,9 @@
 namespace dlk {
 namespace {
 
-// Within rounding of the storage type, and of sums in the compute type that grow with T. The
-// dx of two directions is a sum of rounded parts, which may cancel. With `pairs` some of what is multiplied may have
-// been rounded to the other neighbour.
+// The tolerance covers the rounding of the storage type and that of sums in the compute type, which grow with T. The dx
+// of two directions is a sum of two rounded parts, which may cancel. With `pairs` an operand may have been rounded to
+// the bf16 neighbour that the oracle did not take.
 void compare(const Case& c, const char* name, const Buffer& got, const Buffer& want, bool pairs) {
   const DType dtype = want.dtype();
   double largest = 0;
@@ -27,7 +28,7 @@ void compare(const Case& c, const char* name, const Buffer& got, const Buffer& w
   if (pairs) absolute += 0x1p-9 * (1 + largest);
   if (c.shape.D == 2 && std::strcmp(name, "dx") == 0) absolute += relative * largest;
   for (int64_t i = 0; i < want.count(); ++i) {
-    if (got.same_bits(i, want, i)) continue;  // also what neither has written
+    if (got.same_bits(i, want, i)) continue;  // includes the NaN of elements that neither has written
     const double a = got.at(i), b = want.at(i);
     const bool close = std::fabs(a - b) <= absolute + relative * std::fabs(b);
     CHECK(close, "%s[%d] = %.9g, want %.9g: %s", name, int(i), a, b, c.text().c_str());
@@ -68,14 +69,15 @@ void each_gradient(const Gradients& a, const Gradients& b, Compare compare) {
   compare("proj_grads", a.projected, b.projected);
 }
 
-// How often each plan ran with more than one member, so that the test can tell what it covered.
+// How often each plan ran, and whether with more than one thread. The test prints it as its coverage.
 std::map<std::string, int> g_covered;
 
 void remember() {
   static const char* const splits[] = {"serial", "rows", "units"};
   static const char* const recurrences[] = {"dot", "tiles"};
   const LastRun& run = rnn_last_run();
-  std::string key = run.plan.isa == Isa::avx512_bf16 ? "avx512_bf16 " : "";
+  const bool pairs = bf16_products(run.plan.isa) != Bf16Products::as_float;
+  std::string key = pairs ? isa_name(run.plan.isa) + std::string(" ") : "";
   key += std::string(run.backward ? "backward " : "forward ") + splits[run.plan.split];
   if (run.plan.split != Plan::serial && run.members < 2) key += " one member";
   key += std::string(" ") + recurrences[run.plan.recurrence];
@@ -108,7 +110,7 @@ Gradients backward(const Case& c, const Inputs& in, const Outputs& out) {
   return grads;
 }
 
-// Sequence b of a case as a case of its own, and the rows that belong to it.
+// Sequence b of a case as a separate case of batch size 1, and the rows of the batch's tensors that belong to it.
 struct Alone {
   const Case& all;
   int64_t b, length;
@@ -168,7 +170,7 @@ struct Alone {
   }
 };
 
-// Deterministic: a sequence's values are those it would have alone, bit for bit.
+// In deterministic mode a sequence has the same results in a batch as alone, bit for bit.
 void check_alone(const Case& c, const Inputs& in, const Outputs& out, const Outputs& oracle, const Gradients& grads,
                  int64_t b) {
   const Alone alone(c, b);
@@ -191,7 +193,8 @@ void check_alone(const Case& c, const Inputs& in, const Outputs& out, const Outp
 void run_case(const Case& c, Random& random) {
   const Inputs in(c, random);
   const auto in_pairs = [&](bool backward) {
-    return rnn_plan(c.shape, c.isa, c.threads, backward, c.deterministic, c.prepacked).isa == Isa::avx512_bf16;
+    const Plan plan = rnn_plan(c.shape, c.isa, c.threads, backward, c.deterministic, c.prepacked);
+    return bf16_products(plan.isa) != Bf16Products::as_float;
   };
   const bool pairs = in_pairs(false), backward_pairs = in_pairs(true);
   Outputs oracle(c, true);
@@ -201,7 +204,7 @@ void run_case(const Case& c, Random& random) {
   each_output(c, out, oracle,
               [&](const char* name, const Buffer& got, const Buffer& want) { compare(c, name, got, want, pairs); });
 
-  // The backward starts from the oracle's forward, so that only its own error shows.
+  // The backward gets the oracle's forward results, so that only its own error is measured.
   if (!c.save) {
     oracle = Outputs(c, true);
     naive::forward(forward_params(c, in, oracle, nullptr), pairs);

@@ -1,105 +1,17 @@
-// The recurrent layers once more, as slowly and plainly as possible: one sequence after
-// the other, one step after the other, every number a double. Takes the same structs as
-// the kernels and judges them; shares no code with them. With `pairs`, what products multiply is rounded to bf16.
+// An oracle for the recurrent layers, as slow and plain as possible: it computes one sequence after the other and one
+// time step after the other, and every number is a double. It takes the same structs as the kernels and shares no code
+// with them. With `pairs` the operands of matrix products are rounded to bf16, as the kernels that multiply pairs of
+// bf16 do.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "rnn/params.h"
+#include "naive_storage.h"
 
 namespace dlk {
 namespace naive {
-
-using Vector = std::vector<double>;
-
-inline float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline double half_to_double(uint16_t half) {
-  const int exponent = (half >> 10) & 31, mantissa = half & 1023;
-  const double sign = half & 0x8000 ? -1.0 : 1.0;
-  if (exponent == 31) return mantissa ? NAN : sign * INFINITY;
-  return sign * (exponent ? std::ldexp(1024 + mantissa, exponent - 25) : std::ldexp(mantissa, -24));
-}
-
-inline uint16_t double_to_half(double value) {
-  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
-  if (std::isnan(value)) return sign | 0x7e00;
-  const double magnitude = std::fabs(value);
-  if (magnitude >= 65520.0) return sign | 0x7c00;
-  int exponent;
-  std::frexp(magnitude, &exponent);
-  if (magnitude == 0.0 || exponent < -13) exponent = -13;  // subnormal: the step is 2^-24
-  const double steps = std::nearbyint(std::ldexp(magnitude, 11 - exponent));
-  // A normal number has 1024..2047 steps; a carry to 2048 lands in the next exponent by itself.
-  const int biased = exponent + 14;
-  return sign | static_cast<uint16_t>(steps + (biased > 1 ? (biased - 1) * 1024.0 : 0.0));
-}
-
-inline uint16_t double_to_bfloat(double value) {
-  const uint32_t bits = float_to_bits(static_cast<float>(value));
-  if (std::isnan(value)) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-inline double load(const void* data, int64_t index, DType dtype) {
-  switch (dtype) {
-    case DType::f64:
-      return static_cast<const double*>(data)[index];
-    case DType::f32:
-      return static_cast<const float*>(data)[index];
-    case DType::bf16:
-      return bits_to_float(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16);
-    case DType::f16:
-      return half_to_double(static_cast<const uint16_t*>(data)[index]);
-  }
-  return NAN;
-}
-
-inline void store(void* data, int64_t index, DType dtype, double value) {
-  switch (dtype) {
-    case DType::f64:
-      static_cast<double*>(data)[index] = value;
-      break;
-    case DType::f32:
-      static_cast<float*>(data)[index] = static_cast<float>(value);
-      break;
-    case DType::bf16:
-      static_cast<uint16_t*>(data)[index] = double_to_bfloat(value);
-      break;
-    case DType::f16:
-      static_cast<uint16_t*>(data)[index] = double_to_half(value);
-      break;
-  }
-}
-
-inline DType compute_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
-// `count` elements from `index` on; zeros where there is no array.
-inline Vector load_vector(const void* data, int64_t index, int64_t count, DType dtype) {
-  Vector values(static_cast<size_t>(count), 0.0);
-  if (data) {
-    for (int64_t i = 0; i < count; ++i) values[i] = load(data, index + i, dtype);
-  }
-  return values;
-}
-
-inline void store_vector(void* data, int64_t index, const Vector& values, DType dtype) {
-  if (!data) return;
-  for (size_t i = 0; i < values.size(); ++i) store(data, index + static_cast<int64_t>(i), dtype, values[i]);
-}
 
 // Row-major [rows, columns].
 struct Matrix {
@@ -152,8 +64,8 @@ struct Weights {
   }
 };
 
-// A saved record is S * H + P values, here all of one kind. visit(address, index, dtype, i) tells where value i of it
-// lies.
+// A saved record has S * H + P values. visit(address, index, dtype, i) is called for each: value i is element `index`
+// of an array of `dtype` at `address`. The narrow slots have the layer's dtype, the others the compute type.
 template <class Bytes, class Visit>
 void each_of_record(const LayerShape& s, Bytes* saved, int64_t row, Visit visit) {
   const int64_t slots = saved_slots(s.cell) * s.H, wide = slots - (s.narrow ? narrow_slots(s.cell) * s.H : 0);
@@ -182,7 +94,7 @@ inline Vector load_record(const LayerShape& s, const void* saved, int64_t row) {
   return values;
 }
 
-// h' of a saved record: its projection, or what the cell made.
+// h' of a saved record: the projection if the layer has one, otherwise the cell's own output.
 inline Vector saved_h(const LayerShape& s, const Vector& record) {
   const auto slot = [&](int64_t k, int64_t j) { return record[k * s.H + j]; };
   if (s.P) return Vector(record.begin() + saved_slots(s.cell) * s.H, record.end());
@@ -204,7 +116,7 @@ inline Vector saved_h(const LayerShape& s, const Vector& record) {
   return h;
 }
 
-// Where a step of a sequence lies, for padded, packed and `lengths` input alike.
+// Finds the row of a time step of a sequence, for padded, packed and `lengths` input.
 struct Walk {
   const LayerShape& shape;
   const int64_t *batch_sizes, *lengths;
@@ -216,7 +128,7 @@ struct Walk {
     while (n < shape.T && batch_sizes[n] > b) ++n;
     return n;
   }
-  // The time of step s in its direction's own order.
+  // The time index of step s of direction d, which runs backwards in direction 1.
   int64_t time(int d, int64_t s, int64_t length) const { return d == 0 ? s : length - 1 - s; }
   int64_t row(int64_t t, int64_t b) const {
     if (!batch_sizes) return t * shape.B + b;
@@ -228,7 +140,7 @@ struct Walk {
   int64_t offset(const RowTensor<Pointer>& tensor, int64_t t, int64_t b) const {
     return batch_sizes ? row(t, b) * tensor.t : t * tensor.t + b * tensor.b;
   }
-  // Every padding row: past a sequence's end.
+  // Visits every padding row, that is, every time index past the end of a sequence.
   template <class Visit>
   void padding(Visit visit) const {
     if (batch_sizes) return;
@@ -303,12 +215,12 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
   });
 }
 
-// One step back through the cell equations.
+// The gradients that one backward step through the cell equations gives.
 struct StepGrads {
   Vector input;   // of the pre-activations W_ih x + b_ih, [G*H]
   Vector hidden;  // of the pre-activations W_hh h + b_hh, [G*H]
-  Vector slots;   // as gate_grads has it
-  Vector h_prev;  // what reaches the previous h other than through W_hh
+  Vector slots;   // in the layout of BackwardParams::gate_grads
+  Vector h_prev;  // the part of the gradient of the previous h that does not pass through W_hh
 };
 
 inline StepGrads cell_step_backward(const LayerShape& s, const Vector& saved, const Vector& y, const Vector& c_prev,

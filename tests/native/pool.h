@@ -1,4 +1,5 @@
-// What torch's pool may do with a call, and the instruction sets of this machine.
+// A stand-in for torch's thread pool that runs a call in any way in which that pool may run it, and the instruction
+// sets of this machine that have recurrent kernels.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,8 @@
 
 namespace dlk {
 
-// A thread for each unit, fewer threads with longer ranges, or one range after the other on the caller's thread.
+// one_each: a thread for each unit; two_ranges, one_range: fewer threads with longer ranges; in_turn: one unit after
+// the other on the caller's thread.
 enum class Pool { one_each, two_ranges, one_range, in_turn };
 inline Pool g_pool = Pool::one_each;
 
@@ -20,7 +22,8 @@ inline void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end
     for (int64_t i = 0; i < ranges; ++i) fn(ctx, i, i + 1);
     return;
   }
-  // A pool's threads are awake when work comes; new ones are slow to start, so they meet first.
+  // The threads of a pool are already awake when work arrives. New threads are slow to start, so all of them meet here
+  // before any begins.
   std::atomic<int64_t> waiting{ranges};
   const auto member = [&](int64_t i) {
     --waiting;
@@ -33,10 +36,10 @@ inline void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end
   for (std::thread& thread : threads) thread.join();
 }
 
-// Of the recurrent layers.
+// The instruction sets with kernels for the recurrent layers, which do not use tiles.
 inline std::vector<Isa> isas() {
   std::vector<Isa> found = available_isas();
-  if (found.back() == Isa::amx) found.pop_back();
+  if (bf16_products(found.back()) == Bf16Products::tiles) found.pop_back();
   return found;
 }
 

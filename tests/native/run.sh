@@ -1,9 +1,9 @@
 #!/bin/sh
 # Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan|avx512] [cases] [seed]
-# CXX and OPT (-O1) choose compiler and optimisation, BUILD the folder of the objects; with UNITS= bf16 uses what
-# the machine has for it in place of the emulation. ISAS=scalar compiles no other kernels: barriers stand in the code that
-# all instruction sets share. avx512 is without sanitizers: it runs the kernels for AVX-512 where there is AVX2 alone,
-# by avx512_emulation.h (GCC).
+# CXX is the compiler, OPT its optimisation level (-O1), BUILD the folder of the objects. UNITS= (empty) multiplies bf16
+# with the machine's own instructions instead of their emulation. ISAS=scalar compiles the scalar kernels only, which is
+# enough for tsan: the barriers are in code that all instruction sets share. The mode avx512 uses no sanitizers: it runs
+# the AVX-512 kernels on a machine that has AVX2 only, through avx512_emulation.h (GCC only).
 set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}
@@ -21,15 +21,16 @@ case $mode in
   *) echo "usage: run.sh [asan|tsan|avx512] [cases] [seed]" >&2; exit 2 ;;
 esac
 CXX=${CXX:-g++}
-# Products of bf16 in plain C++, so that their kernels run on any machine with AVX-512. Without it no kernel above AVX2
-# could run, so they are left out here; `make build` compiles them.
+# Products of bf16 are emulated in plain C++, so that the kernels that use them run on any machine with AVX-512. On a
+# machine without AVX-512 no kernel above AVX2 can run, so those are not compiled here; `make build` compiles them.
 units=-DDLK_EMULATE_BF16 bf16_test=bf16_test
 if [ "$mode" != avx512 ] && ! grep -q avx512bw /proc/cpuinfo; then
   units=-DDLK_NO_AVX512 bf16_test=
 fi
 UNITS=${UNITS-$units}
 FLAGS="$UNITS -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $extra"
-# The scalar build checks these for the same source; with them the others take half as long again to compile.
+# The other instruction sets are compiled from the same source as the scalar one, which is built with these checks.
+# With them the others take half as long again to compile.
 FEW=-fno-sanitize=null,alignment,object-size
 export CXX FLAGS FEW build
 mkdir -p "$build"
@@ -43,10 +44,10 @@ case $ISAS in
 esac
 isas=$(sed -n 's/^DLK_ISA_ROW(\([a-z0-9_]*\),.*/\1/p' "$csrc/core/isas.def")
 
-compile() { # OBJECT SOURCE [FLAG...]: one line of the list that xargs works off
+compile() { # OBJECT SOURCE [FLAG...]: prints one line of the list from which xargs below takes the compilations
   echo "$@"
 }
-kernels() { # all that is free of torch; the slowest to compile first
+kernels() { # every source that does not need torch, the slowest to compile first
   for isa in $(echo "$isas" | tac); do
     few=$FEW
     if [ "$isa" = scalar ]; then few=; fi

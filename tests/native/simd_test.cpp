@@ -1,4 +1,4 @@
-// The SIMD layer of every instruction set of this machine that has vectors of its own (simd_test_of_isa.cpp).
+// Tests the SIMD layer of every instruction set of this machine that has its own vector types (simd_test_of_isa.cpp).
 #include "check.h"
 #include "simd/target.h"
 

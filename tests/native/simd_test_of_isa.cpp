@@ -1,5 +1,5 @@
-// The SIMD layer of one instruction set against libm and against plain loops. run.sh compiles this file once for each,
-// with DLK_ISA as its name.
+// Tests the SIMD layer of one instruction set against libm and against plain loops. run.sh compiles this file once for
+// each instruction set, with DLK_ISA as its name.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -14,7 +14,7 @@
 
 namespace {
 
-// A block whose end is the end of readable memory: one element too far is a crash.
+// A block of memory that ends at a protected page, so that an access beyond its end crashes.
 class GuardedPage {
  public:
   GuardedPage() : bytes_(static_cast<size_t>(sysconf(_SC_PAGESIZE))) {
@@ -32,14 +32,14 @@ class GuardedPage {
   char* base_;
 };
 
-// float is held against double, double against long double.
+// The type of the reference: double for float, long double for double.
 inline double wider(float x) { return x; }
 inline long double wider(double x) { return x; }
 
 template <class C, class R>
 double error_in_ulps(C got, R want) {
   if (std::isnan(want)) return std::isnan(got) ? 0 : HUGE_VAL;
-  if (got == static_cast<C>(want)) return 0;  // also where both are infinite
+  if (got == static_cast<C>(want)) return 0;  // includes equal infinities
   if (std::isinf(got)) return HUGE_VAL;
   int exponent;
   std::frexp(want, &exponent);
@@ -48,8 +48,8 @@ double error_in_ulps(C got, R want) {
   return static_cast<double>(std::fabs(static_cast<R>(got) - want) / ulp);
 }
 
-// Every size of number: bit patterns at a stride coprime to 2 for float, random
-// exponents for double; then the range where things happen, evenly.
+// Numbers of every magnitude (for float, bit patterns at an odd stride; for double, random exponents), then evenly
+// spaced or uniform numbers from the range where the functions neither overflow nor saturate.
 std::vector<float> samples(float) {
   std::vector<float> out;
   for (uint64_t bits = 0; bits < (uint64_t{1} << 32); bits += 6151)
@@ -96,7 +96,7 @@ void test_memory(const char* isa) {
   }
 }
 
-// Sixteen-bit storage at every partial length, at the end of readable memory.
+// Loads and stores of 16-bit storage at every partial length, at the end of readable memory.
 template <class S>
 void test_partial_storage(const char* isa) {
   constexpr int size = Vec<float>::size;
@@ -118,7 +118,8 @@ void test_partial_storage(const char* isa) {
 inline bf16 rounded(bf16, float x) { return to_bf16(x); }
 inline f16 rounded(f16, float x) { return to_f16(x); }
 
-// Every stored value widened, and the values in, around and between all of them narrowed, bit for bit.
+// Widens every 16-bit value, and narrows every such value, the midpoints between neighbours and the floats next to
+// each, bit for bit.
 template <class S>
 void test_conversions(const char* isa) {
   constexpr int size = Vec<float>::size;
@@ -134,7 +135,7 @@ void test_conversions(const char* isa) {
       for (int off = -1; off <= 1; ++off) {
         float inputs[size];
         for (int i = 0; i < size; ++i) {
-          // Halfway to the next stored value, and that step may be of either size.
+          // The midpoint to the next stored value, which depends on the size of the step between the two.
           const float next = to_float(S{static_cast<uint16_t>(stored[i].bits + 1)});
           const float middle = half ? to_float(stored[i]) + 0.5f * (next - to_float(stored[i])) : to_float(stored[i]);
           inputs[i] = bits_float(float_bits(middle) + static_cast<uint32_t>(off));
@@ -254,7 +255,7 @@ MathErrors test_math(const char* isa) {
       worst.exp = std::max(worst.exp, error_in_ulps(exps[i], e));
       worst.tanh = std::max(worst.tanh, error_in_ulps(tanhs[i], static_cast<R>(std::tanh(at))));
       const R s = at < 0 ? e / (1 + e) : 1 / (1 + std::exp(-at));
-      // Below the normal range it may flush to 0.
+      // A sigmoid below the normal range may be flushed to 0.
       if (s >= std::numeric_limits<C>::min() || std::isnan(s)) {
         worst.sigmoid = std::max(worst.sigmoid, error_in_ulps(sigmoids[i], s));
       } else {
@@ -283,7 +284,8 @@ void test_exp2_down(const char* isa) {
       C got[V::size];
       exp2(V::set1(x)).store(got);
       const auto want = std::exp2(wider(x) * wider(factor));
-      const double rounding = residual[0] != 0 ? 0 : std::fabs(static_cast<double>(x * factor));  // without an fma
+      // Without an fma the product x * factor is rounded before the exponential.
+      const double rounding = residual[0] != 0 ? 0 : std::fabs(static_cast<double>(x * factor));
       if (want < 2 * std::numeric_limits<C>::min()) {
         CHECK(got[0] >= 0 && got[0] <= 2 * std::numeric_limits<C>::min(), "%s 2^%g", isa, double(x * factor));
       } else {

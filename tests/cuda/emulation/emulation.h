@@ -1,11 +1,11 @@
-// CUDA on the CPU: what a kernel's source sees when it is compiled by a C++ compiler instead of nvcc.
+// An emulation of CUDA on the CPU, against which the source of a kernel is compiled by a C++ compiler instead of nvcc.
 //
-// A block runs on one OS thread and each of its CUDA threads is a fiber there, so __syncthreads and the warp's
-// collectives are switches between fibers, in an order that a seed shuffles (EMULATION_SEED). Blocks of a cluster or of
-// a cooperative launch run at the same time, others one after the other, backwards for an odd seed. Shared memory comes
-// filled with NaN. Deadlocks, divergent barriers and lanes missing from a collective end the process with a table of
-// where the threads stand. Under clang's ThreadSanitizer two CUDA threads are ordered only by what orders them on a
-// GPU.
+// A block runs on one OS thread, and each of its CUDA threads is a fiber of that thread, so __syncthreads and the
+// warp's collectives are switches between fibers. Their order depends on a seed (EMULATION_SEED). The blocks of a
+// cluster or of a cooperative launch run at the same time; other blocks run one after the other, backwards for an odd
+// seed. Shared memory is filled with NaN at first. Deadlocks, divergent barriers and lanes missing from a collective
+// end the process with a table of where the threads wait. Under clang's ThreadSanitizer two CUDA threads are ordered
+// only by the operations that order them on a GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -35,21 +35,21 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   unsigned cluster = 1;      // blocks in a cluster, along x
-  bool cooperative = false;  // all blocks of the grid at once
+  bool cooperative = false;  // all blocks of the grid run at the same time
 };
 void run(const Launch& launch, const std::function<void()>& kernel);
 
 void block_barrier();
 void cluster_arrive();
 void cluster_wait();
-// Every lane of `mask` hands in `size` bytes (at most 16) and gets those of all 32.
+// Every lane of `mask` passes `size` bytes (at most 16) and receives those of all 32 lanes in `out`.
 void warp_exchange(uint32_t mask, const void* in, size_t size, void* out);
-// Lets the other threads go on until ready() holds.
+// Suspends the calling thread, while the others run, until ready() holds.
 void wait_until(const char* what, const std::function<bool()>& ready);
 char* shared_memory();
-// Where `local`, in this block's shared memory, lies in that of another block of the cluster.
+// The address in the shared memory of block `rank` of the cluster that corresponds to `local` in this block's.
 void* shared_memory_of(unsigned rank, void* local);
-// 16 bytes that nothing may touch, between two arrays in shared memory; needs the address sanitizer.
+// Forbids access to the 16 bytes at `gap`, between two arrays in shared memory. Only the address sanitizer enforces it.
 void forbid(char* gap);
 [[noreturn]] void fail(const char* message);
 
@@ -63,7 +63,7 @@ T shuffle(uint32_t mask, T value, unsigned source) {
 
 }  // namespace emulation
 
-// The CUDA headers define these for the host compiler, as nothing or as attributes it does not know.
+// For the host compiler the CUDA headers define these as nothing or as attributes that it does not know.
 #undef __global__
 #undef __device__
 #undef __host__

@@ -1,6 +1,7 @@
-// The fibers of a block, and what makes them wait. Compiled without sanitizers, which are told by hand what a switch of
-// stacks and a barrier mean; their entry points are weak, so that one object serves every build. Nothing here may take
-// a lock: ThreadSanitizer would see an order between threads that the GPU does not give.
+// Runs the fibers of a block and implements barriers and collectives. This file is compiled without sanitizers; calls
+// of their interfaces tell them of each switch of stacks and of the order that a barrier gives. These interfaces are
+// weak symbols, so that one object file serves every build. Nothing here may take a lock, since ThreadSanitizer would
+// derive from it an order between threads that does not exist on a GPU.
 #include "emulation.h"
 #undef threadIdx
 #undef blockIdx
@@ -36,7 +37,7 @@ void AnnotateIgnoreReadsEnd(const char*, int) WEAK;
 void AnnotateIgnoreWritesBegin(const char*, int) WEAK;
 void AnnotateIgnoreWritesEnd(const char*, int) WEAK;
 
-// Saves the callee-saved registers of x86-64 on this stack and goes on with those on another.
+// Pushes the callee-saved registers of x86-64, switches to the stack `to` and pops the registers saved there.
 void emulation_switch(void** save, void* to);
 }
 asm(R"(.text
@@ -57,12 +58,12 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 constexpr size_t kPage = 4096;
-// Looks, 50 microseconds apart, at whether another block came along; EMULATION_PATIENCE overrides it. A clock would
-// count the time in which the process was stopped or had no processor.
+// How many times, 50 microseconds apart, a block checks whether it can go on before it fails. EMULATION_PATIENCE
+// overrides it. A time limit would also count the time in which the process was stopped or had no processor.
 constexpr long kPatience = 1000000;
 constexpr long kEagerLooks = 50;
 
-// A point in time that others can be ordered after, for ThreadSanitizer.
+// Orders threads for ThreadSanitizer: what precedes release() happens before what follows acquire().
 struct Moment {
   char address = 0;
   void release() {
@@ -73,7 +74,8 @@ struct Moment {
   }
 };
 
-// The emulation's own memory traffic (malloc and memcpy are intercepted) is not the kernel's.
+// While it lives, ThreadSanitizer ignores memory accesses: those of the emulation (malloc and memcpy are intercepted)
+// are not the kernel's.
 class Unseen {
  public:
   Unseen() {
@@ -98,7 +100,7 @@ struct Fiber : Position {
   void *tsan = nullptr, *asan = nullptr;
 };
 
-// Lanes that wait for each other, by their mask.
+// A collective of the lanes of `mask`.
 struct WarpMeeting {
   uint32_t mask, arrived = 0;
   char slots[32][16];
@@ -115,7 +117,7 @@ struct Cluster {
 struct Grid {
   const std::function<void()>* kernel;
   Moment finished;
-  // Fibers are destroyed last: that joins them, which would order the next block after them.
+  // Destroying a fiber joins it, which would order the next block after it. So all fibers are destroyed at the end.
   std::vector<void*> fibers;
   std::atomic<bool> fibers_locked{false};
 };
@@ -175,7 +177,7 @@ void switch_to(Fiber* fiber) {
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(block->asan, nullptr, nullptr);
 }
 
-// Runs the fibers until all have returned; who polls is asked only when nobody else can go on.
+// Runs the fibers until all have returned. The condition of a polling fiber is evaluated only when no fiber is ready.
 void schedule(unsigned seed) {
   std::mt19937 random(seed * 7919 + here->block.x);
   const unsigned count = static_cast<unsigned>(block->fibers.size());
@@ -236,7 +238,7 @@ void run_block(const Launch& launch, Grid* grid, Cluster* cluster, uint3 index, 
     fiber.stack = static_cast<char*>(
         mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     mprotect(fiber.stack, kPage, PROT_NONE);
-    // As if fiber_main had been interrupted at its beginning: its address, below it six registers.
+    // The initial stack is that of a switch away from the start of fiber_main: its address, and below it six registers.
     void** top = reinterpret_cast<void**>(fiber.stack + kStackBytes) - 2;
     *top = reinterpret_cast<void*>(fiber_main);
     fiber.stack_pointer = top - 6;
@@ -361,11 +363,11 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   Grid grid;
   grid.kernel = &kernel;
   std::vector<Cluster> all(clusters);
-  // Only now does a cluster's shared memory come to life: of hundreds of blocks it would be gigabytes.
+  // The shared memory of a cluster is allocated when the cluster starts: that of hundreds of blocks would be gigabytes.
   const auto open = [&](Cluster* cluster) {
     cluster->threads = threads * launch.cluster;
     for (unsigned rank = 0; rank < launch.cluster; ++rank) {
-      // Exactly as many bytes as asked for, at the alignment that the hardware gives.
+      // Exactly the requested number of bytes may be accessed, at the alignment that the hardware gives.
       char* memory = static_cast<char*>(std::aligned_alloc(128, (launch.shared_bytes + 127) / 128 * 128 + 128));
       std::memset(memory, 0xff, launch.shared_bytes);
       if (__asan_poison_memory_region) __asan_poison_memory_region(memory + launch.shared_bytes, 16);
