@@ -87,6 +87,7 @@ def test_extreme_sinks(sink: float, dtype: torch.dtype, isa: str) -> None:
         Case(M=9, N=20, H=4, Hkv=2, mask="hm", dtype=dtype, sinks=True, sink=sink),
         Case(M=3, N=1200, H=4, Hkv=2, causal=2, dtype=dtype, sinks=True, sink=sink),
         Case(M=9, N=20, dtype=dtype, sinks=True, sink=sink, scale=0.7, softcap=3.0, slopes="h"),
+        Case(M=9, N=20, H=4, Hkv=2, dtype=dtype, sinks=True, sink=sink, scale=0.01),
         Case(lengths_q=(3, 0, 4), lengths_k=(5, 2, 0), B=3, dtype=dtype, sinks=True, sink=sink),
     ):
         data = make_data(case)
@@ -119,6 +120,29 @@ def test_sinks_beyond_the_compute_type_in_the_reference() -> None:
     torch.testing.assert_close(o[:, 1], reference.attention(q, q, q, softmax_scale=1.0)[0][:, 1])
     lse.sum().backward()
     torch.testing.assert_close(sinks.grad, torch.tensor([5.0, 0.0], dtype=F64))
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_a_large_sink_keeps_its_digits(dtype: torch.dtype, isa: str) -> None:
+    """The key's logit is 93750, and the sink exceeds it by 89 steps of float32. Divided by the scale, which is a float32
+    number itself, the sink is none; its rounding error would change the probability by a thousandth."""
+    q, k, v = torch.zeros(1, 1, 5, 8, dtype=dtype), torch.zeros(1, 1, 1, 8, dtype=dtype), torch.ones(1, 1, 1, 8)
+    q[..., 0] = k[..., 0] = 1000
+    above = 89 * 2.0**-7
+    sinks = torch.full((1,), 93750 + above, dtype=dtype)
+    o = functional.attention(q, k, v.to(dtype), sinks=sinks, softmax_scale=0.09375)
+    expected = torch.full(o.shape, 1 / (1 + math.exp(above)), dtype=F64)
+    torch.testing.assert_close(o.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_statistics_of_a_row_that_sees_nothing(isa: str) -> None:
+    """They are +inf and 0, so every finite score has probability 0."""
+    q, mask = torch.randn(1, 2, 5, 8), torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    mask[:, :, 2] = False
+    options = (None, None, None, None, None, 5, 5, 1.0, 0, -1, -1, 0.0, 0.0, False)
+    stats = torch.ops.dlkernels.attention(q, q, q, mask, *options)[2]
+    assert stats[0, :, :, 2].tolist() == [[math.inf, 0.0]] * 2
+    assert stats[..., [0, 1, 3, 4]].isfinite().all()
 
 
 def test_minus_infinity_is_still_no_sink() -> None:
