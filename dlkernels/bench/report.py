@@ -73,7 +73,7 @@ def kernel_text(kernel: dict[str, Any]) -> str:
     text = [str(kernel.get("kernel", ""))]
     text += [str(kernel[key]) for key in ("split", "recurrence") if kernel.get(key)]
     if kernel.get("members", 1) > 1:
-        text.append(f"{kernel['members']} members")
+        text.append(f"{kernel['members']} threads")
     return " ".join(text)
 
 

@@ -23,7 +23,7 @@ class Array {
     if (values.empty()) bytes_ = nullptr;
     for (size_t i = 0; i < values.size(); ++i) set(i, values[i]);
   }
-  size_t item() const { return dtype_ == DType::f32 ? 4 : 2; }
+  size_t item() const { return dtype_ == DType::f64 ? 8 : dtype_ == DType::f32 ? 4 : 2; }
   DType dtype() const { return dtype_; }
   size_t count() const { return count_; }
   void* data() const { return bytes_.get(); }

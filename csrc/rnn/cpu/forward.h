@@ -30,7 +30,7 @@ DLK_ISA_BEGIN
 template <class C, class Cell>
 class Forward {
   using V = Vec<C>;
-  static constexpr int kTogether = kRegisters == 32 ? 2 : 1;     // vectors of units that pass the cell at once
+  static constexpr int kTogether = kRegisters >= 32 ? 2 : 1;     // vectors of units that pass the cell at once
   static constexpr bool kKeepsH = !kPairs || Cell::kDirectPath;  // keeps h unrounded, not only for the products
 
  public:

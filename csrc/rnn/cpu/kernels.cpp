@@ -1,5 +1,6 @@
 // The torch-free entry points, which plan a call, run it and record what ran; and the header of prepacked weights.
 #include <cstring>
+#include <iterator>
 
 #include "rnn/cpu/table.h"
 
@@ -73,16 +74,14 @@ bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shap
 const LastRun& rnn_last_run() { return g_last_run; }
 
 const KernelTable& kernels(Isa isa) {
-  const KernelTable* table = &kLayers_scalar;
-  switch (isa) {
-#define DLK_ISA_ROW(name, features, vectors, bf16) \
-  case Isa::name:                                  \
-    table = &kLayers_##name;                       \
-    break;
+  static constexpr const KernelTable* kTables[] = {
+#define DLK_ISA_ROW(name, features, vectors, bf16) &kLayers_##name,
 #include "core/isas.def"
 #undef DLK_ISA_ROW
-  }
-  return table->forward ? *table : kLayers_scalar;
+  };
+  static_assert(std::size(kTables) == kIsaCount, "tables are indexed by Isa");
+  const KernelTable& table = *kTables[static_cast<int>(isa)];
+  return table.forward ? table : kLayers_scalar;
 }
 
 }  // namespace dlk
