@@ -124,8 +124,8 @@ def test_sinks_beyond_the_compute_type_in_the_reference() -> None:
 
 @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 def test_a_large_sink_keeps_its_digits(dtype: torch.dtype, isa: str) -> None:
-    """The key's logit is 93750, and the sink exceeds it by 89 steps of float32. Divided by the scale, which is a float32
-    number itself, the sink is none; its rounding error would change the probability by a thousandth."""
+    """The key's logit is 93750, and the sink exceeds it by 89 steps of float32. The scale is a float32 number, but the
+    sink divided by it is none; its rounding error would change the probability by a thousandth."""
     q, k, v = torch.zeros(1, 1, 5, 8, dtype=dtype), torch.zeros(1, 1, 1, 8, dtype=dtype), torch.ones(1, 1, 1, 8)
     q[..., 0] = k[..., 0] = 1000
     above = 89 * 2.0**-7
