@@ -50,7 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_stderr] = os.dup(2)  # pytest captures file descriptor 2 while tests run
     config.addinivalue_line("filterwarnings", "ignore:LSTM with projections is not supported with oneDNN")
     config.addinivalue_line("markers", "heavy: takes more than a few seconds")
-    config.addinivalue_line("markers", "o0_skip(reason): would say no more in an -O0 build than in the other")
+    config.addinivalue_line(
+        "markers",
+        "o0_skip(reason): would say no more in an -O0 build than in the other; DLKERNELS_TEST_O0_ALL=1 runs it",
+    )
     config.addinivalue_line(
         "markers", "layers_only: the fixture `isa` leaves out the instruction sets without kernels for recurrent layers"
     )
@@ -72,7 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         method = marker.kwargs.get("method", "thread") if marker else "thread"
         item.add_marker(pytest.mark.timeout(_limit(item), method=method), append=False)
         marker = item.get_closest_marker("o0_skip")
-        if marker is not None and not optimised():
+        if marker is not None and not optimised() and not os.environ.get("DLKERNELS_TEST_O0_ALL"):
             reason = marker.args[0] if marker.args else marker.kwargs.get("reason", "")
             item.add_marker(pytest.mark.skip(reason=f"-O0 build: {reason}"))
     # torch's own checks of an operator take the longest and test the least of its values, so they run last.

@@ -142,11 +142,13 @@ ODD = Case(
     dropout=0.2,
 )
 DECODE = Case(B=1, H=8, Hkv=2, M=1, N=1500, D=64, Dv=64, sinks=True)
+# The keys of each of its 16 tasks are split in two, although four parts would be long enough.
+HALVES = Case(B=2, H=8, Hkv=8, M=1, N=2100, D=16, Dv=16)
 VARLEN = Case(B=3, H=2, Hkv=1, D=32, Dv=32, lengths_q=(3, 0, 90), lengths_k=(80, 5, 600), causal=2, dropout=0.3)
 
 
 @pytest.mark.parametrize(
-    "case", [ODD, DECODE, VARLEN, Case(mask="mn", mask_kind="own", dtype=BF16, M=130, N=300)], ids=str
+    "case", [ODD, DECODE, HALVES, VARLEN, Case(mask="mn", mask_kind="own", dtype=BF16, M=130, N=300)], ids=str
 )
 def test_same_bits_on_any_threads_and_every_time(case: Case, isa: str, threads: Callable[[int], None]) -> None:
     data = make_data(case)

@@ -96,7 +96,7 @@ class Scratch:
         settings = {
             "PYTHONPATH": str(self.tree), "DLKERNELS_CPU_ISA": "avx2", "OMP_WAIT_POLICY": "passive",
             "CXXFLAGS": "-DDLK_NO_AVX512", "DLKERNELS_CUDA": "0", "MAX_JOBS": os.environ.get("MAX_JOBS", "1"),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1", "DLKERNELS_TEST_O0_ALL": "1",
         }  # fmt: skip
         if self.module:
             settings["DLKERNELS_NATIVE"] = self.module
