@@ -1,5 +1,5 @@
-// Turns a typed function into a boxed kernel of the stable ABI, as TORCH_BOX does, over
-// the handles of tensor.h (and without the leak of `str` arguments in torch's conversion).
+// Makes a boxed kernel of the stable ABI from a typed function, as TORCH_BOX does, but with the tensors of tensor.h and
+// without the leak of `str` arguments in torch's conversion.
 #pragma once
 
 #include <new>
@@ -14,7 +14,7 @@
 
 namespace dlk {
 
-// Outer autograd has done its part when a kernel runs; what the kernel calls is not to be recorded.
+// Autograd has done its work before a kernel runs: it must not record the operators that the kernel calls.
 class NoGrad {
  public:
   NoGrad() : was_enabled_(aoti_torch_grad_mode_is_enabled()) {
@@ -30,7 +30,7 @@ class NoGrad {
   bool was_enabled_;
 };
 
-// How a type crosses the stack. take() owns what the value held, give() hands ownership over.
+// Converts values of a type from and to the stack. take() takes ownership from the stack, give() passes it on.
 template <class T>
 struct Crossing {
   static_assert(std::is_same_v<T, bool> || std::is_same_v<T, int64_t> || std::is_same_v<T, double>,
@@ -102,30 +102,38 @@ void give_results(StableIValue* stack, std::tuple<T...> results) {
   std::apply([&](T&... result) { ((*stack++ = Crossing<T>::give(std::move(result))), ...); }, results);
 }
 
-// How a type is written in a schema.
+// The name of a type in a schema.
 template <class T>
-constexpr const char* kSchemaName = nullptr;
+constexpr const char* kSchemaType = nullptr;
 template <>
-inline constexpr const char* kSchemaName<bool> = "bool";
+inline constexpr const char* kSchemaType<bool> = "bool";
 template <>
-inline constexpr const char* kSchemaName<int64_t> = "int";
+inline constexpr const char* kSchemaType<int64_t> = "int";
 template <>
-inline constexpr const char* kSchemaName<double> = "float";
+inline constexpr const char* kSchemaType<double> = "float";
 template <>
-inline constexpr const char* kSchemaName<Tensor> = "Tensor";
+inline constexpr const char* kSchemaType<Tensor> = "Tensor";
 template <>
-inline constexpr const char* kSchemaName<OptionalTensor> = "Tensor?";
+inline constexpr const char* kSchemaType<OptionalTensor> = "Tensor?";
 template <>
-inline constexpr const char* kSchemaName<std::vector<Tensor>> = "Tensor[]";
+inline constexpr const char* kSchemaType<std::vector<Tensor>> = "Tensor[]";
+template <>
+inline constexpr const char* kSchemaType<std::string> = "str";
 
-// DLK_ARGUMENTS(Name, LIST) makes a struct of an operator's arguments from the one list of them:
+// How an argument is called in a schema. Names that C++ reserves end in an underscore, which the schema does not have.
+inline std::string schema_name(std::string name) {
+  if (name.back() == '_') name.pop_back();
+  return name;
+}
+
+// DLK_ARGUMENTS(Name, LIST) makes the struct of an operator's arguments from the one list of them:
 //   #define LIST(ARGUMENT) ARGUMENT(Tensor, x, "") ARGUMENT(int64_t, steps, "=0")
 // with type, name and what follows the name in the schema. Name::schema() is their part of the schema, Name::take reads
 // them from the stack.
-#define DLK_MEMBER_OF_ARGUMENTS(Type, name, rest) Type name;
+#define DLK_MEMBER_OF_ARGUMENTS(Type, name, rest) Type name{};
 #define DLK_SCHEMA_OF_ARGUMENTS(Type, name, rest) \
   text += text.empty() ? "" : ", ";               \
-  text += std::string(kSchemaName<Type>) + " " #name rest;
+  text += std::string(kSchemaType<Type>) + " " + schema_name(#name) + rest;
 #define DLK_TAKE_ARGUMENTS(Type, name, rest) taken.name = Crossing<Type>::take(*stack++);
 #define DLK_ARGUMENTS(Name, LIST)           \
   struct Name {                             \
@@ -142,50 +150,43 @@ inline constexpr const char* kSchemaName<std::vector<Tensor>> = "Tensor[]";
     }                                       \
   };
 
-// Runs an operator and leaves its results on the stack.
-template <class Run>
-void give_results_of(StableIValue* stack, Run run) {
-  // Of the standard library's containers; tensors and working memory name their bytes.
+// The same for operators that have arguments in common, which are members of the struct Shared:
+//   #define LIST(SHARED, OWN) SHARED(Tensor, q, "") OWN(bool, contiguous, "")
+#define DLK_NOT_A_MEMBER(Type, name, rest)
+#define DLK_ARGUMENTS_BESIDES(Shared, Name, LIST)            \
+  struct Name : Shared {                                     \
+    LIST(DLK_NOT_A_MEMBER, DLK_MEMBER_OF_ARGUMENTS)          \
+    static std::string schema() {                            \
+      std::string text;                                      \
+      LIST(DLK_SCHEMA_OF_ARGUMENTS, DLK_SCHEMA_OF_ARGUMENTS) \
+      return text;                                           \
+    }                                                        \
+    static Name take(StableIValue* stack) {                  \
+      Name taken;                                            \
+      LIST(DLK_TAKE_ARGUMENTS, DLK_TAKE_ARGUMENTS)           \
+      return taken;                                          \
+    }                                                        \
+  };
+
+// The types of a function's parameters.
+template <class Result, class... Parameters>
+std::tuple<std::decay_t<Parameters>...> parameters_of(Result (*)(Parameters...));
+
+// The boxed kernel of an operator: `function` is called with the values `fixed` and the struct of its arguments.
+template <auto function, auto... fixed>
+void boxed(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
+  using Arguments = std::tuple_element_t<sizeof...(fixed), decltype(parameters_of(function))>;
+  // An exception of the standard library's containers. Tensors and workspaces throw errors that say how many bytes.
   static constexpr const char* kNoMemory = "DefaultCPUAllocator: can't allocate memory for the tables of this call";
+  const NoGrad guard;
+  const Arguments arguments = Arguments::take(stack);
   try {
-    give_results(stack, run());
+    give_results(stack, function(fixed..., arguments));
   } catch (const std::bad_alloc&) {
     throw std::runtime_error(kNoMemory);
   } catch (const std::length_error&) {
     throw std::runtime_error(kNoMemory);
   }
 }
-
-// An operator whose arguments are a struct, behind what its registration fixes.
-template <auto function, auto fixed>
-struct BoxedCall;
-
-template <class Result, class Fixed, class Arguments, Result (*function)(Fixed, const Arguments&), Fixed fixed>
-struct BoxedCall<function, fixed> {
-  static void kernel(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
-    const NoGrad guard;
-    const Arguments arguments = Arguments::take(stack);
-    give_results_of(stack, [&] { return function(fixed, arguments); });
-  }
-};
-
-template <auto function>
-struct Boxed;
-
-template <class Result, class... Args, Result (*function)(Args...)>
-struct Boxed<function> {
-  static void kernel(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
-    const NoGrad guard;
-    // Braces, so that the values are taken in order.
-    const std::tuple<std::decay_t<Args>...> args = take(stack, std::index_sequence_for<Args...>());
-    give_results_of(stack, [&] { return std::apply(function, args); });
-  }
-
- private:
-  template <size_t... I>
-  static std::tuple<std::decay_t<Args>...> take(StableIValue* stack, std::index_sequence<I...>) {
-    return std::tuple<std::decay_t<Args>...>{Crossing<std::decay_t<Args>>::take(stack[I])...};
-  }
-};
 
 }  // namespace dlk

@@ -122,7 +122,7 @@ AttentionCall::AttentionCall(const AttentionArguments& a) {
   if (a.cu_seqlens_q) read_sequences(a);
   in.q = inputs.heads(a.q);
   in.k = inputs.heads(a.k);
-  if (a.v) in.v = inputs.heads(*a.v);
+  if (a.v.get()) in.v = inputs.heads(a.v);
 }
 
 void AttentionCall::check_sizes(const AttentionArguments& a) {
@@ -149,10 +149,10 @@ void AttentionCall::check_sizes(const AttentionArguments& a) {
             " heads of k");
   DLK_CHECK_VALUE(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0,
                   "max_seqlen_q and max_seqlen_k must not be negative, got ", a.max_seqlen_q, " and ", a.max_seqlen_k);
-  if (!a.v) return;
-  DLK_CHECK(a.v->dim() == dim, "v must have shape ", layout, ", got ", shape_text(*a.v));
-  s.Dv = a.v->size(dim - 1);
-  check_heads(*a.v, "v", s.Hkv, s.N, s.Dv);
+  if (!a.v.get()) return;
+  DLK_CHECK(a.v.dim() == dim, "v must have shape ", layout, ", got ", shape_text(a.v));
+  s.Dv = a.v.size(dim - 1);
+  check_heads(a.v, "v", s.Hkv, s.N, s.Dv);
 }
 
 void AttentionCall::check_sequences(const AttentionArguments& a) const {

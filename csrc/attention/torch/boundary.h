@@ -8,23 +8,6 @@
 
 namespace dlk {
 
-// The arguments that the operators have in common, in the order of their schemas.
-struct AttentionArguments {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor* v;  // null: an operator without values
-  const OptionalTensor& mask;
-  const OptionalTensor& alibi_slopes;
-  const OptionalTensor& sinks;
-  const OptionalTensor& cu_seqlens_q;
-  const OptionalTensor& cu_seqlens_k;
-  const OptionalTensor& rng;
-  int64_t max_seqlen_q, max_seqlen_k;
-  double softmax_scale;
-  int64_t causal, window_left, window_right;
-  double softcap, dropout_p;
-};
-
 // One call, checked; owns what had to be copied or converted.
 class AttentionCall {
  public:
