@@ -135,37 +135,31 @@ inline std::string schema_name(std::string name) {
   text += text.empty() ? "" : ", ";               \
   text += std::string(kSchemaType<Type>) + " " + schema_name(#name) + rest;
 #define DLK_TAKE_ARGUMENTS(Type, name, rest) taken.name = Crossing<Type>::take(*stack++);
-#define DLK_ARGUMENTS(Name, LIST)           \
-  struct Name {                             \
-    LIST(DLK_MEMBER_OF_ARGUMENTS)           \
-    static std::string schema() {           \
-      std::string text;                     \
-      LIST(DLK_SCHEMA_OF_ARGUMENTS)         \
-      return text;                          \
-    }                                       \
-    static Name take(StableIValue* stack) { \
-      Name taken;                           \
-      LIST(DLK_TAKE_ARGUMENTS)              \
-      return taken;                         \
-    }                                       \
+#define DLK_SCHEMA_AND_TAKE(Name, SCHEMA_OF_ALL, TAKE_ALL) \
+  static std::string schema() {                            \
+    std::string text;                                      \
+    SCHEMA_OF_ALL                                          \
+    return text;                                           \
+  }                                                        \
+  static Name take(StableIValue* stack) {                  \
+    Name taken;                                            \
+    TAKE_ALL                                               \
+    return taken;                                          \
+  }
+#define DLK_ARGUMENTS(Name, LIST)                                                      \
+  struct Name {                                                                        \
+    LIST(DLK_MEMBER_OF_ARGUMENTS)                                                      \
+    DLK_SCHEMA_AND_TAKE(Name, LIST(DLK_SCHEMA_OF_ARGUMENTS), LIST(DLK_TAKE_ARGUMENTS)) \
   };
 
-// The same for operators that have arguments in common, which are members of the struct Shared:
+// The same for an operator that has arguments in common with others. Those are members of the struct Shared, its base:
 //   #define LIST(SHARED, OWN) SHARED(Tensor, q, "") OWN(bool, contiguous, "")
-#define DLK_NOT_A_MEMBER(Type, name, rest)
-#define DLK_ARGUMENTS_BESIDES(Shared, Name, LIST)            \
-  struct Name : Shared {                                     \
-    LIST(DLK_NOT_A_MEMBER, DLK_MEMBER_OF_ARGUMENTS)          \
-    static std::string schema() {                            \
-      std::string text;                                      \
-      LIST(DLK_SCHEMA_OF_ARGUMENTS, DLK_SCHEMA_OF_ARGUMENTS) \
-      return text;                                           \
-    }                                                        \
-    static Name take(StableIValue* stack) {                  \
-      Name taken;                                            \
-      LIST(DLK_TAKE_ARGUMENTS, DLK_TAKE_ARGUMENTS)           \
-      return taken;                                          \
-    }                                                        \
+#define DLK_NO_MEMBER(Type, name, rest)
+#define DLK_ARGUMENTS_WITH_SHARED(Name, Shared, LIST)                                 \
+  struct Name : Shared {                                                              \
+    LIST(DLK_NO_MEMBER, DLK_MEMBER_OF_ARGUMENTS)                                      \
+    DLK_SCHEMA_AND_TAKE(Name, LIST(DLK_SCHEMA_OF_ARGUMENTS, DLK_SCHEMA_OF_ARGUMENTS), \
+                        LIST(DLK_TAKE_ARGUMENTS, DLK_TAKE_ARGUMENTS))                 \
   };
 
 // The types of a function's parameters.

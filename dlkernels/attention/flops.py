@@ -7,16 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dlkernels._core.flops import COUNTER, has_no_values, register_formulas
+from dlkernels._core.flops import COUNTER, has_no_values
 
-__all__ = ["register"]
-
-
-def register() -> None:
-    register_formulas({"attention": _attention, "attention_backward": _backward, "attention_map": _map})
+__all__ = ["attention", "attention_backward", "attention_map"]
 
 
-def _attention(
+def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, **others: Any,
 ) -> int:  # fmt: skip
@@ -24,7 +20,7 @@ def _attention(
     return sum(sys.modules[COUNTER].sdpa_flop_count(*of_each) for of_each in shapes)
 
 
-def _backward(
+def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, **others: Any,
 ) -> int:  # fmt: skip
@@ -33,7 +29,7 @@ def _backward(
     return sum(count((*of_q[:3], of_v[3]), of_q, of_k, of_v) for of_q, of_k, of_v in shapes)
 
 
-def _map(q: Tensor, k: Tensor, **others: Any) -> int:
+def attention_map(q: Tensor, k: Tensor, **others: Any) -> int:
     return 2 * q.numel() * k.shape[2]
 
 

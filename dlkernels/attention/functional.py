@@ -6,35 +6,21 @@ D of queries and keys, Dv of values.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dlkernels._core.autocast import autocast_dtype, cast
 from dlkernels._core.private_torch import are_transforms_active
-from dlkernels.attention import autograd, checks
-from dlkernels.attention.config import AttentionConfig
+from dlkernels.attention import checks, operators
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.routing import route
 
 __all__ = ["attention", "attention_map"]
 
 Causal = bool | Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
-
-
-class Call(NamedTuple):
-    """Checked arguments, as the operators want them."""
-
-    cfg: AttentionConfig
-    q: Tensor
-    k: Tensor
-    v: Tensor | None
-    mask: Tensor | None
-    slopes: Tensor | None
-    sinks: Tensor | None
-    cu_q: Tensor | None
-    cu_k: Tensor | None
 
 
 def attention(
@@ -74,15 +60,13 @@ def attention(
     """
     checks.flag("return_lse", return_lse)
     checks.flag("deterministic", deterministic)
-    call = checked(
+    cfg, given = checked(
         q, k, v, attn_mask, causal, dropout_p, softmax_scale, window, alibi_slopes, softcap, sinks, cu_seqlens_q,
         cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa,
     )  # fmt: skip
-    assert call.v is not None
-    rng = draw_seed() if call.cfg.dropout_p else None
-    o, lse = autograd.attention(
-        call.cfg, call.q, call.k, call.v, call.mask, call.slopes, call.sinks, call.cu_q, call.cu_k, rng
-    )
+    if cfg.dropout_p:
+        given = given._replace(rng=draw_seed())
+    o, lse = operators.attention(cfg, given)
     return (o, lse) if return_lse else o
 
 
@@ -98,11 +82,11 @@ def attention_map(
     without a query are 0. Arguments as for `attention`, padded only; not differentiable.
     """
     rows, cols = checks.bins("rows", rows), checks.bins("cols", cols)
-    call = checked(
+    cfg, given = checked(
         q, k, None, attn_mask, causal, 0.0, softmax_scale, window, alibi_slopes, softcap, sinks, enable_gqa=enable_gqa,
         of_map=True,
     )  # fmt: skip
-    return autograd.attention_map(call.q, call.k, call.mask, call.slopes, call.sinks, call.cfg, rows, cols)
+    return operators.attention_map(cfg, given, rows, cols)
 
 
 def draw_seed() -> Tensor:
@@ -116,8 +100,9 @@ def checked(
     alibi_slopes: Tensor | None = None, softcap: float = 0.0, sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None, enable_gqa: bool = True, of_map: bool = False,
-) -> Call:  # fmt: skip
-    """Checks the arguments of `attention`, or of `attention_map`, which has no v."""
+) -> tuple[AttentionConfig, AttentionInputs]:  # fmt: skip
+    """Checks the arguments of `attention`, or of `attention_map`, which has no v: there q takes its place. Draws no
+    seed."""
     function = "attention_map" if of_map else "attention"
     checks.tensors(function, (("q", q), ("k", k)) if of_map else (("q", q), ("k", k), ("v", v)))
     dtype = autocast_dtype(q)
@@ -137,22 +122,23 @@ def checked(
         *longest, checks.scale(softmax_scale, q.shape[-1]), checks.causal(causal), left, right,
         checks.softcap(softcap, q.dtype), checks.probability(dropout_p),
     )  # fmt: skip
-    mask = cu_q = cu_k = None
+    mask = None
     if packed:
         if attn_mask is not None:
             raise ValueError(f"attn_mask: expected None with cu_seqlens, got {type(attn_mask).__name__}")
-        cu_q, cu_k = checks.cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
-        cfg, cu_q, cu_k = _with_lengths(cfg, q, k, cu_q, cu_k)
+        cu_seqlens_q, cu_seqlens_k = checks.cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
+        cfg, cu_seqlens_q, cu_seqlens_k = _with_lengths(cfg, q, k, cu_seqlens_q, cu_seqlens_k)
     else:
         checks.no_lengths(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         if attn_mask is not None:
             mask = unexpanded(checks.mask(function, attn_mask, q, k.shape[2]))
-    heads, batch = q.shape[1], q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    heads, batch = q.shape[1], q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if alibi_slopes is not None:
         checks.per_head(function, "alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
     if sinks is not None:
         checks.per_head(function, "sinks", sinks, q, ((heads,),))
-    return Call(cfg, q, k, v, mask, alibi_slopes, sinks, cu_q, cu_k)
+    v = q if v is None else v
+    return cfg, AttentionInputs(q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
 
 
 def _with_lengths(

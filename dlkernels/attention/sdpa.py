@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dlkernels._core.autocast import autocast_dtype, cast
 from dlkernels._core.private_torch import FakeTensor, FunctionalTensor, forward_ad
-from dlkernels.attention import autograd
+from dlkernels.attention import operators
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.checks import scale as scale_of
-from dlkernels.attention.config import AttentionConfig
 from dlkernels.attention.functional import draw_seed, unexpanded
 from dlkernels.attention.routing import route
 
@@ -40,8 +40,8 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
             enable_gqa=enable_gqa,
         )  # fmt: skip
-    rng = draw_seed() if call.cfg.dropout_p else None
-    o, _ = autograd.attention(call.cfg, call.q, call.k, call.v, call.mask, None, None, None, None, rng)
+    given = call.given._replace(rng=draw_seed()) if call.cfg.dropout_p else call.given
+    o, _ = operators.attention(call.cfg, given)
     if len(call.batch) == 1:
         return o
     if call.batch:
@@ -50,13 +50,10 @@ def scaled_dot_product_attention(
 
 
 class Call(NamedTuple):
-    """A call as `autograd.attention` takes it, and the leading dimensions of its result."""
+    """A call as `operators.attention` takes it, and the leading dimensions of its result. No seed is drawn yet."""
 
     cfg: AttentionConfig
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
+    given: AttentionInputs
     batch: tuple[int, ...]
     has_heads: bool
 
@@ -94,10 +91,11 @@ def arrange(
         0, 0, scale_of(scale, q.shape[-1]), int(is_causal), dropout_p=dropout_p,
         contiguous=not _is_fused(q, k, v, mask, dropout_p, enable_gqa),
     )  # fmt: skip
-    return Call(
-        cfg, _fold(q, batch, heads, heads), _fold(k, batch, shared, heads), _fold(v, batch, shared, heads),
-        None if mask is None else _fold_mask(unexpanded(mask), batch), batch, has_heads,
+    given = AttentionInputs(
+        _fold(q, batch, heads, heads), _fold(k, batch, shared, heads), _fold(v, batch, shared, heads),
+        None if mask is None else _fold_mask(unexpanded(mask), batch),
     )  # fmt: skip
+    return Call(cfg, given, batch, has_heads)
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, enable_gqa: bool) -> bool:

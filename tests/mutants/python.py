@@ -98,7 +98,7 @@ PYTHON: tuple[Mutant, ...] = (
            "run_backward(SequenceBackward, (dy,),", "only the gradient of y is asked", BATCHED),
     Mutant("legacy-cell-state", RNN + "operators/cell.py", "run_backward(CellBackward, (dh, dc),",
            "run_backward(CellBackward, (dh,),", "only the gradient of h is asked", BATCHED),
-    Mutant("legacy-lse-alone", ATTENTION + "autograd.py", "run_backward(AttentionBackward, (do, dlse),",
+    Mutant("legacy-lse-alone", ATTENTION + "operators.py", "run_backward(AttentionBackward, (do, dlse),",
            "run_backward(AttentionBackward, (do,),", "only the gradient of o is asked", BATCHED),
     Mutant("legacy-order", CORE + "legacy.py", "rest = iter(samples)", "rest = iter(samples[::-1])",
            "the gradients of two results exchanged", BATCHED),
@@ -117,13 +117,13 @@ PYTHON: tuple[Mutant, ...] = (
            "given[:3], *private(given[3:], 0)", "compiled code edits the input of a cell after the call", COMPILED),
     Mutant("private-graph-inputs", CORE + "gradients.py", "else private_copy(tensor)", "else tensor.clone()",
            "Inductor takes a clone of a graph's input for the input", COMPILED),
-    Mutant("private-mask", ATTENTION + "autograd.py", "*private(tensors)", "*private(tensors[:3]), *tensors[3:]",
+    Mutant("private-mask", ATTENTION + "operators.py", "*private(given)", "*private(given[:3]), *given[3:]",
            "compiled code edits a mask after the call",
            ("tests/attention/test_edits.py", *COMPILED)),
-    Mutant("private-result", ATTENTION + "autograd.py", "return o.clone() if cfg.contiguous or torch.compiler",
+    Mutant("private-result", ATTENTION + "operators.py", "return o.clone() if cfg.contiguous or torch.compiler",
            "return o.clone() if cfg.contiguous and torch.compiler", "an edited result is what the backward reads",
            ("tests/attention/test_edits.py",)),
-    Mutant("private-result-compiled", ATTENTION + "autograd.py", "o.clone() if cfg.contiguous or torch.compiler"
+    Mutant("private-result-compiled", ATTENTION + "operators.py", "o.clone() if cfg.contiguous or torch.compiler"
            ".is_compiling() else o", "o.clone() if cfg.contiguous else o", "the same in compiled code",
            ("tests/attention/test_edits.py",)),
     # Autocast.

@@ -1,8 +1,8 @@
 // The arguments of the attention operators, in the order of their schemas; registration.cpp adds what they return.
 //
-// q, k and v are [B, heads, rows, width], or with cu_seqlens [rows, heads, width], the sequences one after the other.
-// rng is the seed and the offset of the dropout mask. max_seqlen is 0 where it is not known or the call is padded. causal
-// is a number of Causal; an unbounded window is -1; without softcap it is 0.
+// q, k and v are [B, heads, rows, width], or with cu_seqlens [rows, heads, width], where sequences follow each other.
+// rng holds the seed and the offset of the dropout mask. max_seqlen_* are 0 for padded input and where they are
+// unknown. causal is a number of Causal, a window of -1 is unbounded, and a softcap of 0 means none.
 #pragma once
 
 #include "attention/params.h"
@@ -51,7 +51,7 @@ struct AttentionArguments {
   DLK_SCORE_RULES(SHARED)                  \
   DLK_DROPOUT(SHARED)                      \
   OWN(bool, contiguous, "")
-DLK_ARGUMENTS_BESIDES(AttentionArguments, AttentionForwardArguments, DLK_ATTENTION_FORWARD)
+DLK_ARGUMENTS_WITH_SHARED(AttentionForwardArguments, AttentionArguments, DLK_ATTENTION_FORWARD)
 
 #define DLK_ATTENTION_BACKWARD(SHARED, OWN) \
   OWN(Tensor, do_, "")                      \
@@ -69,7 +69,7 @@ DLK_ARGUMENTS_BESIDES(AttentionArguments, AttentionForwardArguments, DLK_ATTENTI
   OWN(bool, need_mask, "")                  \
   OWN(bool, need_slopes, "")                \
   OWN(bool, need_sinks, "")
-DLK_ARGUMENTS_BESIDES(AttentionArguments, AttentionBackwardArguments, DLK_ATTENTION_BACKWARD)
+DLK_ARGUMENTS_WITH_SHARED(AttentionBackwardArguments, AttentionArguments, DLK_ATTENTION_BACKWARD)
 
 #define DLK_ATTENTION_MAP(SHARED, OWN) \
   DLK_QUERIES_AND_KEYS(SHARED)         \
@@ -77,6 +77,6 @@ DLK_ARGUMENTS_BESIDES(AttentionArguments, AttentionBackwardArguments, DLK_ATTENT
   DLK_SCORE_RULES(SHARED)              \
   OWN(int64_t, rows, "")               \
   OWN(int64_t, cols, "")
-DLK_ARGUMENTS_BESIDES(AttentionArguments, AttentionMapArguments, DLK_ATTENTION_MAP)
+DLK_ARGUMENTS_WITH_SHARED(AttentionMapArguments, AttentionArguments, DLK_ATTENTION_MAP)
 
 }  // namespace dlk

@@ -10,9 +10,8 @@
 namespace dlk {
 namespace on_cpu {
 
-// (o, lse, stats): [B, H, M, Dv], [B, H, M] and [B, H, 2, M]; packed [rows, H, Dv], [H, rows] and [H, 2, rows]. stats is
-// for the backward. The dimensions of o are in memory in the order of q's, unless `contiguous` is set or the layout of q
-// does not allow it.
+// (o, lse, stats): [B, H, M, Dv], [B, H, M] and [B, H, 2, M], or packed [rows, H, Dv], [H, rows] and [H, 2, rows]. The
+// backward needs stats. o has the strides of torch.empty_like(q), unless `contiguous` is set or those do not serve.
 std::tuple<Tensor, Tensor, Tensor> attention(const AttentionForwardArguments& a);
 
 // [dq, dk, dv, dmask, dslopes, dsinks], of shape [0] where not wanted.
