@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlkernels.attention import operators
 from dlkernels.testing import FACTOR_FORWARD, FACTOR_GRAD, error, floor
 from tests.support import attention_oracle as oracle
 from tests.support.attention_oracle import Case, Results, make_data, op_arguments, run_op, run_oracle
@@ -24,12 +23,6 @@ from tests.support.instruction_sets import kernels_of
 pytestmark = pytest.mark.usefixtures("native")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
-@pytest.mark.parametrize("name", operators.OPERATORS)
-def test_schemas_of_both_languages(name: str) -> None:
-    """The schema for installations without the compiled module is that of the compiled module."""
-    assert f"dlkernels::{operators.schema(name)}" == str(getattr(torch.ops.dlkernels, name).default._schema)
 
 
 def check(case: Case, isa: str = "") -> Results:
