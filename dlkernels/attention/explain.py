@@ -1,4 +1,4 @@
-"""Which kernel runs a call of attention, and why: of the functions, and of the layers that come down to them."""
+"""Tells which kernel runs a call of attention, and why: for the functions and for the layers that call them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ FUNCTIONS = (functional.attention, *_SDPA)
 
 def explain_function(function: Any, *args: Any, **kwargs: Any) -> Explanation:
     """What `function(*args, **kwargs)` would run. `F.scaled_dot_product_attention` is explained as it is inside of
-    `dlkernels.patch_attention()`. Mistakes raise what the call itself would, those of sdpa excepted."""
+    `dlkernels.patch_attention()`. A mistake raises the error of the call itself, except in calls of
+    scaled_dot_product_attention, which are left to torch then."""
     if function in _SDPA:
         query, only = _explain_sdpa(*args, **kwargs)
         return Explanation("scaled_dot_product_attention", f"{describe('query', query)}, {settings(query)}", (only,))
@@ -85,7 +86,7 @@ def _explain(name: str, cfg: AttentionConfig, given: AttentionInputs) -> LayerEx
 
 
 def _sizes(given: AttentionInputs) -> dict[str, int]:
-    """Of packed sequences: as many sequences, of mean length."""
+    """The sizes that a plan is made for. Packed sequences count as equally many sequences of their mean length."""
     q, k, v = given[:3]
     sizes = {"H": q.shape[1], "Hkv": k.shape[1], "D": q.shape[-1], "Dv": v.shape[-1]}
     if given.cu_seqlens_q is None:

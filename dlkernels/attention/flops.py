@@ -36,7 +36,7 @@ def attention_map(q: Tensor, k: Tensor, **others: Any) -> int:
 def _shapes(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """[batch, heads, rows, width] of q, k and v; packed ones for each sequence."""
+    """[batch, heads, rows, width] of q, k and v; of packed ones for each sequence."""
     if cu_q is None or cu_k is None:
         return [(tuple(q.shape), tuple(k.shape), tuple(v.shape))]
     lengths = zip(_lengths(cu_q, max_q), _lengths(cu_k, max_k), strict=True)
@@ -47,7 +47,7 @@ def _shapes(
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
-    """What has no values is taken to be as long as can be, as torch takes its own."""
+    """Without values each sequence counts as one of the longest, as in torch's own formulas."""
     if has_no_values(cu_seqlens):
         return [longest] * (cu_seqlens.shape[0] - 1)
     return cu_seqlens.diff().tolist()

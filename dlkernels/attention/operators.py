@@ -204,7 +204,7 @@ class Attention(torch.autograd.Function):
 class AttentionBackward(torch.autograd.Function):
     """(cfg, wanted, do, dlse, *inputs, o, stats) -> the gradients of q to sinks. `inputs` are those of Attention.
 
-    What is not wanted comes back empty.
+    Gradients that are not wanted are empty.
     """
 
     @staticmethod
@@ -262,12 +262,13 @@ class AttentionBackward(torch.autograd.Function):
 
 
 def _folds(cfg: AttentionConfig, fixed_dims: Sequence[int | None]) -> bool:
-    """Folding would renumber the heads, by which the dropout mask is drawn; and the operator takes one cu_seqlens."""
+    """Whether vmap may fold its samples into the heads. With dropout it may not, because the mask depends on the number
+    of the head; with mapped cu_seqlens or rng it may not, because the operator takes one."""
     return cfg.dropout_p == 0 and not batching.is_mapped(fixed_dims)
 
 
 def _heads_dim(index: int, tensor: Tensor | None, mapped: bool) -> int:
-    """Of q, k, v, mask, slopes or sinks, by its place in that list."""
+    """The dimension of the heads of q, k, v, mask, alibi_slopes or sinks, by the index in that list."""
     if index < 4:
         return _HEADS
     return 0 if tensor is None else tensor.dim() - mapped - 1
@@ -276,7 +277,7 @@ def _heads_dim(index: int, tensor: Tensor | None, mapped: bool) -> int:
 def _fold_inputs(
     tensors: Sequence[Tensor | None], dims: Sequence[int | None], n: int, mask_gradient: bool = False
 ) -> list[Tensor | None]:
-    """q, k, v, mask, slopes and sinks with n times as many heads."""
+    """q, k, v, mask, alibi_slopes and sinks with n times as many heads."""
     folded: list[Tensor | None] = []
     heads = tensors[0].shape[_heads_of(dims[0])]  # type: ignore[union-attr]
     for index, (tensor, dim) in enumerate(zip(tensors, dims, strict=True)):
@@ -296,7 +297,7 @@ def _fold_inputs(
 
 
 def _heads_of(mapped_dim: int | None) -> int:
-    """Where the heads are while the mapped dimension is still there."""
+    """The dimension of the heads in a tensor that still has the mapped dimension."""
     return _HEADS if mapped_dim is None or mapped_dim > _HEADS else _HEADS + 1
 
 

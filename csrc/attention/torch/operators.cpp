@@ -5,7 +5,7 @@
 namespace dlk {
 namespace {
 
-// What no sequence covers: rows beyond the last one.
+// Fills lse and stats of the rows behind the last sequence, which no kernel writes.
 template <class C>
 void fill_rows(const AttentionCall& call, const Tensor& lse, const Tensor& stats) {
   constexpr C kInfinity = std::numeric_limits<C>::infinity();

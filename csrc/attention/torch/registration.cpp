@@ -1,4 +1,4 @@
-// The schemas of the attention operators, and what the host module says about their kernels.
+// Registers the attention operators and what Python can ask about their kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,4 +1,4 @@
-"""CUDA kernels in Triton. Importing this package imports no Triton: the first call on a CUDA tensor does.
+"""CUDA kernels in Triton. Importing this package does not import Triton; the first call on a CUDA tensor does.
 
 `register()` makes them the CUDA implementation of the operators; `why_not(x)` says why they would not serve a tensor.
 """
@@ -34,7 +34,7 @@ _libraries: list[torch.library.Library] = []
 
 def _implementation(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        # What these allocate and add up is not to be recorded: autograd has done its part.
+        # Autograd has done its work before, and must not record what these allocate and sum up.
         with torch.no_grad():
             return getattr(importlib.import_module("dlkernels.attention.triton.host"), name)(*args)
 
@@ -66,7 +66,7 @@ def _device_reason(index: int) -> str:
 
 
 def why_not(q: Tensor, v: Tensor | None = None) -> str:
-    """Why the Triton kernels do not serve these, or "" if they do."""
+    """Why the Triton kernels do not serve these tensors; empty if they do."""
     if not q.is_cuda:
         return f"no Triton kernel for {q.device.type} tensors"
     if q.dtype not in DTYPES:
