@@ -99,7 +99,7 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
         o, weights = self._attend(q, k, v, need_weights, attn_mask=mask, causal=causal)
         if batch_first and not self.training:
             return self._project_out(o.transpose(1, 2)), weights
-        # The memory order of torch.nn's result: in training a dropout often follows, which draws its mask in this order.
+        # The memory order of torch.nn's result: in training a dropout often follows, which draws its mask in it.
         out = self._project_out(o.permute(2, 0, 1, 3))
         return out.transpose(0, 1) if batch_first else out, weights
 
