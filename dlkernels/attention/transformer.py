@@ -60,8 +60,8 @@ class TransformerEncoderLayer(KnownLayer, torch.nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
 
     def _masks(self, dtype: torch.dtype, mask: Any, padding: Any) -> tuple[Tensor | None, Tensor | None]:
-        """The masks as the layer passes them on. torch's layer makes both additive. Ours does so only if code that is not
-        its own may see them. Otherwise a boolean mask stays as it is: it is smaller, and the kernel skips what it
+        """The masks as the layer passes them on. torch's layer makes both additive. Ours does so only if code other
+        than its own may see them. Otherwise a boolean mask stays as it is: it is smaller, and the kernel skips what it
         hides."""
         if mask is not None and not isinstance(mask, Tensor):
             raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(mask).__name__}")
