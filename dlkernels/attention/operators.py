@@ -25,7 +25,7 @@ from dlkernels.attention import flops, reference, triton
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs, AttentionWanted
 from dlkernels.attention.routing import route
 
-__all__ = ["OPERATORS", "attention", "attention_map"]
+__all__ = ["OPERATORS", "attention", "attention_map", "schema"]
 
 # The dimension of the heads, into which vmap folds its samples.
 _HEADS = 1
