@@ -106,88 +106,83 @@ void give_results(StableIValue* stack, std::tuple<T...> results) {
 
 // The name of a type in a schema.
 template <class T>
-constexpr const char* kSchemaName = nullptr;
+constexpr const char* kSchemaType = nullptr;
 template <>
-inline constexpr const char* kSchemaName<bool> = "bool";
+inline constexpr const char* kSchemaType<bool> = "bool";
 template <>
-inline constexpr const char* kSchemaName<int64_t> = "int";
+inline constexpr const char* kSchemaType<int64_t> = "int";
 template <>
-inline constexpr const char* kSchemaName<double> = "float";
+inline constexpr const char* kSchemaType<double> = "float";
 template <>
-inline constexpr const char* kSchemaName<Tensor> = "Tensor";
+inline constexpr const char* kSchemaType<Tensor> = "Tensor";
 template <>
-inline constexpr const char* kSchemaName<OptionalTensor> = "Tensor?";
+inline constexpr const char* kSchemaType<OptionalTensor> = "Tensor?";
 template <>
-inline constexpr const char* kSchemaName<std::vector<Tensor>> = "Tensor[]";
+inline constexpr const char* kSchemaType<std::vector<Tensor>> = "Tensor[]";
+template <>
+inline constexpr const char* kSchemaType<std::string> = "str";
 
-// DLK_ARGUMENTS(Name, LIST) defines a struct of an operator's arguments from a list of them:
+// How an argument is called in a schema. Names that C++ reserves end in an underscore, which the schema does not have.
+inline std::string schema_name(std::string name) {
+  if (name.back() == '_') name.pop_back();
+  return name;
+}
+
+// DLK_ARGUMENTS(Name, LIST) makes the struct of an operator's arguments from the one list of them:
 //   #define LIST(ARGUMENT) ARGUMENT(Tensor, x, "") ARGUMENT(int64_t, steps, "=0")
-// Each entry has the type, the name and what follows the name in the schema. Name::schema() returns the arguments' part
-// of the schema, Name::take reads them from the stack.
-#define DLK_MEMBER_OF_ARGUMENTS(Type, name, rest) Type name;
+// with type, name and what follows the name in the schema. Name::schema() is their part of the schema, Name::take reads
+// them from the stack.
+#define DLK_MEMBER_OF_ARGUMENTS(Type, name, rest) Type name{};
 #define DLK_SCHEMA_OF_ARGUMENTS(Type, name, rest) \
   text += text.empty() ? "" : ", ";               \
-  text += std::string(kSchemaName<Type>) + " " #name rest;
+  text += std::string(kSchemaType<Type>) + " " + schema_name(#name) + rest;
 #define DLK_TAKE_ARGUMENTS(Type, name, rest) taken.name = Crossing<Type>::take(*stack++);
-#define DLK_ARGUMENTS(Name, LIST)           \
-  struct Name {                             \
-    LIST(DLK_MEMBER_OF_ARGUMENTS)           \
-    static std::string schema() {           \
-      std::string text;                     \
-      LIST(DLK_SCHEMA_OF_ARGUMENTS)         \
-      return text;                          \
-    }                                       \
-    static Name take(StableIValue* stack) { \
-      Name taken;                           \
-      LIST(DLK_TAKE_ARGUMENTS)              \
-      return taken;                         \
-    }                                       \
+#define DLK_SCHEMA_AND_TAKE(Name, SCHEMA_OF_ALL, TAKE_ALL) \
+  static std::string schema() {                            \
+    std::string text;                                      \
+    SCHEMA_OF_ALL                                          \
+    return text;                                           \
+  }                                                        \
+  static Name take(StableIValue* stack) {                  \
+    Name taken;                                            \
+    TAKE_ALL                                               \
+    return taken;                                          \
+  }
+#define DLK_ARGUMENTS(Name, LIST)                                                      \
+  struct Name {                                                                        \
+    LIST(DLK_MEMBER_OF_ARGUMENTS)                                                      \
+    DLK_SCHEMA_AND_TAKE(Name, LIST(DLK_SCHEMA_OF_ARGUMENTS), LIST(DLK_TAKE_ARGUMENTS)) \
   };
 
-// Runs an operator and leaves its results on the stack.
-template <class Run>
-void give_results_of(StableIValue* stack, Run run) {
-  // For allocations of the standard library's containers; the messages for tensors and scratch name the bytes.
+// The same for an operator that has arguments in common with others. Those are members of the struct Shared, its base:
+//   #define LIST(SHARED, OWN) SHARED(Tensor, q, "") OWN(bool, contiguous, "")
+#define DLK_NO_MEMBER(Type, name, rest)
+#define DLK_ARGUMENTS_WITH_SHARED(Name, Shared, LIST)                                 \
+  struct Name : Shared {                                                              \
+    LIST(DLK_NO_MEMBER, DLK_MEMBER_OF_ARGUMENTS)                                      \
+    DLK_SCHEMA_AND_TAKE(Name, LIST(DLK_SCHEMA_OF_ARGUMENTS, DLK_SCHEMA_OF_ARGUMENTS), \
+                        LIST(DLK_TAKE_ARGUMENTS, DLK_TAKE_ARGUMENTS))                 \
+  };
+
+// The types of a function's parameters.
+template <class Result, class... Parameters>
+std::tuple<std::decay_t<Parameters>...> parameters_of(Result (*)(Parameters...));
+
+// The boxed kernel of an operator: `function` is called with the values `fixed` and the struct of its arguments.
+template <auto function, auto... fixed>
+void boxed(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
+  using Arguments = std::tuple_element_t<sizeof...(fixed), decltype(parameters_of(function))>;
+  // An exception of the standard library's containers. Tensors and workspaces throw errors that say how many bytes.
   static constexpr const char* kNoMemory = "DefaultCPUAllocator: can't allocate memory for the tables of this call";
+  const NoGrad guard;
+  const Arguments arguments = Arguments::take(stack);
   try {
-    give_results(stack, run());
+    give_results(stack, function(fixed..., arguments));
   } catch (const std::bad_alloc&) {
     throw std::runtime_error(kNoMemory);
   } catch (const std::length_error&) {
     throw std::runtime_error(kNoMemory);
   }
 }
-
-// An operator whose function takes a constant, fixed by the registration, and then its arguments as a struct.
-template <auto function, auto fixed>
-struct BoxedCall;
-
-template <class Result, class Fixed, class Arguments, Result (*function)(Fixed, const Arguments&), Fixed fixed>
-struct BoxedCall<function, fixed> {
-  static void kernel(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
-    const NoGrad guard;
-    const Arguments arguments = Arguments::take(stack);
-    give_results_of(stack, [&] { return function(fixed, arguments); });
-  }
-};
-
-template <auto function>
-struct Boxed;
-
-template <class Result, class... Args, Result (*function)(Args...)>
-struct Boxed<function> {
-  static void kernel(StableIValue* stack, uint64_t /*inputs*/, uint64_t /*outputs*/) {
-    const NoGrad guard;
-    // take() initialises the tuple with braces, so that the values are read in order.
-    const std::tuple<std::decay_t<Args>...> args = take(stack, std::index_sequence_for<Args...>());
-    give_results_of(stack, [&] { return std::apply(function, args); });
-  }
-
- private:
-  template <size_t... I>
-  static std::tuple<std::decay_t<Args>...> take(StableIValue* stack, std::index_sequence<I...>) {
-    return std::tuple<std::decay_t<Args>...>{Crossing<std::decay_t<Args>>::take(stack[I])...};
-  }
-};
 
 }  // namespace dlk

@@ -1,9 +1,9 @@
-"""Checks of what users pass to attention: shapes, dtypes and devices. No value of a tensor is read here; those of
-cu_seqlens are checked by the operators.
+"""Checks of the arguments of attention: shapes, dtypes and devices. Only `cu_values` reads the values of a tensor; the
+operators check the values of cu_seqlens themselves.
 
-TypeError for arguments of a wrong type, ValueError for ranks, dtypes that no attention has, and values out of range,
-RuntimeError for sizes, devices and dtypes that do not fit together. The words name the argument, what was expected and
-what came.
+The checks raise TypeError for arguments of a wrong type, ValueError for ranks, dtypes that no attention has, and values
+out of range, RuntimeError for sizes, devices and dtypes that do not fit together. A message names the argument, what
+was expected and what was given.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def flag(name: str, value: Any) -> bool:
 
 
 def number(name: str, value: Any) -> Any:
-    """A finite real number."""
+    """Checks that `value` is a finite real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not -math.inf < value < math.inf:
@@ -52,7 +52,7 @@ def probability(value: Any) -> float:
 
 
 def softcap(value: Any, dtype: torch.dtype) -> float:
-    """`dtype`: of q. The largest one's reciprocal is still a normal number of the dtype that scores are computed in."""
+    """dtype: that of q. The upper limit is the largest number whose reciprocal is normal in the dtype of the scores."""
     number("softcap", value)
     most = 1 / torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).tiny
     if not 0 <= value <= most:
@@ -77,13 +77,13 @@ def causal(value: Any) -> int:
 
 
 def is_bias(mask: Any) -> bool:
-    """Whether it is a CausalBias, a subclass of Tensor that stands for an alignment and holds no values. It goes by the
-    name: importing that module takes a second."""
+    """Whether `mask` is a CausalBias, a subclass of Tensor that describes an alignment and holds no values. The test is
+    by name because importing the class takes a second."""
     return type(mask).__name__ == "CausalBias" and type(mask).__module__ == "torch.nn.attention.bias"
 
 
 def bias_alignment(bias: Any, causal: Any, queries: int, keys: int) -> str:
-    """`causal` for what a CausalBias as attn_mask means."""
+    """The value of `causal` that means the same as a CausalBias given as attn_mask."""
     if causal is not False:
         raise ValueError(f"causal: expected False, as attn_mask is a CausalBias, got {causal!r}")
     if (bias.seq_len_q, bias.seq_len_kv) != (queries, keys):
@@ -125,7 +125,7 @@ def tensors(function: str, named: Sequence[tuple[str, Any]]) -> None:
 
 
 def same_kind(q: Tensor, k: Tensor, v: Tensor | None) -> None:
-    """One floating dtype and one device."""
+    """Checks that the tensors have one floating dtype and one device."""
     floating("q", q)
     for name, tensor in (("k", k), ("v", v)):
         if tensor is None:
@@ -153,7 +153,7 @@ def same_device(name: str, tensor: Tensor, q: Tensor) -> None:
 
 
 def heads(q: Tensor, k: Tensor, v: Tensor | None, packed: bool, enable_gqa: bool) -> None:
-    """Ranks and sizes of q, k and v, where v may be missing."""
+    """Checks the ranks and sizes of q, k and v; v may be None."""
     rank, layout = (3, "[rows, heads, width] with cu_seqlens") if packed else (4, "[B, heads, rows, width]")
     named = [("q", q), ("k", k)] if v is None else [("q", q), ("k", k), ("v", v)]
     for name, tensor in named:
@@ -225,13 +225,13 @@ def cu_seqlens(cu_q: Any, cu_k: Any, device: torch.device) -> tuple[Tensor, Tens
 
 def _int32(value: Tensor, device: torch.device) -> Tensor:
     if value.dtype == torch.int64:
-        value = value.clamp(-1, 2**31 - 1)  # what int32 cannot hold must not come out as a small number
+        value = value.clamp(-1, 2**31 - 1)  # a value beyond int32 must not become a small one
     return value.to(device, torch.int32)
 
 
 def cu_values(name: str, value: Tensor, rows: int, longest: int) -> Tensor:
-    """A copy of `value` with what the operators check themselves. For eager calls: it reads the values. What is checked
-    is what the call goes on with, whoever writes to the caller's tensor meanwhile."""
+    """Checks the values of cu_seqlens as the operators do, for calls that run on the reference. It reads values, so it
+    is for eager calls. It returns the copy that it checked, because another thread may write to the caller's tensor."""
     value = value.clone()
     lengths = value[1:] - value[:-1]
     if int(value[0]) != 0 or bool((lengths < 0).any()) or int(value[-1]) > rows:

@@ -1,4 +1,4 @@
-"""Which kernel runs a call of attention, and why: of the functions, and of the layers that come down to them."""
+"""Tells which kernel runs a call of attention, and why: for the functions and for the layers that call them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import Module
 from dlkernels._core import extension
 from dlkernels._core.explanation import Explanation, LayerExplanation, describe, settings
 from dlkernels.attention import functional, sdpa
-from dlkernels.attention.config import AttentionConfig
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.explain_layers import LAYERS, attention_calls
 from dlkernels.attention.routing import route
 
@@ -23,7 +23,8 @@ FUNCTIONS = (functional.attention, *_SDPA)
 
 def explain_function(function: Any, *args: Any, **kwargs: Any) -> Explanation:
     """What `function(*args, **kwargs)` would run. `F.scaled_dot_product_attention` is explained as it is inside of
-    `dlkernels.patch_attention()`. Mistakes raise what the call itself would, those of sdpa excepted."""
+    `dlkernels.patch_attention()`. A mistake raises the error of the call itself, except in calls of
+    scaled_dot_product_attention, which are left to torch then."""
     if function in _SDPA:
         query, only = _explain_sdpa(*args, **kwargs)
         return Explanation("scaled_dot_product_attention", f"{describe('query', query)}, {settings(query)}", (only,))
@@ -50,7 +51,7 @@ def _explain_one(name: str, *args: Any, **options: Any) -> LayerExplanation:
     """A call of `functional.attention`."""
     options.pop("return_lse", None)
     options.pop("deterministic", None)
-    return _explain(name, functional.checked(*args, **options))
+    return _explain(name, *functional.checked(*args, **options))
 
 
 def _explain_sdpa(
@@ -60,23 +61,21 @@ def _explain_sdpa(
     call = sdpa.arrange(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
         return query, LayerExplanation("call", "torch", f"torch's own function: {call}", grad=False)
-    own = functional.Call(call.cfg, call.q, call.k, call.v, call.mask, None, None, None, None)
-    return query, _explain("call", own)
+    return query, _explain("call", call.cfg, call.given)
 
 
-def _explain(name: str, call: functional.Call) -> LayerExplanation:
-    q, k, v = call.q, call.k, call.v
-    assert v is not None
-    tensors = (q, k, v, call.mask, call.slopes, call.sinks)
+def _explain(name: str, cfg: AttentionConfig, given: AttentionInputs) -> LayerExplanation:
+    q = given.q
+    tensors = given[:6]
     decided = route(*tensors)
     grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if not decided.native:
         return LayerExplanation(name, "reference", decided.reason, grad)
-    sizes = _sizes(call)
+    sizes = _sizes(given)
     if sizes["B"] * sizes["H"] * sizes["M"] == 0:
         return LayerExplanation(name, "nothing", "there is nothing to compute", grad)
     if q.is_cuda:
-        plans = [_cuda_plan(q, call.cfg, call.mask, sizes)]
+        plans = [_cuda_plan(q, cfg, given.mask, sizes)]
     else:
         native = extension.native
         assert native is not None
@@ -86,14 +85,13 @@ def _explain(name: str, call: functional.Call) -> LayerExplanation:
     return LayerExplanation(name, "native", decided.reason, grad, forward, backward[0] if backward else {})
 
 
-def _sizes(call: functional.Call) -> dict[str, int]:
-    """Of packed sequences: as many sequences, of mean length."""
-    q, k, v = call.q, call.k, call.v
-    assert v is not None
+def _sizes(given: AttentionInputs) -> dict[str, int]:
+    """The sizes that a plan is made for. Packed sequences count as equally many sequences of their mean length."""
+    q, k, v = given[:3]
     sizes = {"H": q.shape[1], "Hkv": k.shape[1], "D": q.shape[-1], "Dv": v.shape[-1]}
-    if call.cu_q is None:
+    if given.cu_seqlens_q is None:
         return {**sizes, "B": q.shape[0], "M": q.shape[2], "N": k.shape[2]}
-    count = call.cu_q.shape[0] - 1
+    count = given.cu_seqlens_q.shape[0] - 1
     return {**sizes, "B": count, "M": -(-q.shape[0] // max(count, 1)), "N": -(-k.shape[0] // max(count, 1))}
 
 

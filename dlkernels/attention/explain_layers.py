@@ -1,4 +1,4 @@
-"""Which attention a layer asks for: its own forward is followed as far as the attention, with empty projections."""
+"""Finds the calls of attention that a layer makes: its own forward runs with empty projections up to the attention."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LAYERS = (MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer)
 
 
 class AttentionCall(NamedTuple):
-    """`functional.attention(q, k, v, **options)`; with `reason`, what runs in its place. q, k and v have the sizes,
-    dtype and requires_grad of the real ones, and no values."""
+    """The call `functional.attention(q, k, v, **options)`, or, if there is a `reason`, a call that does not become one.
+    q, k and v have the sizes, dtype and requires_grad of the real ones, and no values."""
 
     name: str
     q: Tensor
@@ -32,7 +32,7 @@ class AttentionCall(NamedTuple):
 
 
 def attention_calls(layer: Module, *args: Any, **kwargs: Any) -> list[AttentionCall]:
-    """What `layer(*args, **kwargs)` would ask for, in order. Mistakes raise what the layer itself would."""
+    """The calls that `layer(*args, **kwargs)` would make, in order. A mistake raises the error of the layer itself."""
     given = inspect.signature(layer.forward).bind(*args, **kwargs)
     given.apply_defaults()
     a = given.arguments
@@ -68,7 +68,7 @@ def _asked(name: str, attention: MultiheadAttention, wanted: bool, given: dict[s
     class Follower(_Follower, type(attention)):  # type: ignore[misc]
         pass
 
-    # A module of another class with the very attributes of `attention`, which is left as it is.
+    # A module of another class that has the same attributes as `attention`, which itself is not changed.
     follower = object.__new__(Follower)
     object.__setattr__(follower, "__dict__", attention.__dict__)
     try:

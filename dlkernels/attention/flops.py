@@ -7,16 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dlkernels._core.flops import COUNTER, has_no_values, register_formulas
+from dlkernels._core.flops import COUNTER, has_no_values
 
-__all__ = ["register"]
-
-
-def register() -> None:
-    register_formulas({"attention": _attention, "attention_backward": _backward, "attention_map": _map})
+__all__ = ["attention", "attention_backward", "attention_map"]
 
 
-def _attention(
+def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, **others: Any,
 ) -> int:  # fmt: skip
@@ -24,7 +20,7 @@ def _attention(
     return sum(sys.modules[COUNTER].sdpa_flop_count(*of_each) for of_each in shapes)
 
 
-def _backward(
+def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, max_seqlen_q: int,
     max_seqlen_k: int, **others: Any,
 ) -> int:  # fmt: skip
@@ -33,14 +29,14 @@ def _backward(
     return sum(count((*of_q[:3], of_v[3]), of_q, of_k, of_v) for of_q, of_k, of_v in shapes)
 
 
-def _map(q: Tensor, k: Tensor, **others: Any) -> int:
+def attention_map(q: Tensor, k: Tensor, **others: Any) -> int:
     return 2 * q.numel() * k.shape[2]
 
 
 def _shapes(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int, max_k: int
 ) -> list[tuple[tuple[int, ...], ...]]:
-    """[batch, heads, rows, width] of q, k and v; packed ones for each sequence."""
+    """[batch, heads, rows, width] of q, k and v; of packed ones for each sequence."""
     if cu_q is None or cu_k is None:
         return [(tuple(q.shape), tuple(k.shape), tuple(v.shape))]
     lengths = zip(_lengths(cu_q, max_q), _lengths(cu_k, max_k), strict=True)
@@ -51,7 +47,7 @@ def _shapes(
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
-    """What has no values is taken to be as long as can be, as torch takes its own."""
+    """Without values each sequence counts as one of the longest, as in torch's own formulas."""
     if has_no_values(cu_seqlens):
         return [longest] * (cu_seqlens.shape[0] - 1)
     return cu_seqlens.diff().tolist()

@@ -6,35 +6,21 @@ D of queries and keys, Dv of values.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dlkernels._core.autocast import autocast_dtype, cast
 from dlkernels._core.private_torch import are_transforms_active
-from dlkernels.attention import autograd, checks
-from dlkernels.attention.config import AttentionConfig
+from dlkernels.attention import checks, operators
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.routing import route
 
 __all__ = ["attention", "attention_map"]
 
 Causal = bool | Literal["top_left", "bottom_right"]
 Window = tuple[int | None, int | None]
-
-
-class Call(NamedTuple):
-    """Checked arguments, as the operators want them."""
-
-    cfg: AttentionConfig
-    q: Tensor
-    k: Tensor
-    v: Tensor | None
-    mask: Tensor | None
-    slopes: Tensor | None
-    sinks: Tensor | None
-    cu_q: Tensor | None
-    cu_k: Tensor | None
 
 
 def attention(
@@ -44,29 +30,29 @@ def attention(
     cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
     enable_gqa: bool = True, return_lse: bool = False, deterministic: bool = True,
 ) -> Any:  # fmt: skip
-    """o = softmax(q k^T) v, or (o, lse), without an M x N matrix, forward or backward, but for the gradient of a mask
-    that is one.
+    """Computes o = softmax(q k^T) v, or (o, lse). Neither forward nor backward makes an M x N matrix, except as the
+    gradient of a mask of that size.
 
     q: [B, H, M, D], k: [B, Hkv, N, D], v: [B, Hkv, N, Dv] of one dtype and device, any strides; query head h reads the
         head h // (H // Hkv) of k and v. With cu_seqlens [rows, heads, width], see there.
     attn_mask: bool (True = may attend) or added to the scores (the dtype of q, or float32; it may require grad), of 2
         to 4 dimensions, broadcastable to [B, H, M, N]. Or what torch.nn.attention.bias.causal_upper_left(M, N) or
-        causal_lower_right(M, N) gives, which means `causal`.
-    causal: True or "top_left": query i sees the keys j <= i; "bottom_right": j <= i + N - M. The right side is the
-        position p(i) of a query, which the window and ALiBi go by as well; without "bottom_right" it is i.
+        causal_lower_right(M, N) returns, which is taken as `causal`.
+    causal: True or "top_left": query i sees the keys j <= i; "bottom_right": j <= i + N - M. The right-hand
+        side is the position p(i) of query i, which the window and ALiBi use too; without "bottom_right" it is i.
     dropout_p: probability with which a weight is zeroed; always active. The mask is drawn from torch's CPU generator.
     softmax_scale: factor of the scores, 1 / sqrt(D) for None.
     window: (left, right): keys p - left .. p + right are seen; None or -1 is unbounded.
     alibi_slopes: [H] or [B, H], floating: -slope * |p - j| is added (Press et al. 2022).
-    softcap: c > 0 replaces a scaled score s by c * tanh(s / c); a c whose reciprocal float32 (float64 for float64)
-        does not hold, 8.5e37 and above, is an error.
+    softcap: c > 0 replaces a scaled score s by c * tanh(s / c); c must be so small that 1 / c is a normal number in
+        float32 (float64 for float64): above 8.5e37 it is an error.
     sinks: [H], floating: a logit per head that takes part in the softmax's denominator only.
     cu_seqlens_q, cu_seqlens_k: integers [B + 1]: sequence b has the rows cu[b] .. cu[b + 1] of q, and of k and v. The
         result is [rows, H, Dv].
-    max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; None finds out.
+    max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; with None it is computed from cu_seqlens.
     enable_gqa: False makes Hkv != H an error.
     return_lse: also the logarithm of the softmax's denominator, [B, H, M] or [H, rows], float32 (float64 for float64).
-    deterministic: the kernels always are, from run to run, forward and backward; False asks for nothing else.
+    deterministic: the kernels are always deterministic from run to run, forward and backward; False changes nothing.
 
     The order is: scale, softcap, ALiBi, additive mask, masking, sinks, softmax, dropout. A query that sees nothing
     gives 0 (lse -inf, or the sink) and no gradient, and what is masked may hold anything, NaN too. Under autocast q, k,
@@ -74,15 +60,13 @@ def attention(
     """
     checks.flag("return_lse", return_lse)
     checks.flag("deterministic", deterministic)
-    call = checked(
+    cfg, given = checked(
         q, k, v, attn_mask, causal, dropout_p, softmax_scale, window, alibi_slopes, softcap, sinks, cu_seqlens_q,
         cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa,
     )  # fmt: skip
-    assert call.v is not None
-    rng = draw_seed() if call.cfg.dropout_p else None
-    o, lse = autograd.attention(
-        call.cfg, call.q, call.k, call.v, call.mask, call.slopes, call.sinks, call.cu_q, call.cu_k, rng
-    )
+    if cfg.dropout_p:
+        given = given._replace(rng=draw_seed())
+    o, lse = operators.attention(cfg, given)
     return (o, lse) if return_lse else o
 
 
@@ -98,11 +82,11 @@ def attention_map(
     without a query are 0. Arguments as for `attention`, padded only; not differentiable.
     """
     rows, cols = checks.bins("rows", rows), checks.bins("cols", cols)
-    call = checked(
+    cfg, given = checked(
         q, k, None, attn_mask, causal, 0.0, softmax_scale, window, alibi_slopes, softcap, sinks, enable_gqa=enable_gqa,
         of_map=True,
     )  # fmt: skip
-    return autograd.attention_map(call.q, call.k, call.mask, call.slopes, call.sinks, call.cfg, rows, cols)
+    return operators.attention_map(cfg, given, rows, cols)
 
 
 def draw_seed() -> Tensor:
@@ -116,8 +100,9 @@ def checked(
     alibi_slopes: Tensor | None = None, softcap: float = 0.0, sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None, enable_gqa: bool = True, of_map: bool = False,
-) -> Call:  # fmt: skip
-    """Checks the arguments of `attention`, or of `attention_map`, which has no v."""
+) -> tuple[AttentionConfig, AttentionInputs]:  # fmt: skip
+    """Checks the arguments of `attention`, or of `attention_map`, which has no v: there q takes its place. Draws no
+    seed."""
     function = "attention_map" if of_map else "attention"
     checks.tensors(function, (("q", q), ("k", k)) if of_map else (("q", q), ("k", k), ("v", v)))
     dtype = autocast_dtype(q)
@@ -137,29 +122,30 @@ def checked(
         *longest, checks.scale(softmax_scale, q.shape[-1]), checks.causal(causal), left, right,
         checks.softcap(softcap, q.dtype), checks.probability(dropout_p),
     )  # fmt: skip
-    mask = cu_q = cu_k = None
+    mask = None
     if packed:
         if attn_mask is not None:
             raise ValueError(f"attn_mask: expected None with cu_seqlens, got {type(attn_mask).__name__}")
-        cu_q, cu_k = checks.cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
-        cfg, cu_q, cu_k = _with_lengths(cfg, q, k, cu_q, cu_k)
+        cu_seqlens_q, cu_seqlens_k = checks.cu_seqlens(cu_seqlens_q, cu_seqlens_k, q.device)
+        cfg, cu_seqlens_q, cu_seqlens_k = _with_lengths(cfg, q, k, cu_seqlens_q, cu_seqlens_k)
     else:
         checks.no_lengths(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         if attn_mask is not None:
             mask = unexpanded(checks.mask(function, attn_mask, q, k.shape[2]))
-    heads, batch = q.shape[1], q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+    heads, batch = q.shape[1], q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if alibi_slopes is not None:
         checks.per_head(function, "alibi_slopes", alibi_slopes, q, ((heads,), (batch, heads)))
     if sinks is not None:
         checks.per_head(function, "sinks", sinks, q, ((heads,),))
-    return Call(cfg, q, k, v, mask, alibi_slopes, sinks, cu_q, cu_k)
+    v = q if v is None else v
+    return cfg, AttentionInputs(q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
 
 
 def _with_lengths(
     cfg: AttentionConfig, q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor
 ) -> tuple[AttentionConfig, Tensor, Tensor]:  # fmt: skip
-    """What the CPU operators find out themselves: whether the values of cu_seqlens are right, and the longest ones.
-    Where values are read, the copies that they were read from are returned for the call."""
+    """Does what only the CPU operators do themselves: checks the values of cu_seqlens for the reference, and finds the
+    longest sequences for CUDA. If it reads values, it returns the copies that it read, for the call to use."""
     readable = not torch.compiler.is_compiling() and not are_transforms_active()
     if q.is_cpu:
         if readable and not route(q, k, k).native:
@@ -183,7 +169,8 @@ def _longest(cu: Tensor) -> int:
 
 
 def unexpanded(mask: Tensor) -> Tensor:
-    """What expand made large is made small again, except where its gradient is wanted, which has a value for each."""
+    """The mask with size 1 in each dimension that was expanded (stride 0). A mask that requires a gradient is returned
+    as it is, because its gradient has a value for each element."""
     if mask.requires_grad or are_transforms_active():
         return mask
     for dim, (size, stride) in enumerate(zip(mask.shape, mask.stride(), strict=True)):

@@ -2,7 +2,7 @@
 
 Sizes: B batch, H heads, D features a head, E = H * D, M queries, N keys. The heads are strided views of the
 projections, [B, H, M, D], and masks keep the size-1 dimensions that they have, so nothing of M x N elements is made
-unless the caller gives a mask of that size, or asks for the weights.
+unless the caller gives a mask of that size or asks for the weights.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As in torch.nn. The fused kernels run with `need_weights=False`; with weights, PyTorch operations compute the
         M x N probabilities, and the output from them."""
-        if is_tracing():  # what is recorded are torch's own operators
+        if is_tracing():  # torch.jit.trace records torch's own operators
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         for mask in (attn_mask, key_padding_mask):
             if mask is not None:
-                torch.is_floating_point(mask)  # TypeError for what is no tensor
+                torch.is_floating_point(mask)  # raises TypeError if it is no tensor
         attn_mask, key_padding_mask = masks.same_kind(
             attn_mask, "attn_mask", key_padding_mask, "key_padding_mask", query.dtype
         )
@@ -99,7 +99,7 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
         o, weights = self._attend(q, k, v, need_weights, attn_mask=mask, causal=causal)
         if batch_first and not self.training:
             return self._project_out(o.transpose(1, 2)), weights
-        # The memory order of torch.nn: what follows in training is often a dropout, which draws its mask in that order.
+        # The memory order of torch.nn's result: in training a dropout often follows, which draws its mask in it.
         out = self._project_out(o.permute(2, 0, 1, 3))
         return out.transpose(0, 1) if batch_first else out, weights
 
@@ -161,8 +161,8 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
                 )
 
     def _private(self, query: Tensor, key: Tensor, value: Tensor) -> Triple:
-        """Copies for the gradients of the in-projection's weights: as in torch.nn, which brings batch_first input into
-        another order, a program may edit its input after the call (`x += attention(x)`)."""
+        """Copies of the inputs, which the gradients of the in-projection's weights read. A program may edit its inputs
+        after the call (`x += attention(x)`), as with torch.nn, which copies batch_first inputs to another order."""
         if not torch.is_grad_enabled() or not self._trains_in_projection():
             return query, key, value
         own_query = query.clone()
@@ -170,7 +170,8 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
         return own_query, own_key, own_query if value is query else own_key if value is key else value.clone()
 
     def _trains_in_projection(self) -> bool:
-        """Without computing a parametrized weight, which may have effects (spectral norm's power iteration)."""
+        """Whether a weight of the in-projection requires a gradient. Parametrized weights are not computed to find out,
+        since that may have side effects (spectral norm's power iteration)."""
         names = ("in_proj_weight",) if self._qkv_same_embed_dim else ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         computed: Any = self._modules.get("parametrizations", {})
         return any(
@@ -203,7 +204,7 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
     def _append_keys(
         self, k: Tensor, v: Tensor, batch: int, batch_dim: int, seq_dim: int
     ) -> tuple[Tensor, Tensor, int]:
-        """bias_k and bias_v, then zeros, behind the projected keys and values; how many came."""
+        """Appends bias_k and bias_v, then zeros, to the projected keys and values; also returns how many keys."""
         if (self.bias_k is None) != (self.bias_v is None):
             raise AssertionError("bias_k and bias_v should be set both or neither")
         added: list[tuple[Tensor, Tensor]] = []
@@ -237,11 +238,11 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
         return float(self.dropout)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, need_weights: bool, **options: Any) -> Weighted:
-        """The attention itself; `options` as `functional.attention` has them. `dlkernels.explain` listens here."""
+        """The attention itself; `options` as `functional.attention` has them. `dlkernels.explain` overrides it."""
         if not need_weights:
             return functional.attention(q, k, v, dropout_p=self._dropout_p(), **options), None
-        # torch.nn returns the weights as they are after dropout, so mask and probabilities have to be tensors here. As
-        # they are, they serve for the output as well, which takes fewer products and draws torch's own dropout mask.
+        # torch.nn returns the weights as they are after dropout, so the probabilities have to be a tensor here. The
+        # output is computed from them too, which takes fewer products and draws the same dropout mask as torch.
         weights = _probabilities(q, k, options["attn_mask"])
         p = self.dropout if self.training else 0.0
         if p > 0.0:
@@ -268,6 +269,6 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         if mask.dtype != scores.dtype and autocast_dtype(scores) is None:
             raise RuntimeError(f"attn_mask: expected bool or {scores.dtype}, as the input has, got {mask.dtype}")
         scores = scores + mask.to(scores.dtype)
-    # Autocast knows softmax only by its public name, and computes it in float32 on CUDA.
+    # On CUDA, autocast computes torch.softmax in float32, but does nothing for the operator behind `safe_softmax`.
     widen = scores.is_cuda and autocast_dtype(scores) is not None
     return safe_softmax(scores, -1, torch.float32 if widen else None)

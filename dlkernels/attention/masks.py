@@ -1,6 +1,6 @@
 """The masks of `torch.nn.MultiheadAttention` and the Transformer layers, checked and turned into those of `attention`.
 
-Here True means masked out; `functional.attention` takes True for may attend.
+Here True means masked out; in `functional.attention` True means may attend.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ __all__ = ["additive", "check_attn_mask", "check_inputs", "check_key_padding_mas
 def same_kind(
     attn_mask: Tensor | None, attn_name: str, padding_mask: Tensor | None, padding_name: str, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both masks as they are if they are of one kind. If one is boolean and the other additive, torch warns and adds
-    them up: the boolean one comes back additive, in `dtype`."""
+    """Returns masks of the same kind unchanged. If one is boolean and the other additive, torch warns and adds them up;
+    so this warns too and returns the boolean one as an additive one in `dtype`."""
     for name, mask in ((padding_name, padding_mask), (attn_name, attn_mask)):
         if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
             raise AssertionError(f"only bool and floating types of {name} are supported, got {mask.dtype}")
@@ -33,7 +33,7 @@ def same_kind(
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A boolean mask as 0 and -inf in `dtype`; others as they are."""
+    """Returns a boolean mask as 0 and -inf in `dtype`, another mask unchanged."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
@@ -55,13 +55,14 @@ def check_key_padding_mask(mask: Tensor, batch: int, keys: int) -> None:
 def combine(
     attn_mask: Tensor | None, padding_mask: Tensor | None, hint: bool, heads: int, extra_keys: int
 ) -> tuple[Tensor | None, bool]:
-    """The mask that `attention` is given, and whether it is to mask causally itself.
+    """The mask for `attention`, and the value of its argument `causal`.
 
     The mask is no larger than it must be: [B, 1, 1, N] for padding alone, [M, N] or [B, H, M, N] for attn_mask alone,
-    [B, 1 or H, M, N] for both. `hint` says that attn_mask is causal. `extra_keys` are appended, open to all queries.
+    [B, 1 or H, M, N] for both. `hint` says that attn_mask is causal. All queries may see the `extra_keys` keys that are
+    appended.
     """
-    # torch.nn leaves the hint aside where there is padding. To follow it there too spares a mask of B x M x N and half
-    # of the tiles; not where that would mean something else, to the appended keys or to the gradient of attn_mask.
+    # torch.nn ignores the hint if there is padding. Following it there too saves a mask of B x M x N and half of the
+    # tiles. It is not followed where it would change a result: the appended keys, or the gradient of attn_mask.
     if hint and (padding_mask is None or not (extra_keys or (attn_mask is not None and attn_mask.requires_grad))):
         attn_mask, causal = None, True
     else:
@@ -85,7 +86,7 @@ def combine(
 
 
 def check_inputs(query: Any, key: Any, value: Any, padding_mask: Any, attn_mask: Any, heads: int) -> bool:
-    """The ranks; returns whether the input is batched."""
+    """Checks the ranks and returns whether the input is batched."""
     rank: int = query.dim()
     if rank not in (2, 3):
         raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {rank}-D query tensor")

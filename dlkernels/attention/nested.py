@@ -1,4 +1,4 @@
-"""Nested tensors [B, *, E], strided and jagged, as rows [total, E] and back; both ways are differentiable."""
+"""Converts nested tensors [B, *, E], strided and jagged, to rows [total, E] and back; both are differentiable."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Ragged(NamedTuple):
         return self.cu_seqlens.diff()
 
     def places(self) -> Tensor:
-        """Where the rows lie in a padded batch: bool [B, max_seqlen]."""
+        """The places of the rows in a padded batch: bool [B, max_seqlen]."""
         return torch.arange(self.max_seqlen, device=self.rows.device) < self.lengths[:, None]
 
 
 def to_rows(nested: Any) -> Ragged:
-    """AssertionError unless `nested` has three dimensions of which only the second is ragged."""
+    """Raises AssertionError unless `nested` has three dimensions of which only the second is ragged."""
     if nested.dim() != 3:
         raise AssertionError(f"query should be unbatched 2D or batched 3D tensor but received {nested.dim()}-D tensor")
     nested = nested.contiguous()

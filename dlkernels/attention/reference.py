@@ -1,8 +1,8 @@
-"""softmax(Q K^T) V with everything that `dlkernels.functional.attention` offers, as M x N matrices.
+"""softmax(Q K^T) V with all features of `dlkernels.functional.attention`, computed with M x N matrices.
 
 Sizes: B sequences, H heads of queries, Hkv of keys and values, M queries, N keys. Padded tensors are [B, heads, rows,
 width]; with cu_seqlens, sequences lie one after the other, [rows, heads, width], and M and N are the rows of all. No
-value of cu_seqlens is read, so this can be traced: each query sees the keys of its own sequence, as if by a mask.
+value of cu_seqlens is read, so this can be traced: a mask restricts each query to the keys of its own sequence.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def attention(
         seen = sees.any(-2).unsqueeze(-1)
         v = _per_query_head(v.to(dtype), q.shape[1])
         o = weights @ torch.where(seen, v, 0.0)
-        # What is not seen must not come back by way of a gradient either.
+        # No gradient may reach what is not seen either.
         o = torch.where(sees.any(-1, keepdim=True), o, 0.0).to(q.dtype)
     if packed:
         return o.squeeze(0).transpose(0, 1), lse.squeeze(0)
@@ -76,7 +76,7 @@ def attention_map(
 
 
 def dropout_mask(rng: Tensor, sequence: Tensor, heads: int, query: Tensor, key: Tensor, p: float) -> Tensor:
-    """[B, H, M, N], True where a weight stays: word j % 4 of Philox 4x32-10 (Salmon et al. 2011) with the counter
+    """[B, H, M, N], True where a weight is kept: word j % 4 of Philox 4x32-10 (Salmon et al. 2011) with the counter
     (j / 4, i, sequence * heads + head, offset) and the seed for a key, against p."""
     head = sequence * heads + torch.arange(heads, device=query.device)[:, None, None]
     seed, offset = rng.to(query.device).unbind()
@@ -87,7 +87,7 @@ def dropout_mask(rng: Tensor, sequence: Tensor, heads: int, query: Tensor, key: 
 
 
 class _Places(NamedTuple):
-    """Where queries and keys are: `sequence` broadcasts with [B, H, M, 1], the others with [M, 1] or [N]."""
+    """The places of queries and keys: `sequence` broadcasts with [B, H, M, 1], the others with [M, 1] or [N]."""
 
     sequence: Tensor  # of a query
     query: Tensor  # index within its sequence
@@ -113,8 +113,8 @@ def _places(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, caus
 
 
 def _within(cu: Tensor, total: int) -> tuple[Tensor, Tensor, Tensor]:
-    """For each of `total` rows its sequence and its index there, and the length of each sequence; rows behind the last
-    sequence belong to one more, of no length."""
+    """For each of `total` rows its sequence and its index there, and the length of each sequence. Rows behind the last
+    sequence belong to an additional one of length 0."""
     row = torch.arange(total, device=cu.device)
     sequence = (row[:, None] >= cu[1:]).sum(-1)
     lengths = torch.cat((cu[1:] - cu[:-1], cu.new_zeros(1)))
@@ -125,7 +125,7 @@ def _softmax(
     q: Tensor, k: Tensor, places: _Places, mask: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None,
     scale: float, causal: int, left: int, right: int, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Probabilities [B, H, M, N], lse [B, H, M], and what may be seen, of a shape that broadcasts with the first."""
+    """Probabilities [B, H, M, N], lse [B, H, M], and where a query sees a key, which broadcasts with the first."""
     dtype = compute_dtype(q.dtype)
     heads, position, key = q.shape[1], places.position, places.key
     distance = key - position
@@ -147,7 +147,7 @@ def _softmax(
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(dtype)[..., None, None]
         if alibi_slopes.dim() == 2 and places.covered is not None:
-            # Rows behind the last sequence see nothing; any slope will do.
+            # Rows behind the last sequence see nothing, so their slope does not matter.
             own = places.sequence.squeeze(-1).clamp(max=alibi_slopes.shape[0] - 1)
             slopes = alibi_slopes.to(dtype)[own].transpose(0, 1)[..., None]
         scores = scores - slopes * distance.abs()
@@ -156,7 +156,7 @@ def _softmax(
     scores = torch.where(sees, scores, _NEVER)
 
     sink = None if sinks is None else within_range(sinks, dtype).to(dtype)[:, None, None]
-    # Any finite number serves; the largest score keeps exp from overflowing.
+    # The result does not depend on this number; the largest score keeps exp from overflowing.
     top = scores.detach().amax(-1, keepdim=True) if k.shape[2] else scores.new_full((*scores.shape[:-1], 1), _NEVER)
     if sink is not None:
         top = torch.maximum(top, sink.detach())
@@ -174,7 +174,7 @@ def _softmax(
 
 
 def within_range(sinks: Tensor, dtype: torch.dtype) -> Tensor:
-    """Finite sinks that a wider dtype holds, as the nearest finite numbers of `dtype`; their gradients pass."""
+    """Clamps the finite sinks of a wider dtype to the finite range of `dtype`; the gradient ignores the clamp."""
     if torch.finfo(sinks.dtype).max <= torch.finfo(dtype).max:
         return sinks
     limit = torch.finfo(dtype).max
@@ -205,7 +205,7 @@ def _philox(seed: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The high and the low word of a * b, of two words each; int64 has no room for all 64 bits."""
+    """The high and the low word of a * b for words a and b, whose unsigned 64-bit product int64 cannot hold."""
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -13,7 +13,7 @@ __all__ = ["route"]
 
 
 def _why_no_kernel(q: Tensor, v: Tensor) -> str:
-    """Empty where there is one for these."""
+    """Why no kernel serves these tensors; empty if one does."""
     if q.is_cuda:
         return triton.why_not(q, v)
     if not extension.HAVE_NATIVE:
@@ -27,7 +27,7 @@ def _why_no_kernel(q: Tensor, v: Tensor) -> str:
 def route(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Route:
     """How a call with these tensors, which have passed the checks, runs now.
 
-    NotImplementedError when one of them carries a forward-mode tangent.
+    Raises NotImplementedError if one of them carries a forward-mode tangent.
     """
     reason = _why_no_kernel(q, v)
     return no_kernel(reason) if reason else with_kernel((q, k, v, *others))

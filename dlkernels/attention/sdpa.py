@@ -1,4 +1,4 @@
-"""F.scaled_dot_product_attention on our kernels. `dlkernels.patch_attention` puts it in the place of torch's."""
+"""F.scaled_dot_product_attention on our kernels. `dlkernels.patch_attention` replaces torch's with it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from dlkernels._core.autocast import autocast_dtype, cast
 from dlkernels._core.private_torch import FakeTensor, FunctionalTensor, forward_ad
-from dlkernels.attention import autograd
+from dlkernels.attention import operators
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.checks import scale as scale_of
-from dlkernels.attention.config import AttentionConfig
 from dlkernels.attention.functional import draw_seed, unexpanded
 from dlkernels.attention.routing import route
 
@@ -30,9 +30,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:  # fmt: skip
     """`torch.nn.functional.scaled_dot_product_attention`, the same arguments and results; `attention` offers more.
 
-    query [..., H, M, D], key [..., Hkv, N, D], value [..., Hkv, N, Dv] with any leading dimensions, or none. What no
-    kernel of ours serves goes to torch's own function (`dlkernels.explain` tells), and so does every mistake: errors
-    are torch's.
+    query [..., H, M, D], key [..., Hkv, N, D], value [..., Hkv, N, Dv] with any leading dimensions, or none. A
+    call that no kernel of ours serves goes to torch's own function (`dlkernels.explain` tells why), and so does a call
+    with a mistake: errors are torch's.
     """
     call = arrange(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
@@ -40,8 +40,8 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
             enable_gqa=enable_gqa,
         )  # fmt: skip
-    rng = draw_seed() if call.cfg.dropout_p else None
-    o, _ = autograd.attention(call.cfg, call.q, call.k, call.v, call.mask, None, None, None, None, rng)
+    given = call.given._replace(rng=draw_seed()) if call.cfg.dropout_p else call.given
+    o, _ = operators.attention(call.cfg, given)
     if len(call.batch) == 1:
         return o
     if call.batch:
@@ -50,13 +50,10 @@ def scaled_dot_product_attention(
 
 
 class Call(NamedTuple):
-    """A call as `autograd.attention` takes it, and the leading dimensions of its result."""
+    """A call as `operators.attention` takes it, and the leading dimensions of its result. No seed is drawn yet."""
 
     cfg: AttentionConfig
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
+    given: AttentionInputs
     batch: tuple[int, ...]
     has_heads: bool
 
@@ -94,10 +91,11 @@ def arrange(
         0, 0, scale_of(scale, q.shape[-1]), int(is_causal), dropout_p=dropout_p,
         contiguous=not _is_fused(q, k, v, mask, dropout_p, enable_gqa),
     )  # fmt: skip
-    return Call(
-        cfg, _fold(q, batch, heads, heads), _fold(k, batch, shared, heads), _fold(v, batch, shared, heads),
-        None if mask is None else _fold_mask(unexpanded(mask), batch), batch, has_heads,
+    given = AttentionInputs(
+        _fold(q, batch, heads, heads), _fold(k, batch, shared, heads), _fold(v, batch, shared, heads),
+        None if mask is None else _fold_mask(unexpanded(mask), batch),
     )  # fmt: skip
+    return Call(cfg, given, batch, has_heads)
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, enable_gqa: bool) -> bool:
@@ -112,7 +110,7 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: f
         and all(size > 0 for size in (*q.shape, k.shape[-2]))
         and all(x.stride(-1) == 1 for x in (q, k, v))
         and (mask is None or (mask.dim() in (2, 4) and not mask.requires_grad))
-        and (torch.compiler.is_compiling() or _flash_enabled())  # Dynamo cannot ask
+        and (torch.compiler.is_compiling() or _flash_enabled())  # Dynamo cannot trace it
     )
 
 
@@ -121,7 +119,7 @@ def _is_plain(x: Any) -> bool:
 
 
 def _refuse_no_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """What torch's function divides by, which ends the process."""
+    """Refuses heads of 0, by which torch's function divides, which would end the process."""
     of_q, of_k, of_v = (x.shape[-3] if x.dim() > 2 else 1 for x in (q, k, v))
     if 0 in (of_k, of_v) and not of_q == of_k == of_v:
         raise RuntimeError(
@@ -162,7 +160,7 @@ def _shapes(
     full = (*lead, heads, q.shape[-2], k.shape[-2]) if has_heads else (q.shape[-2], k.shape[-2])
     if mask is not None and not _fits(mask.shape, full):
         return "attn_mask does not fit the scores"
-    # A key that serves all heads is the same as one shared group.
+    # If k and v have equally many heads, groups of query heads share them; else both are expanded to all heads.
     shared = of_k if of_k == of_v else heads
     return lead, heads, shared, has_heads
 

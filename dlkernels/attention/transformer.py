@@ -1,8 +1,8 @@
 """TransformerEncoderLayer and TransformerDecoderLayer: torch.nn's classes with our attention and another forward.
 
-torch.nn's encoder layer has a fast path for inference that computes everything by one operator and would never call
-`self_attn`; so forward is written anew, always through the submodules. They may be given nested tensors, as
-`torch.nn.TransformerEncoder` does for padded batches in inference.
+The encoder layer of torch.nn has a fast path for inference that computes everything in one operator and never calls
+`self_attn`. So these have a forward of their own, which always calls the submodules. Their input may be nested tensors,
+which `torch.nn.TransformerEncoder` makes of padded batches in inference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
 
 
 def _use_ours(attention: torch.nn.Module) -> None:
-    """Another class for the same object, so that initialisation draws what torch's draws."""
+    """Changes the class of the module in place, so that its initialisation draws the same numbers as torch's."""
     attention.__class__ = MultiheadAttention
     mark_as_leaf(attention)
 
@@ -49,7 +49,7 @@ class TransformerEncoderLayer(KnownLayer, torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """As in torch.nn; `is_causal` without `src_mask` is an error in inference too."""
-        if is_tracing():  # what is recorded are torch's own operators
+        if is_tracing():  # torch.jit.trace records torch's own operators
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         mask, padding = self._masks(src.dtype, src_mask, src_key_padding_mask)
         x = src
@@ -60,8 +60,9 @@ class TransformerEncoderLayer(KnownLayer, torch.nn.TransformerEncoderLayer):
         return self.norm2(x + self._ff_block(x))  # type: ignore[no-any-return]
 
     def _masks(self, dtype: torch.dtype, mask: Any, padding: Any) -> tuple[Tensor | None, Tensor | None]:
-        """As they are handed on. torch's layer makes both additive. So does ours where code other than its own gets
-        them; else they stay as they are, since a boolean one is smaller and the kernel skips what it hides."""
+        """The masks as the layer passes them on. torch's layer makes both additive. Ours does so only if code other
+        than its own may see them. Otherwise a boolean mask stays as it is: it is smaller, and the kernel skips what it
+        hides."""
         if mask is not None and not isinstance(mask, Tensor):
             raise RuntimeError(f"src_mask: expected None or a Tensor, got {type(mask).__name__}")
         mask, padding = same_kind(mask, "src_mask", padding, "src_key_padding_mask", dtype)

@@ -15,7 +15,7 @@ PARTS = (
     "csrc/rnn/cells/", "csrc/gemm/", "csrc/rnn/cpu/", "csrc/attention/cpu/", "csrc/core/team.",
     "csrc/rnn/torch/sequence.cpp", "csrc/attention/torch/boundary.cpp", "dlkernels/_core/",
     "dlkernels/rnn/operators/", "dlkernels/rnn/checks.py", "dlkernels/rnn/layers.py", "dlkernels/rnn/dtypes.py",
-    "dlkernels/attention/autograd.py", "dlkernels/attention/masks.py", "dlkernels/attention/sdpa.py",
+    "dlkernels/attention/operators.py", "dlkernels/attention/masks.py", "dlkernels/attention/sdpa.py",
     "dlkernels/integration/patch.py", "dlkernels/bench/", "benchmarks/",
 )  # fmt: skip
 

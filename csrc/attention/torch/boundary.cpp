@@ -12,11 +12,11 @@ namespace {
 thread_local AttentionShape last_called{};
 thread_local bool has_called = false;
 
-// Strides without gaps in the order of `given`, by the algorithm of torch.empty_like; its treatment of dimensions whose
-// order cannot be told (stride 0, equal strides) included.
+// Computes strides without gaps that keep the order of the strides `given`. The algorithm is that of torch.empty_like,
+// so dimensions whose order is undefined (stride 0, equal strides) come in the same order as there.
 void dense_strides_in_order(const int64_t* sizes, const int64_t* given, int64_t* strides) {
-  int order[] = {3, 2, 1, 0};                   // from the innermost out
-  const auto comes_after = [&](int a, int b) {  // 0: cannot be told
+  int order[] = {3, 2, 1, 0};                   // from the innermost dimension outwards
+  const auto comes_after = [&](int a, int b) {  // 0: the order is undefined
     if (given[a] == 0 || given[b] == 0) return 0;
     if (given[a] != given[b]) return given[a] < given[b] ? -1 : 1;
     return sizes[a] > sizes[b] ? 1 : 0;
@@ -37,7 +37,7 @@ void dense_strides_in_order(const int64_t* sizes, const int64_t* given, int64_t*
 // The strides of torch.empty_like(q) for [B, H, M, D].
 void strides_like(const Tensor& q, int64_t* strides) {
   const int64_t *sizes = q.sizes(), *given = q.strides();
-  int64_t covered = 1;  // elements without a gap, by ever more dimensions
+  int64_t covered = 1;  // how many elements the dimensions found so far cover without a gap
   for (int d = 0; d < 4; ++d) {
     if (sizes[d] <= 1 || given[d] != covered) continue;
     covered *= sizes[d];
@@ -50,7 +50,7 @@ void strides_like(const Tensor& q, int64_t* strides) {
   }
 }
 
-// A copy of int32 [B + 1], from 0 to at most `rows`, not falling.
+// Copies cu_seqlens, int32 [B + 1], and checks that the copy begins with 0, never falls and never exceeds `rows`.
 std::vector<int32_t> read_cu_seqlens(const OptionalTensor& tensor, const char* what, int64_t rows, int64_t max_seqlen) {
   std::vector<int32_t> values = copy_values<int32_t>(tensor);
   DLK_CHECK_VALUE(values[0] == 0, what, " must begin with 0, got ", values[0]);
@@ -118,11 +118,11 @@ AttentionCall::AttentionCall(const AttentionArguments& a) {
   if (a.cu_seqlens_q) check_sequences(a);
   if (a.mask) read_mask(a.mask);
   read_rules(a);
-  // From here on tensors are copied.
+  // All shapes are right; from here on tensors are copied.
   if (a.cu_seqlens_q) read_sequences(a);
   in.q = inputs.heads(a.q);
   in.k = inputs.heads(a.k);
-  if (a.v) in.v = inputs.heads(*a.v);
+  if (a.v.get()) in.v = inputs.heads(a.v);
 }
 
 void AttentionCall::check_sizes(const AttentionArguments& a) {
@@ -149,10 +149,10 @@ void AttentionCall::check_sizes(const AttentionArguments& a) {
             " heads of k");
   DLK_CHECK_VALUE(a.max_seqlen_q >= 0 && a.max_seqlen_k >= 0,
                   "max_seqlen_q and max_seqlen_k must not be negative, got ", a.max_seqlen_q, " and ", a.max_seqlen_k);
-  if (!a.v) return;
-  DLK_CHECK(a.v->dim() == dim, "v must have shape ", layout, ", got ", shape_text(*a.v));
-  s.Dv = a.v->size(dim - 1);
-  check_heads(*a.v, "v", s.Hkv, s.N, s.Dv);
+  if (!a.v.get()) return;
+  DLK_CHECK(a.v.dim() == dim, "v must have shape ", layout, ", got ", shape_text(a.v));
+  s.Dv = a.v.size(dim - 1);
+  check_heads(a.v, "v", s.Hkv, s.N, s.Dv);
 }
 
 void AttentionCall::check_sequences(const AttentionArguments& a) const {
@@ -196,7 +196,7 @@ void AttentionCall::read_rules(const AttentionArguments& a) {
                   a.alibi_slopes.numel() == (per_sequence ? s.B : 1) * s.H && a.alibi_slopes.size(per_sequence) == s.H,
               "alibi_slopes must have shape [", s.H, "] or [", s.B, ", ", s.H, "], got ", shape_text(a.alibi_slopes));
     slopes_ = as_doubles(a.alibi_slopes, type, &inputs);
-    slopes_.push_back(0);  // so that there is an address even without heads
+    slopes_.push_back(0);  // so that the pointer is not null even without heads
     in.slopes = slopes_.data();
     in.slopes_b = per_sequence ? s.H : 0;
   }
@@ -249,7 +249,7 @@ Tensor AttentionCall::empty_result(const Tensor& q, bool contiguous) const {
   const int64_t sizes[] = {s.B, s.H, s.M, s.Dv};
   int64_t strides[4] = {0, 0, 0, 0};
   if (!contiguous && s.Dv == s.D && q.strides()[3] == 1) strides_like(q, strides);
-  // The kernels write rows without gaps.
+  // The kernels need a last stride of 1.
   return strides[3] == 1 ? empty_strided(sizes, strides, 4, dtype) : empty(sizes, 4, dtype);
 }
 

@@ -1,4 +1,4 @@
-// What the attention operators share on their way from tensors to structs.
+// Shared by the attention operators: makes the structs of attention/params.h from tensors.
 #pragma once
 
 #include "torch/checks.h"
@@ -8,24 +8,7 @@
 
 namespace dlk {
 
-// The arguments that the operators have in common, in the order of their schemas.
-struct AttentionArguments {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor* v;  // null: an operator without values
-  const OptionalTensor& mask;
-  const OptionalTensor& alibi_slopes;
-  const OptionalTensor& sinks;
-  const OptionalTensor& cu_seqlens_q;
-  const OptionalTensor& cu_seqlens_k;
-  const OptionalTensor& rng;
-  int64_t max_seqlen_q, max_seqlen_k;
-  double softmax_scale;
-  int64_t causal, window_left, window_right;
-  double softcap, dropout_p;
-};
-
-// One call, checked; owns what had to be copied or converted.
+// Checks the arguments of one call and holds them as the kernels read them. It owns what had to be copied or converted.
 class AttentionCall {
  public:
   explicit AttentionCall(const AttentionArguments& arguments);
@@ -38,7 +21,7 @@ class AttentionCall {
 
   bool varlen() const { return packed_; }
 
-  // [B, heads, rows, width] in memory as [B, rows, heads, width]; or [rows, heads, width].
+  // [B, heads, rows, width] with the memory order [B, rows, heads, width]; or packed [rows, heads, width].
   Tensor empty_heads(int64_t heads, int64_t rows, int64_t width) const;
   Tensor empty_result(const Tensor& q, bool contiguous) const;  // o
   Tensor empty_lse() const;                                     // [B, H, M] or [H, M]
@@ -66,14 +49,15 @@ class AttentionCall {
     return {{data, 2 * H * M, 2 * M, 1}, {data + M * item, 2 * H * M, 2 * M, 1}};
   }
 
-  bool packed_ = false;  // rows of all sequences behind each other, with cu_seqlens
+  bool packed_ = false;  // sequences follow each other, and cu_seqlens are given
   std::vector<double> slopes_, sinks_;
-  std::vector<int32_t> cu_q_, cu_k_;  // the call's own: another thread may write to the caller's
+  std::vector<int32_t> cu_q_, cu_k_;  // copies, as another thread may write to the caller's
 };
 
+// For last_attention_shape().
 void remember_attention(const AttentionShape& shape);
 
-// Elements of a CPU tensor of any of the four types as doubles, in order; and back.
+// Convert the elements of a CPU tensor of any of the four dtypes to doubles, and back.
 std::vector<double> as_doubles(const Tensor& tensor, DType dtype, Inputs* inputs);
 void from_doubles(const std::vector<double>& values, DType dtype, void* out);
 

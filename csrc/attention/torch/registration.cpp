@@ -1,8 +1,7 @@
-// The schemas of the attention operators, and what the host module says about their kernels.
+// Registers the attention operators and what Python can ask about their kernels.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "torch/boxing.h"
 #include "operators.h"
 #include "core/isa.h"
 #include "torch/threads.h"
@@ -84,24 +83,16 @@ void bind_attention(py::module_& m) {
 }  // namespace dlk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dlkernels, library) {
-  library.def(
-      "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, "
-      "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, int max_seqlen_q, int max_seqlen_k, "
-      "float softmax_scale, int causal, int window_left, int window_right, float softcap, float dropout_p, "
-      "bool contiguous) -> (Tensor o, Tensor lse, Tensor stats)");
-  library.def(
-      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, Tensor? mask, "
-      "Tensor? alibi_slopes, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, "
-      "int max_seqlen_q, int max_seqlen_k, float softmax_scale, int causal, int window_left, int window_right, "
-      "float softcap, float dropout_p, bool need_q, bool need_kv, bool need_mask, bool need_slopes, "
-      "bool need_sinks) -> Tensor[]");
-  library.def(
-      "attention_map(Tensor q, Tensor k, Tensor? mask, Tensor? alibi_slopes, Tensor? sinks, float softmax_scale, "
-      "int causal, int window_left, int window_right, float softcap, int rows, int cols) -> Tensor");
+  const auto define = [&](const char* name, const std::string& arguments, const char* results) {
+    library.def((std::string(name) + "(" + arguments + ") -> " + results).c_str());
+  };
+  define("attention", dlk::AttentionForwardArguments::schema(), "(Tensor o, Tensor lse, Tensor stats)");
+  define("attention_backward", dlk::AttentionBackwardArguments::schema(), "Tensor[]");
+  define("attention_map", dlk::AttentionMapArguments::schema(), "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
-  library.impl("attention", &dlk::Boxed<&dlk::attention>::kernel);
-  library.impl("attention_backward", &dlk::Boxed<&dlk::attention_gradients>::kernel);
-  library.impl("attention_map", &dlk::Boxed<&dlk::attention_picture>::kernel);
+  library.impl("attention", dlk::boxed<dlk::on_cpu::attention>);
+  library.impl("attention_backward", dlk::boxed<dlk::on_cpu::attention_backward>);
+  library.impl("attention_map", dlk::boxed<dlk::on_cpu::attention_map>);
 }

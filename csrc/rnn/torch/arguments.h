@@ -85,4 +85,10 @@ DLK_ARGUMENTS(CellForwardArguments, DLK_CELL_FORWARD)
   ARGUMENT(int64_t, product_dtype, "=-1")
 DLK_ARGUMENTS(CellBackwardArguments, DLK_CELL_BACKWARD)
 
+#define DLK_PACK(ARGUMENT)          \
+  ARGUMENT(std::string, mode, "")   \
+  ARGUMENT(TensorList, weights, "") \
+  ARGUMENT(bool, bidirectional, "")
+DLK_ARGUMENTS(PackArguments, DLK_PACK)
+
 }  // namespace dlk

@@ -12,10 +12,10 @@ struct RecurrentOperators {
   template <CellKind cell>
   static void implement_cell(torch::stable::detail::StableLibrary& library) {
     const std::string mode = mode_name(cell);
-    library.impl(mode.c_str(), &BoxedCall<forward, cell>::kernel);
-    library.impl((mode + "_backward").c_str(), &BoxedCall<backward, cell>::kernel);
-    library.impl((mode + "_cell").c_str(), &BoxedCall<step, cell>::kernel);
-    library.impl((mode + "_cell_backward").c_str(), &BoxedCall<step_backward, cell>::kernel);
+    library.impl(mode.c_str(), boxed<forward, cell>);
+    library.impl((mode + "_backward").c_str(), boxed<backward, cell>);
+    library.impl((mode + "_cell").c_str(), boxed<step, cell>);
+    library.impl((mode + "_cell_backward").c_str(), boxed<step_backward, cell>);
   }
   static void implement(torch::stable::detail::StableLibrary& library) {
     implement_cell<CellKind::lstm>(library);

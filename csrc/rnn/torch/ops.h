@@ -25,7 +25,7 @@ DLK_RECURRENT_OPERATORS
 }
 #undef DLK_RECURRENT_OPERATORS
 
-Tensor pack_weights(const std::string& mode, const TensorList& weights, bool bidirectional);
+Tensor pack_weights(const PackArguments& a);
 
 // The shape of this thread's last call that reached a kernel, or null.
 const LayerShape* last_shape();

@@ -12,12 +12,12 @@ STABLE_TORCH_LIBRARY(dlkernels, library) {
     define("_cell", dlk::CellForwardArguments::schema(), "Tensor[]");
     define("_cell_backward", dlk::CellBackwardArguments::schema(), "Tensor[]");
   }
-  library.def("pack(str mode, Tensor[] weights, bool bidirectional) -> Tensor");
+  library.def(("pack(" + dlk::PackArguments::schema() + ") -> Tensor").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, CPU, library) {
   namespace device = dlk::on_cpu;
   dlk::RecurrentOperators<device::sequence_forward, device::sequence_backward, device::cell_forward,
                           device::cell_backward>::implement(library);
-  library.impl("pack", &dlk::Boxed<&dlk::pack_weights>::kernel);
+  library.impl("pack", dlk::boxed<dlk::pack_weights>);
 }

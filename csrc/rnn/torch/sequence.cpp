@@ -203,16 +203,16 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
 
 }  // namespace on_cpu
 
-Tensor pack_weights(const std::string& mode, const TensorList& weights, bool bidirectional) {
-  DLK_CHECK(!weights.empty() && weights[0].dim() == 2, "weights must begin with w_ih of two dimensions");
+Tensor pack_weights(const PackArguments& a) {
+  DLK_CHECK(!a.weights.empty() && a.weights[0].dim() == 2, "weights must begin with w_ih of two dimensions");
   Sequence call;
-  call.shape.cell = cell_from_mode(mode);
-  call.shape.dtype = check_float(weights[0], "w_ih");
-  call.shape.D = bidirectional ? 2 : 1;
+  call.shape.cell = cell_from_mode(a.mode);
+  call.shape.dtype = check_float(a.weights[0], "w_ih");
+  call.shape.D = a.bidirectional ? 2 : 1;
   call.dtypes = Dtypes(call.shape.dtype, -1);
-  call.shape.I = weights[0].size(1);
-  check_weights(weights, call.dtypes, nullptr, &call.shape);
-  take_weights(weights, &call);
+  call.shape.I = a.weights[0].size(1);
+  check_weights(a.weights, call.dtypes, nullptr, &call.shape);
+  take_weights(a.weights, &call);
   const Isa isa = current_isa();
   const int64_t bytes = static_cast<int64_t>(rnn_packed_bytes(call.shape, isa));
   Tensor packed = empty({bytes}, aoti_torch_dtype_uint8());

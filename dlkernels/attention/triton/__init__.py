@@ -22,26 +22,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 256
 OLDEST = (8, 0)  # older ones lack bfloat16 and asynchronous copies
 
-_FEATURES = "Tensor? mask, Tensor? alibi_slopes, Tensor? sinks"
-_PACKED = "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? rng, int max_seqlen_q, int max_seqlen_k"
-_SCALARS = "float softmax_scale, int causal, int window_left, int window_right, float softcap"
-# operator -> (function in dlkernels.attention.triton.host, schema for an installation without the compiled module)
+# operator -> function in dlkernels.attention.triton.host, which takes the arguments in the order of the schema
 OPERATORS = {
-    "attention": (
-        "attention_forward",
-        f"(Tensor q, Tensor k, Tensor v, {_FEATURES}, {_PACKED}, {_SCALARS}, float dropout_p, bool contiguous) "
-        "-> (Tensor o, Tensor lse, Tensor stats)",
-    ),
-    "attention_backward": (
-        "attention_backward",
-        f"(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor stats, {_FEATURES}, {_PACKED}, "
-        f"{_SCALARS}, float dropout_p, bool need_q, bool need_kv, bool need_mask, bool need_slopes, bool need_sinks)"
-        " -> Tensor[]",
-    ),
-    "attention_map": (
-        "attention_map",
-        f"(Tensor q, Tensor k, {_FEATURES}, {_SCALARS}, int rows, int cols) -> Tensor",
-    ),
+    "attention": "attention_forward",
+    "attention_backward": "attention_backward",
+    "attention_map": "attention_map",
 }
 
 _libraries: list[torch.library.Library] = []
@@ -57,16 +42,16 @@ def _implementation(name: str) -> Callable[..., Any]:
     return call
 
 
-def register() -> None:
-    """Registers the kernels, once per process, and defines the operators that the compiled module did not define."""
+def register(schema: Callable[[str], str]) -> None:
+    """Once per process. `schema` makes the schema of an operator, for those that the compiled module did not define."""
     if _libraries:
         return
     library = torch.library.Library("dlkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
     _libraries.append(library)
     known = set(operator_names())
-    for operator, (function, schema) in OPERATORS.items():
+    for operator, function in OPERATORS.items():
         if f"dlkernels::{operator}" not in known:
-            library.define(operator + schema)  # type: ignore[no-untyped-call]
+            library.define(schema(operator))  # type: ignore[no-untyped-call]
         library.impl(operator, _implementation(function), "CUDA")  # type: ignore[no-untyped-call]
 
 
