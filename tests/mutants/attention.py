@@ -76,7 +76,7 @@ ATTENTION: tuple[Mutant, ...] = (
            "      put(p_.stats.weight, i, empty ? C(0) : C(1));",
            "maximum and sum of a row are stored as one number and lose precision", RANGE),
     Mutant("stats-empty", CPU + "forward.h", "empty ? std::numeric_limits<C>::infinity() : state.m[i]",
-           "state.m[i]", "the maximum of a row that sees no key is stored as -inf", VALUES),
+           "state.m[i]", "the maximum of a row that sees no key is stored as -inf", RANGE),
     Mutant("sink-rounding", CPU + "scores.h",
            "std::abs(lost) > 1 ? C(1) : static_cast<C>(std::exp(lost))", "C(1)",
            "the rounding error of a sink's score is not corrected", RANGE),
