@@ -90,10 +90,10 @@ def _kernels(with_cuda: bool) -> list[dict[str, str]]:
     rows = []
     for mode in MODES:
         for op in (mode + suffix for suffix in _SUFFIXES):
-            rows += _on_cpu(op, partial(_layer_plan, mode))
+            rows += _on_cpu("recurrent", op, partial(_layer_plan, mode))
             rows.append({
-                "op": op, "device": "cuda", "kernel": f"cuda/{mode}" if not no_cuda else "reference",
-                "dtypes": _CUDA_DTYPES, "reason": no_cuda,
+                "family": "recurrent", "op": op, "device": "cuda", "dtypes": _CUDA_DTYPES, "reason": no_cuda,
+                "kernel": f"cuda/{mode}" if not no_cuda else "reference",
             })  # fmt: skip
     return rows + _attention_kernels()
 
@@ -106,7 +106,7 @@ def _attention_plan(native: Any, dtype: str) -> dict[str, Any]:
     return dict(native.attention_plan(dtype, 1, 1, 1, 64, 64, 64, 64))
 
 
-def _on_cpu(op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[str, str]]:
+def _on_cpu(family: str, op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[str, str]]:
     """The kernels that serve `op` on the CPU for a large batch and sizes that are multiples of a vector. There is a row
     for each kernel, because bfloat16 may use an instruction set that no other dtype uses."""
     dtypes: dict[str, list[str]] = {}
@@ -114,9 +114,12 @@ def _on_cpu(op: str, plan: Callable[[Any, str], dict[str, Any]]) -> list[dict[st
         kernel = str(plan(extension.native, dtype)["kernel"]) if extension.native is not None else "reference"
         dtypes.setdefault(kernel.removesuffix("/tiles"), []).append(dtype)
     return [
-        {"op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(served), "reason": extension.why_not}
+        {
+            "family": family, "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(served),
+            "reason": extension.why_not,
+        }
         for kernel, served in dtypes.items()
-    ]
+    ]  # fmt: skip
 
 
 def _attention_kernels() -> list[dict[str, str]]:
@@ -126,10 +129,10 @@ def _attention_kernels() -> list[dict[str, str]]:
         no_cuda = "torch finds no CUDA device"
     rows = []
     for op in triton.OPERATORS:
-        rows += _on_cpu(op, _attention_plan)
+        rows += _on_cpu("attention", op, _attention_plan)
         rows.append({
-            "op": op, "device": "cuda", "kernel": "reference" if no_cuda else "cuda/triton/attention",
-            "dtypes": _CUDA_DTYPES, "reason": no_cuda,
+            "family": "attention", "op": op, "device": "cuda", "dtypes": _CUDA_DTYPES, "reason": no_cuda,
+            "kernel": "reference" if no_cuda else "cuda/triton/attention",
         })  # fmt: skip
     return rows
 
@@ -164,10 +167,9 @@ def _kernel_table(rows: list[dict[str, str]]) -> list[str]:
     families: dict[str, list[str]] = {}
     merged: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        op, kernel = row["op"], row["kernel"]
-        mode = next((mode for mode in MODES if op.startswith(mode)), None)
-        family = "attention" if mode is None else "recurrent"
-        if mode is not None and kernel.endswith(f"/{mode}"):
+        family, op, kernel = row["family"], row["op"], row["kernel"]
+        mode = next((mode for mode in MODES if op.startswith(mode)), "")
+        if family == "recurrent" and kernel.endswith(f"/{mode}"):
             kernel = kernel.removesuffix(mode) + "MODE"
         if row["reason"]:
             kernel += f" ({row['reason']})"
@@ -185,13 +187,10 @@ def _kernel_table(rows: list[dict[str, str]]) -> list[str]:
         f"{op:{widths[0]}}  {device:{widths[1]}}  {dtypes:{widths[2]}}  {kernel}"
         for op, device, dtypes, kernel in table
     ]
+    named = {family: ", ".join(ops) for family, ops in operators.items()}
     of_mode = ", ".join(f"MODE{suffix}" for suffix in _SUFFIXES)
-    return [
-        *lines,
-        "",
-        f"recurrent: {of_mode}; MODE is one of {', '.join(MODES)}",
-        f"attention: {', '.join(operators['attention'])}",
-    ]
+    named["recurrent"] = f"{of_mode}; MODE is one of {', '.join(MODES)}"
+    return [*lines, "", *(f"{family}: {text}" for family, text in named.items())]
 
 
 def main(argv: list[str]) -> int:

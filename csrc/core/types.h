@@ -46,6 +46,12 @@ constexpr Bf16Products bf16_products(Isa isa) {
   return Bf16Products::as_float;
 }
 
+#define DLK_ISA_ROW(name, features, vectors, bf16)                                                     \
+  static_assert(Isa::vectors == Isa::name || bf16_products(Isa::name) != Bf16Products::as_float, #name \
+                ": kernels of float32 would never run; only rows that add products of bfloat16 have others' vectors");
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+
 // The instruction set whose layer kernels multiply pairs of bfloat16: isa or the last row before it that has `dots` and
 // the same vectors. Without such a row it is vector_isa(isa).
 constexpr Isa pair_isa(Isa isa) {

@@ -50,6 +50,7 @@
 
 namespace dlk::DLK_ISA_NAMESPACE {
 constexpr Isa kIsa = Isa::DLK_ISA;
+static_assert(DLK_ISA_NUMBER == static_cast<int>(kIsa) + 1, "numbers are positions in core/isas.def, from 1");
 // Whether the operands of all products are pairs of bfloat16. They are in recurrent layers, if the instruction set has
 // dot products of bfloat16.
 #ifdef DLK_PAIRS

@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from dlkernels.bench.cli import Command
+from tests.support.instruction_sets import BEST_ISA_LAST
 
 BAD_SETTINGS = {
-    "DLKERNELS_CPU_ISA": ("foo", ("unknown instruction set 'foo'", "scalar, avx2, avx512, avx512_bf16 or amx")),
+    "DLKERNELS_CPU_ISA": (
+        "foo",
+        ("unknown instruction set 'foo'", f"{', '.join(BEST_ISA_LAST[:-1])} or {BEST_ISA_LAST[-1]}"),
+    ),
     "DLKERNELS_NATIVE": ("/no/such/file.so", ("/no/such/file.so", "no such file")),
 }
 COMMANDS = [("-m", "dlkernels", "info"), ("-mdlkernels", "bench", "--list"), ("-m", "benchmarks", "--list")]

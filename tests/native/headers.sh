@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")/../../csrc"
 command -v clang++ >/dev/null && CXX=clang++
 export CXX="${CXX:-g++}"
-find core simd gemm rnn/params.h rnn/cells rnn/cpu attention/params.h attention/cpu -name '*.h' | sort |
+find core simd gemm ./*/params.h ./*/cells ./*/cpu -name '*.h' | sort |
   xargs -P "${JOBS:-2}" -n 4 sh -c 'for header; do
     echo "#include \"$header\"" | "$CXX" -std=c++17 -Wall -Wextra -Werror -Wno-unused-function \
       -Wno-unused-const-variable -I. -fsyntax-only -x c++ - || { echo "headers.sh: $header does not stand alone" >&2; exit 255; }

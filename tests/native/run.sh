@@ -8,7 +8,7 @@ set -eu
 cd "$(dirname "$0")"
 mode=${1:-asan}
 ISAS=${ISAS:-all}
-build=${BUILD:-/tmp/dlkernels-native-$mode-$ISAS}
+build=${BUILD:-$PWD/../../build/native-test-$mode-$ISAS}
 case $mode in
   asan) extra="-fsanitize=address,undefined -fno-sanitize-recover=all" cases=500 ;;
   tsan) extra="-fsanitize=thread" cases=250 ;;
@@ -42,6 +42,7 @@ case $ISAS in
   scalar) FLAGS="$FLAGS -DDLK_NO_X86" tests="kernels_test attention_test" ;;
   *) echo "ISAS is all or scalar" >&2; exit 2 ;;
 esac
+families=$(cd "$csrc" && ls -d */cpu | cut -d/ -f1)
 isas=$(sed -n 's/^DLK_ISA_ROW(\([a-z0-9_]*\),.*/\1/p' "$csrc/core/isas.def")
 
 compile() { # OBJECT SOURCE [FLAG...]: prints one line of the list from which xargs below takes the compilations
@@ -51,11 +52,11 @@ kernels() { # every source that does not need torch, the slowest to compile firs
   for isa in $(echo "$isas" | tac); do
     few=$FEW
     if [ "$isa" = scalar ]; then few=; fi
-    for family in attention rnn; do
+    for family in $families; do
       compile "kernels-$family-$isa" "$csrc/$family/cpu/kernels_of_isa.cpp" "-DDLK_ISA=$isa" $few
     done
   done
-  for source in "$csrc"/core/*.cpp "$csrc"/gemm/*.cpp "$csrc"/rnn/cpu/*.cpp "$csrc"/attention/cpu/*.cpp; do
+  for source in "$csrc"/core/*.cpp "$csrc"/gemm/*.cpp "$csrc"/*/cpu/*.cpp; do
     case $source in
       *"*"* | *kernels_of_isa.cpp) ;;
       *) compile "kernels-$(echo "${source#"$csrc/"}" | tr / -)" "$source" ;;

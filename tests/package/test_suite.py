@@ -28,6 +28,13 @@ def test_no_test_module_imports_another() -> None:
     assert {path.relative_to(TESTS): found[0] for path in files if (found := IMPORT.search(path.read_text()))} == {}
 
 
+def test_one_source_owns_the_namespace_of_the_operators() -> None:
+    """A second owner ends `import dlkernels` in a segmentation fault, without a message."""
+    sources = list((TESTS.parent / "csrc").rglob("*.cpp"))
+    owners = [path.name for path in sources if "STABLE_TORCH_LIBRARY(dlkernels" in path.read_text()]
+    assert sources and len(owners) == 1, owners
+
+
 def test_every_isa_runs_every_test_that_asks_for_one(request: pytest.FixtureRequest) -> None:
     """Each collected test has the same number of cases for every instruction set that it must run on."""
     if request.config.getoption("keyword"):

@@ -18,7 +18,9 @@ def available_isas() -> list[str]:
     """Returns the names that set_isa accepts here, weakest first; DLKERNELS_CPU_ISA caps the list."""
     if not extension.HAVE_NATIVE:
         return ["reference"]
-    return sorted(extension.native.available_isas(), key=BEST_ISA_LAST.index)
+    available = extension.native.available_isas()
+    assert set(available) <= set(BEST_ISA_LAST), f"BEST_ISA_LAST lacks {set(available) - set(BEST_ISA_LAST)}"
+    return sorted(available, key=BEST_ISA_LAST.index)
 
 
 def optimised() -> bool:
