@@ -168,8 +168,8 @@ def _kernel_table(rows: list[dict[str, str]]) -> list[str]:
     merged: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         family, op, kernel = row["family"], row["op"], row["kernel"]
-        mode = next((mode for mode in MODES if op.startswith(mode)), "")
-        if family == "recurrent" and kernel.endswith(f"/{mode}"):
+        mode = next((mode for mode in MODES if op.removeprefix(mode) in _SUFFIXES), None)
+        if mode is not None and kernel.endswith(f"/{mode}"):
             kernel = kernel.removesuffix(mode) + "MODE"
         if row["reason"]:
             kernel += f" ({row['reason']})"

@@ -52,16 +52,6 @@ constexpr Bf16Products bf16_products(Isa isa) {
 #include "core/isas.def"
 #undef DLK_ISA_ROW
 
-// The instruction set whose layer kernels multiply pairs of bfloat16: isa or the last row before it that has `dots` and
-// the same vectors. Without such a row it is vector_isa(isa).
-constexpr Isa pair_isa(Isa isa) {
-  for (int row = static_cast<int>(isa); row >= 0; --row) {
-    const Isa other = static_cast<Isa>(row);
-    if (vector_isa(other) == vector_isa(isa) && bf16_products(other) == Bf16Products::dots) return other;
-  }
-  return vector_isa(isa);
-}
-
 // What a call runs on. `parallel` calls fn(ctx, begin, end) for ranges that together
 // cover [0, n), on any threads, and returns when all of these calls have returned.
 struct Runtime {

@@ -112,6 +112,7 @@ py::dict traits_dict() {
     row["gate_grads"] = gate_grad_slots(cell);
     row["parted_gate"] = traits.parted_gate;
     row["cell_state"] = traits.cell_state;
+    row["direct_path"] = traits.direct_path;
     row["projection"] = traits.projection;
     dict[mode_name(cell)] = row;
   }

@@ -119,8 +119,9 @@ def checked(
     left, right = checks.window(window)
     longest = checks.max_seqlen("max_seqlen_q", max_seqlen_q), checks.max_seqlen("max_seqlen_k", max_seqlen_k)
     cfg = AttentionConfig(
-        *longest, checks.scale(softmax_scale, q.shape[-1]), checks.causal(causal), left, right,
-        checks.softcap(softcap, q.dtype), checks.probability(dropout_p),
+        *longest, softmax_scale=checks.scale(softmax_scale, q.shape[-1]), causal=checks.causal(causal),
+        window_left=left, window_right=right, softcap=checks.softcap(softcap, q.dtype),
+        dropout_p=checks.probability(dropout_p),
     )  # fmt: skip
     mask = None
     if packed:

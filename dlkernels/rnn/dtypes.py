@@ -11,6 +11,7 @@ from torch import Tensor
 from dlkernels._core.autocast import autocast_dtype
 from dlkernels._core.dtypes import DTYPES
 from dlkernels._core.private_torch import HAS_ONEDNN, is_onednn_enabled, onednn_takes_bf16, onednn_takes_f16
+from dlkernels.rnn.kinds import kind_of
 
 __all__ = ["SAME", "Types", "dtype_of", "recurrent_types"]
 
@@ -51,11 +52,11 @@ def recurrent_types(
     dtype = autocast_dtype(x)
     if dtype is None or dtype not in DTYPES or not x.is_floating_point() or x.dtype == torch.float64:
         return SAME
-    of_h = of_c = dtype
+    kind, of_h, of_c = kind_of(mode), dtype, dtype
     if x.device.type == "cpu":
-        if mode == "gru":
+        if kind.direct_path:
             of_h = torch.promote_types(dtype, x.dtype if h is None else h.dtype)
-        elif mode == "lstm" and (not layer or projected or not _runs_by_onednn(x, batch_sizes)):
+        elif kind.has_cell_state and (not layer or projected or not _runs_by_onednn(x, batch_sizes)):
             of_c = torch.promote_types(dtype, x.dtype if c is None else c.dtype)
             of_h = dtype if projected else of_c
     if of_h == of_c == dtype and all(t is None or t.dtype == dtype for t in (x, h, c, *weights)):

@@ -16,6 +16,7 @@ class Kind(NamedTuple):
     the names in torch.nn that errors use.
 
     gates: rows of the weight matrices per hidden unit, in torch's order: i, f, g, o and r, z, n.
+    direct_path: whether h' depends on h directly, not only through the gates.
     slots: the values that the forward saves per row for the backward, [H] each; with a projection, the projected h'
         follows them. On the CPU the last `narrow` slots have 16 bits in a call of a 16-bit type: h', which y rounds to
         16 bits as well, and the hidden half of gru's n.
@@ -28,6 +29,7 @@ class Kind(NamedTuple):
     layer: str
     gates: int
     has_cell_state: bool
+    direct_path: bool
     may_project: bool
     slots: tuple[str, ...]
     narrow: int
@@ -48,17 +50,19 @@ class Kind(NamedTuple):
 
 
 _LSTM = Kind(
-    "lstm", "lstm", "LSTM", 4, has_cell_state=True, may_project=True, slots=("i", "f", "g", "o", "c'"), narrow=0,
-    gate_grads=("i", "f", "g", "o"), of_input=(0, 1, 2, 3), of_hidden=(0, 1, 2, 3),
+    "lstm", "lstm", "LSTM", 4, has_cell_state=True, direct_path=False, may_project=True,
+    slots=("i", "f", "g", "o", "c'"), narrow=0, gate_grads=("i", "f", "g", "o"), of_input=(0, 1, 2, 3),
+    of_hidden=(0, 1, 2, 3),
 )  # fmt: skip
 # n = tanh(W_in x + b_in + r * (W_hn h + b_hn)): the input half and the hidden half of n have different gradients.
 _GRU = Kind(
-    "gru", "gru", "GRU", 3, has_cell_state=False, may_project=False, slots=("r", "z", "n", "hidden half of n", "h'"),
-    narrow=2, gate_grads=("r", "z", "input half of n", "hidden half of n"), of_input=(0, 1, 2), of_hidden=(0, 1, 3),
+    "gru", "gru", "GRU", 3, has_cell_state=False, direct_path=True, may_project=False,
+    slots=("r", "z", "n", "hidden half of n", "h'"), narrow=2,
+    gate_grads=("r", "z", "input half of n", "hidden half of n"), of_input=(0, 1, 2), of_hidden=(0, 1, 3),
 )  # fmt: skip
 _RNN_TANH = Kind(
-    "rnn_tanh", "rnn", "RNN", 1, has_cell_state=False, may_project=False, slots=("h'",), narrow=1, gate_grads=("h'",),
-    of_input=(0,), of_hidden=(0,),
+    "rnn_tanh", "rnn", "RNN", 1, has_cell_state=False, direct_path=False, may_project=False, slots=("h'",), narrow=1,
+    gate_grads=("h'",), of_input=(0,), of_hidden=(0,),
 )  # fmt: skip
 
 KINDS = {kind.mode: kind for kind in (_LSTM, _GRU, _RNN_TANH, _RNN_TANH._replace(mode="rnn_relu"))}

@@ -3,6 +3,7 @@ operators."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, vmap
 from torch.utils.checkpoint import checkpoint
 
+from dlkernels import reference
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.functional import attention
 from tests.support.attention_oracle import Case, make_data, op_arguments
 
@@ -281,6 +284,14 @@ def test_opcheck(case: Case) -> None:
         torch.library.opcheck(ops.attention_backward.default, (do, dlse, q, k, v, o, stats, *rest, *needs))
     if cu_q is None:
         torch.library.opcheck(ops.attention_map.default, (q, k, mask, slopes, sinks, *rest[-6:-1], 3, 2))
+
+
+def test_the_reference_takes_every_argument() -> None:
+    """Its other arguments reach it as `AttentionConfig.keywords`; one that is missing there would be ignored."""
+    parameters = inspect.signature(reference.attention).parameters
+    config = AttentionConfig(0, 0, 1.0)
+    assert parameters.keys() == {*AttentionInputs._fields, *config.keywords, "dropout_p"}
+    assert {*config.keywords, "max_seqlen_q", "max_seqlen_k", "dropout_p", "contiguous"} == set(config._fields)
 
 
 def test_the_schemas_in_python_are_those_of_the_compiled_module() -> None:

@@ -7,10 +7,10 @@
 
 int main() {
   using namespace dlk;
-  const char* const cells[] = {"lstm", "gru", "rnn"};
   const char* const dtypes[] = {"f32", "f64", "bf16", "f16"};
   const char* const kinds[] = {"cluster", "grid", "steps"};
-  for (CellKind cell : {CellKind::lstm, CellKind::gru, CellKind::rnn_tanh}) {
+  for (CellKind cell : kCellKinds) {
+    if (cell == CellKind::rnn_relu) continue;  // its plans are those of rnn_tanh
     for (DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       for (int H : {128, 256, 512, 1024, 2048}) {
         for (int B : {1, 16, 64, 128}) {
@@ -18,10 +18,10 @@ int main() {
             for (bool backward : {false, true}) {
               const LayerShape shape{cell, dtype, 100, B, H, H, 0, D, int64_t{100} * B, false};
               const SequencePlan plan = sequence_plan(shape, kH200, backward);
-              std::printf("%s %s %d %d %d %s %s %d %d %d %d %d %d\n", cells[static_cast<int>(cell)],
-                          dtypes[static_cast<int>(dtype)], H, B, D, backward ? "backward" : "forward", kinds[plan.kind],
-                          plan.slices, plan.groups, plan.groups_at_once, plan.column_tiles, kSequenceThreads,
-                          plan.layout.bytes);
+              std::printf("%s %s %d %d %d %s %s %d %d %d %d %d %d\n",
+                          cell == CellKind::rnn_tanh ? "rnn" : mode_name(cell), dtypes[static_cast<int>(dtype)], H, B,
+                          D, backward ? "backward" : "forward", kinds[plan.kind], plan.slices, plan.groups,
+                          plan.groups_at_once, plan.column_tiles, kSequenceThreads, plan.layout.bytes);
             }
           }
         }

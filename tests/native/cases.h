@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <random>
 #include <string>
@@ -124,7 +125,7 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
   static const int64_t sizes[] = {1, 2, 3, 5, 8, 16, 17, 33, 40};
   Case c;
   LayerShape& s = c.shape;
-  s.cell = static_cast<CellKind>(random() % 4);
+  s.cell = kCellKinds[random() % std::size(kCellKinds)];
   s.dtype = static_cast<DType>(random() % 4);
   s.H = pick(random, sizes), s.I = pick(random, sizes), s.B = pick(random, sizes);
   s.T = pick(random, {0, 1, 1, 2, 3, 5, 9, 13});

@@ -20,6 +20,7 @@ def test_python_and_the_kernels_agree() -> None:
             "gate_grads": len(kind.gate_grads),
             "parted_gate": parted,
             "cell_state": kind.has_cell_state,
+            "direct_path": kind.direct_path,
             "projection": kind.may_project,
         }
         assert kind.slots[-1] == ("c'" if kind.has_cell_state else "h'")

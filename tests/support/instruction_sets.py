@@ -50,12 +50,13 @@ def kernels_of(
     isa: str, *, attention: torch.dtype | None = None, layer: torch.dtype | None = None, dot: bool = False
 ) -> str:
     """Returns the instruction set whose kernels serve `isa` for attention, or for a layer of even sizes without a
-    projection, in that dtype. The sets that multiply bfloat16 have kernels for no other dtype."""
+    projection, in that dtype. The sets that multiply bfloat16 have kernels for no other dtype, and amx has none for
+    layers."""
     if isa not in ("avx512_bf16", "amx"):
         return isa
     if attention == torch.bfloat16 and not dot:
         return isa
-    return "avx512_bf16" if layer == torch.bfloat16 and not dot else "avx512"
+    return isa if isa == "avx512_bf16" and layer == torch.bfloat16 and not dot else "avx512"
 
 
 def whole_pairs(n: int) -> int:

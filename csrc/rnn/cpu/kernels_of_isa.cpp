@@ -5,7 +5,7 @@
 #include "rnn/cpu/table.h"
 #include "simd/isa.h"
 
-// There are no layer kernels for the matrix unit (AMX): rnn_plan chooses the bfloat16 dot products instead.
+// There are no layer kernels for the matrix unit (AMX): rnn_plan chooses those of float32 instead.
 #if DLK_ISA_IS_COMPILED && DLK_ISA_NUMBER != DLK_NUMBER_amx
 #include "rnn/cpu/entry.h"
 

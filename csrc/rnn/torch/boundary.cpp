@@ -1,5 +1,7 @@
 #include "boundary.h"
 
+#include <iterator>
+
 namespace dlk {
 namespace {
 
@@ -16,10 +18,13 @@ void remember_shape(const LayerShape& shape) {
 const LayerShape* last_shape() { return has_called ? &last_called : nullptr; }
 
 CellKind cell_from_mode(const std::string& mode) {
+  std::string known;
   for (CellKind cell : kCellKinds) {
     if (mode == mode_name(cell)) return cell;
+    known += (known.empty() ? "" : cell == kCellKinds[std::size(kCellKinds) - 1] ? " or " : ", ");
+    known += mode_name(cell);
   }
-  throw std::invalid_argument("unknown mode '" + mode + "', expected lstm, gru, rnn_tanh or rnn_relu");
+  throw std::invalid_argument("unknown mode '" + mode + "', expected " + known);
 }
 
 }  // namespace dlk

@@ -34,6 +34,8 @@ SIGNED_SCALE = tl.constexpr(1024)  # the scale is negative: the largest product 
 SPARE = tl.constexpr(256)
 
 ANY_MASK = tl.constexpr(4 | 8)
+# With these features a score is more than the product times the scale.
+CHANGES_SCORES = tl.constexpr(SOFTCAP.value | ALIBI.value | ANY_MASK.value | SIGNED_SCALE.value)
 # With these features a key within bounds may be hidden from a query, which then must not see a NaN of the key.
 HIDES = tl.constexpr(4 | 8 | 64 | 128)
 

@@ -7,13 +7,12 @@ import triton.language as tl
 from dlkernels.attention.triton.kernels.elements import (
     ALIBI,
     ANY_MASK,
+    CHANGES_SCORES,
     DROPOUT,
     HIDES,
     LEFT,
     RIGHT,
-    SIGNED_SCALE,
     SINKS,
-    SOFTCAP,
     VARLEN,
     has_nan,
     kept,
@@ -46,7 +45,7 @@ def _walk(
         k = load_rows(k_base, start, cols, stride_kn, N, D, BLOCK_D, EDGE)
         dots = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         j = (start + cols)[None, :]
-        if not EDGE and ((SOFTCAP | ALIBI | ANY_MASK | SIGNED_SCALE) & FEATURES) == 0 and not EXACT:
+        if not EDGE and (CHANGES_SCORES & FEATURES) == 0 and not EXACT:
             # The multiplication by the scale and the subtraction are one FMA.
             top = tl.maximum(m, tl.max(dots, 1) * scale)
             p = tl.exp2(dots * scale - top[:, None])
