@@ -187,10 +187,10 @@ def _kernel_table(rows: list[dict[str, str]]) -> list[str]:
         f"{op:{widths[0]}}  {device:{widths[1]}}  {dtypes:{widths[2]}}  {kernel}"
         for op, device, dtypes, kernel in table
     ]
-    named = {family: ", ".join(ops) for family, ops in operators.items()}
+    members = {family: ", ".join(ops) for family, ops in operators.items()}
     of_mode = ", ".join(f"MODE{suffix}" for suffix in _SUFFIXES)
-    named["recurrent"] = f"{of_mode}; MODE is one of {', '.join(MODES)}"
-    return [*lines, "", *(f"{family}: {text}" for family, text in named.items())]
+    members["recurrent"] = f"{of_mode}; MODE is one of {', '.join(MODES)}"
+    return [*lines, "", *(f"{family}: {text}" for family, text in members.items())]
 
 
 def main(argv: list[str]) -> int:

@@ -55,7 +55,7 @@ class AttentionConfig(NamedTuple):
     @property
     def of_scores(self) -> tuple[float, int, int, int, float]:
         """What decides about the scores, from softmax_scale to softcap: all that the operator of the map takes."""
-        return self[_OF_SCORES]
+        return self[2:7]
 
     @property
     def of_both(self) -> tuple[int, int, float, int, int, int, float, float]:
@@ -65,10 +65,7 @@ class AttentionConfig(NamedTuple):
     @property
     def keywords(self) -> dict[str, Any]:
         """`of_scores` by name."""
-        return dict(zip(self._fields[_OF_SCORES], self[_OF_SCORES], strict=True))
-
-
-_OF_SCORES = slice(AttentionConfig._fields.index("softmax_scale"), AttentionConfig._fields.index("softcap") + 1)
+        return dict(zip(self._fields[2:7], self[2:7], strict=True))
 
 
 class AttentionWanted(NamedTuple):
