@@ -10,7 +10,7 @@ std::string count(int64_t n, const char* thing) { return std::to_string(n) + " "
 std::string recurrence_reason(const Plan& plan, const LayerShape& shape) {
   const std::string size = std::to_string(gate_count(shape.cell) * shape.H) + "x" + std::to_string(shape.outputs());
   if (plan.recurrence == Plan::dot) {
-    return "the " + size + " recurrent weights are used as they lie, one dot product per gate row: for " +
+    return "the " + size + " recurrent weights are used unpacked, one dot product per gate row: for " +
            count(shape.B, "sequence") + " packing them would cost more than it saves";
   }
   return "the " + size + " recurrent weights are packed and multiplied in register tiles, which " +
@@ -26,7 +26,8 @@ std::string split_reason(const Plan& plan, const LayerShape& shape) {
       return members + " take their own sequences of the batch through the recurrence";
     case Plan::units:
       return members + " share the " + std::to_string(shape.H) + " hidden units" +
-             (shape.T > 1 ? ", each with its slice of the weights in its own cache, and meet once a step" : "");
+             (shape.T > 1 ? ", each with its slice of the weights in its own cache, and wait for each other once a step"
+                          : "");
     case Plan::serial:
       break;
   }

@@ -99,7 +99,8 @@ SequencePlan sequence_plan(const LayerShape& shape, const GpuLimits& gpu, bool b
     const int at_once = size == 8 ? gpu.clusters_8 * (8 / plan.slices) : gpu.clusters_16;
     if (choose_tile(shape, gpu, {plan.kind, at_once}, slice_shape(gates, half, true, backward), backward, gap, &plan)) {
       std::snprintf(plan.reason, sizeof plan.reason,
-                    "W_hh stays in the registers and shared memory of %d blocks, which meet at a cluster's barrier",
+                    "W_hh stays in the registers and shared memory of %d blocks, which wait for each other at a "
+                    "cluster's barrier",
                     plan.slices);
       return plan;
     }
@@ -114,8 +115,8 @@ SequencePlan sequence_plan(const LayerShape& shape, const GpuLimits& gpu, bool b
     if (choose_tile(shape, gpu, {plan.kind, at_once}, slice_shape(gates, half, false, backward), backward, gap,
                     &plan)) {
       std::snprintf(plan.reason, sizeof plan.reason,
-                    "W_hh stays on the chip, in %d blocks that meet at a barrier in global memory: %s", plan.slices,
-                    why_no_cluster);
+                    "W_hh stays on the chip, in %d blocks that wait for each other at a barrier in global memory: %s",
+                    plan.slices, why_no_cluster);
       return plan;
     }
     why_no_grid = "the batch or W_hh is too large to keep W_hh on the chip";
