@@ -130,8 +130,7 @@ Cpu detect() {
 #else
   const bool has_dots = has_avx512 && avx512_bf16, has_tiles = has_avx512 && amx_granted;
 #endif
-  cpu.features =
-      (has_avx2 ? kAvx2 : 0) | (has_avx512 ? kAvx512 : 0) | (has_dots ? kDots : 0) | (has_tiles ? kTiles : 0);
+  cpu.features = has_avx2 * kAvx2 | has_avx512 * kAvx512 | has_dots * kDots | has_tiles * kTiles;
   return cpu;
 }
 

@@ -37,7 +37,7 @@ float fused(float x, float y, float sum) {
 
 float value(uint16_t bits) { return flushed(dlk::to_float(dlk::bf16{bits})); }
 
-float product(const Operands& in, int r, int c) {
+[[maybe_unused]] float product(const Operands& in, int r, int c) {
   float even = 0, odd = 0;
   for (int p = 0; p < 16; ++p) {
     even = fused(value(in.rows[r][2 * p]), value(in.columns[p][c][0]), even);
