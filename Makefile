@@ -17,8 +17,8 @@ DEV_STAMP := $(VENV)/.dlkernels-dev
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test cuda-test abi-check gpuless \
-	gpu-check mutants wheel clean
+.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test \
+	native-asan native-tsan cuda-test abi-check gpuless gpu-check mutants wheel clean
 
 help:
 	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
@@ -82,9 +82,11 @@ format: $(DEV_STAMP)
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 # The thread sanitizer detects a missing barrier even if no result is wrong.
-native-test:
+native-test: native-asan native-tsan
+native-asan:
 	sh tests/native/headers.sh
 	bash tests/native/run.sh asan
+native-tsan:
 	ISAS=scalar bash tests/native/run.sh tsan
 
 # All of them take hours. ARGS='--only gru' selects some, ARGS=--list prints them.
