@@ -82,6 +82,7 @@ class Loop(NamedTuple):
     matrix: int
     spills: int
     selects: int  # instructions that choose between two values, which bounds checks and masks need
+    waits: int  # for the results of wgmma
 
 
 def _cuobjdump(cubin: bytes, option: str) -> str:
@@ -100,10 +101,11 @@ def disassemble(kernel: Any) -> list[tuple[int, str]]:
 
 def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
     """The resources and the loops of a kernel. Loops are listed only if registers are spilled, that is, if there is a
-    stack, since a listing takes half a second."""
+    stack, or if there are wgmma, since a listing takes half a second."""
     usage_text = _cuobjdump(kernel.asm["cubin"], "--dump-resource-usage")
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage_text.split("Function")[-1])}
-    code = disassemble(kernel) if usage["STACK"] else []
+    wgmma = len(re.findall(r"wgmma\.mma_async", kernel.asm["ptx"]))
+    code = disassemble(kernel) if usage["STACK"] or wgmma else []
 
     def moves(name: str) -> int:
         return sum(re.search(rf"\b{name}\b", line) is not None for _, line in code)
@@ -113,7 +115,7 @@ def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
 
     return Binary(
         usage["REG"], usage["STACK"], kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0), moves("STL"),
-        moves("LDL"), instructions(r"wgmma\.mma_async"), instructions(r"\bmma\.sync"), instructions(r"tcgen05\.mma"),
+        moves("LDL"), wgmma, instructions(r"\bmma\.sync"), instructions(r"tcgen05\.mma"),
         instructions(r"\bfma\.rn\.f32"), instructions(r"cp\.async\."),
     ), _matrix_loops(code)  # fmt: skip
 
@@ -130,7 +132,8 @@ def _matrix_loops(code: list[tuple[int, str]]) -> list[Loop]:
             continue
         body = "\n".join(line for where, line in code if target <= where < at)
         matrix, *rest = (
-            len(re.findall(x, body)) for x in (r"HGMMA|HMMA|UTCHMMA|FFMA", r"\b(?:STL|LDL)\b", r"\bF?SEL\b")
+            len(re.findall(x, body))
+            for x in (r"HGMMA|HMMA|UTCHMMA|FFMA", r"\b(?:STL|LDL)\b", r"\bF?SEL\b", r"WARPGROUP\.DEPBAR")
         )
         if matrix:
             spans[target, at] = Loop(matrix, *rest)

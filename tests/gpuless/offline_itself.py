@@ -23,3 +23,13 @@ def test_spills_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {}, backward=False)
     with pytest.raises(AssertionError, match="spills in a loop"):
         check(found, "sm_90", True, "plain")
+
+
+def test_serialised_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that waits for each of its 16 wgmma before the next one."""
+    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {}, backward=False)
+    loops = [loop._replace(waits=16) for loop in found[0].loops]
+    assert loops and found[0].name == "forward"
+    check(found, "sm_90", True, "plain")
+    with pytest.raises(AssertionError, match="serialised"):
+        check([found[0]._replace(loops=loops)], "sm_90", True, "plain")

@@ -195,8 +195,12 @@ def kept(i, first_j, head, seed, offset, threshold, BLOCK_M: tl.constexpr, BLOCK
 def load_rows(base, first, rows, stride, end, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """Rows first + rows of a matrix as [len(rows), BLOCK], zero beyond `end` (checked only with EDGE) and WIDTH."""
     cols = tl.arange(0, BLOCK)
-    # Only the start needs 64 bits; offsets within a tile fit 32.
-    pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    if base.dtype.element_ty == tl.float32:
+        # Offsets within a tile fit 32 bits, which leaves registers for the products.
+        pointers = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    else:
+        # With the sum above Triton 3.6 waits for each wgmma on sm_90 before the next one.
+        pointers = base + (first + rows)[:, None].to(tl.int64) * stride + cols[None, :]
     if EDGE and WIDTH < BLOCK:
         return tl.load(pointers, mask=(first + rows < end)[:, None] & (cols < WIDTH)[None, :], other=0.0)
     elif EDGE:
