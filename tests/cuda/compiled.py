@@ -34,6 +34,10 @@ def files() -> list[str]:
     return sorted(path.name for path in CUDA.glob("*.cu"))
 
 
+def kernel_object(file: str, arch: str) -> Path:
+    return BUILD / f"{file}.sm_{arch}.o"
+
+
 def code_of(cubin: Path) -> dict[str, bytes]:
     """The machine code of each kernel in an ELF file: the sections `.text.NAME`."""
     data = cubin.read_bytes()
@@ -58,8 +62,12 @@ def compile_one(file: str, arch: str) -> None:
     import native
 
     nvcc = tool(os.environ.get("NVCC", "nvcc"))
-    cubin = BUILD / f"{file}.sm_{arch}.cubin"
-    report = must([nvcc, *native.nvcc_flags([arch]), "-Xptxas=-v", "-cubin", CUDA / file, "-o", cubin])
+    # nvcc keeps the machine code beside the object, which on_gpu.py links into a program for a GPU.
+    kept = BUILD / f"{file}.sm_{arch}"
+    kept.mkdir(exist_ok=True)
+    cubin = kept / Path(file).with_suffix(".cubin")
+    options = ["-Xptxas=-v", "-lineinfo", "-keep", "-keep-dir", kept]
+    report = must([nvcc, *native.nvcc_flags([arch]), *options, "-c", CUDA / file, "-o", kernel_object(file, arch)])
     code = code_of(cubin)
     entries = re.findall(
         r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"
