@@ -19,9 +19,10 @@ namespace dlk {
 class Memory {
  public:
   // All bytes are 0xff (NaN) until they are written.
-  explicit Memory(size_t bytes) : bytes_(bytes), own_(new char[bytes]) {
+  explicit Memory(size_t bytes) : own_(new char[bytes]) {
     std::memset(own_.get(), 0xff, bytes);
 #ifdef __CUDACC__
+    bytes_ = bytes;
     all().insert(this);
 #endif
   }
@@ -30,12 +31,11 @@ class Memory {
 
   // For the test itself.
   const void* read() const { return own_.get(); }
+#ifdef __CUDACC__
   void* write() {
     changed_ = true;
     return own_.get();
   }
-
-#ifdef __CUDACC__
   ~Memory() {
     all().erase(this);
     cudaFree(copy_);
@@ -72,17 +72,18 @@ class Memory {
     static std::set<Memory*> memories;
     return memories;
   }
+  size_t bytes_;
   void* copy_ = nullptr;
+  bool changed_ = true;  // since it was copied to the GPU
 #else
+  void* write() { return own_.get(); }
   void* data() { return own_.get(); }
   static void to_gpu() {}
   static int from_gpu() { return 0; }
 
  private:
 #endif
-  size_t bytes_;
   std::unique_ptr<char[]> own_;
-  bool changed_ = true;
 };
 
 // Integers that kernels read or write.

@@ -1,5 +1,5 @@
-"""The rung `linked`: nvcc compiles the kernels' test, which otherwise runs under emulation, into a program for a GPU. It
-needs no torch, so compute-sanitizer, under which `make gpu-check` runs it, watches the kernels alone.
+"""The rung `linked`: nvcc compiles the kernels' test, which otherwise runs under emulation, into a program for a GPU.
+It needs no torch, so compute-sanitizer, under which `make gpu-check` runs it, watches the kernels alone.
 
 Without a GPU the program is made for sm_90a and not run, which keeps it from falling behind the kernels.
 `DLKERNELS_CUDA_ARCHS=80 python tests/cuda/run.py linked` makes it for another architecture of ARCHS.

@@ -105,8 +105,9 @@ def test_autocast() -> None:
             assert dlkernels.explain(layer, x).kernel.startswith("cuda/")
     y.sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
-    with torch.no_grad():
-        assert torch.equal(y, layer.bfloat16()(x.bfloat16())[0])
+    if CUDA_KERNELS:  # these round their operands to the dtype of the products; the CPU kernels need not
+        with torch.no_grad():
+            assert torch.equal(y, layer.bfloat16()(x.bfloat16())[0])
 
 
 @first_shard
