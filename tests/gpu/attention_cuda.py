@@ -1,6 +1,5 @@
 """Compares the attention operators on a CUDA device with float64 on the CPU over the cases of tests/gpuless, and tests
-what only a GPU can show. check.py runs this file; turns.py and conftest.py explain DLKERNELS_SHARD and
-DLKERNELS_DEADLINE."""
+what only a GPU can show. check.py runs this file; turns.py explains DLKERNELS_SHARD."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def ncu(run: Run) -> list[list[Worker]]:
 
 # The order is that of what is wanted first from a GPU that is lent for half an hour.
 PARTS = (
-    Part("build", 150.0, build),
+    Part("build", 240.0, build),
     Part("smoke", 90.0, smoke),
     Part("recurrent", 240.0, recurrent),
     Part("attention", 360.0, attention),

@@ -105,7 +105,7 @@ def test_no_results_are_no_pass(faulty: Any, name: str, said: str) -> None:
 
 
 def test_time_limit_and_resume(faulty: Any, tmp_path: Path) -> None:
-    done, out = faulty("--part", "late", "--limit", "late=3")
+    done, out = faulty("--part", "late", "--limit", "late=2")
     found = read(out, "late")
     assert done.returncode == 1 and found["status"] == "incomplete"
     assert found["not_run"] == ["slow", "last"] and "in slow" in found["problems"][0]
@@ -127,7 +127,7 @@ def test_no_time_is_no_pass(faulty: Any) -> None:
 
 def test_a_shard_that_is_killed(faulty: Any) -> None:
     """The traceback of a failure before is in the log and on the screen, and the tests that did not run are named."""
-    done, out = faulty("--part", "shard", "--limit", "shard=25")
+    done, out = faulty("--part", "shard", "--limit", "shard=20")
     found = read(out, "shard")
     assert done.returncode == 1 and found["status"] == "failed", done.stdout
     names = {key.split("::")[-1]: result for key, result in found["cases"].items()}
