@@ -1,9 +1,8 @@
 """Selects the tests that this process runs.
 
 DLKERNELS_SHARD=0/2 takes every second test. DLKERNELS_ARCH=sm_90 takes the tests of this architecture and of those with
-the same first digit (8.6 runs with 8.0). DLKERNELS_RELEASE=0/2 is the first of two Triton releases: of the tests marked
-`one_release` each release runs its share. With DLKERNELS_DEAL_ALL=1 all tests are distributed so, in rotation, so that
-each release runs every width, every kind and every architecture.
+the same first digit (8.6 runs with 8.0). DLKERNELS_RELEASE=0/2 is the first of two Triton releases: the releases take
+turns, so that each runs every width, every kind and every architecture.
 """
 
 from __future__ import annotations
@@ -18,18 +17,11 @@ def _share(name: str, items: list[pytest.Item]) -> list[pytest.Item]:
     return items[int(index) :: int(count)]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "one_release: compiled with one of the Triton releases, not with each")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    everything = os.environ.get("DLKERNELS_DEAL_ALL") == "1"
-    dealt = [item for item in items if everything or item.get_closest_marker("one_release")]
-    index, _, count = os.environ.get("DLKERNELS_RELEASE", "0/1").partition("/")
-    turns = int(count) if everything else len(dealt) + 1
+    index, releases = map(int, os.environ.get("DLKERNELS_RELEASE", "0/1").split("/"))
     # The innermost parameter may have as many values as there are releases. So the release that gets the first test
     # changes with every round.
-    left_out = {item for at, item in enumerate(dealt) if (at + at // turns) % int(count) != int(index)}
+    left_out = {item for at, item in enumerate(items) if (at + at // releases) % releases != index}
     arch = os.environ.get("DLKERNELS_ARCH")
     items[:] = [
         item for item in _share("DLKERNELS_SHARD", items)
