@@ -1,8 +1,8 @@
 """The rung `linked`: nvcc compiles the kernels' test, which otherwise runs under emulation, into a program for a GPU.
 It needs no torch, so compute-sanitizer, under which `make gpu-check` runs it, watches the kernels alone.
 
-Without a GPU the program is made for sm_90a and not run, which keeps it from falling behind the kernels.
-`DLKERNELS_CUDA_ARCHS=80 python tests/cuda/run.py linked` makes it for another architecture of ARCHS.
+It is made for the GPU of this machine. Without one it is made for sm_90a and not run, which keeps it from falling
+behind the kernels.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from pathlib import Path
 
 from compiled import ARCHS, files, kernel_object
 from ladder import BUILD, CUDA, HERE, Failure, Unit, must, tool
+from native import gpus_here
 
-ARCH = (os.environ.get("DLKERNELS_CUDA_ARCHS") or "90a").split()[0]
+_HERE = (gpus_here() or ["90a"])[0]
+ARCH = "80" if _HERE.startswith("8") else _HERE  # 8.6 and 8.9 run the code for 8.0
 PROGRAM = BUILD / "kernels-gpu"
 CLUSTERS = BUILD / "clusters-gpu"
 # The files that are C++ for the emulation too, and how long each takes to compile, in seconds.
@@ -25,7 +27,7 @@ def _nvcc() -> list[str]:
     import native
 
     if ARCH not in ARCHS:
-        raise Failure(f"DLKERNELS_CUDA_ARCHS: {ARCH} is none of {', '.join(ARCHS)}")
+        raise Failure(f"this GPU is sm_{ARCH}, none of {', '.join(ARCHS)}")
     return [tool(os.environ.get("NVCC", "nvcc")), *native.nvcc_flags([ARCH]), "-x", "cu"]
 
 

@@ -2,7 +2,7 @@
 check.py runs this file.
 
     bench_attention.py measure
-    bench_attention.py compile 2/8    runs every eighth of the sweep's tiles once, so that Triton's cache has them
+    bench_attention.py compile 2/8    makes every eighth call once, so that Triton's cache has its kernels
 
 A compilation takes seconds of one core, so several processes compile before one measures.
 """
@@ -115,7 +115,7 @@ def sweep_call(kernel: str, width: int, causal: bool) -> Callable[[], Any]:
 
 
 def swept(kernel: str, width: int, causal: bool, tile: Tile | None) -> Result:
-    """The time of one kernel with a tile; of the shipped one without."""
+    """The time of one kernel, or of its half of the backward, with a tile; of the shipped one without."""
     row: Result = {"kernel": kernel, "D": width, "causal": causal, "tile": None if tile is None else list(tile)}
     flops = operations(*SWEEP, width, causal) * WORK[kernel]
     call = sweep_call(kernel, width, causal)
@@ -131,6 +131,12 @@ def swept(kernel: str, width: int, causal: bool, tile: Tile | None) -> Result:
         if not asked.yes and not REHEARSAL:
             raise AssertionError("the host code did not ask for this tile")
         return row | speed(call, flops)
+
+
+def called(dtype: torch.dtype, batch: int, heads: int, length: int, width: int, causal: bool) -> Result:
+    for call in ours(*draw(batch, heads, length, width, dtype), causal):
+        call()
+    return {}
 
 
 def compiled(kernel: str, width: int, causal: bool, tile: Tile) -> Result:
@@ -175,33 +181,35 @@ def sweep() -> list[tuple[str, tuple[str, int, bool], Tile]]:
     return found
 
 
+def calls() -> list[tuple[str, tuple[torch.dtype, int, int, int, int, bool]]]:
+    """(key, arguments of `case`), those first that are wanted most."""
+    half = torch.bfloat16
+    square = [(half, max(1, TOKENS // length), HIDDEN // width, length, width, causal)
+              for length in LENGTHS for width in WIDTHS for causal in (False, True)]  # fmt: skip
+    tutorial = [(half, *TUTORIAL, length, width, causal)
+                for length in TUTORIAL_LENGTHS for width in WIDTHS for causal in (False, True)]  # fmt: skip
+    length = min(1024, LENGTHS[0])
+    single = [(torch.float32, max(1, TOKENS // length), HIDDEN // 64, length, 64, True)]
+    first = 2 * len(WIDTHS)
+    return [
+        (f"{prefix} {str(dtype)[6:]} {batch}x{heads}x{length}x{width}{' causal' if causal else ''}",
+         (dtype, batch, heads, length, width, causal))
+        for prefix, some in (("attention", square[:first]), ("tutorial", tutorial),
+                             ("attention", square[first:] + single))
+        for dtype, batch, heads, length, width, causal in some
+    ]  # fmt: skip
+
+
 def cases() -> list[tuple[str, Callable[[], Result]]]:
-    found: list[tuple[str, Callable[[], Result]]] = []
-
-    def add(prefix: str, dtype: torch.dtype, batch: int, heads: int, length: int, width: int, causal: bool) -> None:
-        name = f"{prefix} {str(dtype)[6:]} {batch}x{heads}x{length}x{width}{' causal' if causal else ''}"
-        found.append((name, functools.partial(case, dtype, batch, heads, length, width, causal)))
-
-    for length in LENGTHS[:1]:
-        for width in WIDTHS:
-            for causal in (False, True):
-                add("attention", torch.bfloat16, max(1, TOKENS // length), HIDDEN // width, length, width, causal)
+    listed = [(key, functools.partial(case, *given)) for key, given in calls()]
+    first = 2 * len(WIDTHS)
+    found: list[tuple[str, Callable[[], Result]]] = listed[:first]
     found += [(f"decode {length}", functools.partial(decode, length)) for length in DECODE_LENGTHS]
     for width, causal, kernel in itertools.product(WIDTHS, (False, True), KERNELS):
         name = f"shipped {kernel} D{width}{' causal' if causal else ''}"
         found.append((name, functools.partial(swept, kernel, width, causal, None)))
     found += [(f"tile {key}", functools.partial(swept, *where, tile)) for key, where, tile in sweep()]
-    for length in TUTORIAL_LENGTHS:
-        for width in WIDTHS:
-            for causal in (False, True):
-                add("tutorial", torch.bfloat16, *TUTORIAL, length, width, causal)
-    for length in LENGTHS[1:]:
-        for width in WIDTHS:
-            for causal in (False, True):
-                add("attention", torch.bfloat16, max(1, TOKENS // length), HIDDEN // width, length, width, causal)
-    length = min(1024, LENGTHS[0])
-    add("attention", torch.float32, max(1, TOKENS // length), HIDDEN // 64, length, 64, True)
-    return found
+    return found + listed[first:]
 
 
 def main(arguments: list[str]) -> int:
@@ -211,8 +219,12 @@ def main(arguments: list[str]) -> int:
     journal = of_this_process()
     assert journal is not None
     measured = Story(journal.path.with_name("attention.journal")).ended  # before, if this run is a continued one
-    mine = [one for one in sweep() if f"tile {one[0]}" not in measured][int(index) :: int(count)]
-    return run_cases([(key, functools.partial(compiled, *where, tile)) for key, where, tile in mine], context_broken)
+    wanted: list[tuple[str, Callable[[], Result]]] = [
+        *((key, functools.partial(called, *given)) for key, given in calls()),
+        *((f"tile {key}", functools.partial(compiled, *where, tile)) for key, where, tile in sweep()),
+    ]
+    left = [one for one in wanted if one[0] not in measured]
+    return run_cases(left[int(index) :: int(count)], context_broken)
 
 
 if __name__ == "__main__":

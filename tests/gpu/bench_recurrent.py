@@ -109,8 +109,8 @@ def case(kind: str, dtype: str, batch: int, hidden: int, best: str, packed: bool
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     mode = name_of(kind)
     given = inputs(DTYPES[dtype], batch, hidden, packed)
-    peer = getattr(torch.nn, kind)(hidden, hidden).to(DEVICE, DTYPES[dtype])
-    mine = getattr(dlkernels.nn, kind)(hidden, hidden).to(DEVICE, DTYPES[dtype])
+    peer = getattr(torch.nn, kind)(hidden, hidden, device=DEVICE, dtype=DTYPES[dtype])
+    mine = getattr(dlkernels.nn, kind)(hidden, hidden, device=DEVICE, dtype=DTYPES[dtype])
     mine.load_state_dict(peer.state_dict())
     shape = (kind, dtype, batch, hidden, packed, tf32)
     with best_plan(best):
@@ -147,7 +147,7 @@ def host(kind: str) -> Result:
     """What a call of a small layer takes on the host, which bounds short sequences."""
     row: Result = {"layer": kind, "host_us": {}}
     for name, package in (("cudnn", torch.nn), ("dlkernels", dlkernels.nn)):
-        layer = getattr(package, kind)(32, 32).to(DEVICE, torch.bfloat16)
+        layer = getattr(package, kind)(32, 32, device=DEVICE, dtype=torch.bfloat16)
         x = torch.randn(1, 4, 32, device=DEVICE, dtype=torch.bfloat16)
         try:
             with torch.no_grad():
