@@ -145,6 +145,7 @@ def test_shipped_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.Mon
     check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind, width)
 
 
+@pytest.mark.any_architecture
 @pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, WIDTHS)))
 def test_shipped_tiles_float32(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(compile_call(monkeypatch, arch, torch.float32, width, {}), arch, False, "plain")

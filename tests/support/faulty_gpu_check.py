@@ -29,7 +29,12 @@ def fine(name="fine"):
         file.write(name + chr(10))
     return {"layer": "a stub", "D": 1}
 def wrong():
+    spoilt.append(True)
     raise ValueError("a wrong result")
+spoilt = []
+def in_a_new_process():
+    assert not spoilt
+    return {}
 def hanging_case():
     time.sleep(1000)
 def slow_case():
@@ -48,7 +53,7 @@ WORKERS = {
     "crashing": "sys.exit(run_cases([('before', fine), ('crashes', os.abort), ('after', fine)]))",
     "wrong": "sys.exit(run_cases([('wrong', wrong), ('after', fine)]))",
     # After its failure nothing more can run in this process, as after an error of CUDA.
-    "broken": "sys.exit(run_cases([('wrong', wrong), ('after', lambda: fine(str(os.getpid())))], lambda: True))",
+    "broken": "sys.exit(run_cases([('wrong', wrong), ('after', in_a_new_process)], lambda: True))",
     "dying": "print('no torch here'); sys.exit(3)",
     # It ends well and writes no result.
     "silent": "print('done')",
