@@ -48,7 +48,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         skipped = next((report for report in reports if report.skipped), None)
         outcome = {"seconds": round(sum(report.duration for report in reports), 2)}
         if failures:
-            outcome |= {"failed": failures[0].longreprtext.strip().splitlines()[-1][:300]}
+            lines = failures[0].longreprtext.strip().splitlines()
+            outcome |= {"failed": next((line for line in lines if line.startswith("E ")), lines[-1])[:300]}
         elif skipped is not None:
             reason = skipped.longrepr[2] if isinstance(skipped.longrepr, tuple) else str(skipped.longrepr)
             outcome |= {"not_run" if "NOT RUN" in reason else "skipped": reason}

@@ -132,6 +132,7 @@ def test_a_shard_that_is_killed(faulty: Any) -> None:
     assert done.returncode == 1 and found["status"] == "failed", done.stdout
     names = {key.split("::")[-1]: result for key, result in found["cases"].items()}
     assert set(names) == {"test_wrong", "test_right"} and "failed" not in names["test_right"]
+    assert "what was found" in names["test_wrong"]["failed"]
     assert [key.split("::")[-1] for key in found["not_run"]] == ["test_that_hangs", "test_after"]
     assert "test_that_hangs" in found["problems"][0]
     for text in (done.stdout, (out / "logs" / "shard" / "shard.log").read_text()):

@@ -1,5 +1,5 @@
-"""The usual run of `make gpuless` deals the compilations to the Triton releases (tests/gpuless/conftest.py). Together they
-leave out nothing that is shipped, and each release meets every width, every kind of call and every architecture."""
+"""The usual run of `make gpuless` deals the compilations to the Triton releases (tests/gpuless/conftest.py). Together
+they leave out nothing that is shipped, and each meets every width, every kind of call and every architecture."""
 
 from __future__ import annotations
 
