@@ -13,7 +13,7 @@ resident   all blocks of a plan that wait for each other at a barrier fit an H20
 This needs nvcc with its headers, g++, and clang++ with the runtimes of its sanitizers (Debian: clang,
 libclang-rt-14-dev). A rung that lacks one of them fails. MAX_JOBS is the number of commands that run at a time (2),
 NICE their niceness. The times in the report are processor times. --short, which `make gpuless` uses, leaves out one
-schedule of each shape and compiles float16 for sm_90a only.
+schedule of each shape and compiles everything for sm_90a only, but some of it for the others too.
 """
 
 from __future__ import annotations
