@@ -166,9 +166,9 @@ def check_resident() -> None:
 
 def left_out(file: str, arch: str) -> bool:
     """Whether --short leaves out this compilation. Everything is compiled for sm_90a. A float16 kernel takes the
-    registers of the bfloat16 kernel, since the sizes are the same and only the conversion differs, so it is compiled for
-    no other architecture. Of the other two, sm_100a gets the forward kernels and sm_80 the backward ones: for sm_100a
-    ptxas takes four times as long, and for backward kernels longer than for forward ones."""
+    registers of the bfloat16 kernel, since the sizes are the same and only the conversion differs, so it is compiled
+    for no other architecture. Of the other two, sm_100a gets the forward kernels and sm_80 the backward ones: for
+    sm_100a ptxas takes four times as long, and for backward kernels longer than for forward ones."""
     if arch == "90a" or "sequence" not in file:
         return False
     return "_f16" in file or (arch == "80") == ("forward" in file)
