@@ -23,7 +23,7 @@ FAULTY = ROOT / "tests" / "support" / "faulty_gpu_check.py"
 def run(script: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     settings = {**os.environ, "DLKERNELS_DEVICE": "", **environment}
     command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT, env=settings)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=settings)
 
 
 def read(out: Path, name: str) -> dict[str, Any]:
