@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> int:
         *((key, functools.partial(called, *given)) for key, given in calls()),
         *((f"tile {key}", functools.partial(compiled, *where, tile)) for key, where, tile in sweep()),
     ]
-    left = [one for one in wanted if one[0] not in measured]
+    left = [(f"compile {key}", call) for key, call in wanted if key not in measured]
     return run_cases(left[int(index) :: int(count)], context_broken)
 
 

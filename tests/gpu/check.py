@@ -8,9 +8,9 @@ The parts run in the order of parts.py, each with its own time limit, by default
 it takes no time where nothing changed. Within a part a case that hangs or crashes costs only itself.
 
 DIR receives a JSON file for each part, summary.json, which may be committed as benchmarks/results/GPU/NAME.json, and in
-logs/ the output and the journal of every process. --resume continues behind what DIR already has: parts that passed
-and cases that ended are not run again. --within ends the whole call after so many seconds. --limit changes the limit
-of a part.
+logs/ the output and the journal of every process. --resume continues behind what DIR already has: parts that passed,
+and cases that ended in any way, are not run again. --within ends the whole call after so many seconds. --limit changes
+the limit of a part.
 
 The exit status is 0 only if all these parts ran in full and passed. --rehearse runs all parts without a GPU, small and
 with stubs of the tools (tests/gpu/stubs), which tests this check, but no GPU code.
@@ -69,7 +69,7 @@ def result_of(part: Part, outcomes: list[supervise.Outcome], seconds: float, lim
     problems = [f"{outcome.name}: {outcome.problem}" for outcome in outcomes if outcome.problem]
     # A part that its time limit ended has shown no fault, but it has not passed either.
     late = [problem for problem in problems if supervise.OVER in problem]
-    faults = failed or len(late) < len(problems) or not cases
+    faults = failed or len(late) < len(problems) or not (cases or late)
     status = "failed" if faults else "incomplete" if not_run or problems else "passed"
     return {
         "part": part.name, "status": status, "seconds": round(seconds, 1), "limit": limit, "problems": problems,
@@ -138,9 +138,12 @@ def main(given: Sequence[str]) -> int:
             until = min(started + limit, end - 3)
             try:
                 outcomes = supervise.run(part.stages(run), logs, until)
-                result = result_of(part, outcomes, time.time() - started, limit)
-            finally:
-                supervise.end_all()
+            except BaseException:
+                supervise.stop()
+                raise
+            result = result_of(part, outcomes, time.time() - started, limit)
+        if index == 0 and not reason and ("module" in result["failed"] or "module" not in result["cases"]):
+            reason = "the module was not built"
         file.write_text(json.dumps(result, indent=1))
         summary.write(out)
         ran[part.name] = result["status"]

@@ -52,7 +52,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             outcome |= {"failed": next((line for line in lines if line.startswith("E ")), lines[-1])[:300]}
         elif skipped is not None:
             reason = skipped.longrepr[2] if isinstance(skipped.longrepr, tuple) else str(skipped.longrepr)
-            outcome |= {"not_run" if "NOT RUN" in reason else "skipped": reason}
+            outcome |= {"skipped": reason}
         _journal.end(item.nodeid, outcome)
         if failures and context_broken():
             pytest.exit("an error has made the CUDA context unusable", returncode=RESTART)

@@ -21,8 +21,9 @@ class Journal:
         self.path = path
 
     def write(self, **entry: Any) -> None:
+        # The line before may be an unfinished one of a process that was killed.
         with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(f"\n{json.dumps(entry)}\n")
 
     def plan(self, keys: Sequence[str]) -> None:
         self.write(plan=list(keys))
@@ -44,7 +45,7 @@ class Story:
         for line in path.read_text().splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the worker was killed while it wrote this line
+            except json.JSONDecodeError:  # an empty or an unfinished line
                 continue
             if "plan" in entry:
                 self.planned = entry["plan"]

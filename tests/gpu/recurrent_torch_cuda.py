@@ -243,7 +243,7 @@ def test_dropout_between_layers(kind: str) -> None:
 
 @on_a_gpu
 @first_shard
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NOT RUN: this machine has one GPU")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one GPU")
 def test_another_device_than_the_current_one() -> None:
     case = a_case()
     results = []

@@ -23,6 +23,7 @@ OVER = "the time of this part was over"
 # Every process has a group of its own, so that its children can be ended with it.
 _OWN_GROUP: dict[str, Any] = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 _running: set[_Process] = set()
+_stopped = threading.Event()
 
 
 class Worker(NamedTuple):
@@ -83,8 +84,9 @@ class _Process:
         _running.discard(self)
 
 
-def end_all() -> None:
-    """Ends the processes of a run that an exception has left."""
+def stop() -> None:
+    """Ends all processes, of a run that an exception has left. No more are started."""
+    _stopped.set()
     for process in tuple(_running):
         process.end()
 
@@ -99,8 +101,8 @@ def _run_worker(worker: Worker, folder: Path, until: float) -> Outcome:
         **os.environ, **worker.environment, "DLKERNELS_JOURNAL": str(path), "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
-    problem = ""
-    while not problem and time.time() < until:
+    problem = "" if time.time() < until else OVER
+    while not problem and time.time() < until and not _stopped.is_set():
         before = len(Story(path).ended)
         process = _Process(worker, log, environment)
         problem = _watch(worker, process, journal, until)

@@ -33,8 +33,8 @@ def read(out: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Any:
-    def call(*arguments: str) -> tuple[subprocess.CompletedProcess[str], Path]:
-        return run(FAULTY, *arguments, FAULTY_FOLDER=str(tmp_path)), tmp_path / "out"
+    def call(*arguments: str, **more: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+        return run(FAULTY, *arguments, FAULTY_FOLDER=str(tmp_path), **more), tmp_path / "out"
 
     return call
 
@@ -117,6 +117,19 @@ def test_time_limit_and_resume(faulty: Any, tmp_path: Path) -> None:
     assert done.returncode == 0 and found["status"] == "passed", done.stdout
     assert set(found["cases"]) == {"quick", "slow", "last"}
     assert (tmp_path / "ran").read_text().split().count("quick") == 1
+
+
+def test_nothing_runs_without_the_module(faulty: Any) -> None:
+    done, out = faulty("--part", "hanging", BUILD_FAILS="1")
+    assert done.returncode == 1 and read(out, "build")["status"] == "failed"
+    found = read(out, "hanging")
+    assert found["status"] == "not run" and found["problems"] == ["the module was not built"]
+
+
+def test_a_stage_without_time_is_no_pass(faulty: Any) -> None:
+    done, out = faulty("--part", "staged", "--limit", "staged=2")
+    found = read(out, "staged")
+    assert done.returncode == 1 and found["status"] == "incomplete" and len(found["problems"]) == 2, found
 
 
 def test_no_time_is_no_pass(faulty: Any) -> None:

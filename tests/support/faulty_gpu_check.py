@@ -24,6 +24,9 @@ import os, pathlib, subprocess, sys, time
 sys.path.insert(0, GPU)
 from journal import run_cases
 here = pathlib.Path(os.environ["HERE"])
+def module():
+    assert not os.environ.get("BUILD_FAILS")
+    return fine("build")
 def fine(name="fine"):
     with (here / "ran").open("a") as file:
         file.write(name + chr(10))
@@ -45,7 +48,8 @@ def slow_case():
     child.wait()
 """
 WORKERS = {
-    "build": "sys.exit(run_cases([('fine', lambda: fine('build'))]))",
+    # Without it nothing else runs.
+    "build": "sys.exit(run_cases([('module', module)]))",
     # Its second case hangs.
     "hanging": "sys.exit(run_cases([('before', fine), ('hangs', hanging_case), ('after', fine)]))",
     # The part's time limit ends it, and a child of its own.
@@ -57,6 +61,8 @@ WORKERS = {
     "dying": "print('no torch here'); sys.exit(3)",
     # It ends well and writes no result.
     "silent": "print('done')",
+    # Its first stage takes all the time; a second one follows.
+    "staged": "sys.exit(run_cases([('slow', hanging_case)]))",
     # It forgets a case.
     "forgetful": "from journal import of_this_process as j; j().plan(['a', 'b']); j().begin('a'); j().end('a', {})",
 }
@@ -86,8 +92,9 @@ def part(name: str, folder: Path) -> Part:
             settings |= {"PYTHONPATH": str(GPU), "DLKERNELS_DEVICE": "cpu"}
             options = ["-q", "-p", "no:cacheprovider", "--noconftest", "-p", "conftest"]  # that of tests/gpu
             command = [sys.executable, "-m", "pytest", str(folder / "shard_cuda.py"), *options]
-        patience = 100.0 if name in ("late", "shard") else 2.0
-        return [[Worker(name, command, settings, patience, fresh=name == "build")]]
+        patience = 100.0 if name in ("late", "shard", "staged") else 2.0
+        worker = Worker(name, command, settings, patience, fresh=name == "build")
+        return [[worker], [worker._replace(name="second")]] if name == "staged" else [[worker]]
 
     return Part(name, 60.0, stages)
 
