@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import struct
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ladder import BUILD, CSRC, CUDA, HERE, Failure, Unit, must, tool
+from ladder import BUILD, CSRC, CUDA, HERE, Failure, Unit, kernel_object, must, tool
 
 ARCHS = ("80", "90a", "100a")
 # Roughly how long each file takes to compile for sm_90a, in seconds, and the factor for each architecture.
@@ -32,10 +33,6 @@ _kernels: dict[tuple[str, str], list[Kernel]] = {}  # by (file, arch); compile_o
 
 def files() -> list[str]:
     return sorted(path.name for path in CUDA.glob("*.cu"))
-
-
-def kernel_object(file: str, arch: str) -> Path:
-    return BUILD / f"{file}.sm_{arch}.o"
 
 
 def code_of(cubin: Path) -> dict[str, bytes]:
@@ -62,12 +59,13 @@ def compile_one(file: str, arch: str) -> None:
     import native
 
     nvcc = tool(os.environ.get("NVCC", "nvcc"))
+    cubin = BUILD / f"{file}.sm_{arch}.cubin"
     # nvcc keeps the machine code beside the object, which on_gpu.py links into a program for a GPU.
-    kept = BUILD / f"{file}.sm_{arch}"
+    kept = BUILD / f"{file}.sm_{arch}.kept"
     kept.mkdir(exist_ok=True)
-    cubin = kept / Path(file).with_suffix(".cubin")
     options = ["-Xptxas=-v", "-lineinfo", "-keep", "-keep-dir", kept]
     report = must([nvcc, *native.nvcc_flags([arch]), *options, "-c", CUDA / file, "-o", kernel_object(file, arch)])
+    shutil.copy(kept / Path(file).with_suffix(".cubin"), cubin)
     code = code_of(cubin)
     entries = re.findall(
         r"Compiling entry function '(\S+)' for '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?"

@@ -11,8 +11,8 @@ import os
 from functools import partial
 from pathlib import Path
 
-from compiled import ARCHS, files, kernel_object
-from ladder import BUILD, CUDA, HERE, Failure, Unit, must, tool
+from compiled import ARCHS, files
+from ladder import BUILD, CUDA, HERE, Failure, Unit, kernel_object, must, tool
 from native import gpus_here
 
 _HERE = (gpus_here() or ["90a"])[0]
