@@ -3,9 +3,9 @@
 // Layouts. T steps, B sequences, I input features, H hidden units, P projected
 // units (0 = no projection), O = P ? P : H outputs per direction, D directions
 // (1 or 2), G gates of W (lstm 4, gru 3, rnn 1), S saved slots (lstm 5, gru 5,
-// rnn 1), R values in a saved record, S * H + P of them where none is narrow. "Row" is one (t, b) pair:
-// t * B + b for padded input, its position in PackedSequence.data for packed
-// input. All strides count elements.
+// rnn 1), R values in a saved record, S * H + P of them if all slots are there and none has 16 bits. "Row" is one (t,
+// b) pair: t * B + b for padded input, its position in PackedSequence.data for packed input. All strides count
+// elements.
 //
 // The compute type is double for f64 and float for every other dtype. Each tensor has a
 // dtype of its own: under autocast input, weights and states differ. All of them are f64
@@ -22,12 +22,19 @@ struct LayerShape {
   DType dtype;
   int64_t T, B, I, H, P;
   int D;
-  int64_t rows;  // T * B when padded, the sum of the lengths when packed
-  bool narrow;   // a record's narrow slots have the 16-bit `dtype`: two values take the space of one
+  int64_t rows;   // T * B when padded, the sum of the lengths when packed
+  bool narrow;    // a record's bounded and narrow slots have 16 bits; `dtype` has 16 bits
+  bool one_step;  // the call of a cell: its records have no state slot where the backward can do without
   int64_t outputs() const { return P ? P : H; }
+  bool keeps_state() const { return !one_step || !cell_traits(cell).state_follows; }
+  // The slots of a record that have 16 bits.
+  int half_slots() const {
+    const CellTraits traits = cell_traits(cell);
+    return narrow ? traits.bounded + traits.narrow - (traits.narrow && !keeps_state()) : 0;
+  }
   int64_t record() const {
-    const int narrow_count = narrow ? narrow_slots(cell) : 0;
-    return (saved_slots(cell) - narrow_count) * H + (narrow_count * H + 1) / 2 + P;
+    const int slots = saved_slots(cell) - !keeps_state(), halves = half_slots();
+    return (slots - halves) * H + (halves * H + 1) / 2 + P;
   }
 };
 
@@ -71,8 +78,8 @@ struct ForwardParams {
   StateTensor<void*> h_n;      // [D, B, O]
   StateTensor<void*> c_n;      // [D, B, H], lstm only
   void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, then h' if it is
-                               // projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'. With shape.narrow
-                               // the last slots have 16 bits. Padding rows are not written.
+                               // projected. lstm i,f,g,o,c'; gru r,z,n,W_hn h + b_hn,h'; rnn h'. Slots of 16 bits
+                               // come first (rnn/cpu/record.h). Padding rows are not written.
   bool deterministic;          // a sequence's result must not depend on the other sequences of its batch
 };
 

@@ -108,7 +108,9 @@ py::dict traits_dict() {
     py::dict row;
     row["gates"] = traits.gates;
     row["saved"] = traits.saved;
+    row["bounded"] = traits.bounded;
     row["narrow"] = traits.narrow;
+    row["state_follows"] = traits.state_follows;
     row["gate_grads"] = gate_grad_slots(cell);
     row["parted_gate"] = traits.parted_gate;
     row["cell_state"] = traits.cell_state;

@@ -18,8 +18,11 @@ class Kind(NamedTuple):
     gates: rows of the weight matrices per hidden unit, in torch's order: i, f, g, o and r, z, n.
     direct_path: whether h' depends on h directly, not only through the gates.
     slots: the values that the forward saves per row for the backward, [H] each; with a projection, the projected h'
-        follows them. On the CPU the last `narrow` slots have 16 bits in a call of a 16-bit type: h', which y rounds to
-        16 bits as well, and the hidden half of gru's n.
+        follows them. `records` has their layout.
+    bounded, narrow: on the CPU so many slots at the start and at the end have 16 bits in a call of a 16-bit type: the
+        gates, which are within [-1, 1]; h', which y rounds to 16 bits as well, and the hidden half of gru's n.
+    state_follows: whether the backward of a step needs no state slot (c' or h') if it has the state before the step. On
+        the CPU a cell's record then has none.
     gate_grads: the gradients of the gates that the backward returns on request; `of_input` and `of_hidden` are the
         indices of those that belong to W_ih x + b_ih and to W_hh h + b_hh.
     """
@@ -32,7 +35,9 @@ class Kind(NamedTuple):
     direct_path: bool
     may_project: bool
     slots: tuple[str, ...]
+    bounded: int
     narrow: int
+    state_follows: bool
     gate_grads: tuple[str, ...]
     of_input: tuple[int, ...]
     of_hidden: tuple[int, ...]
@@ -51,18 +56,18 @@ class Kind(NamedTuple):
 
 _LSTM = Kind(
     "lstm", "lstm", "LSTM", 4, has_cell_state=True, direct_path=False, may_project=True,
-    slots=("i", "f", "g", "o", "c'"), narrow=0, gate_grads=("i", "f", "g", "o"), of_input=(0, 1, 2, 3),
-    of_hidden=(0, 1, 2, 3),
+    slots=("i", "f", "g", "o", "c'"), bounded=4, narrow=0, state_follows=True, gate_grads=("i", "f", "g", "o"),
+    of_input=(0, 1, 2, 3), of_hidden=(0, 1, 2, 3),
 )  # fmt: skip
 # n = tanh(W_in x + b_in + r * (W_hn h + b_hn)): the input half and the hidden half of n have different gradients.
 _GRU = Kind(
     "gru", "gru", "GRU", 3, has_cell_state=False, direct_path=True, may_project=False,
-    slots=("r", "z", "n", "hidden half of n", "h'"), narrow=2,
+    slots=("r", "z", "n", "hidden half of n", "h'"), bounded=3, narrow=2, state_follows=True,
     gate_grads=("r", "z", "input half of n", "hidden half of n"), of_input=(0, 1, 2), of_hidden=(0, 1, 3),
 )  # fmt: skip
 _RNN_TANH = Kind(
-    "rnn_tanh", "rnn", "RNN", 1, has_cell_state=False, direct_path=False, may_project=False, slots=("h'",), narrow=1,
-    gate_grads=("h'",), of_input=(0,), of_hidden=(0,),
+    "rnn_tanh", "rnn", "RNN", 1, has_cell_state=False, direct_path=False, may_project=False, slots=("h'",), bounded=0,
+    narrow=1, state_follows=False, gate_grads=("h'",), of_input=(0,), of_hidden=(0,),
 )  # fmt: skip
 
 KINDS = {kind.mode: kind for kind in (_LSTM, _GRU, _RNN_TANH, _RNN_TANH._replace(mode="rnn_relu"))}

@@ -1,4 +1,6 @@
-"""The layout of the record that the forward saves for each row and the backward reads."""
+"""The layout of the record that the forward saves of each row for the backward. On the CPU, in a call of a 16-bit type,
+slots of 16 bits come first (csrc/rnn/cpu/record.h): the bounded ones in fixed point, then the narrow ones in the type
+of the call."""
 
 from __future__ import annotations
 
@@ -9,22 +11,34 @@ from dlkernels.rnn.kinds import Kind
 
 __all__ = ["size", "slots"]
 
-
-def _narrow(kind: Kind, dtype: torch.dtype, device: torch.device) -> int:
-    return kind.narrow if dtype.itemsize == 2 and device.type != "cuda" else 0
+_FIXED_STEPS = 32767  # 1 in fixed point; a NaN is -32768
 
 
-def size(kind: Kind, hidden: int, proj: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The size of a record, in values of the compute type; `dtype` is the type to which products may be rounded."""
-    narrow = _narrow(kind, dtype, device)
-    return (len(kind.slots) - narrow) * hidden + (narrow * hidden + 1) // 2 + proj
+def _has_halves(dtype: torch.dtype, device: torch.device) -> bool:
+    return dtype.itemsize == 2 and device.type != "cuda"
+
+
+def size(
+    kind: Kind, hidden: int, proj: int, dtype: torch.dtype, device: torch.device, one_step: bool = False
+) -> int:  # fmt: skip
+    """The size of a record, in values of the compute type; `dtype` is the type to which products may be rounded.
+    `one_step`: the record of a cell, which has no state slot where the backward can do without."""
+    drops_state = one_step and kind.state_follows and device.type != "cuda"
+    count, halves = len(kind.slots) - drops_state, 0
+    if _has_halves(dtype, device):
+        halves = kind.bounded + kind.narrow - (drops_state and kind.narrow > 0)
+    return (count - halves) * hidden + (halves * hidden + 1) // 2 + proj
 
 
 def slots(kind: Kind, saved: Tensor, hidden: int, dtype: torch.dtype) -> list[Tensor]:
-    """The slots of records [..., size], [..., H] each, in the compute type; with a projection, h' follows them."""
-    narrow = _narrow(kind, dtype, saved.device)
-    if not narrow:
+    """The slots of a layer's records [..., size], [..., H] each, in the compute type; with a projection, h' follows
+    them."""
+    if not _has_halves(dtype, saved.device):
         return list(torch.split(saved, hidden, -1))
-    wide = (len(kind.slots) - narrow) * hidden
-    values = saved[..., wide:].contiguous().view(dtype)[..., : narrow * hidden].to(saved.dtype)
-    return [part for part in (saved[..., :wide], values) for part in torch.split(part, hidden, -1) if part.shape[-1]]
+    bounded, halves = kind.bounded * hidden, (kind.bounded + kind.narrow) * hidden
+    at = (halves + 1) // 2
+    bits = saved[..., :at].contiguous()
+    fixed = bits.view(torch.int16)[..., :bounded]
+    gates = torch.where(fixed < -_FIXED_STEPS, torch.nan, fixed.to(saved.dtype) / _FIXED_STEPS)
+    parts = (gates, saved[..., at:], bits.view(dtype)[..., bounded:halves].to(saved.dtype))
+    return [slot for part in parts for slot in torch.split(part, hidden, -1) if slot.shape[-1]]

@@ -344,6 +344,28 @@ DLK_INLINE __m512i _mm512_cvtepu16_epi32(__m256i a) {
   const __m256i part[2] = {_mm256_cvtepu16_epi32(x.part[0]), _mm256_cvtepu16_epi32(x.part[1])};
   return avx512_emulation::bits<__m512i>(part);
 }
+DLK_INLINE __m512i _mm512_cvtepi16_epi32(__m256i a) {
+  const avx512_emulation::Parts<__m128i, __m256i> x(a);
+  const __m256i part[2] = {_mm256_cvtepi16_epi32(x.part[0]), _mm256_cvtepi16_epi32(x.part[1])};
+  return avx512_emulation::bits<__m512i>(part);
+}
+DLK_INLINE __m512 _mm512_cvtepi32_ps(__m512i a) {
+  const avx512_emulation::Parts<__m256i, __m512i> x(a);
+  const __m256 part[2] = {_mm256_cvtepi32_ps(x.part[0]), _mm256_cvtepi32_ps(x.part[1])};
+  return avx512_emulation::bits<__m512>(part);
+}
+DLK_INLINE __m512i _mm512_cvtps_epi32(__m512 a) {
+  const avx512_emulation::Parts<__m256, __m512> x(a);
+  const __m256i part[2] = {_mm256_cvtps_epi32(x.part[0]), _mm256_cvtps_epi32(x.part[1])};
+  return avx512_emulation::bits<__m512i>(part);
+}
+DLK_INLINE __m256i _mm512_cvtsepi32_epi16(__m512i a) {
+  int32_t x[16];
+  int16_t out[16];
+  std::memcpy(x, &a, sizeof x);
+  for (int i = 0; i < 16; ++i) out[i] = static_cast<int16_t>(x[i] < -32768 ? -32768 : x[i] > 32767 ? 32767 : x[i]);
+  return avx512_emulation::bits<__m256i>(out);
+}
 DLK_INLINE __m256i _mm512_cvtepi32_epi16(__m512i a) {
   uint16_t x[32], out[16];
   std::memcpy(x, &a, sizeof x);

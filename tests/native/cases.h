@@ -110,9 +110,10 @@ struct Case {
                   "%s %s%s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
                   "bias=%d h0=%d c0=%d save=%d prepacked=%d "
                   "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
-                  mode_name(s.cell), dtypes[int(s.dtype)], s.narrow ? " narrow" : "", dtypes[int(types.x)],
-                  dtypes[int(types.weights)], dtypes[int(types.h0)], dtypes[int(types.c0)], dtypes[int(types.h)],
-                  dtypes[int(types.c)], isa_name(isa), int(s.T), int(s.B), int(s.I), int(s.H), int(s.P), s.D, threads,
+                  mode_name(s.cell), dtypes[int(s.dtype)], s.narrow ? " narrow" : "", s.one_step ? " one step" : "",
+                  dtypes[int(types.x)], dtypes[int(types.weights)], dtypes[int(types.h0)], dtypes[int(types.c0)],
+                  dtypes[int(types.h)], dtypes[int(types.c)], isa_name(isa), int(s.T), int(s.B), int(s.I), int(s.H),
+                  int(s.P), s.D, threads,
                   packed()          ? "packed"
                   : lengths.empty() ? "padded"
                                     : "lengths",
@@ -153,6 +154,7 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
     s.dtype = DType::bf16, s.P = 0;
     s.I += s.I % 2, s.H += s.H % 2;
   }
+  s.one_step = s.T == 1 && chance(random, 0.5);
   s.narrow = (s.dtype == DType::bf16 || s.dtype == DType::f16) && chance(random, 0.7);
   const bool mixed = s.dtype != DType::f64 && chance(random, 0.3);  // a dtype for each tensor, as under autocast
   const auto dtype = [&] { return mixed ? pick(random, {DType::f32, DType::bf16, DType::f16}) : s.dtype; };
@@ -241,24 +243,33 @@ struct Outputs {
   }
 };
 
-// Saved records taken apart: the slots in the compute type of all records, and the narrow slots of all records.
+// The values of all saved records by the type that they have there: `fixed` are the multiples of 1/32767, `narrow` the
+// others of 16 bits.
 struct Records {
-  Buffer wide, narrow;
+  Buffer whole, narrow, fixed;
 
   Records(const Case& c, const Buffer& saved) {
     const LayerShape& s = c.shape;
     if (!saved.get()) return;
-    const int64_t slots = s.narrow ? narrow_slots(s.cell) * s.H : 0, rows = s.D * s.rows;
-    const int64_t values = s.record() - (slots + 1) / 2, before = saved_slots(s.cell) * s.H - slots;
-    wide = Buffer(rows * values, saved.dtype());
-    narrow = Buffer(rows * slots, s.dtype);
+    const auto parts = naive::record_parts(s);
+    const int64_t rows = s.D * s.rows;
+    const auto of = [&](const naive::RecordPart& part) {
+      return part.fixed ? &fixed : part.dtype == naive::compute_dtype(s.dtype) ? &whole : &narrow;
+    };
+    int64_t count[3] = {};
+    for (const auto& part : parts) count[of(part) - &whole] += rows * (part.end - part.begin);
+    whole = Buffer(count[0], naive::compute_dtype(s.dtype));
+    narrow = Buffer(count[1], s.dtype);
+    fixed = Buffer(count[2], DType::f32);
+    int64_t to[3] = {};
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = row * s.record();
-      wide.copy(row * values, saved, at, before);
-      wide.copy(row * values + before, saved, at + s.record() - s.P, s.P);
-      if (slots)
-        std::memcpy(static_cast<char*>(narrow.get()) + row * slots * 2,
-                    static_cast<char*>(saved.get()) + (at + before) * 4, static_cast<size_t>(slots * 2));
+      for (const auto& part : parts) {
+        Buffer* into = of(part);
+        for (int64_t i = part.begin; i < part.end; ++i) {
+          const double value = naive::load_part(naive::record_at(s, saved.get(), row), part, i);
+          naive::store(into->get(), to[into - &whole]++, into->dtype(), value);
+        }
+      }
     }
   }
 };

@@ -4,7 +4,9 @@
 // bf16 do.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "rnn/params.h"
@@ -64,33 +66,69 @@ struct Weights {
   }
 };
 
-// A saved record has S * H + P values. visit(address, index, dtype, i) is called for each: value i is element `index`
-// of an array of `dtype` at `address`. The narrow slots have the layer's dtype, the others the compute type.
-template <class Bytes, class Visit>
-void each_of_record(const LayerShape& s, Bytes* saved, int64_t row, Visit visit) {
-  const int64_t slots = saved_slots(s.cell) * s.H, wide = slots - (s.narrow ? narrow_slots(s.cell) * s.H : 0);
-  const int64_t first = row * s.record();
-  for (int64_t i = 0; i < slots + s.P; ++i) {
-    if (s.narrow && i >= wide && i < slots) {
-      visit(saved + (first + wide) * 4, i - wide, s.dtype, i);
-    } else {
-      visit(saved, first + i, compute_dtype(s.dtype), i);
-    }
-  }
+// A saved record has S * H + P values, or H fewer without the state slot (the last one). In a narrow record the slots
+// of 16 bits come first: the bounded ones, whose values are multiples of 1/32767, then the narrow ones in the layer's
+// dtype.
+struct RecordPart {
+  int64_t at, begin, end;  // the values [begin, end) lie `at` bytes from the begin of the record on
+  DType dtype;
+  bool fixed;
+};
+
+inline std::vector<RecordPart> record_parts(const LayerShape& s) {
+  const CellTraits traits = cell_traits(s.cell);
+  const int64_t all = traits.saved * s.H, state = all - s.H, kept = s.keeps_state() ? all : state;
+  const DType compute = compute_dtype(s.dtype);
+  const int64_t bytes = compute == DType::f64 ? 8 : 4;
+  if (!s.narrow) return {{0, 0, kept, compute, false}, {kept * bytes, all, all + s.P, compute, false}};
+  const int64_t bounded = traits.bounded * s.H, narrow = all - traits.narrow * s.H;
+  const int64_t in_whole = std::min(kept, narrow) - bounded, in_narrow = kept - std::min(kept, narrow);
+  const int64_t whole_at = (2 * (bounded + in_narrow) + 3) / 4 * 4;
+  return {{0, 0, bounded, DType::f16, true},
+          {2 * bounded, narrow, narrow + in_narrow, s.dtype, false},
+          {whole_at, bounded, bounded + in_whole, compute, false},
+          {whole_at + 4 * in_whole, all, all + s.P, compute, false}};
+}
+
+inline double load_part(const void* record, const RecordPart& part, int64_t i) {
+  const char* from = static_cast<const char*>(record) + part.at;
+  if (!part.fixed) return load(from, i - part.begin, part.dtype);
+  int16_t steps;
+  std::memcpy(&steps, from + 2 * (i - part.begin), sizeof steps);
+  return steps == -32768 ? NAN : steps / 32767.0;
+}
+
+inline char* record_at(const LayerShape& s, const void* saved, int64_t row) {
+  const int64_t bytes = compute_dtype(s.dtype) == DType::f64 ? 8 : 4;
+  return static_cast<char*>(const_cast<void*>(saved)) + row * s.record() * bytes;
 }
 
 inline void store_record(const LayerShape& s, void* saved, int64_t row, const Vector& values) {
   if (!saved) return;
-  each_of_record(s, static_cast<char*>(saved), row, [&](char* at, int64_t index, DType dtype, int64_t i) {
-    store(at, index, dtype, values[static_cast<size_t>(i)]);
-  });
+  for (const RecordPart& part : record_parts(s)) {
+    char* to = record_at(s, saved, row) + part.at;
+    for (int64_t i = part.begin; i < part.end; ++i) {
+      const double value = values[static_cast<size_t>(i)];
+      if (part.fixed) {
+        const auto steps = static_cast<int16_t>(std::isnan(value) ? -32768 : std::nearbyint(value * 32767.0));
+        std::memcpy(to + 2 * (i - part.begin), &steps, sizeof steps);
+      } else {
+        store(to, i - part.begin, part.dtype, value);
+      }
+    }
+  }
 }
 
-inline Vector load_record(const LayerShape& s, const void* saved, int64_t row) {
-  Vector values;
-  each_of_record(s, static_cast<const char*>(saved), row, [&](const char* at, int64_t index, DType dtype, int64_t) {
-    values.push_back(load(at, index, dtype));
-  });
+// All S * H + P values; c' of a record without it is computed from the gates and the c before, and h' is 0.
+inline Vector load_record(const LayerShape& s, const void* saved, int64_t row, const Vector& c_before) {
+  Vector values(static_cast<size_t>(saved_slots(s.cell) * s.H + s.P), 0.0);
+  for (const RecordPart& part : record_parts(s)) {
+    for (int64_t i = part.begin; i < part.end; ++i) values[i] = load_part(record_at(s, saved, row), part, i);
+  }
+  if (s.cell == CellKind::lstm && !s.keeps_state()) {
+    const auto slot = [&](int64_t k, int64_t j) { return values[k * s.H + j]; };
+    for (int64_t j = 0; j < s.H; ++j) values[4 * s.H + j] = slot(1, j) * c_before[j] + slot(0, j) * slot(2, j);
+  }
   return values;
 }
 
@@ -290,15 +328,15 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
       for (int64_t step = length - 1; step >= 0; --step) {
         const int64_t t = walk.time(d, step, length), row = walk.row(t, b);
         const int64_t before = step > 0 ? walk.time(d, step - 1, length) : -1;
-        const auto record = [&](int64_t at) { return load_record(s, p.saved, d * s.rows + walk.row(at, b)); };
+        const Vector c0 = load_vector(lstm ? p.c0.data : nullptr, state * H, H, p.c0.dtype);
+        const auto record = [&](int64_t at) { return load_record(s, p.saved, d * s.rows + walk.row(at, b), c0); };
         const Vector x = operand(load_vector(p.x.data, walk.offset(p.x, t, b), s.I, p.x.dtype), pairs);
         const Vector saved = record(t), y = saved_h(s, saved);
         const Vector past = step > 0 ? record(before) : Vector();
         const Vector h_prev = step > 0 ? saved_h(s, past) : load_vector(p.h0.data, state * O, O, p.h0.dtype);
         Vector c_prev;
         if (lstm) {
-          c_prev = step > 0 ? Vector(past.begin() + 4 * H, past.begin() + 5 * H)
-                            : load_vector(p.c0.data, state * H, H, p.c0.dtype);
+          c_prev = step > 0 ? Vector(past.begin() + 4 * H, past.begin() + 5 * H) : c0;
         }
 
         if (p.dy.data) add(load_vector(p.dy.data, walk.offset(p.dy, t, b) + d * O, O, p.dy.dtype), &dh);

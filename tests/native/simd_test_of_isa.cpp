@@ -3,10 +3,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <random>
 #include <vector>
 
 #include "check.h"
+#include "simd/fixed16.h"
 #include "simd/vec.h"
 
 #define DLK_STRING_OF(text) #text
@@ -146,6 +148,32 @@ void test_conversions(const char* isa) {
         }
       }
     }
+  }
+}
+
+// Stores the values of all steps, the midpoints between them, and NaN, at every length; loads give the nearest step.
+inline void test_fixed(const char* isa) {
+  constexpr int size = Vec<float>::size;
+  const GuardedPage page;
+  float lanes[size];
+  for (int half = -2 * 32767; half <= 2 * 32767; ++half) {
+    const int n = (half & 0xffff) % (size + 1);
+    const float x = half / 2.0f / 32767.0f;
+    fixed16* p = page.last<fixed16>(n);
+    store_fixed(p, Vec<float>::set1(x), n);
+    load_fixed(p, n).store(lanes);
+    for (int i = 0; i < size; ++i)
+      CHECK(i < n ? std::fabs(lanes[i] - x) <= 0.501f / 32767 : lanes[i] == 0, "%s %g lane %d: %g", isa, x, i,
+            lanes[i]);
+    if (n && half % 2 == 0) CHECK(p->steps == half / 2, "%s %d: %d", isa, half / 2, p->steps);
+  }
+  fixed16 around[size + 1];
+  for (int n = 0; n <= size; ++n) {
+    for (fixed16& x : around) x.steps = 7;
+    store_fixed(around, Vec<float>::set1(std::nanf("")), n);
+    load_fixed(around, size).store(lanes);
+    for (int i = 0; i <= size; ++i) CHECK(around[i].steps == (i < n ? -32768 : 7), "%s n=%d lane %d", isa, n, i);
+    for (int i = 0; i < size; ++i) CHECK(std::isnan(lanes[i]) == (i < n), "%s n=%d lane %d", isa, n, i);
   }
 }
 
@@ -324,6 +352,7 @@ inline void test_isa(const char* isa) {
   test_partial_storage<f16>(isa);
   test_conversions<bf16>(isa);
   test_conversions<f16>(isa);
+  test_fixed(isa);
 }
 
 DLK_ISA_END

@@ -16,7 +16,9 @@ def test_python_and_the_kernels_agree() -> None:
         assert traits[mode] == {
             "gates": kind.gates,
             "saved": len(kind.slots),
+            "bounded": kind.bounded,
             "narrow": kind.narrow,
+            "state_follows": kind.state_follows,
             "gate_grads": len(kind.gate_grads),
             "parted_gate": parted,
             "cell_state": kind.has_cell_state,

@@ -20,13 +20,18 @@ struct LstmCell : CellConstants<CellKind::lstm> {
     const V f = sigmoid(x[1] + h[1]);
     const V g = tanh(x[2] + h[2]);
     const V o = sigmoid(x[3] + h[3]);
-    const V c_new = fma(f, c, i * g);
     saved[kI] = i;
     saved[kF] = f;
     saved[kG] = g;
     saved[kO] = o;
-    saved[kC] = c_new;
-    return o * tanh(c_new);
+    saved[kC] = state(saved, c);
+    return o * tanh(saved[kC]);
+  }
+
+  // c' from the gates and the c before.
+  template <class V>
+  static DLK_INLINE V state(const V* saved, V c) {
+    return fma(saved[kF], c, saved[kI] * saved[kG]);
   }
 
   // h' of a saved record, computed from o and c'; at(slot) reads one of its slots.

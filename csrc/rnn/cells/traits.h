@@ -14,7 +14,9 @@ struct CellTraits {
   int gates;         // blocks of H rows in W_ih and W_hh
   int saved;         // slots of H values in what the forward saves of a row. The last one is the state after the step:
                      // c' where there is a cell state, else h'
-  int narrow;        // how many slots at the end may have 16 bits: h', which y rounds too, and gru's W_hn h + b_hn
+  int bounded;       // how many slots at the start are within [-1, 1]: in a call of a 16-bit dtype they are fixed16
+  int narrow;        // how many slots at the end have that dtype then: h', which y rounds too, and gru's W_hn h + b_hn
+  bool state_follows;  // whether the backward of a step needs no state slot if it has the state before the step
   int parted_gate;   // the last gate, if its two products stay separate, each with its own bias and gradient; or kNone
   bool cell_state;   // whether there is a c beside h
   bool direct_path;  // whether h' depends on h directly, not only through the gates
@@ -24,13 +26,13 @@ struct CellTraits {
 constexpr CellTraits cell_traits(CellKind cell) {
   switch (cell) {
     case CellKind::lstm:
-      return {"lstm", 4, 5, 0, kNone, true, false, true};
+      return {"lstm", 4, 5, 4, 0, true, kNone, true, false, true};
     case CellKind::gru:
-      return {"gru", 3, 5, 2, 2, false, true, false};
+      return {"gru", 3, 5, 3, 2, true, 2, false, true, false};
     case CellKind::rnn_tanh:
-      return {"rnn_tanh", 1, 1, 1, kNone, false, false, false};
+      return {"rnn_tanh", 1, 1, 0, 1, false, kNone, false, false, false};
     case CellKind::rnn_relu:
-      return {"rnn_relu", 1, 1, 1, kNone, false, false, false};
+      return {"rnn_relu", 1, 1, 0, 1, false, kNone, false, false, false};
   }
   return {};
 }
@@ -38,7 +40,6 @@ constexpr CellTraits cell_traits(CellKind cell) {
 constexpr const char* mode_name(CellKind cell) { return cell_traits(cell).mode; }
 constexpr int gate_count(CellKind cell) { return cell_traits(cell).gates; }
 constexpr int saved_slots(CellKind cell) { return cell_traits(cell).saved; }
-constexpr int narrow_slots(CellKind cell) { return cell_traits(cell).narrow; }
 // Gate gradients per unit: those of the input side, then that of the parted gate's hidden side.
 constexpr int gate_grad_slots(CellKind cell) { return gate_count(cell) + (cell_traits(cell).parted_gate != kNone); }
 
@@ -46,7 +47,8 @@ constexpr int gate_grad_slots(CellKind cell) { return gate_count(cell) + (cell_t
 template <CellKind cell>
 struct CellConstants {
   static constexpr CellTraits kTraits = cell_traits(cell);
-  static constexpr int kGates = kTraits.gates, kSaved = kTraits.saved, kNarrow = kTraits.narrow;
+  static constexpr int kGates = kTraits.gates, kSaved = kTraits.saved;
+  static constexpr int kBounded = kTraits.bounded, kNarrow = kTraits.narrow;
   static constexpr int kGateGrads = gate_grad_slots(cell), kStateSlot = kSaved - 1, kPartedGate = kTraits.parted_gate;
   static constexpr bool kHasPartedGate = kPartedGate != kNone;
   static_assert(!kHasPartedGate || kPartedGate == kGates - 1, "products take the gates before it together");

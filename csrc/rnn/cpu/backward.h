@@ -4,8 +4,9 @@
 // dh = dgates(next) W_hh for a few units, and the cell's backward follows at once and writes
 // the gate gradients of these units. A buffer holds the gate gradients of a chunk of steps.
 // GEMMs over the chunk then compute dx and accumulate the weight gradients, so that no
-// gradient tensor of the full length is allocated. Two buffers alternate, because the first
-// step of a chunk reads the gate gradients of the last step of the previous chunk.
+// gradient tensor of the full length is allocated. The first step of a chunk reads the gate
+// gradients of the last step of the previous chunk, so the buffer has room for one step more:
+// the steps of even chunks lie in it from the begin on, those of odd chunks from the end.
 //
 // The threads are split as in the forward; all threads of a direction share the GEMMs of a chunk.
 // No sum depends on the number of threads.
@@ -37,6 +38,7 @@ class Backward {
         G_(Cell::kGates * s_.H),
         chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
         chunk_rows_(chunk_ * s_.B),
+        buffer_rows_(chunk_rows_ + s_.B),
         ld_gates_(block_ld<C>(kSlots * s_.H)),
         ld_unit_(block_ld<C>(s_.H)),
         ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
@@ -54,9 +56,9 @@ class Backward {
       dir.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
       dir.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
       dir.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
-      dir.gates = scratch.take<C>(2 * chunk_rows_ * ld_gates_);
-      dir.rounded = scratch.take<Operand<C>>(kPairs ? 2 * chunk_rows_ * ld_gates_ : 0);
-      dir.proj = scratch.take<C>(2 * chunk_rows_ * ld_proj_);
+      dir.gates = scratch.take<C>(buffer_rows_ * ld_gates_);
+      dir.rounded = scratch.take<Operand<C>>(kPairs ? buffer_rows_ * ld_gates_ : 0);
+      dir.proj = scratch.take<C>(buffer_rows_ * ld_proj_);
       dir.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
       dir.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
       dir.rows = scratch.take<Row>(chunk_rows_);
@@ -100,11 +102,12 @@ class Backward {
     const int64_t steps = layout_.steps();
     for (int64_t nth = 0; nth < steps; nth += chunk_) {
       const int64_t count = std::min(chunk_, steps - nth), parity = nth / chunk_ & 1;
-      if (team.rank == 0) number_rows(d, nth, count);
+      if (team.rank == 0) number_rows(d, nth, count, parity);
       team.sync();
       for (int64_t k = 0; k < count; ++k) {
         walk.step(nth + k, k, parity);
-        walk.member.sync();
+        // The second step may overwrite what the first step of another thread still reads.
+        (k == 0 ? team : walk.member).sync();
       }
       team.sync();
       chunk_products(team, worker, d, parity, nth == 0);
@@ -152,7 +155,7 @@ class Backward {
 
   struct Direction {
     C *hh, *ih, *hr;                      // panels of the weights
-    C *gates, *proj;                      // gradients of a chunk's gates and of its projected h, two buffers each
+    C *gates, *proj;                      // gradients of a chunk's gates and of its projected h
     Operand<C>* rounded;                  // gate gradients rounded to the operands of the products (kPairs only)
     C* cell_out;                          // o * tanh(c') of a chunk, for dw_hr
     C* carry;                             // lstm: dc; gru: the part of dh that bypasses the gates
@@ -170,8 +173,10 @@ class Backward {
   int64_t time(int d, int64_t nth) const { return d == 0 ? layout_.steps() - 1 - nth : nth; }
   // Time of the step before t in the order of the forward.
   int64_t past(int d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
-  C* gates(int d, int64_t parity) const { return direction_[d].gates + parity * chunk_rows_ * ld_gates_; }
-  Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + parity * chunk_rows_ * ld_gates_; }
+  // The first row of the current chunk in the buffers.
+  int64_t buffer_row(int d, int64_t parity) const { return parity ? buffer_rows_ - direction_[d].row_count : 0; }
+  C* gates(int d, int64_t parity) const { return direction_[d].gates + buffer_row(d, parity) * ld_gates_; }
+  Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + buffer_row(d, parity) * ld_gates_; }
   // Gate gradients as operands of products, in rows of ld_gates_ values: operand() as items (tile.h), for products
   // that sum over the gates, operand_values() as single values.
   const C* operand(int d, int64_t parity) const { return items_of<C>(operand_values(d, parity)); }
@@ -182,7 +187,7 @@ class Backward {
       return gates(d, parity);
     }
   }
-  C* proj(int d, int64_t parity) const { return direction_[d].proj + parity * chunk_rows_ * ld_proj_; }
+  C* proj(int d, int64_t parity) const { return direction_[d].proj + buffer_row(d, parity) * ld_proj_; }
 
   void prepare(const Member& team, int d) const {
     const Direction& dir = direction_[d];
@@ -214,17 +219,18 @@ class Backward {
     return Panels<C>(shape, packed);
   }
 
-  // Lists the rows of the chunk of `count` steps that begins with the nth.
-  void number_rows(int d, int64_t nth, int64_t count) {
+  // Lists the rows of the chunk of `count` steps that begins with the nth. The steps of an odd chunk are in falling
+  // order.
+  void number_rows(int d, int64_t nth, int64_t count, int64_t parity) {
     Direction& dir = direction_[d];
     const SequenceSubset all(layout_, 0, 1);
     int64_t row = 0, alive = 0;
-    for (int64_t k = 0; k < count; ++k) {
-      const int64_t t = time(d, nth + k);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t k = parity ? count - 1 - i : i, t = time(d, nth + k);
       alive = all.alive(t, alive);
       dir.first[k] = row;
-      for (int64_t i = 0; i < alive; ++i, ++row)
-        dir.rows[row] = {t, all.sequence(i), d == 0 ? t == 0 : t == all.length(i) - 1};
+      for (int64_t j = 0; j < alive; ++j, ++row)
+        dir.rows[row] = {t, all.sequence(j), d == 0 ? t == 0 : t == all.length(j) - 1};
     }
     dir.row_count = row;
   }
@@ -245,7 +251,7 @@ class Backward {
   const LayerShape& s_;
   const Plan& plan_;
   const SequenceLayout& layout_;
-  const int64_t O_, G_, chunk_, chunk_rows_, ld_gates_, ld_unit_, ld_proj_;
+  const int64_t O_, G_, chunk_, chunk_rows_, buffer_rows_, ld_gates_, ld_unit_, ld_proj_;
   const PanelShape hh_, ih_, hr_;
   C* zeros_ = nullptr;
   Direction direction_[2] = {};

@@ -52,7 +52,9 @@ struct Backward<C, Cell>::Walk::CellRow {
   DLK_INLINE void cell(int64_t j, int n, V dh) const {
     const int64_t H = backward.s_.H;
     V slots[Cell::kSaved], dgates[kSlots];
-    for (int k = 0; k < Cell::kSaved; ++k) slots[k] = backward.record_.load(saved, k, j, n);
+    const bool keeps_state = backward.record_.keeps_state;
+    for (int k = 0; k < Cell::kSaved; ++k)
+      slots[k] = k < Cell::kStateSlot || keeps_state ? backward.record_.load(saved, k, j, n) : V::zero();
     if constexpr (Cell::kCellState) {
       V dc = V::zero();
       const V previous = past ? backward.record_.load(past, Cell::kStateSlot, j, n)
@@ -62,6 +64,7 @@ struct Backward<C, Cell>::Walk::CellRow {
       } else if (!is_cut) {
         dc = V::load(carry + j);
       }
+      if (!keeps_state) slots[Cell::kStateSlot] = Cell::state(slots, previous);
       const V out = Cell::backward(slots, previous, dh, &dc, dgates);
       dc.store(carry + j);
       if (backward.s_.P) out.store(walk.dir.cell_out + row * backward.ld_unit_ + j);

@@ -107,7 +107,7 @@ template <class C, class Cell>
 DLK_INLINE Vec<C> Backward<C, Cell>::past_h(int d, const Row& row, int64_t j, int n) const {
   if (row.first) return load_state<C>(p_.h0, (d * s_.B + row.b) * O_ + j, n);
   const C* saved = saved_record(d, past(d, row.t), row.b);
-  if (s_.P) return load_part(saved + Cell::kSaved * s_.H + j, n);
+  if (s_.P) return load_part(saved + record_.projected + j, n);
   return Cell::hidden([&](int slot) __attribute__((always_inline)) { return record_.load(saved, slot, j, n); });
 }
 

@@ -149,7 +149,7 @@ struct Backward<C, Cell>::Walk {
     if (s().P || !step_rows) return;
     const Row& at = step_rows[in_step(i)];
     const C* saved = backward.saved_record(d, at.t, at.b);
-    for (int k = 0; k < Cell::kSaved; ++k)
+    for (int k = 0; k < (backward.record_.keeps_state ? Cell::kSaved : Cell::kStateSlot); ++k)
       for (int v = 0; v < vectors; ++v) backward.record_.fetch(saved, k, j + v * V::size);
   }
 

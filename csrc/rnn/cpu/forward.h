@@ -49,7 +49,7 @@ class Forward {
         ld_unit_(block_ld<C>(s_.H)),
         blocks_((s_.H + V::size - 1) / V::size),
         record_(s_),
-        in_place_(params.saved && record_.holds_products()),
+        in_place_(params.saved && !record_.narrow),
         fused_(!Cell::kHasPartedGate && !fresh_ && plan.chunk_steps == 0) {}
 
   void carve(Scratch& scratch) {

@@ -357,7 +357,9 @@ struct Forward<C, Cell>::Walk {
   DLK_INLINE void store_results(int64_t t, int64_t parity, const Units& u, const V* saved, V out) const {
     if (forward.p_.saved) {
       DLK_UNROLL
-      for (int k = 0; k < Cell::kSaved; ++k) forward.record_.store(table.saved[u.row], k, u.j, saved[k], u.n);
+      for (int k = 0; k < Cell::kSaved; ++k)
+        if (k < Cell::kStateSlot || forward.record_.keeps_state)
+          forward.record_.store(table.saved[u.row], k, u.j, saved[k], u.n);
     }
     if constexpr (Cell::kCellState) {
       saved[Cell::kStateSlot].store(c(u.i, u.j));
@@ -405,7 +407,7 @@ struct Forward<C, Cell>::Walk {
 
   // A projected h cannot be computed from the other saved values, so it is saved too.
   DLK_INLINE void emit_projected(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
-    if (forward.p_.saved) store_part(table.saved[row] + Cell::kSaved * s().H + j, out, n);
+    if (forward.p_.saved) store_part(table.saved[row] + forward.record_.projected + j, out, n);
     emit(t, parity, row, i, j, n, out);
   }
 };

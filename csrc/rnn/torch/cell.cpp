@@ -33,6 +33,7 @@ void read_call(CellKind cell, const Arguments& a, CellCall* call) {
   call->dtypes = Dtypes(check_float(a.x, "x"), a.product_dtype);
   shape.dtype = call->dtypes.product();
   shape.narrow = has_narrow_slots(shape.dtype);
+  shape.one_step = true;
   read_cell(a, call->dtypes, nullptr, &shape);
 }
 

@@ -48,7 +48,7 @@ def _fake(
     if kind.has_cell_state:
         results.append(x.new_empty((B, H), dtype=dtype_of(c_dtype, x)))
     if save:
-        record = records.size(kind, H, 0, dtype_of(product_dtype, x), x.device)
+        record = records.size(kind, H, 0, dtype_of(product_dtype, x), x.device, one_step=True)
         results.append(x.new_empty((B, record), dtype=compute_dtype(x.dtype)))
     return results
 
