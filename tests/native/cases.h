@@ -107,7 +107,7 @@ struct Case {
     const LayerShape& s = shape;
     char line[500];
     std::snprintf(line, sizeof line,
-                  "%s %s%s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
+                  "%s %s%s%s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
                   "bias=%d h0=%d c0=%d save=%d prepacked=%d "
                   "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
                   mode_name(s.cell), dtypes[int(s.dtype)], s.narrow ? " narrow" : "", s.one_step ? " one step" : "",

@@ -163,8 +163,7 @@ inline void test_fixed(const char* isa) {
     store_fixed(p, Vec<float>::set1(x), n);
     load_fixed(p, n).store(lanes);
     for (int i = 0; i < size; ++i)
-      CHECK(i < n ? std::fabs(lanes[i] - x) <= 0.501f / 32767 : lanes[i] == 0, "%s %g lane %d: %g", isa, x, i,
-            lanes[i]);
+      CHECK(i < n ? std::fabs(lanes[i] - x) <= 0.51f / 32767 : lanes[i] == 0, "%s %g lane %d: %g", isa, x, i, lanes[i]);
     if (n && half % 2 == 0) CHECK(p->steps == half / 2, "%s %d: %d", isa, half / 2, p->steps);
   }
   fixed16 around[size + 1];

@@ -67,6 +67,18 @@ def test_layers(mode: str, value: float, B: int, dtype: torch.dtype, isa: str) -
     assert_same_nan(results(ours, x), results(theirs, x))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_layers_in_16_bits(mode: str, isa: str) -> None:
+    """A NaN reaches the same results as in float32, through the gates that are saved in 16 bits too."""
+    ours, theirs = pair(LAYERS, mode, torch.float32)
+    x = torch.randn(3, 5, 4)
+    x[1, 2, 2] = math.nan
+    expected = results(theirs, x)
+    for dtype in (torch.bfloat16, torch.float16):
+        for name, actual in results(ours.to(dtype), x.to(dtype)).items():
+            assert torch.equal(actual.isnan(), expected[name].isnan()), f"{name}: {actual}"
+
+
 @places
 @pytest.mark.parametrize("mode", CELLS)
 def test_cells(mode: str, value: float, B: int, dtype: torch.dtype, isa: str) -> None:

@@ -84,3 +84,26 @@ def test_per_sample_gradients(mode: str, dtype: torch.dtype, hidden: int) -> Non
         torch.testing.assert_close(
             values.float(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
         )
+
+
+@pytest.mark.parametrize("mode", ("lstm", "gru"))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_gates_near_one(mode: str, dtype: torch.dtype, isa: str) -> None:
+    """A forget or update gate of 0.999 for 200 steps. In bfloat16 it would be 1, its own gradient 0, and the gradient of
+    the first state 20 % too large."""
+    hidden, name = 16, LAYERS[mode]
+    layer = getattr(dlkernels.nn, name)(I, hidden).to(dtype)
+    with torch.no_grad():
+        layer.bias_ih_l0[hidden : 2 * hidden] = 7
+    exact = getattr(torch.nn, name)(I, hidden, dtype=torch.float64)
+    exact.load_state_dict({key: value.double() for key, value in layer.state_dict().items()})
+    x, first = torch.randn(200, B, I).to(dtype), torch.randn(1, B, hidden).to(dtype)
+
+    def gradients(layer: torch.nn.Module, x: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        first = first.clone().requires_grad_()
+        y, _ = layer(x, (torch.zeros_like(first), first) if mode == "lstm" else first)
+        of_first, of_bias = torch.autograd.grad(y[-1].sum(), (first, layer.bias_ih_l0))
+        return of_first.double(), of_bias[hidden : 2 * hidden].double()
+
+    for got, want in zip(gradients(layer, x, first), gradients(exact, x.double(), first.double()), strict=True):
+        assert (got - want).norm() < 0.03 * want.norm()
