@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import os
 import shlex
@@ -100,14 +101,16 @@ def main() -> None:
             continue
         inputs = Inputs.make(case)
         (step, everything), (their_step, their_everything) = (
-            in_child(lambda build=build: measure(counter, case, inputs, build))  # type: ignore[misc]
-            for build in (ours, theirs)
+            in_child(functools.partial(measure, counter, case, inputs, build)) for build in (ours, theirs)
         )
-        row = {"step": {"ours": step, "torch": their_step, "ratio": step / their_step},
-               "all": {"ours": everything, "torch": their_everything, "ratio": everything / their_everything}}  # fmt: skip
+        row = {
+            "step": {"ours": step, "torch": their_step, "ratio": step / their_step},
+            "all": {"ours": everything, "torch": their_everything, "ratio": everything / their_everything},
+        }
         found[case.name] = row
-        texts = (f"{name} {r['ours'] / 2**20:8.2f} {r['torch'] / 2**20:8.2f} MiB {r['ratio']:.3f}"
-                 for name, r in row.items())  # fmt: skip
+        texts = (
+            f"{name} {r['ours'] / 2**20:8.2f} {r['torch'] / 2**20:8.2f} MiB {r['ratio']:.3f}" for name, r in row.items()
+        )
         print(f"{case.name:44}", *texts, sep="  ", flush=True)
     ratios.finish("cases, all", [row["all"]["ratio"] for row in found.values()], found, None)
     ratios.finish("cases, step", [row["step"]["ratio"] for row in found.values()], found, options.out)

@@ -71,9 +71,10 @@ def test_peak_of_training() -> None:
         assert ours[2] <= theirs[2] + 1, f"{name}: {ours[2]:.1f} MiB, torch {theirs[2]:.1f} MiB"
 
 
-# The cases in which ours allocates more than torch. A GRUCell has 7 tensors of [B, H] beside the weight gradients at its
-# peak: h', the record r, z, n, W_hn h + b_hn, dx and dh. torch has 6, because it frees what it saved while it computes
-# the gradients one after another. In bfloat16 our weight panels and sums of weight gradients are float32.
+# The cases in which ours allocates more than torch (docs/cpu.md, "Records"). At its peak a GRUCell has 7 tensors of
+# [B, H] beside the weight gradients: h', the record r, z, n, W_hn h + b_hn, dx and dh. torch has 6, because it frees
+# what it saved while it computes the gradients one after another. In bfloat16 our weight panels and sums of weight
+# gradients are float32.
 MORE_THAN_TORCH = {
     "grucell-train-f32-B16-I256-H256-1t": {"step": 1.01},
     "grucell-train-f32-B128-I512-H512-1t": {"step": 1.04},

@@ -89,8 +89,8 @@ def test_per_sample_gradients(mode: str, dtype: torch.dtype, hidden: int) -> Non
 @pytest.mark.parametrize("mode", ("lstm", "gru"))
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 def test_gates_near_one(mode: str, dtype: torch.dtype, isa: str) -> None:
-    """A forget or update gate of 0.999 for 200 steps. In bfloat16 it would be 1, its own gradient 0, and the gradient of
-    the first state 20 % too large."""
+    """A forget or update gate of 0.999 for 200 steps. In bfloat16 it would be 1, its own gradient 0, and the gradient
+    of the first state 20 % too large."""
     hidden, name = 16, LAYERS[mode]
     layer = getattr(dlkernels.nn, name)(I, hidden).to(dtype)
     with torch.no_grad():
