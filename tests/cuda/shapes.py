@@ -28,6 +28,13 @@ _LIMITED = [_NAMES.index(name) for name in ("path", "T", "B", "H", "D")]  # the 
 # In float32 a chunk of a grid has fewer cells than the block has threads. With an even number of chunks the final
 # states of the last chunk are handled by other threads than its steps.
 _FURTHER_SMALL = ("gru:f32:smallgrid:2:64:16:2:lengths:hb",)
+# A grid uses each place of its exchange several times. An h_0 with the bits of an absent value (`n`) must not make the
+# other blocks wait for ever.
+_LONG = (
+    "lstm:bf16:smallgrid:20:8:40:1:padded:hb",
+    "lstm:bf16:smallgrid:20:24:16:2:lengths:hbn",
+    "rnn_relu:f32:smallgrid:12:8:40:1:padded:hbn",
+)
 
 Row = tuple[str | int, ...]
 Pair = tuple[int, str | int, int, str | int]
@@ -101,13 +108,13 @@ def _covering(allowed: Allowed, seed: int) -> list[str]:
 
 @cache
 def all_shapes() -> list[str]:
-    return [*_covering(_affordable, seed=0), *_FURTHER_SMALL]
+    return [*_covering(_affordable, seed=0), *_FURTHER_SMALL, *_LONG]
 
 
 @cache
 def small_shapes() -> list[str]:
     """The shapes that run under the sanitizers."""
-    return [*_covering(_small, seed=1), *_FURTHER_SMALL]
+    return [*_covering(_small, seed=1), *_FURTHER_SMALL, *_LONG]
 
 
 def work(shape: str) -> int:
@@ -123,7 +130,7 @@ def _row(shape: str) -> Row:
 def check() -> None:
     """Checks that the arrays cover every affordable pair and that only the pairs of `big` are too expensive."""
     for chosen, allowed in ((all_shapes(), _affordable), (small_shapes(), _small)):
-        rows = [_row(shape) for shape in chosen]
+        rows = [_row(shape) for shape in chosen if shape not in _LONG]
         for row in rows:
             assert all(value in factor for value, factor in zip(row, _FACTORS.values(), strict=True)), row
             assert allowed(*(row[i] for i in _LIMITED)), row

@@ -15,7 +15,9 @@ namespace dlk {
 
 constexpr int kSequenceThreads = 256;
 constexpr int kSequenceWarps = kSequenceThreads / 32;
-constexpr int kMmaColumns = 8;  // sequences in one tensor-core product
+constexpr int kMmaColumns = 8;   // sequences in one tensor-core product
+constexpr int kMaxCluster = 16;  // blocks
+constexpr int kGridBuffers = 8;  // copies of the exchanged vectors in a grid's global memory (group.h)
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int ceil_div(int n, int by) { return (n + by - 1) / by; }
@@ -39,7 +41,8 @@ constexpr SliceShape slice_shape(int gates, bool half, bool cluster, bool backwa
     // Splitting the rows saves partial sums, splitting the terms saves reading the vectors more than once.
     s.row_groups = s.rows >= 96 ? 2 : 1;
     s.splits = kSequenceWarps / s.row_groups;
-    s.register_steps = 96 / (s.rows / 16 / s.row_groups * 8);  // a step takes 8 registers for each 16 rows
+    s.register_steps = (cluster && !backward ? 128 : 96) /
+                       (s.rows / 16 / s.row_groups * 8);  // a step takes 8 registers for each 16 rows
     s.step_terms = 32;
   } else {
     s.row_groups = 1;
@@ -55,7 +58,7 @@ struct SharedLayout {
   int terms;   // of the product, with padding
   int stride;  // elements from sequence to sequence in the exchange
   int shared_steps;
-  int weights, exchange, partials, states, bias, lengths;
+  int weights, exchange, partials, states, bias, lengths, receipts;
   int bytes;
 };
 
@@ -100,7 +103,7 @@ struct SequenceForward {
   void *h_n, *c_n;                   // [D, B, H]
   float* saved;                      // [D, rows, R], time-major, or null
   int64_t saved_rows;                // rows of one direction in `saved`
-  void* exchange;                    // grid: 2 * groups * tile * stride elements, need not be initialised
+  void* exchange;                    // grid: kGridBuffers * groups * tile * stride elements, need not be initialised
   unsigned* counters;                // grid: [groups], zero
 };
 
