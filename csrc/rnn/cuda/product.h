@@ -29,7 +29,9 @@ DLK_DEVICE uint4 load_vector(const void* p) {
 // In load(), `weight(row, term)` returns an element of the block's W_hh as a float, and 0 for padding.
 template <class S, int kRows, int kRowGroups, int kSplits, int kRegisterSteps, int kColumnTiles, bool kThroughL2>
 class TensorProduct {
-  static constexpr int kRowTiles = kRows / 16 / kRowGroups;
+  static constexpr int kAllRowTiles = kRows / 16;
+  // Of a warp. If they cannot be divided equally, the last group of warps has fewer.
+  static constexpr int kRowTiles = (kAllRowTiles + kRowGroups - 1) / kRowGroups;
   // Number of loads from L2 that are issued before the first of them is used.
   static constexpr int kAhead = !kThroughL2 ? 1 : kColumnTiles == 1 ? 4 : 2;
 
@@ -54,7 +56,7 @@ class TensorProduct {
       const int row = (row_group() * kRowTiles + m) * 16 + g;
       const int step = i * kSplits + split();
       const int term = step * 32 + 8 * q + 4 * product;
-      if (step >= steps_) return make_uint4(0, 0, 0, 0);
+      if (step >= steps_ || !has_row_tile(m)) return make_uint4(0, 0, 0, 0);
       return make_uint4(pair(row, term), pair(row + 8, term), pair(row, term + 2), pair(row + 8, term + 2));
     };
     DLK_UNROLL
@@ -70,7 +72,7 @@ class TensorProduct {
       }
     }
     for (int i = 0; i < layout_.shared_steps; ++i) {
-      for (int m = 0; m < kRowTiles; ++m) {
+      for (int m = 0; m < kRowTiles && has_row_tile(m); ++m) {
         for (int product = 0; product < 2; ++product) *stored(i, m, product) = fragment(kRegisterSteps + i, m, product);
       }
     }
@@ -102,6 +104,7 @@ class TensorProduct {
         if (first + i < kRegisterSteps && (first + i) * kSplits + split() < steps_) {
           DLK_UNROLL
           for (int m = 0; m < kRowTiles; ++m) {
+            if (!has_row_tile(m)) continue;
             DLK_UNROLL
             for (int n = 0; n < kColumnTiles; ++n) {
               use(v[i][n], n, m, registers_[first + i][m][0], registers_[first + i][m][1]);
@@ -117,6 +120,7 @@ class TensorProduct {
       for (int n = 0; n < kColumnTiles; ++n) v[n] = vector(kRegisterSteps + i, n);
       DLK_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
+        if (!has_row_tile(m)) continue;
         const uint4 a = *stored(i, m, 0), b = *stored(i, m, 1);
         const uint32_t low[4] = {a.x, a.y, a.z, a.w}, high[4] = {b.x, b.y, b.z, b.w};
         DLK_UNROLL
@@ -127,6 +131,7 @@ class TensorProduct {
     for (int n = 0; n < kColumnTiles; ++n) {
       DLK_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
+        if (!has_row_tile(m)) continue;
         DLK_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = (row_group() * kRowTiles + m) * 16 + g + 8 * (i / 2), column = n * 8 + 2 * q + i % 2;
@@ -139,8 +144,13 @@ class TensorProduct {
  private:
   DLK_DEVICE int split() const { return warp_ % kSplits; }
   DLK_DEVICE int row_group() const { return warp_ / kSplits; }
+  // The same for all lanes of a warp.
+  DLK_DEVICE bool has_row_tile(int m) const {
+    return kAllRowTiles % kRowGroups == 0 || row_group() * kRowTiles + m < kAllRowTiles;
+  }
   DLK_DEVICE uint4* stored(int i, int m, int product) const {
-    return weights_ + (((warp_ * layout_.shared_steps + i) * kRowTiles + m) * 2 + product) * 32;
+    const int row_tile = row_group() * kRowTiles + m;
+    return weights_ + (((split() * layout_.shared_steps + i) * kAllRowTiles + row_tile) * 2 + product) * 32;
   }
 
   const int warp_, lane_;
@@ -150,7 +160,7 @@ class TensorProduct {
   uint32_t registers_[kRegisterSteps][kRowTiles][2][4];
 };
 
-template <int kRows, int kSplits, int kRegisterSteps>
+template <int kRows, int kSplits, int kRegisterSteps, int kColumns>
 class FloatProduct {
   static constexpr int kLaneRows = (kRows + 31) / 32;
 
@@ -186,11 +196,11 @@ class FloatProduct {
   }
 
   DLK_DEVICE void multiply(const float* vectors, float* partials) {
-    float sums[kLaneRows][kMmaColumns] = {};
+    float sums[kLaneRows][kColumns] = {};
     const auto use = [&](int i, const float4(&w)[kLaneRows]) {
       const float* terms = vectors + (i * kSplits + split_) * 4;
       DLK_UNROLL
-      for (int b = 0; b < kMmaColumns; ++b) {
+      for (int b = 0; b < kColumns; ++b) {
         const float4 v = *reinterpret_cast<const float4*>(terms + b * layout_.stride);
         DLK_UNROLL
         for (int r = 0; r < kLaneRows; ++r) {
@@ -215,8 +225,8 @@ class FloatProduct {
     DLK_UNROLL
     for (int r = 0; r < kLaneRows; ++r) {
       DLK_UNROLL
-      for (int b = 0; b < kMmaColumns; ++b) {
-        if (has_row(r)) partials[(split_ * kMmaColumns + b) * (kRows + 4) + row(r)] = sums[r][b];
+      for (int b = 0; b < kColumns; ++b) {
+        if (has_row(r)) partials[(split_ * kColumns + b) * (kRows + 4) + row(r)] = sums[r][b];
       }
     }
   }
@@ -232,13 +242,13 @@ class FloatProduct {
   float4 registers_[kRegisterSteps][kLaneRows];
 };
 
-template <class S, int kGates, bool kCluster, bool kBackward, int kColumnTiles>
+template <class S, int kGates, bool kCluster, bool kBackward, int kUnits, int kColumns>
 struct ChooseProduct {
-  static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kCluster, kBackward);
-  using type = std::conditional_t<
-      sizeof(S) == 2,
-      TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps, kColumnTiles, !kCluster>,
-      FloatProduct<shape.rows, shape.splits, shape.register_steps>>;
+  static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kUnits, kBackward);
+  using type = std::conditional_t<sizeof(S) == 2,
+                                  TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps,
+                                                kColumns / kMmaColumns, !kCluster>,
+                                  FloatProduct<shape.rows, shape.splits, shape.register_steps, kColumns>>;
 };
 
 }  // namespace gpu

@@ -19,15 +19,14 @@
 namespace dlk {
 namespace gpu {
 
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward p) {
   if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates, kSlots = Cell::kGateGrads;
-  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, true);
-  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
-  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kUnits, true);
+  using Turns = CellTurns<kUnits, kColumns>;
+  constexpr int kTurns = Turns::kCount;
   constexpr int kPart = kColumns * (kShape.rows + 4);
-  constexpr int kRowsApart = kSequenceThreads / kUnits;  // distance between the sequences of a thread
 
   char* shared = dynamic_shared();
   const SharedLayout& layout = p.layout;
@@ -42,19 +41,20 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   const int first_unit = slice * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
   const int d = static_cast<int>(blockIdx.z);
   const int unit = thread % kUnits, j = first_unit + unit;
-  const bool exists = j < p.H;
+  const bool exists = thread < Turns::kThreads && j < p.H;
   const bool relu = p.cell == CellKind::rnn_relu;
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;
   const int steps = read_lengths<kColumns>(p, first, lengths);
 
   const S* w = static_cast<const S*>(p.w_hh[d]);
-  typename ChooseProduct<S, kGates, kCluster, true, kColumnTiles>::type product(layout, shared);
+  typename ChooseProduct<S, kGates, kCluster, true, kUnits, kColumns>::type product(layout, shared);
+  // The index is 32 bits wide, which is enough for every W_hh that fits the chip and halves the code of load().
   product.load([&](int row, int term) {
     const int gate = term / kUnits % kGates, from = term / (kGates * kUnits) * kUnits + term % kUnits;
     const int u = first_unit + row;
-    return u < p.H && from < p.H ? to_float(w[(static_cast<int64_t>(gate) * p.H + from) * p.H + u]) : 0.0f;
+    return row < kUnits && u < p.H && from < p.H ? to_float(w[(gate * p.H + from) * p.H + u]) : 0.0f;
   });
-  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; thread < Turns::kThreads && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     const int64_t at = (state0 + b) * p.H + j;
     const bool there = exists && first + b < p.B;
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       float record[kTurns][Cell::kSaved] = {}, state[kTurns] = {}, dh[kTurns] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int b = chunk + thread / kUnits + i * kRowsApart;
-        if (!exists || b >= p.tile || s == steps || t >= lengths[b]) continue;
+        const int b = chunk + Turns::column(thread, i);
+        if (!exists || !Turns::has_cell(thread, i) || s == steps || t >= lengths[b]) continue;
         const int64_t row = row_number(p.offsets, p.B, t, first + b);
         DLK_UNROLL
         for (int k = 0; k < Cell::kSaved; ++k) record[i][k] = saved[(row * Cell::kSaved + k) * p.H];
@@ -110,38 +110,42 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       float grads[kTurns][kSlots];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
+        const int column = Turns::column(thread, i), b = chunk + column;
         DLK_UNROLL
         for (int k = 0; k < kSlots; ++k) grads[i][k] = 0.0f;
-        if (column >= kColumns || !any_live) continue;
-        const int length = lengths[b];
-        const bool live = exists && s < steps && t < length;
-        float* carry = carries + b * kUnits + unit;
-        float* dc = dcs + b * kUnits + unit;
-        const float arrived = *carry + add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
+        if (!any_live || !Turns::warp_has_cells(thread, i)) continue;
+        const bool mine = Turns::kWholeWarps || Turns::has_cell(thread, i);
         bool cut = false;
-        if (live) {
-          const float direct = step_backward<Cell>(relu, record[i], state[i], dh[i] + arrived, dc, grads[i]);
-          const int own_step = d == 0 ? t : length - 1 - t;
-          cut = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
-          *carry = cut ? 0.0f : direct;
-          if (cut) *dc = 0.0f;
-        } else {
-          *carry = arrived;
+        if (mine) {
+          const int length = lengths[b];
+          const bool live = exists && s < steps && t < length;
+          float* carry = carries + b * kUnits + unit;
+          float* dc = dcs + b * kUnits + unit;
+          const float arrived = *carry + add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
+          if (live) {
+            const float direct = step_backward<Cell>(relu, record[i], state[i], dh[i] + arrived, dc, grads[i]);
+            const int own_step = d == 0 ? t : length - 1 - t;
+            cut = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
+            *carry = cut ? 0.0f : direct;
+            if (cut) *dc = 0.0f;
+          } else {
+            *carry = arrived;
+          }
         }
         if (s == steps) continue;
+        // Lanes without a cell take part, because send() exchanges items between lanes.
         DLK_UNROLL
         for (int g = 0; g < kGates; ++g) {
           const float item = cut ? 0.0f : grads[i][hidden_slot<Cell>(g)];
-          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item), true);
+          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item), mine);
         }
       }
       if (last_chunk && s < steps) group.arrive();
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-        if (column >= kColumns || !exists || s == steps || first + b >= p.B) break;
+        const int b = chunk + Turns::column(thread, i);
+        if (!Turns::has_cell(thread, i) || !exists || s == steps || first + b >= p.B) break;
         if (p.offsets && t >= lengths[b]) continue;
         S* to = static_cast<S*>(dgates.data) + row_offset(dgates, p.offsets, t, first + b) + j;
         const int64_t row = row_number(p.offsets, p.B, t, first + b);
@@ -157,7 +161,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
 
   // If a chunk has fewer cells than the block has threads, the values read here were written above by other threads.
   __syncthreads();
-  for (int i = thread; exists && i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; exists && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     if (first + b >= p.B) break;
     const int64_t at = (state0 + b) * p.H + j;
@@ -180,7 +184,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   }
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
-    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kRowsApart) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
       S* to = static_cast<S*>(dgates.data) + row_offset(dgates, nullptr, t, first + b) + j;
       const int64_t row = row_number(nullptr, p.B, t, first + b);
       DLK_UNROLL

@@ -15,13 +15,13 @@
 namespace dlk {
 namespace gpu {
 
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __grid_constant__ SequenceForward p) {
   if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates;
-  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, false);
-  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
-  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kUnits, false);
+  using Turns = CellTurns<kUnits, kColumns>;
+  constexpr int kTurns = Turns::kCount;
   constexpr int kPart = kColumns * (kShape.rows + 4);  // floats of one part of a product
 
   char* shared = dynamic_shared();
@@ -37,16 +37,17 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   const int first_unit = static_cast<int>(blockIdx.x) * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
   const int d = static_cast<int>(blockIdx.z);
   const int unit = thread % kUnits, j = first_unit + unit;  // a thread has the same unit in all its iterations
-  const bool exists = j < p.H;
+  const bool exists = thread < Turns::kThreads && j < p.H;
   const bool relu = p.cell == CellKind::rnn_relu;
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;  // row of the tile's first sequence in h_0, c_0, ...
   const int steps = read_lengths<kColumns>(p, first, lengths);
 
   const S* w = static_cast<const S*>(p.w_hh[d]);
-  typename ChooseProduct<S, kGates, kCluster, false, kColumnTiles>::type product(layout, shared);
+  typename ChooseProduct<S, kGates, kCluster, false, kUnits, kColumns>::type product(layout, shared);
+  // The index is 32 bits wide, which is enough for every W_hh that fits the chip and halves the code of load().
   product.load([&](int row, int term) {
     const int u = first_unit + row % kUnits;
-    return u < p.H && term < p.H ? to_float(w[static_cast<int64_t>(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
+    return u < p.H && term < p.H ? to_float(w[(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
   });
   // Both biases are added on the input side, except the hidden bias of the gru's n, which is added to the recurrent
   // product.
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     if (u < p.H && (g < kGates ? !apart : apart)) sum += load_or_zero<S>(p.b_hh[d], at);
     bias[i] = sum;
   }
-  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; thread < Turns::kThreads && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     const int64_t at = (state0 + b) * p.H + j;
     const bool there = exists && first + b < p.B;
@@ -90,8 +91,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       float x[kTurns][kGates];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int b = chunk + thread / kUnits + i * (kSequenceThreads / kUnits);
-        const bool live = exists && b < p.tile && t < lengths[b];
+        const int b = chunk + Turns::column(thread, i);
+        const bool live = exists && Turns::has_cell(thread, i) && t < lengths[b];
         const float* from = live ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
         DLK_UNROLL
         for (int g = 0; g < kGates; ++g) x[i][g] = live ? from[static_cast<int64_t>(g) * p.H] : 0.0f;
@@ -111,27 +112,31 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       float h_new[kTurns] = {}, out[kTurns][Cell::kSaved] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;
-        if (column >= kColumns || !any_live) break;
-        const bool live = t < lengths[b];
-        float hidden[kGates];
-        DLK_UNROLL
-        for (int g = 0; g < kGates; ++g) {
-          hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
-          x[i][g] += bias[g * kUnits + unit];
+        const int column = Turns::column(thread, i), b = chunk + column;
+        if (!any_live || !Turns::warp_has_cells(thread, i)) break;
+        bool live = false;
+        if (Turns::kWholeWarps || Turns::has_cell(thread, i)) {
+          live = t < lengths[b];
+          float hidden[kGates];
+          DLK_UNROLL
+          for (int g = 0; g < kGates; ++g) {
+            hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
+            x[i][g] += bias[g * kUnits + unit];
+          }
+          if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += bias[kGates * kUnits + unit];
+          float* state = states + b * kUnits + unit;
+          h_new[i] = step_forward<Cell>(relu, x[i], hidden, *state, out[i]);
+          if (live) *state = out[i][Cell::kStateSlot];
         }
-        if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += bias[kGates * kUnits + unit];
-        float* state = states + b * kUnits + unit;
-        h_new[i] = step_forward<Cell>(relu, x[i], hidden, *state, out[i]);
-        if (live) *state = out[i][Cell::kStateSlot];
+        // Lanes without a cell take part, because send() exchanges items between lanes.
         group.send(s, b, j, from_float<S>(exists ? h_new[i] : 0.0f), live);
       }
       if (last_chunk) group.arrive();
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;
-        if (column >= kColumns || !exists || first + b >= p.B) break;
+        const int b = chunk + Turns::column(thread, i);
+        if (!Turns::has_cell(thread, i) || !exists || first + b >= p.B) break;
         const bool live = t < lengths[b];
         if (live || !p.offsets) {
           y[row_offset(p.y, p.offsets, t, first + b)] = from_float<S>(live ? h_new[i] : 0.0f);
@@ -154,7 +159,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
 
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
-    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kSequenceThreads / kUnits) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
       y[row_offset(p.y, nullptr, t, first + b)] = from_float<S>(0.0f);
     }
   }
