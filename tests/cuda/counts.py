@@ -59,11 +59,10 @@ def parse(listing: str) -> dict[str, Function]:
             elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
                 target = re.search(r"`\((\.\w+)\)", found[2]) if found[1].startswith("BRA") else None
                 instructions.append(Instruction(found[1], target[1] if target else ""))
-        loops = [
-            Loop(labels[one.target], at)
-            for at, one in enumerate(instructions)
-            if one.target and labels[one.target] < at
-        ]  # fmt: skip
+        back = [(labels[one.target], at) for at, one in enumerate(instructions) if one.target and labels[one.target] < at]
+        # Code for rare cases stands behind the end of the kernel and jumps back into it: those are no loops.
+        exits = {at for at, one in enumerate(instructions) if one.name == "EXIT"}
+        loops = [Loop(begin, end) for begin, end in back if exits.isdisjoint(range(begin, end))]
         functions[name] = Function(instructions, loops)
     return functions
 
@@ -100,12 +99,13 @@ class Counts(NamedTuple):
 
 
 def _trips(names: Sequence[str]) -> int:
-    """How often a product follows a load from L2: all loads since the last product are under way together."""
+    """How often something waits for vectors from L2: a product or, in float32, a copy to shared memory. All loads since
+    the last wait are under way together."""
     trips, requested = 0, False
     for name in names:
         if _is_strong_load(name) and ".128" in name:
             requested = True
-        elif _is_product(name) and requested:
+        elif requested and (_is_product(name) or name.startswith("STS")):
             trips, requested = trips + 1, False
     return trips
 
@@ -165,7 +165,7 @@ def count(function: Function) -> Counts:
         loop_products=sum(map(_is_product, looped)),
         shared_loads=sum(name.startswith("LDS") for name in plain),
         shared_stores=sum(name.startswith("STS") for name in plain),
-        trips=_trips(plain),
+        trips=_trips(plain) + sum(_trips(names(loop)) for loop in inner if loop not in products),
         loop_trips=_trips(looped),
         vector_loads=_widths([name for name in every if _is_strong_load(name) and ".128" in name]),
         sends=_widths(sent),
