@@ -98,17 +98,18 @@ class Sequence(NamedTuple):
     cell: str
     dtype: str
     cluster: bool
-    column_tiles: int
+    units: int
+    columns: int
 
 
 def sequence_kernel(mangled: str) -> Sequence | None:
     match = re.search(
-        r"sequence_(forward|backward)I.*?(Lstm|Gru|Rnn)CellE(13__nv_bfloat16|6__half|f)Lb([01])ELi([12])E", mangled
+        r"sequence_(forward|backward)I.*?(Lstm|Gru|Rnn)CellE(13__nv_bfloat16|6__half|f)Lb([01])ELi(\d+)ELi(\d+)E", mangled
     )
     if match is None:
         return None
     dtype = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}[match[3]]
-    return Sequence(match[1], match[2].lower(), dtype, match[4] == "1", int(match[5]))
+    return Sequence(match[1], match[2].lower(), dtype, match[4] == "1", int(match[5]), int(match[6]))
 
 
 # The number of multiprocessors of an H200, and the registers, threads and shared memory in bytes of each. Of the shared
@@ -128,7 +129,7 @@ def blocks_at_once(registers: int, shared: int, threads: int) -> int:
 
 def check_resident() -> None:
     """Checks for every plan that the blocks that wait for each other at a barrier can all run at the same time, with
-    the registers and the shared memory that the compiled kernel uses."""
+    the registers and the shared memory that the compiled kernel uses, and that some plan selects every kernel."""
     program = BUILD / "plans"
     must([tool("g++"), "-std=c++17", "-O1", f"-I{CSRC}", HERE / "plans.cpp", CUDA / "sequence_plan.cpp", "-o", program])
     kernels = {
@@ -139,11 +140,14 @@ def check_resident() -> None:
         if (sequence := sequence_kernel(kernel.function))
     }
     checked = 0
+    selected = set()
     for line in must([program]).splitlines():
-        cell, dtype, *_, way, kind, slices, groups, at_once, column_tiles, threads, shared = line.split()
+        cell, dtype, *_, way, kind, slices, groups, at_once, units, columns, threads, shared = line.split()
         if kind == "steps":
             continue
-        kernel = kernels[Sequence(way, cell, dtype, kind == "cluster", int(column_tiles))]
+        sequence = Sequence(way, cell, dtype, kind == "cluster", int(units), int(columns))
+        selected.add(sequence)
+        kernel = kernels[sequence]
         on_one = blocks_at_once(kernel.registers, kernel.static_shared + int(shared), int(threads))
         # The barrier of a grid joins the blocks of all groups. That of a cluster joins the blocks of one group, and the
         # plan counts on groups_at_once groups that run at the same time.
@@ -152,8 +156,10 @@ def check_resident() -> None:
         if together > MULTIPROCESSORS * on_one or not fits:
             raise Failure(f"{line}: {together} blocks, {on_one} on a multiprocessor ({kernel.registers} registers)")
         checked += 1
-    if checked < 400:
+    if checked < 1200:
         raise Failure(f"only {checked} plans are persistent")
+    if unused := set(kernels) - selected:
+        raise Failure(f"no plan selects {sorted(unused)}")
 
 
 def left_out(file: str, arch: str) -> bool:

@@ -3,6 +3,7 @@ tsan), and bugs planted in the kernels."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from functools import cache, partial
@@ -122,11 +123,46 @@ def link(kind: str) -> None:
     must([*compiler(kind), "-pthread", *built, RUNTIME, "-o", BUILD / f"kernels-{kind}"])
 
 
+# The sequence kernels that ran in the plain build: way, cell, dtype, cluster, units of a slice, columns.
+Instance = tuple[str, str, str, bool, int, int]
+_ran: set[Instance] = set()
+
+
 def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
+    cell, dtype, *_ = shape.split(":")
     for seed in seeds:
         output = must([BUILD / f"kernels-{kind}", shape], **environment(seed))
         if "1 shapes, 0 failures" not in output:
             raise Failure(output)
+        for way, plan, units, columns in re.findall(r"^plan (\w+) (\w+) (\d+) (\d+)$", output, re.MULTILINE):
+            if kind == "plain" and plan != "steps":
+                _ran.add((way, cell.split("_")[0], dtype, plan == "cluster", int(units), int(columns)))
+
+
+def plain_test(name: str, *further: Path) -> None:
+    """Compiles a test that needs no emulation and runs it."""
+    program = BUILD / name
+    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-isystem{cuda_include()}", f"-I{CSRC}"]
+    must([tool("g++"), *options, HERE / f"{name}.cpp", *further, "-o", program])
+    if " hold" not in (output := must([program])):
+        raise Failure(output)
+
+
+def check_every_kernel_ran() -> None:
+    """Checks that the shapes of the rung `kernels` make every sequence kernel run that is compiled."""
+    objects = [object_of("plain", source) for source in SOURCES if source.startswith("sequence_") and "plan" not in source]
+    names = re.findall(
+        r"sequence_(forward|backward)<dlk::gpu::(Lstm|Gru|Rnn)Cell, (\S+), (true|false), (\d+), (\d+)>\(",
+        must([tool("nm"), "-C", *objects]),
+    )  # fmt: skip
+    dtypes = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
+    compiled = {
+        (way, cell.lower(), dtypes[dtype], cluster == "true", int(units), int(columns))
+        for way, cell, dtype, cluster, units, columns in names
+    }
+    if not compiled or compiled != _ran:
+        missing, unknown = sorted(compiled - _ran), sorted(_ran - compiled)
+        raise Failure(f"{len(compiled)} kernels are compiled; never run: {missing}; run and not compiled: {unknown}")
 
 
 # ---- Bugs planted in the kernels.
@@ -217,6 +253,11 @@ def units(short: bool = False) -> list[Unit]:
             # --short leaves out one seed, that is, one schedule of the threads, of each shape.
             run = partial(run_shape, kind, shape, seeds[:-1] if short else seeds)
             all_units.append(Unit(rung, f"{rung} {shape}", seconds, run, (f"link {kind}",)))
+    planned = partial(plain_test, "plan_test", CUDA / "sequence_plan.cpp")
+    all_units.append(Unit("kernels", "plans", 2, planned))
+    all_units.append(Unit("kernels", "limits", 2, partial(plain_test, "limits_test")))
+    ran = tuple(f"kernels {shape}" for shape in shapes.all_shapes())
+    all_units.append(Unit("kernels", "every kernel ran", 1, check_every_kernel_ran, ran))
     for kind in sorted({mutant.noticed_by for mutant in MUTANTS}):
         steady = tuple(f"{source} {kind}" for source in STEADY)
         run = partial(unchanged, kind)

@@ -60,9 +60,10 @@ DLK_DEVICE uint4 gather_piece(Bits<S> bits) {
 //   begin    fills the vectors of the first step with `value(b, term)`. `reads(b)` is whether that step reads them.
 //   prepare  at the start of a step; `sequences()` is the number of those whose vectors the next step reads
 //   wait     before the step's first product
-//   send     passes this lane's item of sequence b at `term` to the next step. The lanes of a piece must pass the same
-//   b. retire   after the product of b's chunk: nothing reads the item of the step before any more finish   at the end
-//   of a step in which the block has called __syncthreads()
+//   send     passes this lane's item of sequence b at `term` to the next step, if `send`. All lanes of the warp must
+//            call; those of a piece must pass the same b and `send`.
+//   retire   after the product of b's chunk: nothing reads the item of the step before any more
+//   finish   at the end of a step in which the block has called __syncthreads()
 template <class S>
 class ClusterGroup {
  public:
@@ -98,16 +99,17 @@ class ClusterGroup {
 #endif
   }
 
-  // No thread is two phases late: the phase of step s ends after all threads of this block have sent in step s - 1, for
-  // which they had waited for the one before.
+  // No thread is two phases late: the phase of step s ends after this block has sent in step s - 1, and before it sends
+  // all of its threads meet, having waited for the one before.
   DLK_DEVICE void wait(int step) {
 #if DLK_HAS_CLUSTERS
     if (step > 0) receipt_wait(receipts_ + (step & 1), static_cast<unsigned>(step - 1) / 2 & 1);
 #endif
   }
 
-  DLK_DEVICE void send(int step, int b, int term, S item) {
+  DLK_DEVICE void send(int step, int b, int term, S item, bool send) {
     const uint4 piece = gather_piece<S>(bits_of(item));
+    if (!send) return;
 #if DLK_HAS_CLUSTERS
     const int lane = threadIdx.x % kPieceLanes<S>;
     S* to = vectors_ + ((step + 1) & 1) * half_ + b * stride_ + term - lane;
@@ -168,9 +170,9 @@ class GridGroup {
   }
   DLK_DEVICE void wait(int) {}
 
-  DLK_DEVICE void send(int step, int b, int term, S item) {
+  DLK_DEVICE void send(int step, int b, int term, S item, bool send) {
     const uint4 piece = gather_piece<S>(present(item));
-    if (threadIdx.x % kPieceLanes<S> == 0) store_piece(buffer(step + 1) + b * stride_ + term, piece);
+    if (send && threadIdx.x % kPieceLanes<S> == 0) store_piece(buffer(step + 1) + b * stride_ + term, piece);
   }
 
   DLK_DEVICE void retire(int step, int b, int term) {

@@ -31,10 +31,13 @@ DLK_DEVICE uint4 load_vector(const S* base, int index) {
 // In load(), `weight(row, term)` returns an element of the block's W_hh as a float, and 0 for padding.
 template <class S, int kRows, int kRowGroups, int kSplits, int kRegisterSteps, int kColumnTiles, bool kPieces>
 class TensorProduct {
-  static constexpr int kRowTiles = kRows / 16 / kRowGroups;
+  static constexpr int kAllRowTiles = kRows / 16;
+  // Of a warp. If they cannot be divided equally, the last group of warps has fewer.
+  static constexpr int kRowTiles = (kAllRowTiles + kRowGroups - 1) / kRowGroups;
   // Steps whose vectors are loaded before the first of them is used. From then on each used one is followed by the load
   // of the one this many steps later. A load from L2 takes as long as dozens of products.
-  static constexpr int kAhead = (kPieces ? 8 : 4) / kColumnTiles;
+  static constexpr bool kManyWeights = kRegisterSteps * kRowTiles * 8 > 128;  // leave few registers for vectors
+  static constexpr int kAhead = (kPieces ? 8 : kManyWeights ? 2 : 4) / kColumnTiles;
   static constexpr int kUnroll = kPieces ? kAhead : 1;  // of the loop over the weights in shared memory
 
  public:
@@ -58,7 +61,7 @@ class TensorProduct {
       const int row = (row_group() * kRowTiles + m) * 16 + g;
       const int step = i * kSplits + split();
       const int term = step * 32 + 8 * q + 4 * product;
-      if (i >= steps_) return make_uint4(0, 0, 0, 0);
+      if (i >= steps_ || !has_row_tile(m)) return make_uint4(0, 0, 0, 0);
       return make_uint4(pair(row, term), pair(row + 8, term), pair(row, term + 2), pair(row + 8, term + 2));
     };
     DLK_UNROLL
@@ -72,7 +75,7 @@ class TensorProduct {
       }
     }
     for (int i = 0; i < layout_.shared_steps; ++i) {
-      for (int m = 0; m < kRowTiles; ++m) {
+      for (int m = 0; m < kRowTiles && has_row_tile(m); ++m) {
         for (int product = 0; product < 2; ++product) *stored(i, m, product) = fragment(kRegisterSteps + i, m, product);
       }
     }
@@ -113,6 +116,7 @@ class TensorProduct {
     const auto use = [&](const uint4(&v)[kColumnTiles], const auto& weight) {
       DLK_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
+        if (!has_row_tile(m)) continue;
         const uint4 low = weight(m, 0), high = weight(m, 1);
         DLK_UNROLL
         for (int n = 0; n < kColumnTiles; ++n) {
@@ -160,6 +164,7 @@ class TensorProduct {
     for (int n = 0; n < kColumnTiles; ++n) {
       DLK_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
+        if (!has_row_tile(m)) continue;
         DLK_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = (row_group() * kRowTiles + m) * 16 + g + 8 * (i / 2), column = n * 8 + 2 * q + i % 2;
@@ -172,8 +177,13 @@ class TensorProduct {
  private:
   DLK_DEVICE int split() const { return warp_ % kSplits; }
   DLK_DEVICE int row_group() const { return warp_ / kSplits; }
+  // The same for all lanes of a warp.
+  DLK_DEVICE bool has_row_tile(int m) const {
+    return kAllRowTiles % kRowGroups == 0 || row_group() * kRowTiles + m < kAllRowTiles;
+  }
   DLK_DEVICE uint4* stored(int i, int m, int product) const {
-    return weights_ + (((warp_ * layout_.shared_steps + i) * kRowTiles + m) * 2 + product) * 32;
+    const int row_tile = row_group() * kRowTiles + m;
+    return weights_ + (((split() * layout_.shared_steps + i) * kAllRowTiles + row_tile) * 2 + product) * 32;
   }
 
   const int warp_, lane_;
@@ -183,7 +193,7 @@ class TensorProduct {
   uint4 registers_[kRegisterSteps][kRowTiles][2];
 };
 
-template <int kRows, int kSplits, int kRegisterSteps>
+template <int kRows, int kSplits, int kRegisterSteps, int kColumns>
 class FloatProduct {
   static constexpr int kLaneRows = (kRows + 31) / 32;
 
@@ -219,11 +229,11 @@ class FloatProduct {
   }
 
   DLK_DEVICE void multiply(const float* vectors, float* partials) {
-    float sums[kLaneRows][kMmaColumns] = {};
+    float sums[kLaneRows][kColumns] = {};
     const auto use = [&](int i, const float4(&w)[kLaneRows]) {
       const float* terms = vectors + (i * kSplits + split_) * 4;
       DLK_UNROLL
-      for (int b = 0; b < kMmaColumns; ++b) {
+      for (int b = 0; b < kColumns; ++b) {
         const float4 v = *reinterpret_cast<const float4*>(terms + b * layout_.stride);
         DLK_UNROLL
         for (int r = 0; r < kLaneRows; ++r) {
@@ -248,8 +258,8 @@ class FloatProduct {
     DLK_UNROLL
     for (int r = 0; r < kLaneRows; ++r) {
       DLK_UNROLL
-      for (int b = 0; b < kMmaColumns; ++b) {
-        if (has_row(r)) partials[(split_ * kMmaColumns + b) * (kRows + 4) + row(r)] = sums[r][b];
+      for (int b = 0; b < kColumns; ++b) {
+        if (has_row(r)) partials[(split_ * kColumns + b) * (kRows + 4) + row(r)] = sums[r][b];
       }
     }
   }
@@ -265,13 +275,13 @@ class FloatProduct {
   float4 registers_[kRegisterSteps][kLaneRows];
 };
 
-template <class S, int kGates, bool kCluster, bool kBackward, int kColumnTiles>
+template <class S, int kGates, bool kCluster, bool kBackward, int kUnits, int kColumns>
 struct ChooseProduct {
-  static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kCluster, kBackward);
-  using type = std::conditional_t<
-      sizeof(S) == 2,
-      TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps, kColumnTiles, !kCluster>,
-      FloatProduct<shape.rows, shape.splits, shape.register_steps>>;
+  static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kUnits, kBackward);
+  using type = std::conditional_t<sizeof(S) == 2,
+                                  TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps,
+                                                kColumns / kMmaColumns, !kCluster>,
+                                  FloatProduct<shape.rows, shape.splits, shape.register_steps, kColumns>>;
 };
 
 }  // namespace gpu

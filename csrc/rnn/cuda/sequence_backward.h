@@ -19,16 +19,14 @@
 namespace dlk {
 namespace gpu {
 
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward p) {
   if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates, kSlots = Cell::kGateGrads;
-  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, true);
-  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
-  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kUnits, true);
+  using Turns = CellTurns<kUnits, kColumns>;
+  constexpr int kTurns = Turns::kCount;
   constexpr int kPart = kColumns * (kShape.rows + 4);
-  constexpr int kRowsApart = kSequenceThreads / kUnits;  // distance between the sequences of a thread
-  constexpr bool kAllBusy = kCells >= kSequenceThreads;  // else the last threads have no cell
 
   char* shared = dynamic_shared();
   const SharedLayout& layout = p.layout;
@@ -43,19 +41,20 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   const int first_unit = slice * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
   const int d = static_cast<int>(blockIdx.z);
   const int unit = thread % kUnits, j = first_unit + unit;
-  const bool exists = j < p.H;
+  const bool exists = thread < Turns::kThreads && j < p.H;
   const bool relu = p.cell == CellKind::rnn_relu;
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;
   const int steps = read_lengths<kColumns>(p, first, lengths);
 
   const S* w = static_cast<const S*>(p.w_hh[d]);
-  typename ChooseProduct<S, kGates, kCluster, true, kColumnTiles>::type product(layout, shared);
+  typename ChooseProduct<S, kGates, kCluster, true, kUnits, kColumns>::type product(layout, shared);
+  // The index is 32 bits wide, which is enough for every W_hh that fits the chip and halves the code of load().
   product.load([&](int row, int term) {
     const int gate = term / kUnits % kGates, from = term / (kGates * kUnits) * kUnits + term % kUnits;
     const int u = first_unit + row;
-    return u < p.H && from < p.H ? to_float(w[(static_cast<int64_t>(gate) * p.H + from) * p.H + u]) : 0.0f;
+    return row < kUnits && u < p.H && from < p.H ? to_float(w[(gate * p.H + from) * p.H + u]) : 0.0f;
   });
-  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; thread < Turns::kThreads && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     const int64_t at = (state0 + b) * p.H + j;
     const bool there = exists && first + b < p.B;
@@ -79,7 +78,9 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   float bias_sums[kSlots] = {};
   int turn_parity = 0;
 
-  // What a thread's cells of a chunk need beside the products of the gate gradients.
+  // What a thread's cells of a chunk need beside the products of the gate gradients. It is loaded while the chunk
+  // before it is processed, except with wide slices, whose weights leave no registers for two chunks at a time.
+  constexpr bool kFetchAhead = !is_wide(kGates, kUnits);
   struct Inputs {
     float record[kTurns][Cell::kSaved], state[kTurns], dy[kTurns];
     bool live[kTurns], cut[kTurns];
@@ -87,8 +88,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   const auto fetch = [&](int s, int t, int chunk, Inputs* in) {
     DLK_UNROLL
     for (int i = 0; i < kTurns; ++i) {
-      const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-      const int length = kAllBusy || column < kColumns ? lengths[b] : 0;
+      const int b = chunk + Turns::column(thread, i);
+      const int length = Turns::has_cell(thread, i) ? lengths[b] : 0;
       const bool live = exists && s < steps && t < length;
       in->live[i] = live;
       in->cut[i] = false;
@@ -112,7 +113,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     }
   };
   Inputs next;
-  fetch(0, first_t, 0, &next);
+  if (kFetchAhead) fetch(0, first_t, 0, &next);
 
   // There is one iteration more than there are steps: the last one completes the gradient of h_0.
   for (int s = 0; s <= steps; ++s) {
@@ -125,17 +126,18 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
     });
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
+      if (!kFetchAhead) fetch(s, t, chunk, &next);
       const Inputs now = next;
       float carry[kTurns], dc[kTurns];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, at = (chunk + column) * kUnits + unit;
-        const bool busy = kAllBusy || column < kColumns;
+        const int at = (chunk + Turns::column(thread, i)) * kUnits + unit;
+        const bool busy = Turns::has_cell(thread, i);
         carry[i] = busy ? carries[at] : 0.0f;
         dc[i] = busy && Cell::kCellState ? dcs[at] : 0.0f;
       }
-      if (!last_chunk) fetch(s, t, chunk + kColumns, &next);
-      if (last_chunk && more) fetch(s + 1, next_t, 0, &next);
+      if (kFetchAhead && !last_chunk) fetch(s, t, chunk + kColumns, &next);
+      if (kFetchAhead && last_chunk && more) fetch(s + 1, next_t, 0, &next);
       const bool any_live = reads(t, chunk), sends = more && reads(next_t, chunk);
       if (chunk == 0) group.wait(s);
 
@@ -150,9 +152,10 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       float grads[kTurns][kSlots] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-        if (!kAllBusy && column >= kColumns) break;
-        if (any_live) {
+        const int column = Turns::column(thread, i), b = chunk + column;
+        if (!Turns::warp_has_cells(thread, i)) break;
+        const bool busy = Turns::kWholeWarps || Turns::has_cell(thread, i);
+        if (any_live && busy) {
           carry[i] += add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
           if (now.live[i]) {
             carry[i] =
@@ -161,17 +164,18 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
           }
         }
         if (!sends) continue;
+        // Lanes without a cell take part, because send() exchanges items between lanes.
         DLK_UNROLL
         for (int g = 0; g < kGates; ++g) {
           const float item = now.cut[i] ? 0.0f : grads[i][hidden_slot<Cell>(g)];
-          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item));
+          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item), busy);
         }
       }
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-        if (!kAllBusy && column >= kColumns) break;
+        const int b = chunk + Turns::column(thread, i);
+        if (!Turns::has_cell(thread, i)) break;
         if (any_live) {
           carries[b * kUnits + unit] = carry[i];
           if constexpr (Cell::kCellState) dcs[b * kUnits + unit] = dc[i];
@@ -195,7 +199,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
 
   // If a chunk has fewer cells than the block has threads, the values read here were written above by other threads.
   __syncthreads();
-  for (int i = thread; exists && i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; exists && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     if (first + b >= p.B) break;
     const int64_t at = (state0 + b) * p.H + j;
@@ -218,7 +222,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   }
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
-    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kRowsApart) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
       S* to = static_cast<S*>(dgates.data) + row_offset(dgates, nullptr, t, first + b) + j;
       const int64_t row = row_number(nullptr, p.B, t, first + b);
       DLK_UNROLL

@@ -18,16 +18,14 @@
 namespace dlk {
 namespace gpu {
 
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __grid_constant__ SequenceForward p) {
   if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates;
-  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, false);
-  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
-  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
-  constexpr int kRowsApart = kSequenceThreads / kUnits;  // distance between the sequences of a thread
-  constexpr bool kAllBusy = kCells >= kSequenceThreads;  // else the last threads have no cell
-  constexpr int kPart = kColumns * (kShape.rows + 4);    // floats of one part of a product
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kUnits, false);
+  using Turns = CellTurns<kUnits, kColumns>;
+  constexpr int kTurns = Turns::kCount;
+  constexpr int kPart = kColumns * (kShape.rows + 4);  // floats of one part of a product
 
   char* shared = dynamic_shared();
   float* partials = reinterpret_cast<float*>(shared + p.layout.partials);
@@ -42,16 +40,17 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   const int first_unit = static_cast<int>(blockIdx.x) * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
   const int d = static_cast<int>(blockIdx.z);
   const int unit = thread % kUnits, j = first_unit + unit;  // a thread has the same unit in all its iterations
-  const bool exists = j < p.H;
+  const bool exists = thread < Turns::kThreads && j < p.H;
   const bool relu = p.cell == CellKind::rnn_relu;
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;  // row of the tile's first sequence in h_0, c_0, ...
   const int steps = read_lengths<kColumns>(p, first, lengths);
 
   const S* w = static_cast<const S*>(p.w_hh[d]);
-  typename ChooseProduct<S, kGates, kCluster, false, kColumnTiles>::type product(layout, shared);
+  typename ChooseProduct<S, kGates, kCluster, false, kUnits, kColumns>::type product(layout, shared);
+  // The index is 32 bits wide, which is enough for every W_hh that fits the chip and halves the code of load().
   product.load([&](int row, int term) {
     const int u = first_unit + row % kUnits;
-    return u < p.H && term < p.H ? to_float(w[static_cast<int64_t>(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
+    return u < p.H && term < p.H ? to_float(w[(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
   });
   // Both biases are added on the input side, except the hidden bias of the gru's n, which is added to the recurrent
   // product.
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     if (u < p.H && (g < kGates ? !apart : apart)) sum += load_or_zero<S>(p.b_hh[d], at);
     bias[i] = sum;
   }
-  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; thread < Turns::kThreads && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     const int64_t at = (state0 + b) * p.H + j;
     const bool there = exists && first + b < p.B;
@@ -104,8 +103,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   const auto fetch = [&](int t, int chunk, Inputs* in) {
     DLK_UNROLL
     for (int i = 0; i < kTurns; ++i) {
-      const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-      const bool busy = kAllBusy || column < kColumns, there = busy && exists && first + b < p.B;
+      const int b = chunk + Turns::column(thread, i);
+      const bool busy = Turns::has_cell(thread, i), there = busy && exists && first + b < p.B;
       in->live[i] = busy && t < lengths[b];
       const bool given = exists && in->live[i];
       const float* from = given ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
@@ -133,8 +132,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       for (int i = 0; i < kTurns; ++i) {
         DLK_UNROLL
         for (int g = 0; g < kGates; ++g) now.x[i][g] += own_bias[g];
-        const int column = thread / kUnits + i * kRowsApart;
-        state[i] = kAllBusy || column < kColumns ? states[(chunk + column) * kUnits + unit] : 0.0f;
+        const int b = chunk + Turns::column(thread, i);
+        state[i] = Turns::has_cell(thread, i) ? states[b * kUnits + unit] : 0.0f;
       }
       if (!last_chunk || more) fetch(last_chunk ? next_t : t, last_chunk ? 0 : chunk + kColumns, &next);
       const bool any_live = reads(t, chunk), sends = more && reads(next_t, chunk);
@@ -152,9 +151,10 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       float h_new[kTurns] = {}, out[kTurns][Cell::kSaved] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-        if (!kAllBusy && column >= kColumns) break;
-        if (any_live) {
+        const int column = Turns::column(thread, i), b = chunk + column;
+        if (!Turns::warp_has_cells(thread, i)) break;
+        const bool busy = Turns::kWholeWarps || Turns::has_cell(thread, i);
+        if (any_live && busy) {
           float hidden[kGates];
           DLK_UNROLL
           for (int g = 0; g < kGates; ++g) {
@@ -163,13 +163,15 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
           if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += own_bias[kGates];
           h_new[i] = step_forward<Cell, S>(relu, now.x[i], hidden, state[i], out[i]);
         }
-        if (sends) group.send(s, b, j, from_float<S>(!now.live[i] ? now.idle[i] : exists ? h_new[i] : 0.0f));
+        // Lanes without a cell take part, because send() exchanges items between lanes.
+        const float item = !now.live[i] ? now.idle[i] : exists ? h_new[i] : 0.0f;
+        if (sends) group.send(s, b, j, from_float<S>(item), busy);
       }
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-        if (!kAllBusy && column >= kColumns) break;
+        const int b = chunk + Turns::column(thread, i);
+        if (!Turns::has_cell(thread, i)) break;
         if (any_live) group.retire(s, b, j);
         if (now.live[i]) states[b * kUnits + unit] = out[i][Cell::kStateSlot];
         if (!exists || first + b >= p.B) continue;
@@ -194,7 +196,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
 
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
-    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kRowsApart) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
       y[row_offset(p.y, nullptr, t, first + b)] = from_float<S>(0.0f);
     }
   }
