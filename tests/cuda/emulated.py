@@ -63,11 +63,16 @@ def build_runtime() -> None:
 # ---- The bugs planted in the emulation's own test, each with the builds that must notice it. The others may notice it.
 PLANTED = {
     "missing_block_barrier": "tsan",
-    "missing_cluster_wait": "plain tsan",
     "missing_cluster_barrier": "plain tsan",
+    "unwaited_receipt": "plain tsan",
+    "unannounced_bytes": "plain",
+    "too_few_bytes": "plain",
     "unordered_flag": "tsan",
     "unordered_wait": "tsan",
     "lost_signal": "plain",
+    "unerased_piece": "plain",
+    "unsignalled_piece": "plain",
+    "unawaited_erasure": "plain",
     "divergent_barrier": "plain",
     "outside_shuffle_mask": "plain",
     "absent_lane": "plain",

@@ -3,12 +3,14 @@
 // path: grid or steps forces that kind of plan; best is the plan for an H200, a cluster where possible; small and
 // smallgrid plan for a GPU with room for few groups, wide for one without clusters of the usual slices. form: padded,
 // lengths or packed. options: b biases, h initial states and gradients of the final ones, k backward truncated every
-// two steps, f batch first (and a gap between rows), g no gradient of y, - none.
+// two steps, f batch first (and a gap between rows), g no gradient of y, n an h_0 that begins with a NaN all of whose
+// bits are set, - none.
 #pragma once
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -100,6 +102,7 @@ class Case {
     }
     if (o.has('h')) {
       p.h0 = uniform(D * B * H, 1, o.dtype);
+      if (o.has('n')) p.h0[0] = std::numeric_limits<double>::quiet_NaN();
       p.dh_n = uniform(D * B * H, 1, o.dtype);
       if (o.cell == CellKind::lstm) {
         p.c0 = uniform(D * B * H, 1, o.dtype);

@@ -17,6 +17,7 @@ constexpr int kSequenceThreads = 256;
 constexpr int kSequenceWarps = kSequenceThreads / 32;
 constexpr int kMmaColumns = 8;   // sequences in one tensor-core product
 constexpr int kMaxCluster = 16;  // blocks in a cluster
+constexpr int kGridBuffers = 8;  // copies of the exchanged vectors in a grid's global memory (group.h)
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int ceil_div(int n, int by) { return (n + by - 1) / by; }
@@ -49,6 +50,8 @@ constexpr int slice_units(int gates, SliceWidth width) {
   return 0;
 }
 
+constexpr bool is_wide(int gates, int units) { return units == slice_units(gates, SliceWidth::wide_cluster); }
+
 constexpr SliceShape slice_shape(int gates, bool half, int units, bool backward) {
   SliceShape s{};
   s.units = units;
@@ -59,9 +62,10 @@ constexpr SliceShape slice_shape(int gates, bool half, int units, bool backward)
     s.row_groups = s.rows >= 96 ? 2 : 1;
     s.splits = kSequenceWarps / s.row_groups;
     // A step takes 8 registers for each 16 rows of a warp. Wide slices have one tensor-core product at a time, which
-    // leaves more registers for weights.
-    const bool wide = units == slice_units(gates, SliceWidth::wide_cluster);
-    s.register_steps = (wide ? 144 : 96) / (ceil_div(s.rows / 16, s.row_groups) * 8);
+    // leaves more registers for weights, and the forward of a cluster loads its vectors just before they are used.
+    const bool wide = is_wide(gates, units), cluster = units == slice_units(gates, SliceWidth::cluster);
+    const int registers = wide ? 144 : cluster && !backward ? 128 : 96;
+    s.register_steps = registers / (ceil_div(s.rows / 16, s.row_groups) * 8);
     s.step_terms = 32;
   } else {
     s.row_groups = 1;
@@ -93,7 +97,7 @@ struct SharedLayout {
   int terms;   // of the product, with padding
   int stride;  // elements from sequence to sequence in the exchange
   int shared_steps;
-  int weights, exchange, partials, states, bias, lengths;
+  int weights, exchange, partials, states, bias, lengths, receipts;
   int bytes;
 };
 
@@ -152,7 +156,7 @@ struct SequenceForward {
   void *h_n, *c_n;                   // [D, B, H]
   float* saved;                      // [D, rows, R], time-major, or null
   int64_t saved_rows;                // rows of one direction in `saved`
-  void* exchange;                    // grid: 2 * groups * tile * stride elements, need not be initialised
+  void* exchange;                    // grid: kGridBuffers * groups * tile * stride elements, need not be initialised
   unsigned* counters;                // grid: [groups], zero
 };
 

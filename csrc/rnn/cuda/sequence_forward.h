@@ -1,6 +1,9 @@
 // The recurrence of a layer over whole sequences, forward, in one kernel:
 //   for each step: gates = W_ih x + W_hh h + biases;  h, c, y = cell(gates)
-// W_hh stays in the blocks of a group (product.h), which wait for each other once per step (group.h).
+// W_hh stays in the blocks of a group (product.h), which exchange h once per step (group.h).
+//
+// What is on the way from the arrival of h to the sending of the next is what a step costs: everything that does not
+// depend on h is loaded before, the input products of a chunk while the chunk before it is processed.
 //
 // Grid: x = slice of the units, y = tile of the sequences, z = direction. In the second direction time runs from the
 // end, and a sequence begins at its own last step; until then its h is h_0. c, and h for the gru, stay in shared memory
@@ -72,36 +75,72 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     }
   }
 
-  auto group = make_group<S, kCluster>(p, vectors);
-  group.begin([&](int b, int term) {
-    const bool there = term < p.H && first + b < p.B;
-    return from_float<S>(there ? load_or_zero<S>(p.h0, (state0 + b) * p.H + term) : 0.0f);
-  });
+  // Sequences that step t reads: the chunk of the last of them is not at its end.
+  const auto reads = [&](int t, int chunk) { return t < lengths[p.tile + chunk / kColumns]; };
+  const int first_t = d == 0 ? 0 : steps - 1;
+  auto group = make_group<S, kCluster>(p, shared, kUnits);
+  group.begin(
+      [&](int b, int term) {
+        const bool there = term < p.H && first + b < p.B;
+        return from_float<S>(there ? load_or_zero<S>(p.h0, (state0 + b) * p.H + term) : 0.0f);
+      },
+      [&](int b) { return reads(first_t, b); });
 
   const RowTensor<const float*>& gates = p.gates[d];
   S* y = static_cast<S*>(p.y.data) + d * p.H + j;
   float* saved = p.saved ? p.saved + d * p.saved_rows * Cell::kSaved * p.H + j : nullptr;
+  float own_bias[kGates + 1];
+  DLK_UNROLL
+  for (int g = 0; g <= kGates; ++g) own_bias[g] = bias[g * kUnits + unit];
   int turn_parity = 0;
 
+  // What a thread's cells of a chunk need beside the products of h. At a step at which a sequence is not alive it sends
+  // `idle`, its h_0, since in the second direction it may begin at the next step.
+  struct Inputs {
+    float x[kTurns][kGates], idle[kTurns];
+    bool live[kTurns];
+  };
+  const auto fetch = [&](int t, int chunk, Inputs* in) {
+    DLK_UNROLL
+    for (int i = 0; i < kTurns; ++i) {
+      const int b = chunk + Turns::column(thread, i);
+      const bool busy = Turns::has_cell(thread, i), there = busy && exists && first + b < p.B;
+      in->live[i] = busy && t < lengths[b];
+      const bool given = exists && in->live[i];
+      const float* from = given ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
+      DLK_UNROLL
+      for (int g = 0; g < kGates; ++g) in->x[i][g] = given ? from[static_cast<int64_t>(g) * p.H] : 0.0f;
+      in->idle[i] = there && !in->live[i] ? load_or_zero<S>(p.h0, (state0 + b) * p.H + j) : 0.0f;
+    }
+  };
+  Inputs next;
+  if (steps > 0) fetch(first_t, 0, &next);
+
   for (int s = 0; s < steps; ++s) {
-    const int t = d == 0 ? s : steps - 1 - s;
+    const int t = d == 0 ? s : steps - 1 - s, next_t = d == 0 ? t + 1 : t - 1;
+    const bool more = s + 1 < steps;
+    group.prepare(s, [&] {
+      int count = 0;
+      for (int chunk = 0; more && chunk < p.tile; chunk += kColumns) count += reads(next_t, chunk) ? kColumns : 0;
+      return count;
+    });
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
-      // The input products are in global memory: their loads are issued before the barrier.
-      float x[kTurns][kGates];
+      Inputs now = next;
+      float state[kTurns];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int b = chunk + Turns::column(thread, i);
-        const bool live = exists && Turns::has_cell(thread, i) && t < lengths[b];
-        const float* from = live ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
         DLK_UNROLL
-        for (int g = 0; g < kGates; ++g) x[i][g] = live ? from[static_cast<int64_t>(g) * p.H] : 0.0f;
+        for (int g = 0; g < kGates; ++g) now.x[i][g] += own_bias[g];
+        const int b = chunk + Turns::column(thread, i);
+        state[i] = Turns::has_cell(thread, i) ? states[b * kUnits + unit] : 0.0f;
       }
-      if (chunk == 0) group.wait();
+      if (!last_chunk || more) fetch(last_chunk ? next_t : t, last_chunk ? 0 : chunk + kColumns, &next);
+      const bool any_live = reads(t, chunk), sends = more && reads(next_t, chunk);
+      if (chunk == 0) group.wait(s);
 
       // Two sets of partial sums alternate, so that no thread overwrites those that others are still adding up.
       float* part = partials + turn_parity * kShape.splits * kPart;
-      const bool any_live = t < lengths[p.tile + chunk / kColumns];
       if (any_live) {
         const S* from = group.vectors(s) + chunk * layout.stride;
         product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
@@ -113,35 +152,33 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int column = Turns::column(thread, i), b = chunk + column;
-        if (!any_live || !Turns::warp_has_cells(thread, i)) break;
-        bool live = false;
-        if (Turns::kWholeWarps || Turns::has_cell(thread, i)) {
-          live = t < lengths[b];
+        if (!Turns::warp_has_cells(thread, i)) break;
+        const bool busy = Turns::kWholeWarps || Turns::has_cell(thread, i);
+        if (any_live && busy) {
           float hidden[kGates];
           DLK_UNROLL
           for (int g = 0; g < kGates; ++g) {
             hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
-            x[i][g] += bias[g * kUnits + unit];
           }
-          if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += bias[kGates * kUnits + unit];
-          float* state = states + b * kUnits + unit;
-          h_new[i] = step_forward<Cell>(relu, x[i], hidden, *state, out[i]);
-          if (live) *state = out[i][Cell::kStateSlot];
+          if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += own_bias[kGates];
+          h_new[i] = step_forward<Cell, S>(relu, now.x[i], hidden, state[i], out[i]);
         }
         // Lanes without a cell take part, because send() exchanges items between lanes.
-        group.send(s, b, j, from_float<S>(exists ? h_new[i] : 0.0f), live);
+        const float item = !now.live[i] ? now.idle[i] : exists ? h_new[i] : 0.0f;
+        if (sends) group.send(s, b, j, from_float<S>(item), busy);
       }
-      if (last_chunk) group.arrive();
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int b = chunk + Turns::column(thread, i);
-        if (!Turns::has_cell(thread, i) || !exists || first + b >= p.B) break;
-        const bool live = t < lengths[b];
-        if (live || !p.offsets) {
-          y[row_offset(p.y, p.offsets, t, first + b)] = from_float<S>(live ? h_new[i] : 0.0f);
+        if (!Turns::has_cell(thread, i)) break;
+        if (any_live) group.retire(s, b, j);
+        if (now.live[i]) states[b * kUnits + unit] = out[i][Cell::kStateSlot];
+        if (!exists || first + b >= p.B) continue;
+        if (now.live[i] || !p.offsets) {
+          y[row_offset(p.y, p.offsets, t, first + b)] = from_float<S>(now.live[i] ? h_new[i] : 0.0f);
         }
-        if (!live) continue;
+        if (!now.live[i]) continue;
         if (saved) {
           float* to = saved + row_number(p.offsets, p.B, t, first + b) * Cell::kSaved * p.H;
           DLK_UNROLL
@@ -154,8 +191,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         }
       }
     }
+    group.finish(s);
   }
-  group.end();
 
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {

@@ -38,6 +38,7 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
   l.states = take(2 * plan.tile * slice.units * 4);
   l.bias = take((gates + 1) * slice.units * 4);
   l.lengths = take((plan.tile + plan.tile / plan.columns) * 4);
+  l.receipts = take(plan.kind == SequencePlan::cluster ? 2 * 8 : 0);
   l.bytes = at;
   return l;
 }
