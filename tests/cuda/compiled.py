@@ -194,7 +194,8 @@ class Sequence(NamedTuple):
 
 def sequence_kernel(mangled: str) -> Sequence | None:
     match = re.search(
-        r"sequence_(forward|backward)I.*?(Lstm|Gru|Rnn)CellE(13__nv_bfloat16|6__half|f)Lb([01])ELi(\d+)ELi(\d+)E", mangled
+        r"sequence_(forward|backward)I.*?(Lstm|Gru|Rnn)CellE(13__nv_bfloat16|6__half|f)Lb([01])ELi(\d+)ELi(\d+)E",
+        mangled,
     )
     if match is None:
         return None

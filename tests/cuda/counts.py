@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 from ladder import BUILD, HERE, ROOT, Failure, Unit, must, run_units, tool
@@ -59,7 +58,9 @@ def parse(listing: str) -> dict[str, Function]:
             elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
                 target = re.search(r"`\((\.\w+)\)", found[2]) if found[1].startswith("BRA") else None
                 instructions.append(Instruction(found[1], target[1] if target else ""))
-        back = [(labels[one.target], at) for at, one in enumerate(instructions) if one.target and labels[one.target] < at]
+        back = [
+            (labels[one.target], at) for at, one in enumerate(instructions) if one.target and labels[one.target] < at
+        ]
         # Code for rare cases stands behind the end of the kernel and jumps back into it: those are no loops.
         exits = {at for at, one in enumerate(instructions) if one.name == "EXIT"}
         loops = [Loop(begin, end) for begin, end in back if exits.isdisjoint(range(begin, end))]
@@ -86,14 +87,14 @@ class Counts(NamedTuple):
     instructions: int  # in the loop over chunks, without inner loops
     critical: int  # of these from the wait for other blocks to the last thing that other blocks wait for
     loop: int  # instructions of the loop over the steps of the product whose weights are in shared memory
-    products: int  # HMMA or FFMA, without that loop
-    loop_products: int  # HMMA or FFMA in that loop
+    products: int  # tensor-core products, in float32 multiply-adds, without that loop
+    loop_products: int  # the same in that loop
     shared_loads: int
     shared_stores: int
     trips: int  # times that products wait for vectors that were requested from L2, without that loop
     loop_trips: int  # the same in that loop
-    vector_loads: str  # of vectors from L2: widths in bits
-    sends: str  # stores to other blocks: widths in bits
+    vector_loads: str  # of vectors from L2: number and width in bits
+    sends: str  # stores to other blocks: widths in bits, without their number, since the compiler unrolls their loop
     barriers: int  # of the block
     fences: int  # that wait for all earlier stores of the thread
 
@@ -110,9 +111,8 @@ def _trips(names: Sequence[str]) -> int:
     return trips
 
 
-def _widths(names: Sequence[str]) -> str:
-    widths = [int(found[1]) if (found := re.search(r"\.(64|128)\b", name)) else 32 for name in names]
-    return " + ".join(f"{widths.count(width)} x {width}" for width in sorted(set(widths))) or "-"
+def _widths(names: Sequence[str]) -> list[int]:
+    return [int(found[1]) if (found := re.search(r"\.(64|128)\b", name)) else 32 for name in names]
 
 
 def count(function: Function) -> Counts:
@@ -128,7 +128,7 @@ def count(function: Function) -> Counts:
         return name.startswith(("SHFL", "MUFU"))
 
     # The loop over chunks is the innermost one with both the product and the cells.
-    around = [loop for loop in loops if has(loop, _is_product, lambda name: name.startswith("SHFL"), lambda n: n.startswith("STS"))]
+    around = [loop for loop in loops if has(loop, _is_product, is_cell, lambda name: name.startswith("STS"))]
     if not around:
         raise Failure("no loop has both products and cells")
     chunk = min(around, key=lambda loop: loop.end - loop.begin)
@@ -156,19 +156,21 @@ def count(function: Function) -> Counts:
     plain = [code[at].name for at in straight]
     looped = names(products[0]) if products else []
     every = names(chunk)
+    product = "HMMA" if has(chunk, lambda name: name.startswith("HMMA")) else "FFMA"
+    requests = [name for name in every if _is_strong_load(name) and ".128" in name]
     sent = [code[at].name for at in range(first, last) if re.match(r"STG?\.E|STAS", code[at].name)]
     return Counts(
         instructions=len(straight),
         critical=sum(first <= at <= last for at in straight),
         loop=len(looped),
-        products=sum(map(_is_product, plain)),
-        loop_products=sum(map(_is_product, looped)),
+        products=sum(name.startswith(product) for name in plain),
+        loop_products=sum(name.startswith(product) for name in looped),
         shared_loads=sum(name.startswith("LDS") for name in plain),
         shared_stores=sum(name.startswith("STS") for name in plain),
         trips=_trips(plain) + sum(_trips(names(loop)) for loop in inner if loop not in products),
         loop_trips=_trips(looped),
-        vector_loads=_widths([name for name in every if _is_strong_load(name) and ".128" in name]),
-        sends=_widths(sent),
+        vector_loads=f"{len(requests)} x 128" if requests else "-",
+        sends=" and ".join(map(str, sorted(set(_widths(sent))))),
         barriers=sum(name.startswith("BAR.") for name in plain),
         fences=sum(name.startswith("MEMBAR") for name in plain),
     )

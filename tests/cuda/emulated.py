@@ -150,7 +150,9 @@ def plain_test(name: str, *further: Path) -> None:
 
 def check_every_kernel_ran() -> None:
     """Checks that the shapes of the rung `kernels` make every sequence kernel run that is compiled."""
-    objects = [object_of("plain", source) for source in SOURCES if source.startswith("sequence_") and "plan" not in source]
+    objects = [
+        object_of("plain", source) for source in SOURCES if source.startswith("sequence_") and "plan" not in source
+    ]
     names = re.findall(
         r"sequence_(forward|backward)<dlk::gpu::(Lstm|Gru|Rnn)Cell, (\S+), (true|false), (\d+), (\d+)>\(",
         must([tool("nm"), "-C", *objects]),
@@ -171,6 +173,9 @@ MUTANT_SHAPES = (
     "lstm:bf16:small:3:40:40:2:lengths:hbk",
     "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
     "lstm:f32:smallgrid:1:16:16:1:lengths:hb",
+    # Warps with fewer cells than lanes.
+    "lstm:f32:smallgrid:2:1:40:1:lengths:hb",
+    "lstm:bf16:wide:2:8:72:1:lengths:hb",
 )
 WAYS = ("forward", "backward")
 STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.cpp")

@@ -29,6 +29,11 @@ MUTANTS = (
     # The h that a block sends overwrites an h that another block still reads.
     Mutant("group.h", "vectors_ + (step + 1) % 2 * half_ + b * stride_ + term - lane",
            "vectors_ + step % 2 * half_ + b * stride_ + term - lane", "plain"),
+    # Lanes without a cell leave before those with one exchange their items, or compute a cell that they do not have.
+    Mutant("sequence_forward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),
+    Mutant("sequence_backward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),
+    Mutant("sequence_forward.h", "if (Turns::kWholeWarps || Turns::has_cell(thread, i)) {", "if (true) {", "plain"),
+    Mutant("sequence_backward.h", "Turns::kWholeWarps || Turns::has_cell(thread, i);", "true;", "plain"),
     # The state before a step is taken from the step's own record.
     Mutant("sequence_backward.h", "saved[(before * Cell::kSaved", "saved[(row * Cell::kSaved", "plain"),
     # Errors that only uneven lengths, truncated backward passes or padding show.

@@ -97,8 +97,9 @@ def predict(
 def compiled_table() -> list[str]:
     lines = [
         "| kernel | units | columns | instructions | until sent | each step in shared memory | products "
-        "| loads, stores of shared memory | waits for L2 | loads of vectors | stores to blocks | barriers | fences |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: |",
+        "| loads, stores of shared memory | waits for L2 | loads from L2 | width of stores to blocks | barriers "
+        "| fences |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     kinds = {"cluster": 0, "grid": 1}
     order = {"lstm": 0, "gru": 1, "rnn": 2}

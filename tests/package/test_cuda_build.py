@@ -134,7 +134,13 @@ def test_another_major_release_than_that_of_torch(
 
 @pytest.mark.parametrize(
     ("release", "torch_cuda", "warned"),
-    [("13.0", "12.8", True), ("12.9", "13.2", True), ("13.0", "13.2", False), ("13.0", None, False), ("", "12.8", False)],
+    [
+        ("13.0", "12.8", True),
+        ("12.9", "13.2", True),
+        ("13.0", "13.2", False),
+        ("13.0", None, False),
+        ("", "12.8", False),
+    ],
 )
 def test_info_of_a_module_for_another_cuda(
     monkeypatch: pytest.MonkeyPatch, release: str, torch_cuda: str | None, warned: bool

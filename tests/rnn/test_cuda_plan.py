@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,10 @@ import dlkernels
 from dlkernels._core import extension
 from dlkernels.attention.routing import route as attention_route
 from dlkernels.rnn.routing import route
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
+
+import predict
 
 pytestmark = pytest.mark.o0_skip(reason="plans are integers, the same at -O0")
 
@@ -102,6 +108,12 @@ def test_small_batches_in_float32_multiply_no_padding(mode: str, backward: bool)
             if chosen["kind"] != "steps" and chosen["tile"] <= 8:
                 assert chosen["columns"] == chosen["tile"] < 2 * -(-B // chosen["groups"])
     assert plan("lstm", "float32", 16, 256)["tile"] == 1  # 16 groups of 8 blocks
+
+
+def test_the_docs_show_the_plans_and_the_counts() -> None:
+    """After a change of the plans, or of counts.json, `python tests/cuda/predict.py --write` renews the tables."""
+    text = predict.DOCS.read_text()
+    assert predict.with_tables(text) == text
 
 
 @pytest.mark.parametrize(("cap", "kind"), [("cluster", "cluster"), ("grid", "grid"), ("steps", "steps")])
