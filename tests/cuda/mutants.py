@@ -32,8 +32,9 @@ MUTANTS = (
     # Lanes without a cell leave before those with one exchange their items, or compute a cell that they do not have.
     Mutant("sequence_forward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),
     Mutant("sequence_backward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),
-    Mutant("sequence_forward.h", "if (Turns::kWholeWarps || Turns::has_cell(thread, i)) {", "if (true) {", "plain"),
-    Mutant("sequence_backward.h", "Turns::kWholeWarps || Turns::has_cell(thread, i);", "true;", "plain"),
+    Mutant("sequence_forward.h", "busy = Turns::kWholeWarps || Turns::has_cell(thread, i);", "busy = true;", "plain"),
+    Mutant("sequence_backward.h", "busy = Turns::kWholeWarps || Turns::has_cell(thread, i);", "busy = true;",
+           "plain"),
     # The state before a step is taken from the step's own record.
     Mutant("sequence_backward.h", "saved[(before * Cell::kSaved", "saved[(row * Cell::kSaved", "plain"),
     # Errors that only uneven lengths, truncated backward passes or padding show.
