@@ -1,16 +1,17 @@
 """The rungs `compile` and `resident`, which check what nvcc makes of the kernels: registers, spills, tensor-core
-instructions, and whether all blocks that wait for each other fit the GPU at the same time."""
+instructions, what a step of a sequence consists of, and whether all blocks that wait for each other fit the GPU at the
+same time. Bugs planted in the kernels show that the checks of a step notice them."""
 
 from __future__ import annotations
 
 import os
 import re
-import struct
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
+from emulated import copy_of_headers
 from ladder import BUILD, CSRC, CUDA, HERE, Failure, Unit, must, tool
+from machine_code import TENSOR_PRODUCT, Instruction, Step, code_of, step_of
 
 ARCHS = ("80", "90a", "100a")
 # Roughly how long each file takes to compile for sm_90a, in seconds, and the factor for each architecture.
@@ -25,6 +26,7 @@ class Kernel(NamedTuple):
     registers: int
     static_shared: int
     tensor_products: int
+    code: list[Instruction]
 
 
 _kernels: dict[tuple[str, str], list[Kernel]] = {}  # by (file, arch); compile_one fills it
@@ -32,26 +34,6 @@ _kernels: dict[tuple[str, str], list[Kernel]] = {}  # by (file, arch); compile_o
 
 def files() -> list[str]:
     return sorted(path.name for path in CUDA.glob("*.cu"))
-
-
-def code_of(cubin: Path) -> dict[str, bytes]:
-    """The machine code of each kernel in an ELF file: the sections `.text.NAME`."""
-    data = cubin.read_bytes()
-    table, size, count, names = *struct.unpack_from("<Q", data, 40), *struct.unpack_from("<3H", data, 58)
-    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
-    strings = headers[names][4]
-    found = {}
-    for name, _, _, _, offset, length in headers:
-        text = data[strings + name : data.index(b"\0", strings + name)].decode()
-        if text.startswith(".text."):
-            found[text.removeprefix(".text.")] = data[offset : offset + length]
-    return found
-
-
-def tensor_products(code: bytes) -> int:
-    """Counts the HMMA instructions. An instruction has 16 bytes, and its lowest 12 bits are the opcode, which is the
-    same on all GPUs from sm_75 on."""
-    return sum(struct.unpack_from("<H", code, at)[0] & 0xFFF == 0x23C for at in range(0, len(code), 16))
 
 
 def compile_one(file: str, arch: str) -> None:
@@ -71,21 +53,129 @@ def compile_one(file: str, arch: str) -> None:
         if for_arch != f"sm_{arch}" or int(stack) or int(spills) or int(registers) > limit:
             raise Failure(f"{file}: {function} on {arch}: {registers} registers, {stack} stack, {spills} spilled")
         shared = re.search(r"(\d+) bytes smem", rest)
-        products = tensor_products(code[function])
-        kernels.append(Kernel(file, arch, function, int(registers), int(shared[1]) if shared else 0, products))
+        products = sum(one.opcode == TENSOR_PRODUCT for one in code[function])
+        static = int(shared[1]) if shared else 0
+        kernels.append(Kernel(file, arch, function, int(registers), static, products, code[function]))
     if not kernels or len(kernels) != len(code):
         raise Failure(f"{file}: {len(kernels)} kernels reported and {len(code)} in the binary for sm_{arch}")
     _kernels[file, arch] = kernels
 
 
 def check_compiled() -> None:
-    """Checks that exactly the 16-bit sequence kernels that their GPU can run have tensor-core products."""
+    """Checks that exactly the 16-bit sequence kernels that their GPU can run have tensor-core products, and what their
+    steps consist of."""
+    wrong = []
     for kernel in (kernel for some in _kernels.values() for kernel in some):
         sequence = sequence_kernel(kernel.function)
         runs = sequence is not None and not (sequence.cluster and kernel.arch == "80")
         expected = runs and sequence is not None and sequence.dtype != "f32"
         if expected != (kernel.tensor_products > 0):
             raise Failure(f"{kernel.function} on sm_{kernel.arch} has {kernel.tensor_products} tensor-core products")
+        if runs and sequence is not None:
+            step = step_of(kernel.code, sequence.cluster)
+            wrong += [f"{sequence} on sm_{kernel.arch}: {fault} ({step})" for fault in faults(sequence, step)]
+    if wrong:
+        raise Failure("\n".join(wrong))
+
+
+# ---- What a step of a sequence consists of.
+
+# The most instructions from the arrival of what other blocks have sent to the last store to them: a tenth more than
+# nvcc 13.0 makes of the bfloat16 kernels for sm_90a. By way, cell, cluster or grid, units and columns.
+CRITICAL = {
+}
+
+
+def faults(sequence: Sequence, step: Step) -> list[str]:
+    half = sequence.dtype != "f32"
+    kind = "cluster" if sequence.cluster else "grid"
+    found = []
+    # A block signals in a grid once in several steps, and in clusters nothing has to wait for earlier stores.
+    if step.memory_barriers > (0 if sequence.cluster else 1) or step.cluster_arrivals:
+        found.append("it waits at every step until earlier stores are visible everywhere")
+    # Between reading and sending. A float32 grid also copies the vectors to shared memory.
+    if step.block_barriers > (1 if half or sequence.cluster else 2):
+        found.append("there are more barriers of the block than needed")
+    if step.narrow_exchanges or not step.sends:
+        found.append("blocks do not exchange 16 bytes at a time")
+    if step.late_inputs and not (sequence.way == "backward" and is_wide(sequence)):
+        found.append("what does not depend on other blocks is loaded in the step that needs it")
+    if not half:
+        return found
+    # In a grid all are loaded once more if they have not arrived. In a cluster one may be loaded after the first product.
+    if step.vectors_first < (16 if not sequence.cluster else 3 if sequence.columns == 8 and not is_wide(sequence) else 2):
+        found.append("the first product does not wait for the vectors of several products together")
+    if step.calls:
+        found.append("the activations have slow paths")
+    if step.critical > CRITICAL[sequence.way, sequence.cell, kind, sequence.units, sequence.columns]:
+        found.append("there are too many instructions between receiving and sending")
+    return found
+
+
+def is_wide(sequence: Sequence) -> bool:
+    """Whether most registers hold weights, so that less is loaded ahead."""
+    return sequence.units in (40, 48)
+
+
+class Planted(NamedTuple):
+    file: str
+    old: str
+    new: str
+    fault: str  # a part of what must be reported
+
+
+PLANTED = (
+    Planted("group.h", "if (step > 0) receipt_wait(", "cluster_barrier(); if (step > 0) receipt_wait(", "earlier stores"),
+    Planted("group.h", "DLK_DEVICE void wait(int) {}",
+            "DLK_DEVICE void wait(int) { __syncthreads(); if (threadIdx.x == 0) signal_arrival(counter_); }",
+            "earlier stores"),
+    Planted("sequence_forward.h", "        turn_parity ^= 1;", "        turn_parity ^= 1;\n        __syncthreads();",
+            "barriers of the block"),
+    Planted("device.h",
+            'asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p)',
+            'asm volatile("st.relaxed.gpu.global.u32 [%0], %1; st.relaxed.gpu.global.u32 [%0 + 4], %2; '
+            'st.relaxed.gpu.global.u32 [%0 + 8], %3; st.relaxed.gpu.global.u32 [%0 + 12], %4;" ::"l"(p)',
+            "16 bytes at a time"),
+    Planted("product.h", "kAhead = (kPieces ? 8 : kManyWeights ? 2 : 4) / kColumnTiles", "kAhead = 1", "first product"),
+    Planted("real.h", "if constexpr (sizeof(S) == 4) {\n    return {1.0f", "if constexpr (sizeof(S) <= 4) {\n    return {1.0f",
+            "slow paths"),
+    Planted("sequence_forward.h", "      Inputs now = next;", "      fetch(t, chunk, &next);\n      Inputs now = next;",
+            "in the step that needs it"),
+    Planted("sequence_forward.h", "      Inputs now = next;",
+            "      if (chunk == 0) group.wait(s);\n      Inputs now = next;", "too many instructions"),
+)  # fmt: skip
+
+
+def steps_of(name: str, planted: Planted | None) -> list[str]:
+    """Compiles the lstm's forward in bfloat16 with a bug, and returns the faults of its steps."""
+    import native
+
+    folder = copy_of_headers(name)
+    if planted is not None:
+        file = folder / planted.file
+        text = file.read_text()
+        if text.count(planted.old) != 1:
+            raise Failure(f"{planted.file} has {text.count(planted.old)} times, not once: {planted.old}")
+        file.write_text(text.replace(planted.old, planted.new))
+    cubin = folder / "one_kernel.cubin"
+    flags = [flag for flag in native.nvcc_flags(["90a"]) if not flag.startswith(("-I", "-Werror"))]
+    nvcc = tool(os.environ.get("NVCC", "nvcc"))
+    must([nvcc, *flags, f"-I{folder.parents[1]}", "-cubin", HERE / "one_kernel.cu", "-o", cubin])
+    found = []
+    for function, code in code_of(cubin).items():
+        sequence = sequence_kernel(function)
+        if sequence is None:
+            raise Failure(f"{function} is not a sequence kernel")
+        found += faults(sequence, step_of(code, sequence.cluster))
+    return found
+
+
+def check_planted(number: int, planted: Planted | None) -> None:
+    found = steps_of(f"compiled-{number}", planted)
+    if planted is None and found:
+        raise Failure(f"the kernels as they are: {found}")
+    if planted is not None and not any(planted.fault in fault for fault in found):
+        raise Failure(f"not noticed: {planted}; found: {found}")
 
 
 # ---- Which blocks are resident at the same time.
@@ -180,7 +270,10 @@ def units(short: bool = False) -> list[Unit]:
             run = partial(compile_one, file, arch)
             all_units.append(Unit("compile", f"nvcc {file} sm_{arch}", seconds, run))
     compiled = tuple(unit.name for unit in all_units)
-    all_units.append(Unit("compile", "tensor cores", 0, check_compiled, compiled))
+    all_units.append(Unit("compile", "machine code", 1, check_compiled, compiled))
+    for number, planted in enumerate((None, *PLANTED)):
+        run = partial(check_planted, number, planted)
+        all_units.append(Unit("compile", f"planted in machine code {number}", 5, run))
     sequences = tuple(name for name in compiled if "sequence" in name and name.endswith("sm_90a"))
     all_units.append(Unit("resident", "resident", 3, check_resident, sequences))
     return all_units

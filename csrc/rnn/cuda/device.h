@@ -87,6 +87,14 @@ DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t
 // depends on it needs no code for lanes that take different branches.
 DLK_DEVICE int warp_index() { return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 32, 0)); }
 
+// Returns x. The compiler, which would rather compute a number again than keep it, does not know how to.
+DLK_DEVICE int keep_in_register(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // 2^x and 1 / x by one instruction each, for the activations of 16-bit layers: at most 2 ulp off, and numbers below
 // 2^-126 are taken as 0. 2^x is infinite for large x, and the reciprocal of that 0. NaN stays NaN.
 DLK_DEVICE float exp2_approximate(float x) {

@@ -35,9 +35,10 @@ class TensorProduct {
   // Of a warp. If they cannot be divided equally, the last group of warps has fewer.
   static constexpr int kRowTiles = (kAllRowTiles + kRowGroups - 1) / kRowGroups;
   // Steps whose vectors are loaded before the first of them is used. From then on each used one is followed by the load
-  // of the one this many steps later. A load from L2 takes as long as dozens of products.
-  static constexpr bool kManyWeights = kRegisterSteps * kRowTiles * 8 > 128;  // leave few registers for vectors
-  static constexpr int kAhead = (kPieces ? 8 : kManyWeights ? 2 : 4) / kColumnTiles;
+  // of the one this many steps later. A load from L2 takes as long as dozens of products, one from shared memory as
+  // long as a few. Two products at a time and many weights leave few registers for vectors.
+  static constexpr bool kManyWeights = kRegisterSteps * kRowTiles * 8 > 128;
+  static constexpr int kAhead = kPieces ? 8 / kColumnTiles : kColumnTiles == 2 ? 1 : kManyWeights ? 2 : 4;
   static constexpr int kUnroll = kPieces ? kAhead : 1;  // of the loop over the weights in shared memory
 
  public:
@@ -45,6 +46,8 @@ class TensorProduct {
       : warp_(warp_index()), lane_(threadIdx.x % 32), layout_(layout) {
     weights_ = reinterpret_cast<uint4*>(shared + layout.weights) + lane_;
     steps_ = (layout.terms / 32 - split() + kSplits - 1) / kSplits;
+    first_item_ = lane_ / 4 * layout.stride + split() * 32 + 8 * (lane_ % 4);
+    if (kColumnTiles == 1) first_item_ = keep_in_register(first_item_);
   }
 
   template <class Weight>
@@ -89,14 +92,15 @@ class TensorProduct {
     const S* base[kColumnTiles];
     DLK_UNROLL
     for (int n = 0; n < kColumnTiles; ++n) {
-      base[n] = vectors + (g + n * kMmaColumns) * layout_.stride + split() * 32 + 8 * q;
+      base[n] = vectors + first_item_ + n * kMmaColumns * layout_.stride;
     }
     constexpr int kDistance = kSplits * 32;  // from step to step of a part
     DLK_UNROLL
     for (int i = 0; i < kAhead; ++i) {
       DLK_UNROLL
       for (int n = 0; n < kColumnTiles; ++n) {
-        window[i][n] = i < steps_ ? load_vector<kPieces>(base[n], i * kDistance) : make_uint4(0, 0, 0, 0);
+        if (kPieces) window[i][n] = make_uint4(0, 0, 0, 0);  // is present
+        if (i < steps_) window[i][n] = load_vector<kPieces>(base[n], i * kDistance);
       }
     }
     // All that are absent are loaded again at once.
@@ -188,7 +192,8 @@ class TensorProduct {
 
   const int warp_, lane_;
   const SharedLayout& layout_;
-  int steps_;  // of this warp's part
+  int steps_;       // of this warp's part
+  int first_item_;  // of the lane's sequence, in the vectors of a chunk
   uint4* weights_;
   uint4 registers_[kRegisterSteps][kRowTiles][2];
 };

@@ -86,7 +86,9 @@ struct CellTurns {
   static constexpr bool kWholeWarps = kThreads % 32 == 0 && kColumns % kApart * kUnits % 32 == 0;
   static constexpr int column(int thread, int turn) { return thread / kUnits + turn * kApart; }
   static constexpr bool has_cell(int thread, int turn) {
-    return column(thread, turn) < kColumns && (kThreads == kSequenceThreads || thread < kThreads);
+    // The first comparison is known to the compiler; it does not know how many threads there are.
+    const bool there = (turn + 1) * kApart <= kColumns || column(thread, turn) < kColumns;
+    return there && (kThreads == kSequenceThreads || thread < kThreads);
   }
   // The same for all threads of a warp: whether its first thread has a cell, and with it perhaps others.
   static constexpr bool warp_has_cells(int thread, int turn) { return has_cell(thread / 32 * 32, turn); }

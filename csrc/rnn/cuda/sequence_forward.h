@@ -89,28 +89,22 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   const RowTensor<const float*>& gates = p.gates[d];
   S* y = static_cast<S*>(p.y.data) + d * p.H + j;
   float* saved = p.saved ? p.saved + d * p.saved_rows * Cell::kSaved * p.H + j : nullptr;
-  float own_bias[kGates + 1];
-  DLK_UNROLL
-  for (int g = 0; g <= kGates; ++g) own_bias[g] = bias[g * kUnits + unit];
   int turn_parity = 0;
 
-  // What a thread's cells of a chunk need beside the products of h. At a step at which a sequence is not alive it sends
-  // `idle`, its h_0, since in the second direction it may begin at the next step.
+  // What a thread's cells of a chunk need beside the products of h.
   struct Inputs {
-    float x[kTurns][kGates], idle[kTurns];
+    float x[kTurns][kGates];
     bool live[kTurns];
   };
   const auto fetch = [&](int t, int chunk, Inputs* in) {
     DLK_UNROLL
     for (int i = 0; i < kTurns; ++i) {
       const int b = chunk + Turns::column(thread, i);
-      const bool busy = Turns::has_cell(thread, i), there = busy && exists && first + b < p.B;
-      in->live[i] = busy && t < lengths[b];
+      in->live[i] = Turns::has_cell(thread, i) && t < lengths[b];
       const bool given = exists && in->live[i];
       const float* from = given ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
       DLK_UNROLL
       for (int g = 0; g < kGates; ++g) in->x[i][g] = given ? from[static_cast<int64_t>(g) * p.H] : 0.0f;
-      in->idle[i] = there && !in->live[i] ? load_or_zero<S>(p.h0, (state0 + b) * p.H + j) : 0.0f;
     }
   };
   Inputs next;
@@ -127,15 +121,19 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
       Inputs now = next;
-      float state[kTurns];
+      // A sequence that is not alive sends its h_0, since in the second direction it may begin at the next step.
+      float state[kTurns], idle[kTurns];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         DLK_UNROLL
-        for (int g = 0; g < kGates; ++g) now.x[i][g] += own_bias[g];
+        for (int g = 0; g < kGates; ++g) now.x[i][g] += bias[g * kUnits + unit];
         const int b = chunk + Turns::column(thread, i);
-        state[i] = Turns::has_cell(thread, i) ? states[b * kUnits + unit] : 0.0f;
+        const bool busy = Turns::has_cell(thread, i), waits = busy && exists && !now.live[i] && first + b < p.B;
+        state[i] = busy ? states[b * kUnits + unit] : 0.0f;
+        idle[i] = waits ? load_or_zero<S>(p.h0, (state0 + b) * p.H + j) : 0.0f;
       }
       if (!last_chunk || more) fetch(last_chunk ? next_t : t, last_chunk ? 0 : chunk + kColumns, &next);
+      const float apart = Cell::kHasPartedGate ? bias[kGates * kUnits + unit] : 0.0f;
       const bool any_live = reads(t, chunk), sends = more && reads(next_t, chunk);
       if (chunk == 0) group.wait(s);
 
@@ -160,11 +158,11 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
           for (int g = 0; g < kGates; ++g) {
             hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
           }
-          if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += own_bias[kGates];
+          if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += apart;
           h_new[i] = step_forward<Cell, S>(relu, now.x[i], hidden, state[i], out[i]);
         }
         // Lanes without a cell take part, because send() exchanges items between lanes.
-        const float item = !now.live[i] ? now.idle[i] : exists ? h_new[i] : 0.0f;
+        const float item = !now.live[i] ? idle[i] : exists ? h_new[i] : 0.0f;
         if (sends) group.send(s, b, j, from_float<S>(item), busy);
       }
 
