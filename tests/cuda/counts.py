@@ -1,38 +1,66 @@
 """Counts what a step of the recurrence consists of in the machine code of the sequence kernels.
 
-`python tests/cuda/counts.py` compiles the kernels of float32 and bfloat16 for sm_90a, disassembles them and writes
-counts.json, from which predict.py makes the tables of docs/cuda.md. Run both after a change of the kernels:
+`python tests/cuda/counts.py` compiles the kernels of float32 and bfloat16 for sm_90a, reads their instructions and
+writes counts.json, from which predict.py makes the tables of docs/cuda.md. Run both after a change of the kernels:
 
     python tests/cuda/counts.py && python tests/cuda/predict.py --write
-
-It needs nvcc and nvdisasm (NVDISASM, else the one on PATH; the wheels nvidia-cuda-nvdisasm and triton have it too).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from ladder import BUILD, HERE, ROOT, Failure, Unit, must, run_units, tool
+from ladder import BUILD, HERE, ROOT, Failure, Unit, run_units
 
 sys.path.insert(0, str(ROOT / "csrc" / "setup"))
 sys.dont_write_bytecode = True
 
 import compiled  # noqa: E402
+import machine_code as machine  # noqa: E402
+from machine_code import Instruction, code_of  # noqa: E402
 
 FILE = HERE / "counts.json"
 ARCH = "90a"
 SOURCES = tuple(f"sequence_{way}_{dtype}.cu" for way in ("forward", "backward") for dtype in ("bf16", "f32"))
 
+SHUFFLES = {0x389, 0x589, 0x989, 0xF89}  # SHFL, with registers or numbers as operands
+STORE_SHARED, STORE_GENERIC, REDUCE, EXIT = 0x388, 0x385, 0x98E, 0x94D  # STS, ST, RED, EXIT
+CLUSTER_WAIT = 0xDC7  # UCGABAR_WAIT
+MULTIPLY_ADD = 0x23  # the lowest 9 bits of FFMA
+WIDTHS = {4: 32, 5: 64, 6: 128}  # the codes of accesses that are not narrower
 
-class Instruction(NamedTuple):
-    name: str  # with its modifiers: LDG.E.128.STRONG.GPU
-    target: str  # the label that it jumps to
+
+def _is_product(one: Instruction) -> bool:
+    return one.opcode == machine.TENSOR_PRODUCT or one.opcode & 0x1FF == MULTIPLY_ADD
+
+
+def _is_vector_load(one: Instruction) -> bool:
+    """A load of 128 bits from L2 that sees what other blocks have written."""
+    return one.opcode == machine.LOAD_GLOBAL and one.strong and one.width == machine.QUAD
+
+
+def _is_cell(one: Instruction) -> bool:
+    return one.opcode in SHUFFLES
+
+
+def _is_wait(one: Instruction) -> bool:
+    return one.opcode in (CLUSTER_WAIT, machine.TRY_WAIT)
+
+
+def _is_signal(one: Instruction) -> bool:
+    return one.opcode in (machine.CLUSTER_ARRIVE, REDUCE)
+
+
+def _is_exchange_store(one: Instruction) -> bool:
+    """A store to other blocks: everything else that the kernels store outside of their shared memory is weak and has
+    32 bits or less."""
+    if one.opcode == machine.STORE_GLOBAL:
+        return one.strong or one.width == machine.QUAD
+    return one.opcode in (machine.SEND_ASYNC, STORE_GENERIC)
 
 
 class Loop(NamedTuple):
@@ -40,45 +68,11 @@ class Loop(NamedTuple):
     end: int  # the jump back
 
 
-class Function(NamedTuple):
-    instructions: list[Instruction]
-    loops: list[Loop]
-
-
-def parse(listing: str) -> dict[str, Function]:
-    """The functions in the output of `nvdisasm -c`."""
-    functions: dict[str, Function] = {}
-    for text in re.split(r"^\.text\.(?=\w+:$)", listing, flags=re.MULTILINE)[1:]:
-        name, _, body = text.partition(":\n")
-        instructions: list[Instruction] = []
-        labels: dict[str, int] = {}
-        for line in body.splitlines():
-            if label := re.match(r"(\.\w+):", line):
-                labels[label[1]] = len(instructions)
-            elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", line):
-                target = re.search(r"`\((\.\w+)\)", found[2]) if found[1].startswith("BRA") else None
-                instructions.append(Instruction(found[1], target[1] if target else ""))
-        back = [
-            (labels[one.target], at) for at, one in enumerate(instructions) if one.target and labels[one.target] < at
-        ]
-        # Code for rare cases stands behind the end of the kernel and jumps back into it: those are no loops.
-        exits = {at for at, one in enumerate(instructions) if one.name == "EXIT"}
-        loops = [Loop(begin, end) for begin, end in back if exits.isdisjoint(range(begin, end))]
-        functions[name] = Function(instructions, loops)
-    return functions
-
-
-def _is_product(name: str) -> bool:
-    return name.startswith(("HMMA", "FFMA"))
-
-
-def _is_strong_load(name: str) -> bool:
-    return re.match(r"LDG?\.E.*\.STRONG", name) is not None
-
-
-def _is_exchange_store(name: str) -> bool:
-    """Stores of 128 bits to other blocks. Everything else that the kernels store has 32 bits or less."""
-    return re.match(r"STAS|STG?\.E.*\.128", name) is not None
+def loops_of(code: Sequence[Instruction]) -> list[Loop]:
+    # Code for rare cases stands behind the end of the kernel and jumps back into it: those are no loops.
+    exits = {at for at, one in enumerate(code) if one.opcode == EXIT}
+    back = [Loop(one.target // 16, at) for at, one in enumerate(code) if one.opcode in machine.BRANCHES]
+    return [loop for loop in back if loop.begin < loop.end and exits.isdisjoint(range(loop.begin, loop.end))]
 
 
 class Counts(NamedTuple):
@@ -87,100 +81,127 @@ class Counts(NamedTuple):
     instructions: int  # in the loop over chunks, without inner loops
     critical: int  # of these from the wait for other blocks to the last thing that other blocks wait for
     loop: int  # instructions of the loop over the steps of the product whose weights are in shared memory
+    loop_steps: int  # of these steps in one iteration
     products: int  # tensor-core products, in float32 multiply-adds, without that loop
     loop_products: int  # the same in that loop
     shared_loads: int
     shared_stores: int
-    trips: int  # times that products wait for vectors that were requested from L2, without that loop
-    loop_trips: int  # the same in that loop
+    trips: int  # waits for vectors from L2 one after the other, without that loop
+    loop_trips: int  # what an iteration of that loop adds
     vector_loads: str  # of vectors from L2: number and width in bits
     sends: str  # stores to other blocks: widths in bits, without their number, since the compiler unrolls their loop
     barriers: int  # of the block
     fences: int  # that wait for all earlier stores of the thread
+    signals: int  # to other blocks, beside the stores
 
 
-def _trips(names: Sequence[str]) -> int:
-    """How often something waits for vectors from L2: a product or, in float32, a copy to shared memory. All loads since
-    the last wait are under way together."""
-    trips, requested = 0, False
-    for name in names:
-        if _is_strong_load(name) and ".128" in name:
-            requested = True
-        elif requested and (_is_product(name) or name.startswith("STS")):
-            trips, requested = trips + 1, False
-    return trips
+def _trips(code: Sequence[Instruction]) -> int:
+    """How many waits for L2 follow each other. Loads that are under way together are waited for once: those that were
+    issued after the same number of waits."""
+    waited = 0
+    requested: dict[int, int] = {}  # by register: the wait that follows from using it
+    for one in code:
+        if _is_vector_load(one):
+            requested |= dict.fromkeys(one.destinations, waited + 1)
+            continue
+        waited = max([waited, *(requested.get(register, 0) for register in one.sources | _stored(one))])
+        if one.opcode not in machine.NO_RESULT:
+            for register in one.destinations:
+                requested.pop(register, None)
+    return waited
 
 
-def _widths(names: Sequence[str]) -> list[int]:
-    return [int(found[1]) if (found := re.search(r"\.(64|128)\b", name)) else 32 for name in names]
+def _stored(one: Instruction) -> set[int]:
+    """What a store to shared memory reads: its data."""
+    return {one.low >> 32 & 0xFF} if one.opcode == STORE_SHARED else set()
 
 
-def count(function: Function) -> Counts:
-    code, loops = function.instructions, function.loops
+def products_of_step(kernel: compiled.Sequence) -> int:
+    """How many products a warp computes in a step of its part (slice_shape() in sequence.h)."""
+    rows = kernel.units * ({"lstm": 4, "gru": 3, "rnn": 1}[kernel.cell] if kernel.way == "forward" else 1)
+    if kernel.dtype == "f32":
+        return 4 * -(-rows // 32) * kernel.columns
+    tiles = -(-rows // 16)
+    return 2 * (-(-tiles // 2) if tiles >= 6 else tiles) * kernel.columns // 8
 
-    def names(loop: Loop) -> list[str]:
-        return [code[at].name for at in range(loop.begin, loop.end + 1)]
 
-    def has(loop: Loop, *tests: Callable[[str], bool]) -> bool:
-        return all(any(map(test, names(loop))) for test in tests)
+def count(kernel: compiled.Sequence, code: Sequence[Instruction]) -> Counts:
+    def inside(loop: Loop) -> Sequence[Instruction]:
+        return code[loop.begin : loop.end + 1]
 
-    def is_cell(name: str) -> bool:
-        return name.startswith(("SHFL", "MUFU"))
+    def has(loop: Loop, *tests: Callable[[Instruction], bool]) -> bool:
+        return all(any(map(test, inside(loop))) for test in tests)
 
     # The loop over chunks is the innermost one with both the product and the cells.
-    around = [loop for loop in loops if has(loop, _is_product, is_cell, lambda name: name.startswith("STS"))]
+    around = [loop for loop in loops_of(code) if has(loop, _is_product, _is_cell)]
     if not around:
         raise Failure("no loop has both products and cells")
     chunk = min(around, key=lambda loop: loop.end - loop.begin)
-    inner = [loop for loop in loops if chunk.begin <= loop.begin and loop.end < chunk.end]
-    products = [loop for loop in inner if has(loop, _is_product) and not has(loop, is_cell)]
+    inner = [loop for loop in loops_of(code) if chunk.begin <= loop.begin and loop.end < chunk.end]
+    products = [loop for loop in inner if has(loop, _is_product)]
     if len(products) > 1:
-        raise Failure(f"{len(products)} inner loops have products")
+        raise Failure(f"{len(products)} loops in the loop over chunks have products")
     in_loops = {at for loop in inner for at in range(loop.begin, loop.end + 1)}
     straight = [at for at in range(chunk.begin, chunk.end + 1) if at not in in_loops]
-    spins = [
+    # Blocks wait at a barrier, for a receipt, in a short loop for a flag, or for the vectors themselves.
+    flags = [
         loop
         for loop in inner
-        if loop.end - loop.begin < 24
-        and not has(loop, _is_product)
-        and has(loop, lambda name: _is_strong_load(name) or name.startswith("SYNCS"))
-    ]
-    waits = [at for at in range(chunk.begin, chunk.end) if code[at].name.startswith(("UCGABAR_WAIT", "SYNCS"))]
-    waits += [loop.end for loop in spins]
-    waits = waits or [at for at in straight if _is_strong_load(code[at].name)]
-    arrivals = [at for at in range(chunk.begin, chunk.end) if code[at].name.startswith(("UCGABAR_ARV", "RED"))]
-    arrivals = arrivals or [at for at in range(chunk.begin, chunk.end) if _is_exchange_store(code[at].name)]
-    if not waits or not arrivals or waits[0] > arrivals[-1]:
+        if loop.end - loop.begin < 24 and not has(loop, _is_product) and not has(loop, _is_vector_load)
+        and has(loop, lambda one: one.opcode == machine.LOAD_GLOBAL and one.strong)
+    ]  # fmt: skip
+    every = range(chunk.begin, chunk.end + 1)
+    waits = [at for at in every if _is_wait(code[at])] + [loop.end for loop in flags]
+    waits = waits or [at for at in every if _is_vector_load(code[at])]
+    stores = [at for at in every if _is_exchange_store(code[at])]
+    signals = [at for at in every if _is_signal(code[at])]
+    if not waits or not (stores or signals) or min(waits) > max(stores + signals):
         raise Failure("cannot tell where a step waits for other blocks and where they wait for it")
-    first, last = waits[0], arrivals[-1]
-    plain = [code[at].name for at in straight]
-    looped = names(products[0]) if products else []
-    every = names(chunk)
-    product = "HMMA" if has(chunk, lambda name: name.startswith("HMMA")) else "FFMA"
-    requests = [name for name in every if _is_strong_load(name) and ".128" in name]
-    sent = [code[at].name for at in range(first, last) if re.match(r"STG?\.E|STAS", code[at].name)]
+    first = min(waits)
+    # After the stores to others, the kernels of a grid erase older ones by as many stores.
+    erased = not signals and code[stores[-1]].opcode == machine.STORE_GLOBAL
+    last = max(signals) if signals else stores[len(stores) // 2 - 1] if erased else stores[-1]
+    plain = [code[at] for at in straight]
+    # Loops in that of the products only load again what was absent.
+    nested = {at for loop in inner if loop not in products for at in range(loop.begin, loop.end + 1)}
+    looped = [code[at] for loop in products for at in range(loop.begin, loop.end + 1) if at not in nested]
+    matrix = any(one.opcode == machine.TENSOR_PRODUCT for one in inside(chunk))
+
+    def number(some: Sequence[Instruction], *opcodes: int) -> int:
+        return sum(one.opcode in opcodes for one in some)
+
+    def multiplications(some: Sequence[Instruction]) -> int:
+        if matrix:
+            return number(some, machine.TENSOR_PRODUCT)
+        return sum(map(_is_product, some))
+
+    sent = [code[at] for at in stores if at <= last]
+    sent = sent or [code[at] for at in every if first < at < last and code[at].opcode == machine.STORE_GLOBAL]
+    # In float32 vectors are copied in a loop.
+    copies = [one for loop in inner if loop not in products for one in inside(loop)] if not matrix else []
+    requests = sum(map(_is_vector_load, [*plain, *looped, *copies]))
+    loop_products = multiplications(looped)
     return Counts(
         instructions=len(straight),
         critical=sum(first <= at <= last for at in straight),
         loop=len(looped),
-        products=sum(name.startswith(product) for name in plain),
-        loop_products=sum(name.startswith(product) for name in looped),
-        shared_loads=sum(name.startswith("LDS") for name in plain),
-        shared_stores=sum(name.startswith("STS") for name in plain),
-        trips=_trips(plain) + sum(_trips(names(loop)) for loop in inner if loop not in products),
-        loop_trips=_trips(looped),
-        vector_loads=f"{len(requests)} x 128" if requests else "-",
-        sends=" and ".join(map(str, sorted(set(_widths(sent))))),
-        barriers=sum(name.startswith("BAR.") for name in plain),
-        fences=sum(name.startswith("MEMBAR") for name in plain),
+        products=multiplications(plain),
+        loop_steps=loop_products // products_of_step(kernel),
+        loop_products=loop_products,
+        shared_loads=number(plain, machine.LOAD_SHARED),
+        shared_stores=number(plain, STORE_SHARED),
+        trips=max(_trips(plain), min(1, requests)),
+        loop_trips=_trips([*looped, *looped]) - _trips(looped),
+        vector_loads=f"{requests} x 128" if requests else "-",
+        sends=" and ".join(str(width) for width in sorted({_width(one) for one in sent})),
+        barriers=number(plain, machine.BLOCK_BARRIER),
+        fences=number(plain, machine.MEMORY_BARRIER),
+        signals=len(signals),
     )
 
 
-def nvdisasm() -> str:
-    if os.environ.get("NVDISASM"):
-        return os.environ["NVDISASM"]
-    found = sorted((ROOT / "build").glob("gpuless-*/lib/python*/site-packages/triton/backends/nvidia/bin/nvdisasm"))
-    return tool("nvdisasm", *map(str, found))
+def _width(one: Instruction) -> int:
+    return 128 if one.opcode == machine.SEND_ASYNC else WIDTHS.get(one.width, 16)
 
 
 def key(kernel: compiled.Sequence) -> str:
@@ -196,11 +217,11 @@ def main() -> None:
             raise SystemExit(f"{name}: {outcome.failure}")
     table: dict[str, Counts] = {}
     for source in SOURCES:
-        for name, function in parse(must([nvdisasm(), "-c", BUILD / f"{source}.sm_{ARCH}.cubin"])).items():
+        for name, code in code_of(BUILD / f"{source}.sm_{ARCH}.cubin").items():
             kernel = compiled.sequence_kernel(name)
             assert kernel is not None, name
             try:
-                table[key(kernel)] = count(function)
+                table[key(kernel)] = count(kernel, code)
             except Failure as failure:
                 raise SystemExit(f"{key(kernel)}: {failure}") from None
     lines = [f"  {json.dumps(name)}: {json.dumps(table[name]._asdict())}" for name in sorted(table)]

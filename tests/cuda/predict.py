@@ -31,7 +31,8 @@ CELL_CYCLES = 250  # gates, the block's barriers, shuffles: what is waited for b
 TRIP_SECONDS = 0.25e-6  # from the request of vectors in L2 to the product that waits for them
 FENCE_SECONDS = 0.25e-6  # of a thread's earlier stores, to L2 too
 CLUSTER_SECONDS = 0.25e-6  # from a store to another block of the cluster until that block sees it
-GRID_SECONDS = 0.75e-6  # the same through L2: the store, the signal, and seeing the signal
+GRID_SECONDS = 0.3e-6  # until a store is in L2 and the other blocks, which ask for it, see it
+SIGNAL_SECONDS = 0.45e-6  # of a signal in L2 after the store, and of seeing it
 LAUNCH_SECONDS = 2.0e-6  # the launch of a matrix product or of a cell kernel in a stream
 PRODUCT_RATE = {2: 300e12, 4: 25e12}  # multiply-adds a second of torch's products, by bytes of a number
 
@@ -66,13 +67,17 @@ def predict(
     cluster = plan["kind"] == "cluster"
     rows, terms, columns = plan["rows"], plan["terms"], plan["columns"]
     chunks, steps = plan["tile"] // columns, plan["shared_steps"]
-    looped = steps * code["loop"]
+    all_steps = math.ceil(terms / (4 if dtype == "float32" else 32) / plan["splits"])
+    looped = math.ceil(steps * code["loop"] / code["loop_steps"]) if code["loop_steps"] else 0
+    # An iteration of the loop over weights in shared memory may use vectors that were requested an iteration before.
+    first = max(plan["register_steps"], code["loop_steps"])
+    iterations = math.ceil(max(0, all_steps - first) / max(1, code["loop_steps"]))
     # Other blocks wait for the last chunk only until it has sent its part. All others are computed from end to end.
     instructions = (chunks - 1) * code["instructions"] + code["critical"] + chunks * looped
-    trips = chunks * (code["trips"] + steps * code["loop_trips"])
+    trips = chunks * (code["trips"] + iterations * code["loop_trips"])
     latency = CELL_CYCLES
     if dtype != "float32":
-        latency += 2 * MMA_CYCLES * min(plan["register_steps"] + steps, math.ceil(terms / 32 / plan["splits"]))
+        latency += 2 * MMA_CYCLES * all_steps
     cycles = WARPS * instructions + chunks * latency
     # Where a rate of the multiprocessor is the limit: the products, reading shared memory, reading from L2.
     product = rows * terms * columns / (128 if dtype == "float32" else MMA_RATE)
@@ -83,7 +88,8 @@ def predict(
     exchange = plan["slices"] * plan["tile"] * terms * item  # h of one group, sent to all its blocks
     if not cluster:
         seconds = max(seconds, plan["groups"] * exchange / L2_TOTAL_RATE)
-    seconds += code["fences"] * FENCE_SECONDS + (CLUSTER_SECONDS if cluster else GRID_SECONDS)
+    seconds += code["fences"] * FENCE_SECONDS
+    seconds += CLUSTER_SECONDS if cluster else GRID_SECONDS + min(1, code["signals"]) * SIGNAL_SECONDS
     waves = -(-plan["groups"] // plan["groups_at_once"])
     return {
         "memory": memory,
@@ -92,6 +98,17 @@ def predict(
         "trips": waves * trips,
         "seconds": max(waves * seconds, memory / MEMORY_RATE),
     }
+
+
+def _each(number: int, one: dict[str, Any]) -> str:
+    return f"{number / one['loop_steps']:.0f}" if one["loop_steps"] else "0"
+
+
+def _waits(one: dict[str, Any]) -> str:
+    if not one["trips"]:
+        return "-"
+    looped = f" + {one['loop_trips']} for {one['loop_steps']} n" if one["loop_trips"] else ""
+    return f"{one['trips']}{looped}"
 
 
 def compiled_table() -> list[str]:
@@ -115,8 +132,8 @@ def compiled_table() -> list[str]:
         one = COUNTS[name]
         lines.append(
             f"| {cell} {way}, {dtype}, {kind} | {units} | {columns} | {one['instructions']} | {one['critical']} | "
-            f"{one['loop'] or '-'} | {one['products']} + {one['loop_products']} n | "
-            f"{one['shared_loads']}, {one['shared_stores']} | {one['trips']} + {one['loop_trips']} n | "
+            f"{_each(one['loop'], one)} | {one['products']} + {_each(one['loop_products'], one)} n | "
+            f"{one['shared_loads']}, {one['shared_stores']} | {_waits(one)} | "
             f"{one['vector_loads']} | {one['sends']} | {one['barriers']} | {one['fences']} |"
         )
     return lines
