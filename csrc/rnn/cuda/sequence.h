@@ -62,9 +62,10 @@ constexpr SliceShape slice_shape(int gates, bool half, int units, bool backward)
     s.row_groups = s.rows >= 96 ? 2 : 1;
     s.splits = kSequenceWarps / s.row_groups;
     // A step takes 8 registers for each 16 rows of a warp. Wide slices have one tensor-core product at a time, which
-    // leaves more registers for weights, and the forward of a cluster loads its vectors just before they are used.
+    // leaves more registers for weights. So does the forward of a cluster, which loads its vectors just before they are
+    // used, but not that of the rnn, whose threads have up to four cells.
     const bool wide = is_wide(gates, units), cluster = units == slice_units(gates, SliceWidth::cluster);
-    const int registers = wide ? 144 : cluster && !backward ? 128 : 96;
+    const int registers = wide ? 144 : cluster && gates > 1 && !backward ? 128 : 96;
     s.register_steps = registers / (ceil_div(s.rows / 16, s.row_groups) * 8);
     s.step_terms = 32;
   } else {
