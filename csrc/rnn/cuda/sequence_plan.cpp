@@ -45,8 +45,8 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
 
 // A guess of the cycles that a step takes, by which plans are compared: for every wave of groups the exchange between
 // blocks, and for every chunk the product, or reading the weights for it, and what remains (partial sums, cells).
-// Nothing of it is measured. The exchange of a grid has a high price, so that clusters are taken if the rest takes about
-// as long in both.
+// Nothing of it is measured. The exchange of a grid has a high price, so that clusters are taken if the rest takes
+// about as long in both.
 int64_t step_cycles(const SequencePlan& plan, const SliceShape& slice, bool half, int waves) {
   const int64_t exchange = plan.kind == SequencePlan::cluster ? 800 : 1900;
   const int64_t product = int64_t{slice.rows} * plan.layout.terms * plan.columns / (half ? 1270 : 128);
