@@ -176,6 +176,10 @@ MUTANT_SHAPES = (
     # Warps with fewer cells than lanes.
     "lstm:f32:smallgrid:2:1:40:1:lengths:hb",
     "lstm:bf16:wide:2:8:72:1:lengths:hb",
+    # A grid uses each place of its exchange more than once; an h_0 with the bits of an absent value.
+    "lstm:bf16:smallgrid:20:8:40:1:padded:hb",
+    "lstm:bf16:smallgrid:2:8:16:1:padded:hbn",
+    "lstm:f32:smallgrid:3:8:40:1:padded:hbn",
 )
 WAYS = ("forward", "backward")
 STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.cpp")
