@@ -82,7 +82,8 @@ def check_compiled() -> None:
 
 # The most instructions from the arrival of what other blocks have sent to the last store to them: a tenth more than
 # nvcc 13.0 makes of the bfloat16 kernels for sm_90a. By way, cell, cluster or grid, units and columns.
-CRITICAL = {}
+CRITICAL = {
+}
 
 
 def faults(sequence: Sequence, step: Step) -> list[str]:
@@ -102,9 +103,7 @@ def faults(sequence: Sequence, step: Step) -> list[str]:
     if not half:
         return found
     # In a grid all are loaded once more if they have not arrived. In a cluster one may be loaded after the first product.
-    if step.vectors_first < (
-        16 if not sequence.cluster else 3 if sequence.columns == 8 and not is_wide(sequence) else 2
-    ):
+    if step.vectors_first < (16 if not sequence.cluster else 3 if sequence.columns == 8 and not is_wide(sequence) else 2):
         found.append("the first product does not wait for the vectors of several products together")
     if step.calls:
         found.append("the activations have slow paths")
