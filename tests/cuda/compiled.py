@@ -83,6 +83,34 @@ def check_compiled() -> None:
 # The most instructions from the arrival of what other blocks have sent to the last store to them: a tenth more than
 # nvcc 13.0 makes of the bfloat16 kernels for sm_90a. By way, cell, cluster or grid, units and columns.
 CRITICAL = {
+    ("backward", "gru", "cluster", 32, 8): 374,
+    ("backward", "gru", "cluster", 32, 16): 476,
+    ("backward", "gru", "cluster", 48, 8): 574,
+    ("backward", "gru", "grid", 16, 8): 800,
+    ("backward", "gru", "grid", 16, 16): 954,
+    ("backward", "lstm", "cluster", 32, 8): 430,
+    ("backward", "lstm", "cluster", 32, 16): 562,
+    ("backward", "lstm", "cluster", 40, 8): 679,
+    ("backward", "lstm", "grid", 16, 8): 894,
+    ("backward", "lstm", "grid", 16, 16): 980,
+    ("backward", "rnn", "cluster", 64, 8): 314,
+    ("backward", "rnn", "cluster", 64, 16): 568,
+    ("backward", "rnn", "grid", 32, 8): 646,
+    ("backward", "rnn", "grid", 32, 16): 743,
+    ("forward", "gru", "cluster", 32, 8): 290,
+    ("forward", "gru", "cluster", 32, 16): 442,
+    ("forward", "gru", "cluster", 48, 8): 474,
+    ("forward", "gru", "grid", 16, 8): 700,
+    ("forward", "gru", "grid", 16, 16): 664,
+    ("forward", "lstm", "cluster", 32, 8): 288,
+    ("forward", "lstm", "cluster", 32, 16): 509,
+    ("forward", "lstm", "cluster", 40, 8): 455,
+    ("forward", "lstm", "grid", 16, 8): 768,
+    ("forward", "lstm", "grid", 16, 16): 757,
+    ("forward", "rnn", "cluster", 64, 8): 339,
+    ("forward", "rnn", "cluster", 64, 16): 616,
+    ("forward", "rnn", "grid", 32, 8): 655,
+    ("forward", "rnn", "grid", 32, 16): 752,
 }
 
 
@@ -102,8 +130,9 @@ def faults(sequence: Sequence, step: Step) -> list[str]:
         found.append("what does not depend on other blocks is loaded in the step that needs it")
     if not half:
         return found
-    # In a grid all are loaded once more if they have not arrived. In a cluster one may be loaded after the first product.
-    if step.vectors_first < (16 if not sequence.cluster else 3 if sequence.columns == 8 and not is_wide(sequence) else 2):
+    # In a grid all are loaded again if they have not arrived. In a cluster one may be loaded after the first product.
+    few = sequence.columns > 8 or is_wide(sequence)
+    if step.vectors_first < (16 if not sequence.cluster else 2 if few else 3):
         found.append("the first product does not wait for the vectors of several products together")
     if step.calls:
         found.append("the activations have slow paths")
@@ -125,7 +154,8 @@ class Planted(NamedTuple):
 
 
 PLANTED = (
-    Planted("group.h", "if (step > 0) receipt_wait(", "cluster_barrier(); if (step > 0) receipt_wait(", "earlier stores"),
+    Planted("group.h", "if (step > 0) receipt_wait(", "cluster_barrier(); if (step > 0) receipt_wait(",
+            "earlier stores"),
     Planted("group.h", "DLK_DEVICE void wait(int) {}",
             "DLK_DEVICE void wait(int) { __syncthreads(); if (threadIdx.x == 0) signal_arrival(counter_); }",
             "earlier stores"),
@@ -136,9 +166,10 @@ PLANTED = (
             'asm volatile("st.relaxed.gpu.global.u32 [%0], %1; st.relaxed.gpu.global.u32 [%0 + 4], %2; '
             'st.relaxed.gpu.global.u32 [%0 + 8], %3; st.relaxed.gpu.global.u32 [%0 + 12], %4;" ::"l"(p)',
             "16 bytes at a time"),
-    Planted("product.h", "kAhead = (kPieces ? 8 : kManyWeights ? 2 : 4) / kColumnTiles", "kAhead = 1", "first product"),
-    Planted("real.h", "if constexpr (sizeof(S) == 4) {\n    return {1.0f", "if constexpr (sizeof(S) <= 4) {\n    return {1.0f",
-            "slow paths"),
+    Planted("product.h", "kAhead = kPieces ? 8 / kColumnTiles : kColumnTiles == 2 ? 1 : kManyWeights ? 2 : 4",
+            "kAhead = 1", "first product"),
+    Planted("real.h", "if constexpr (sizeof(S) == 4) {\n    return {1.0f",
+            "if constexpr (sizeof(S) <= 4) {\n    return {1.0f", "slow paths"),
     Planted("sequence_forward.h", "      Inputs now = next;", "      fetch(t, chunk, &next);\n      Inputs now = next;",
             "in the step that needs it"),
     Planted("sequence_forward.h", "      Inputs now = next;",

@@ -140,10 +140,9 @@ def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
 
 
 def plain_test(name: str, *further: Path) -> None:
-    """Compiles a test that needs no emulation and runs it."""
+    """Compiles a test that needs no emulated blocks and runs it."""
     program = BUILD / name
-    options = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-isystem{cuda_include()}", f"-I{CSRC}"]
-    must([tool("g++"), *options, HERE / f"{name}.cpp", *further, "-o", program])
+    must([tool("g++"), "-O1", *flags(), HERE / f"{name}.cpp", *further, "-o", program])
     if " hold" not in (output := must([program])):
         raise Failure(output)
 
@@ -265,6 +264,7 @@ def units(short: bool = False) -> list[Unit]:
     planned = partial(plain_test, "plan_test", CUDA / "sequence_plan.cpp")
     all_units.append(Unit("kernels", "plans", 2, planned))
     all_units.append(Unit("kernels", "limits", 2, partial(plain_test, "limits_test")))
+    all_units.append(Unit("kernels", "activations", 2, partial(plain_test, "activation_test")))
     ran = tuple(f"kernels {shape}" for shape in shapes.all_shapes())
     all_units.append(Unit("kernels", "every kernel ran", 1, check_every_kernel_ran, ran))
     for kind in sorted({mutant.noticed_by for mutant in MUTANTS}):

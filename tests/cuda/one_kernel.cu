@@ -1,5 +1,5 @@
-// Two sequence kernels, with which compiled.py tests its checks of machine code: the forward of the lstm in bfloat16, in
-// clusters and in grids.
+// Two sequence kernels, with which compiled.py tests its checks of machine code: the forward of the lstm in bfloat16,
+// in clusters and in grids.
 #include "rnn/cuda/sequence_forward.h"
 
 namespace dlk {
