@@ -297,7 +297,7 @@ def units(short: bool = False) -> list[Unit]:
             if short and left_out(file, arch):
                 continue
             seconds = SECONDS.get(file.removesuffix(".cu").rsplit("_", 1)[0], 1) * ARCH_FACTORS[arch]
-            seconds *= 0.4 if "f32" in file else 1
+            seconds *= 0.8 if "f32" in file else 1
             run = partial(compile_one, file, arch)
             all_units.append(Unit("compile", f"nvcc {file} sm_{arch}", seconds, run))
     compiled = tuple(unit.name for unit in all_units)
