@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     }
   }
 
-  // Sequences that step t reads: the chunk of the last of them is not at its end.
+  // Whether a sequence of the chunk is alive at time t. Only then is the chunk's h needed.
   const auto reads = [&](int t, int chunk) { return t < lengths[p.tile + chunk / kColumns]; };
   const int first_t = d == 0 ? 0 : steps - 1;
   auto group = make_group<S, kCluster>(p, shared, kUnits);
