@@ -32,7 +32,7 @@ help:
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
 	@echo "make gpuless      Triton kernels interpreted and compiled, and cuda-test: GPU code without a GPU (minutes)"
-	@echo "make gpu-check    on a machine with an NVIDIA GPU: build, test, measure; build/gpu-check.json"
+	@echo "make gpu-check    on a machine with an NVIDIA GPU: build, measure, test; ARGS='--out DIR --part NAME --resume'"
 	@echo "make wheel        dist/*.whl, built against the torch of $(VENV)"
 
 venv: $(ENV_STAMP)
@@ -103,8 +103,8 @@ abi-check: build
 gpuless: build
 	$(PY) tests/gpuless/run.py $(TRITON_SPECS) $(ARGS)
 
-# PYTHON must have the CUDA build of torch: make gpu-check PYTHON=/path/to/python. ARGS=--rehearse needs no GPU and
-# shows only that the check itself works.
+# PYTHON must have the CUDA build of torch: make gpu-check PYTHON=/path/to/python ARGS='--out DIR'. ARGS=--rehearse needs
+# no GPU and shows only that the check itself works.
 gpu-check:
 	$(PYTHON) tests/gpu/check.py $(ARGS)
 

@@ -60,7 +60,6 @@ py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool 
   dict["shared_steps"] = plan.layout.shared_steps;
   dict["shared_weights"] = plan.layout.exchange - plan.layout.weights;
   dict["shared_bytes"] = plan.layout.bytes;
-  dict["barriers_per_step"] = plan.kind == SequencePlan::steps ? 0 : 1;
   dict["reason"] = std::string(plan.reason);
   return dict;
 }

@@ -105,7 +105,6 @@ def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
     return torch.compile(function, backend=backend, fullgraph=True)  # type: ignore[no-any-return]
 
 
-BACKENDS = ["eager", "aot_eager", "inductor"]
 SDPA, ATTENTION = functional.scaled_dot_product_attention, functional.attention
 COMPILED = [(SDPA, FREE["3-D"]), (SDPA, FREE["learned mask"]), (SDPA, KEPT), (ATTENTION, KEPT)]
 
@@ -123,8 +122,9 @@ def _edited_results(separately: bool, *leaves: Tensor) -> Tensor:
     return total
 
 
+# tests/integration/test_contract_compiled.py has results that are edited under Inductor, which takes the longest.
 @pytest.mark.heavy
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_results(backend: str) -> None:
     """Compiled code does not check versions, so the caller must get a result that the backward does not use."""
     generator = torch.Generator().manual_seed(0)
@@ -162,8 +162,7 @@ def _edited_inputs(inside: bool, edits: bool, factor: Tensor, *given: Tensor) ->
 
 @pytest.mark.heavy
 @pytest.mark.parametrize(
-    "backend, inside",
-    [*itertools.product(BACKENDS, [True, False])],
+    "backend, inside", [("eager", True), ("aot_eager", True), ("aot_eager", False), ("inductor", True)]
 )
 def test_compiled_inputs(backend: str, inside: bool) -> None:
     """Compiled gradients are right even where eager autograd raises because an edited tensor was saved."""

@@ -173,8 +173,8 @@ MUTANT_SHAPES = (
     "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
     "lstm:f32:smallgrid:1:16:16:1:lengths:hb",
     # Warps with fewer cells than lanes.
-    "lstm:f32:smallgrid:2:1:40:1:lengths:hb",
-    "lstm:bf16:wide:2:8:72:1:lengths:hb",
+    "lstm:f32:smallgrid:4:1:40:1:padded:hb",
+    "lstm:bf16:wide:4:8:72:1:padded:hb",
     # A grid uses each place of its exchange more than once; an h_0 with the bits of an absent value.
     "lstm:bf16:smallgrid:20:8:40:1:padded:hb",
     "lstm:bf16:smallgrid:2:8:16:1:padded:hbn",

@@ -1,4 +1,4 @@
-// Compares the CUDA kernels under emulation with the reference.
+// Compares the CUDA kernels with the reference: under emulation or, compiled by nvcc, on a GPU.
 //   kernels_test SHAPE...   where test_case.h describes the shapes
 #include <algorithm>
 #include <cmath>
@@ -9,7 +9,6 @@
 
 #include "rnn/cuda/rows.h"
 #include "rnn/cuda/steps.h"
-#include "emulation.h"
 #include "test_case.h"
 
 namespace dlk {
@@ -42,6 +41,14 @@ class Test : Case {
   }
 
  private:
+  // Launches kernels and waits for them.
+  template <class Launch>
+  void run_kernels(const Launch& launch) {
+    Memory::to_gpu();
+    int error = launch();
+    if (!error) error = Memory::from_gpu();
+    check(error);
+  }
   void check(int error) {
     if (error) std::fprintf(stderr, "%s: CUDA error %d\n", o.text.c_str(), error), std::exit(1);
   }
@@ -50,14 +57,15 @@ class Test : Case {
     const size_t GH = static_cast<size_t>(G) * o.H, states = static_cast<size_t>(o.D) * o.B * o.H;
     w_hh = Array(o.dtype, p.w_hh), b_ih = Array(o.dtype, p.b_ih), b_hh = Array(o.dtype, p.b_hh);
     h0 = Array(o.dtype, p.h0), c0 = Array(o.dtype, p.c0);
-    if (o.has('n')) std::memset(h0.data(), 0xff, h0.item());
+    if (o.has('n')) h0.set_all_bits(0);
     h_n = Array(o.dtype, states);
     if (o.cell == CellKind::lstm) c_n = Array(o.dtype, states);
     y = Array(o.dtype, elements(o.D * o.H, gap));
     saved = Array(DType::f32, static_cast<size_t>(o.D) * rows * S * o.H);
-    offsets = std::make_unique<int[]>(static_cast<size_t>(o.T) + 1);
+    lengths_of_kernels = Numbers<int64_t>(lengths);
     if (packed) {
-      check(launch_offsets(batch_sizes.data(), o.T, offsets.get(), nullptr));
+      offsets = Numbers<int>(std::vector<int>(static_cast<size_t>(o.T) + 1));
+      run_kernels([&] { return launch_offsets(batch_sizes.data(), o.T, offsets.data(), nullptr); });
       for (int t = 0; t <= o.T; ++t) {
         if (offsets[t] != first_row[t]) std::fprintf(stderr, "%s: offsets differ\n", o.text.c_str()), std::exit(1);
       }
@@ -68,8 +76,8 @@ class Test : Case {
     f.T = o.T, f.B = o.B, f.H = o.H, f.D = o.D;
     f.tile = forward_plan.tile;
     f.layout = forward_plan.layout;
-    f.offsets = packed ? offsets.get() : nullptr;
-    f.lengths = lengths.empty() ? nullptr : lengths.data();
+    f.offsets = offsets.data();
+    f.lengths = lengths_of_kernels.data();
     for (int d = 0; d < o.D; ++d) {
       gates[d] = to_rows(p.gates, static_cast<size_t>(d) * o.T * o.B * GH, DType::f32, GH, 0);
       f.gates[d] = view<const float*>(gates[d], static_cast<int64_t>(GH), 0);
@@ -85,19 +93,20 @@ class Test : Case {
     if (forward_plan.kind != SequencePlan::steps) {
       make_exchange(forward_plan);
       f.exchange = exchange.data();
-      f.counters = counters.get();
-      check(launch_sequence(f, o.dtype, forward_plan, nullptr));
+      f.counters = counters.data();
+      run_kernels([&] { return launch_sequence(f, o.dtype, forward_plan, nullptr); });
       return;
     }
     Array gates_h(DType::f32, static_cast<size_t>(o.B) * GH), state(DType::f32, states);
     for (size_t i = 0; i < states; ++i) {
-      h_n.set(i, h0.data() ? h0[i] : 0.0);
-      if (o.cell == CellKind::lstm) c_n.set(i, c0.data() ? c0[i] : 0.0);
+      h_n.set(i, h0.empty() ? 0.0 : h0[i]);
+      if (o.cell == CellKind::lstm) c_n.set(i, c0.empty() ? 0.0 : c0[i]);
       state.set(i, o.cell == CellKind::lstm ? c_n[i] : h_n[i]);
     }
     const ForwardSteps steps{packed ? batch_sizes.data() : nullptr, static_cast<float*>(gates_h.data()),
                              static_cast<float*>(state.data())};
     const auto multiply = [&](int d) {
+      if (const int error = Memory::from_gpu()) return error;
       for (int b = 0; b < o.B; ++b) {
         for (size_t i = 0; i < GH; ++i) {
           double sum = 0;
@@ -107,9 +116,10 @@ class Test : Case {
           gates_h.set(b * GH + i, sum);
         }
       }
+      Memory::to_gpu();
       return 0;
     };
-    check(run_forward_steps(f, steps, o.dtype, multiply, nullptr));
+    run_kernels([&] { return run_forward_steps(f, steps, o.dtype, multiply, nullptr); });
   }
 
   void backward() {
@@ -130,8 +140,8 @@ class Test : Case {
     q.T = o.T, q.B = o.B, q.H = o.H, q.D = o.D;
     q.tile = backward_plan.tile;
     q.layout = backward_plan.layout;
-    q.offsets = packed ? offsets.get() : nullptr;
-    q.lengths = lengths.empty() ? nullptr : lengths.data();
+    q.offsets = offsets.data();
+    q.lengths = lengths_of_kernels.data();
     q.h0 = h0.data(), q.c0 = c0.data();
     q.dy = view<const void*>(dy, o.D * o.H, gap);
     q.saved = static_cast<const float*>(saved.data());
@@ -149,8 +159,8 @@ class Test : Case {
     if (!by_steps) {
       make_exchange(backward_plan);
       q.exchange = exchange.data();
-      q.counters = counters.get();
-      check(launch_sequence(q, o.dtype, backward_plan, nullptr));
+      q.counters = counters.data();
+      run_kernels([&] { return launch_sequence(q, o.dtype, backward_plan, nullptr); });
     } else {
       Array hidden(o.dtype, Values(states * G, 0.0)), product(DType::f32, static_cast<size_t>(o.B) * o.H);
       Array carry(DType::f32, p.dh_n.empty() ? Values(states, 0.0) : p.dh_n);
@@ -159,6 +169,7 @@ class Test : Case {
                                 static_cast<float*>(product.data()), static_cast<float*>(carry.data()),
                                 static_cast<float*>(dc.data())};
       const auto multiply = [&](int d) {
+        if (const int error = Memory::from_gpu()) return error;
         for (int b = 0; b < o.B; ++b) {
           for (int k = 0; k < o.H; ++k) {
             double sum = 0;
@@ -168,9 +179,10 @@ class Test : Case {
             product.set(static_cast<size_t>(b) * o.H + k, sum);
           }
         }
+        Memory::to_gpu();
         return 0;
       };
-      check(run_backward_steps(q, steps, o.dtype, multiply, nullptr));
+      run_kernels([&] { return run_backward_steps(q, steps, o.dtype, multiply, nullptr); });
     }
     db_ih.clear(), db_hh.clear(), before.clear();
     dgates_rounded.assign(static_cast<size_t>(o.D) * o.T * o.B * features, 0.0);
@@ -198,12 +210,12 @@ class Test : Case {
                                 q.saved + d * rows * S * o.H,
                                 at(h0, static_cast<size_t>(d) * o.B * o.H),
                                 view<void*>(rows_before, o.H, gap)};
-      check(launch_hidden_before(hidden, o.dtype, nullptr));
+      run_kernels([&] { return launch_hidden_before(hidden, o.dtype, nullptr); });
       for (double v : packed_or_padded(rows_before, o.H, gap)) before.push_back(v);
       if (!o.has('b')) continue;
       Array ih(o.dtype, GH), hh(o.dtype, GH);
       const BiasSums bias{o.cell, o.H, tiles, o.D * features, q.bias_sums + d * features, ih.data(), hh.data()};
-      check(launch_bias_sums(bias, o.dtype, nullptr));
+      run_kernels([&] { return launch_bias_sums(bias, o.dtype, nullptr); });
       for (double v : ih.values()) db_ih.push_back(v);
       for (double v : hh.values()) db_hh.push_back(v);
     }
@@ -235,7 +247,7 @@ class Test : Case {
     const bool grid = plan.kind == SequencePlan::grid;
     exchange =
         Array(o.dtype, grid ? static_cast<size_t>(kGridBuffers) * plan.groups * plan.tile * plan.layout.stride : 0);
-    counters = std::make_unique<unsigned[]>(grid ? static_cast<size_t>(plan.groups) : 0);
+    counters = Numbers<unsigned>(std::vector<unsigned>(grid ? static_cast<size_t>(plan.groups) : 0));
   }
 
   static void* at(const Array& array, size_t index) {
@@ -263,8 +275,9 @@ class Test : Case {
   }
 
   Array w_hh, b_ih, b_hh, h0, c0, y, h_n, c_n, saved, dh0, dc0, exchange;
-  std::unique_ptr<int[]> offsets;
-  std::unique_ptr<unsigned[]> counters;
+  Numbers<int> offsets;
+  Numbers<int64_t> lengths_of_kernels;
+  Numbers<unsigned> counters;
   Values dgates_rounded, dgates_exact, before, db_ih, db_hh;
 };
 
@@ -273,7 +286,10 @@ class Test : Case {
 
 int main(int argc, char** argv) {
   int failures = 0;
-  for (int i = 1; i < argc; ++i) failures += !dlk::Test(dlk::parse(argv[i])).run();
+  for (int i = 1; i < argc; ++i) {
+    std::printf("%s\n", argv[i]), std::fflush(stdout);  // the last line names a shape whose kernels hang
+    failures += !dlk::Test(dlk::parse(argv[i])).run();
+  }
   std::printf("%d shapes, %d failures\n", argc - 1, failures);
   return failures || argc < 2;
 }

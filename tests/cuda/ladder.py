@@ -63,6 +63,11 @@ def must(command: Sequence[str | Path], **environment: str) -> str:
     return done.output
 
 
+def kernel_object(file: str, arch: str) -> Path:
+    """What the rung `compile` makes of a kernel file."""
+    return BUILD / f"{file}.sm_{arch}.o"
+
+
 def tool(*names: str) -> str:
     for name in names:
         if shutil.which(name):

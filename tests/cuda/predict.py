@@ -74,7 +74,9 @@ def predict(
     iterations = math.ceil(max(0, all_steps - first) / max(1, code["loop_steps"]))
     # Other blocks wait for the last chunk only until it has sent its part. All others are computed from end to end.
     instructions = (chunks - 1) * code["instructions"] + code["critical"] + chunks * looped
-    trips = chunks * (code["trips"] + iterations * code["loop_trips"])
+    # If there are no more of them than an iteration takes, all vectors are requested together.
+    together = code["trips"] and all_steps <= code["loop_steps"]
+    trips = chunks * (1 if together else code["trips"] + iterations * code["loop_trips"])
     latency = CELL_CYCLES
     if dtype != "float32":
         latency += 2 * MMA_CYCLES * all_steps
@@ -107,7 +109,7 @@ def _each(number: int, one: dict[str, Any]) -> str:
 def _waits(one: dict[str, Any]) -> str:
     if not one["trips"]:
         return "-"
-    looped = f" + {one['loop_trips']} for {one['loop_steps']} n" if one["loop_trips"] else ""
+    looped = f" + {one['loop_trips']} n / {one['loop_steps']}" if one["loop_trips"] else ""
     return f"{one['trips']}{looped}"
 
 

@@ -7,12 +7,13 @@ tsan       the same with clang's ThreadSanitizer, in several schedules
 boundary   the torch boundary on CPU tensors with emulated kernels: tests/gpu/recurrent*_cuda.py (after `make build`)
 mutants    bugs planted in the kernels: each must be noticed
 compile    nvcc for sm_80, sm_90a and sm_100a: no spills, no local memory, registers, tensor-core instructions
+linked     the kernels' test as a program for a GPU (on_gpu.py), which `make gpu-check` runs under compute-sanitizer
 resident   all blocks of a plan that wait for each other at a barrier fit an H200 at the same time
 
 This needs nvcc with its headers, g++, and clang++ with the runtimes of its sanitizers (Debian: clang,
 libclang-rt-14-dev). A rung that lacks one of them fails. MAX_JOBS is the number of commands that run at a time (2),
-NICE their niceness. The times in the report are processor times. --short, which .ci/run uses, leaves out one schedule
-of each shape and compiles float16 for sm_90a only.
+NICE their niceness. The times in the report are processor times. --short, which `make gpuless` uses, leaves out one
+schedule of each shape and compiles everything for sm_90a only, but some of it for the others too.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ sys.dont_write_bytecode = True
 import boundary  # noqa: E402
 import compiled  # noqa: E402
 import emulated  # noqa: E402
+import on_gpu  # noqa: E402
 
-RUNGS = ("emulation", "kernels", "boundary", "asan", "tsan", "mutants", "compile", "resident")
+RUNGS = ("emulation", "kernels", "boundary", "asan", "tsan", "mutants", "compile", "linked", "resident")
 
 
 def report(units: list[Unit], outcomes: dict[str, Outcome]) -> list[str]:
@@ -62,7 +64,7 @@ def main() -> None:
     if unknown:
         raise SystemExit(f"no such rung: {', '.join(unknown)}; there are {', '.join(RUNGS)}")
     BUILD.mkdir(parents=True, exist_ok=True)
-    units = chosen_units([*emulated.units(short), *boundary.units(), *compiled.units(short)], wanted)
+    units = chosen_units([*emulated.units(short), *boundary.units(), *compiled.units(short), *on_gpu.units()], wanted)
     begin = time.monotonic()
     outcomes = run_units(units)
     failures = report(units, outcomes)

@@ -1,6 +1,6 @@
 // One case of the kernels' test: its name, the random layer that the name describes, and the layout of rows in memory.
 //   cell:dtype:path:T:B:H:D:form:options, for example lstm:bf16:best:5:8:40:2:lengths:hb
-// path: grid or steps forces that kind of plan; best is the plan for an H200, a cluster where possible; small and
+// path: grid or steps forces that kind of plan; best is the plan for the GPU, a cluster where possible; small and
 // smallgrid plan for a GPU with room for few groups, wide for one without clusters of the usual slices. form: padded,
 // lengths or packed. options: b biases, h initial states and gradients of the final ones, k backward truncated every
 // two steps, f batch first (and a gap between rows), g no gradient of y, n an h_0 that begins with a NaN all of whose
@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "rnn/cuda/sequence.h"
+#include "rnn/cuda/gpu_limits.h"
 #include "reference.h"
 #include "test_arrays.h"
 
@@ -60,6 +60,15 @@ inline Options parse(const std::string& text) {
   o.form = part[7];
   o.flags = part[8];
   return o;
+}
+
+// The GPU that the kernels run on. The emulation has as many multiprocessors as an H200.
+inline GpuLimits this_gpu() {
+#ifdef __CUDACC__
+  return gpu_limits(0);
+#else
+  return kH200;
+#endif
 }
 
 class Case {
@@ -127,7 +136,7 @@ class Case {
       for (int64_t& n : lengths) n = n == o.T ? n + 7 : n == 0 ? -3 : n;
     }
     LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows, false};
-    GpuLimits gpu = kH200;
+    GpuLimits gpu = this_gpu();
     // With room for a few groups only, each group has several chunks of sequences.
     const bool clusters = o.path == "best" || o.path == "small" || o.path == "wide";
     const int of_cluster = ceil_div(o.H, slice_units(G, SliceWidth::cluster));

@@ -1,6 +1,5 @@
 """Compares the attention operators on a CUDA device with float64 on the CPU over the cases of tests/gpuless, and tests
-what only a GPU can show. check.py runs this file; turns.py and conftest.py explain DLKERNELS_SHARD and
-DLKERNELS_DEADLINE."""
+what only a GPU can show. check.py runs this file; turns.py explains DLKERNELS_SHARD."""
 
 from __future__ import annotations
 
@@ -14,10 +13,8 @@ from torch import Tensor
 from turns import first_shard, mine, on_a_gpu
 
 import dlkernels
-import dlkernels.attention.triton
 from dlkernels.testing import Verdict
 
-dlkernels.attention.triton.register()
 # Longer sequences than under the interpreter, which have several of the shipped tiles, whole tiles and partial ones.
 LENGTHS = ((1, 1), (1, 513), (7, 97), (97, 7), (300, 300), (257, 1030), (1025, 130))
 CASES = pairwise(FACTORS | {"lengths": LENGTHS[:4] if REHEARSAL else LENGTHS})

@@ -1,52 +1,40 @@
-"""Calls of the recurrent layers to be run under a tool: calls.py small | main.
-
-small calls every kind of kernel once, at sizes that are fast enough under compute-sanitizer. main calls layers of the
-sizes of the benchmarks once, for ncu.
-"""
+"""Calls of the sizes of the benchmarks, to be run once under ncu: calls.py."""
 
 from __future__ import annotations
 
-import sys
-import time
-
 import torch
-from device import KINDS, best_plan, plan_kind
-from timing import DEADLINE, DEVICE, REHEARSAL, synchronize
+from device import best_plan, plan_kind
+from timing import DEVICE, REHEARSAL, synchronize
+from torch.nn.functional import scaled_dot_product_attention
 
 import dlkernels
 
 
-def call(name: str, dtype: torch.dtype, T: int, B: int, H: int, directions: int, lengths: bool) -> None:
-    layer = getattr(dlkernels.nn, name)(H, H, bidirectional=directions == 2, device=DEVICE, dtype=dtype)
+def layer(name: str, dtype: torch.dtype, T: int, B: int, H: int) -> None:
+    made = getattr(dlkernels.nn, name)(H, H, device=DEVICE, dtype=dtype)
     x = torch.randn(T, B, H, device=DEVICE, dtype=dtype, requires_grad=True)
-    given = torch.arange(B, device=DEVICE) % (T + 1) if lengths else None
-    layer(x, lengths=given)[0].sum().backward()
+    made(x)[0].sum().backward()
     synchronize()
     mode = "rnn_tanh" if name == "RNN" else name.lower()
-    print(name, dtype, plan_kind(mode, dtype, T, B, H, directions), flush=True)
+    print(name, dtype, plan_kind(mode, dtype, T, B, H, 1), flush=True)
 
 
-def small() -> None:
-    for kind in KINDS:
-        for dtype in (torch.bfloat16, torch.float32):
-            for name in ("LSTM", "GRU", "RNN"):
-                if time.time() > DEADLINE:
-                    raise SystemExit(f"NOT RUN from {kind} {dtype} {name} on: the time of this part was over")
-                with best_plan(kind):
-                    call(name, dtype, 3, 18, 70, 2, True)
-    for cell in (dlkernels.nn.LSTMCell, dlkernels.nn.GRUCell, dlkernels.nn.RNNCell):
-        step = cell(9, 35, device=DEVICE)
-        h = step(torch.randn(70, 9, device=DEVICE))
-        (h[0] if isinstance(h, tuple) else h).sum().backward()
-    synchronize()
+def attention(dtype: torch.dtype, length: int, width: int) -> float:
+    """A forward and a backward; the largest difference of o from torch's in float64."""
+    q, k, v = (torch.randn(2, 4, length, width, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3))
+    o = dlkernels.functional.attention(q, k, v, causal=True)
+    torch.autograd.grad(o.float().square().sum(), (q, k, v))
+    expected = scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    return float((o - expected).detach().abs().max())
 
 
 def main() -> None:
     T, H = (4, 16) if REHEARSAL else (64, 512)
     for kind, width in (("cluster", H), ("grid", 2 * H), ("steps", H)):
         with best_plan(kind):
-            call("LSTM", torch.bfloat16, T, 2 if REHEARSAL else 64, width, 1, False)
+            layer("LSTM", torch.bfloat16, T, 2 if REHEARSAL else 64, width)
+    attention(torch.bfloat16, 64 if REHEARSAL else 2048, 128)
 
 
 if __name__ == "__main__":
-    {"small": small, "main": main}[sys.argv[1]]()
+    main()

@@ -46,9 +46,15 @@ def best_plan(kind: str) -> Iterator[None]:
         cap(KINDS[0])
 
 
-def plan_kind(mode: str, dtype: torch.dtype, T: int, B: int, H: int, D: int, backward: bool = False) -> str:
+def plan_of(
+    mode: str, dtype: torch.dtype, T: int, B: int, H: int, D: int, backward: bool = False
+) -> dict[str, Any]:  # fmt: skip
     device = torch.cuda.current_device() if ON_GPU else None
-    return str(extension.native.cuda_plan(mode, dtype, T, B, H, D, backward, device)["kind"])
+    return dict(extension.native.cuda_plan(mode, dtype, T, B, H, D, backward, device))
+
+
+def plan_kind(mode: str, dtype: torch.dtype, T: int, B: int, H: int, D: int, backward: bool = False) -> str:
+    return str(plan_of(mode, dtype, T, B, H, D, backward)["kind"])
 
 
 def replayable(work: Callable[[], Any]) -> Callable[[], Any]:

@@ -1,14 +1,14 @@
 """Compares results of the recurrent layers on a CUDA device with float64 on the CPU.
 
-check.py runs this file. DLKERNELS_SHARD=2/8 runs every eighth case from number 2 on, and DLKERNELS_DEADLINE (a
-time.time()) is the time after which tests are skipped. Without a GPU the same tests run on the CPU kernels, which tests
-the files themselves, or on the emulated kernels of csrc/rnn/cuda (`python tests/cuda/run.py boundary`), which tests
-their torch boundary.
+check.py runs this file. DLKERNELS_SHARD=2/8 runs every eighth case from number 2 on. Without a GPU the same tests run
+on the CPU kernels, which tests the files themselves, or on the emulated kernels of csrc/rnn/cuda (`python
+tests/cuda/run.py boundary`), which tests their torch boundary.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from typing import Any
 
 import pytest
@@ -22,7 +22,18 @@ from turns import ON_GPU, first_shard, mine
 
 import dlkernels
 from dlkernels.testing import within_rule
-from tests.support.layer_cases import Case, assert_same_results, check_case, error, make_data, new_layer, run_layer
+from tests.support.layer_cases import (
+    Case,
+    Data,
+    acceptable_nearby,
+    assert_same_results,
+    check_case,
+    error,
+    make_data,
+    neighbours,
+    new_layer,
+    run_layer,
+)
 
 MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 # T, B, I, H: with one slice and one tile, with all sizes 1, with several slices and tiles, and with sizes that are not
@@ -87,11 +98,11 @@ def test_cells(mode: str, dtype: torch.dtype, bias: bool, hx: bool) -> None:
     B, I, H = 70, 9, 35
     name = {"lstm": "LSTMCell", "gru": "GRUCell"}.get(mode, "RNNCell")
     kwargs = {"nonlinearity": mode[4:]} if mode.startswith("rnn") else {}
-    data = make_data(Case(mode, T=1, B=B, I=I, H=H, dtype=dtype))
-    parameters = {key.removesuffix("_l0"): value for key, value in data.params.items()}
-    states = [data.h0[0], data.c0[0]] if data.c0 is not None else [data.h0[0]]
+    case = Case(mode, T=1, B=B, I=I, H=H, dtype=dtype)
 
-    def run(package: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    def run(data: Data, package: Any, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+        parameters = {key.removesuffix("_l0"): value for key, value in data.params.items()}
+        states = [data.h0[0], data.c0[0]] if data.c0 is not None else [data.h0[0]]
         cell = getattr(package, name)(I, H, bias=bias, dtype=dtype, device=device, **kwargs)
         with torch.no_grad():
             for key, parameter in cell.named_parameters():
@@ -106,13 +117,23 @@ def test_cells(mode: str, dtype: torch.dtype, bias: bool, hx: bool) -> None:
         named = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
         return {**named, **{f"d{key}": grad for key, grad in zip(leaves, grads, strict=True)}}
 
-    ours, theirs = run(dlkernels.nn, dtype, DEVICE), run(torch.nn, dtype, "cpu")
-    ref = run(torch.nn, torch.float64, "cpu")
-    for key, value in ours.items():
-        verdict = within_rule(value, theirs[key], ref[key], dtype, grad=key.startswith("d"))
-        # The limit is proportional to torch's own error, a random quantity that is measured once. A layer that exceeds
-        # its limit is measured again on inputs nearby (check_case). A cell is not, so it is allowed twice the limit.
-        assert verdict.ours <= 2 * verdict.limit, f"{key}: {verdict}"
+    def results(data: Data) -> tuple[dict[str, Tensor], ...]:
+        peers = (run(data, torch.nn, of, "cpu") for of in (dtype, torch.float64))
+        return run(data, dlkernels.nn, dtype, DEVICE), *peers
+
+    data = make_data(case)
+    ours, theirs, ref = results(data)
+    verdicts = {key: within_rule(ours[key], theirs[key], ref[key], dtype, grad=key.startswith("d")) for key in ours}
+    beyond = {key: verdict for key, verdict in verdicts.items() if not verdict.ok}
+    if not beyond:
+        return
+    # The limit is proportional to torch's own error, a random quantity that was measured once. So a cell beyond its
+    # limit is measured again on inputs nearby, as layers are by check_case.
+    nearby = [results(moved) for moved in neighbours(case, data)]
+    for key, verdict in beyond.items():
+        errors = [statistics.median(error(found[i][key], found[2][key]) for found in nearby) for i in (0, 1)]
+        fine = acceptable_nearby(verdict, (errors[0], errors[1]), ref[key], dtype, key.startswith("d"))
+        assert fine, f"{key}: {verdict}, nearby {errors}"
 
 
 @first_shard

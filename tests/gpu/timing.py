@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from journal import Result, why
 
 DEVICE = os.environ.get("DLKERNELS_DEVICE", "cuda")
 REHEARSAL = DEVICE == "cpu"  # runs the same code at small sizes to test it; the times mean nothing
-DEADLINE = float(os.environ.get("DLKERNELS_DEADLINE", "inf"))  # in seconds, as time.time() counts them
+BLOCKS = 2 if REHEARSAL else 5  # of replays; their median is the result
 
 
 def synchronize() -> None:
@@ -22,60 +21,75 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _timed(call: Callable[[], Any], repeats: int) -> list[float]:
+def context_broken() -> bool:
+    """Whether an error has made the CUDA context of this process unusable."""
     if DEVICE != "cuda":
-        times = []
-        for _ in range(repeats):
-            begin = time.perf_counter()
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
             call()
-            times.append((time.perf_counter() - begin) * 1e3)
-        return times
-    events = []
-    for _ in range(repeats):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        stop.record()
-        events.append((start, stop))
+    torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    return [start.elapsed_time(stop) for start, stop in events]
-
-
-def milliseconds(call: Callable[[], Any], budget: float = 0.15) -> tuple[float, float]:
-    """The median of a call's time on the device after a warm-up, and the range of its middle half, in milliseconds."""
-    for _ in range(1 if REHEARSAL else 3):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         call()
-    synchronize()
-    begin = time.perf_counter()
-    call()
-    synchronize()
-    repeats = 2 if REHEARSAL else max(5, min(50, int(budget / max(time.perf_counter() - begin, 1e-5))))
-    measured = sorted(_timed(call, repeats))
-    quarter = len(measured) // 4
-    return statistics.median(measured), measured[-1 - quarter] - measured[quarter]
+    return graph
 
 
-def why(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+def _block(run: Callable[[], Any], repeats: int) -> float:
+    """Microseconds of one run, from `repeats` of them without a gap."""
+    if DEVICE != "cuda":
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - begin) / repeats * 1e6
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / repeats * 1e3
 
 
-def run_all(path: Path, plan: Sequence[Callable[[], dict[str, Any]]]) -> int:
-    """Runs all cases and writes the rows after each, so that no measurement is lost if the process ends later."""
-    if DEVICE == "cuda" and not torch.cuda.is_available():
-        print("NOT RUN: torch finds no CUDA device")
-        return 3
-    torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    for index, case in enumerate(plan):
-        if time.time() > DEADLINE:
-            print(f"NOT RUN: the last {len(plan) - index} of {len(plan)} cases, the time of this part was over")
-            rows.append({"not_run": f"{len(plan) - index} of {len(plan)} cases, no time was left"})
-            break
+def microseconds(call: Callable[[], Any], seconds: float = 0.08) -> Result:
+    """The time of a call on the device: the median of several blocks of replays of a CUDA graph, which leaves out what
+    Python takes, and the range of the blocks. A call that cannot be captured is made again and again instead."""
+    method, run = "calls", call
+    if DEVICE == "cuda":
         try:
-            rows.append(case())
+            method, run = "graph", _captured(call).replay
         except Exception as error:
-            rows.append({"failed": why(error)})
-        print(json.dumps(rows[-1]), flush=True)
-        path.write_text(json.dumps(rows, indent=1))
-    path.write_text(json.dumps(rows, indent=1))
-    return int(any("failed" in row or "not_run" in row.get("dlkernels", {}) for row in rows))
+            method, run = f"calls, since it cannot be captured: {why(error)}", call
+            torch.cuda.synchronize()
+    for _ in range(1 if REHEARSAL else 2):
+        run()
+    synchronize()
+    once = _block(run, 1)
+    repeats = 1 if REHEARSAL else max(2, min(200, int(seconds * 1e6 / BLOCKS / max(once, 1.0))))
+    times = sorted(_block(run, repeats) for _ in range(BLOCKS))
+    return {"us": statistics.median(times), "spread_us": times[-1] - times[0], "method": method}
+
+
+def host_microseconds(call: Callable[[], Any]) -> float:
+    """What a call takes on the host: the least mean of several series of calls that are not waited for."""
+    count = 3 if REHEARSAL else 100
+    best = float("inf")
+    for _ in range(BLOCKS):
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        best = min(best, (time.perf_counter() - begin) / count * 1e6)
+    synchronize()
+    return best

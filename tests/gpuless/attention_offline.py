@@ -145,7 +145,7 @@ def test_shipped_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.Mon
     check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind, width)
 
 
-@pytest.mark.one_release
+@pytest.mark.any_architecture
 @pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, WIDTHS)))
 def test_shipped_tiles_float32(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     check(compile_call(monkeypatch, arch, torch.float32, width, {}), arch, False, "plain")
@@ -161,13 +161,11 @@ CUT = [
 ]  # fmt: skip
 
 
-@pytest.mark.one_release
 @pytest.mark.parametrize("arch, width, kind", CUT)
 def test_loops_over_cut_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind, width)
 
 
-@pytest.mark.one_release
 @pytest.mark.parametrize("arch, width", [("sm_86", width) for width in WIDTHS])
 def test_small_shared_memory(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """8.6, 8.9 and 12.x have 99 KiB of shared memory. They are compiled as 8.6."""
@@ -175,7 +173,6 @@ def test_small_shared_memory(arch: str, width: int, monkeypatch: pytest.MonkeyPa
         assert binary.shared <= heuristics.FAMILIES[arch], (name, width, binary)
 
 
-@pytest.mark.one_release
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_decode_map_and_odd_sizes(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Compiled] = []

@@ -1,10 +1,9 @@
-"""Tests GPU code without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all | --short] [PYTEST ...]
+"""Tests GPU code without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all] [PYTEST ...]
 
 The Triton kernels run under Triton's interpreter with the first of the given releases. They are compiled for each
-architecture: the shipped tiles for 16-bit operands with all releases, float32 and combinations of features with one
-release each (the tiles of float32 are the same for every architecture). --all compiles everything with each release.
---short, which .ci/run uses, also compiles each 16-bit tile with only one of the releases, and passes --short to
-tests/cuda/run.py.
+architecture, each configuration with one of the releases: they take turns, so that each release compiles every tile,
+every kind of call and for every architecture. --all compiles everything with each release, and runs all of
+tests/cuda/run.py; without it that runs its short form. The usual run is meant to take at most 12 minutes on two cores.
 
 The tests of the CUDA kernels, tests/cuda/run.py, run beside the others as one more rung, which is reported last.
 MAX_JOBS is the number of processes at a time, by default the number of processors. A rung that cannot run prints the
@@ -53,12 +52,12 @@ class Result(NamedTuple):
     seconds: float
 
 
-def rungs(specs: list[str], everything: bool, short: bool) -> list[Rung]:
+def rungs(specs: list[str], everything: bool) -> list[Rung]:
     """All rungs but that of the CUDA kernels, the longest first."""
     shares = 1 if everything else len(specs)
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # Line numbers in the binaries would take a tenth of the compile time.
-    compiled = {"TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1", "DLKERNELS_DEAL_ALL": str(int(short))}
+    compiled = {"TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1"}
     return [
         *(
             Rung(f"offline {arch}", spec, "attention_offline.py",
@@ -124,7 +123,7 @@ def nvcc() -> tuple[str, str]:
         return "", f"no nvcc, and none to be installed: {said[-1]}"
 
 
-def climb_cuda(short: bool) -> Result:
+def climb_cuda(everything: bool) -> Result:
     """Runs tests/cuda/run.py, which prints its own rungs."""
     begin = time.monotonic()
     rung = Rung("cuda", "tests/cuda/run.py", "", {})
@@ -133,7 +132,7 @@ def climb_cuda(short: bool) -> Result:
         allowed = "cuda" in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(",")
         return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
     settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(max(1, JOBS // 2))}
-    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *(["--short"] if short else [])]
+    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *([] if everything else ["--short"])]
     status = subprocess.run(ladder, cwd=ROOT, env=settings).returncode
     verdict = "passed" if status == 0 else f"FAILED ({status})"
     return Result(rung, verdict, status == 0, time.monotonic() - begin)
@@ -173,8 +172,8 @@ def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Resul
 
 def main(arguments: list[str]) -> int:
     specs = [x for x in arguments if x.startswith("triton")]
-    everything, short = "--all" in arguments, "--short" in arguments
-    rest = [x for x in arguments if not x.startswith("triton") and x not in ("--all", "--short")]
+    everything = "--all" in arguments
+    rest = [x for x in arguments if not x.startswith("triton") and x != "--all"]
     if not specs:
         print(__doc__)
         return 2
@@ -183,11 +182,11 @@ def main(arguments: list[str]) -> int:
     results = []
     with ThreadPoolExecutor(JOBS) as pool:
         # This rung starts first, since it needs no environment and takes the longest.
-        cuda = pool.submit(climb_cuda, short)
+        cuda = pool.submit(climb_cuda, everything)
         with ThreadPoolExecutor(len(specs)) as installing:
             pythons = dict(zip(specs, installing.map(environment, specs), strict=True))
         print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
-        waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything, short)]
+        waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything)]
         for future in [*waiting, cuda]:
             result = future.result()
             results.append(result)

@@ -32,6 +32,8 @@ BATCHED = ("tests/integration/test_contract.py -k batched", "tests/attention/tes
 COMPILED = ("tests/integration/test_contract_compiled.py",)
 AUTOCAST = ("tests/rnn/test_autocast.py", "tests/integration/test_contract.py -k autocast")
 
+GPU_CHECK = ("tests/package/test_gpu_check.py -k 'not rehearsal'",)
+
 PYTHON: tuple[Mutant, ...] = (
     # The benchmark's check of results.
     Mutant("gate-finite", BENCH + "runner.py", "if not bool(tensor.isfinite().all()):",
@@ -253,4 +255,17 @@ PYTHON: tuple[Mutant, ...] = (
     Mutant("attention-causal", ATTENTION + "checks.py", '"top_left": 1, "bottom_right": 2',
            '"top_left": 2, "bottom_right": 1',
            "the two causal alignments are exchanged", ("tests/attention/test_functional.py",)),
+    # make gpu-check.
+    Mutant("gpu-check-hang", "tests/gpu/supervise.py", 'journal.end(running, {"failed": said})', "pass",
+           "a case that hangs is tried again and again", GPU_CHECK),
+    Mutant("gpu-check-children", "tests/gpu/supervise.py", "os.killpg(self._popen.pid, signal.SIGKILL)",
+           "self._popen.kill()", "the children of a worker outlive its time limit", GPU_CHECK),
+    Mutant("gpu-check-late", "tests/gpu/check.py", '"incomplete" if not_run or problems else "passed"', '"passed"',
+           "a part that its time limit ended has passed", GPU_CHECK),
+    Mutant("gpu-check-broken", "tests/gpu/journal.py", 'if "failed" in result and broken():', "if False:",
+           "after an error of CUDA the other cases run in the same process", GPU_CHECK),
+    Mutant("gpu-check-traceback", "tests/gpu/conftest.py", "        if report.failed:", "        if False:",
+           "the traceback of a failed test is lost if its shard is killed later", GPU_CHECK),
+    Mutant("gpuless-dealing", "tests/gpuless/conftest.py", "alike[::4]", "alike[::5]",
+           "the usual run of make gpuless leaves out a tile of float32", ("tests/package/test_gpuless_dealing.py",)),
 )  # fmt: skip

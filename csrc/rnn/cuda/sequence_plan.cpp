@@ -45,8 +45,8 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
 
 // A guess of the cycles that a step takes, by which plans are compared: for every wave of groups the exchange between
 // blocks, and for every chunk the product, or reading the weights for it, and what remains (partial sums, cells).
-// Nothing of it is measured. The exchange of a grid has a high price, so that clusters are taken if the rest takes about
-// as long in both.
+// Nothing of it is measured. The exchange of a grid has a high price, so that clusters are taken if the rest takes
+// about as long in both.
 int64_t step_cycles(const SequencePlan& plan, const SliceShape& slice, bool half, int waves) {
   const int64_t exchange = plan.kind == SequencePlan::cluster ? 800 : 1900;
   const int64_t product = int64_t{slice.rows} * plan.layout.terms * plan.columns / (half ? 1270 : 128);
@@ -130,14 +130,15 @@ SequencePlan sequence_plan(const LayerShape& shape, const GpuLimits& gpu, bool b
     if (!consider(false)) why_no_grid = "the batch or W_hh is too large to keep W_hh on the chip";
   }
   if (best.kind == SequencePlan::cluster && least) {
-    std::snprintf(best.reason, sizeof best.reason,
-                  "W_hh stays in the registers and shared memory of %d blocks, which wait for each other at a "
-                  "cluster's barrier",
-                  best.slices);
+    std::snprintf(
+        best.reason, sizeof best.reason,
+        "W_hh stays in the registers and shared memory of %d blocks of a cluster, which write to each other's "
+        "shared memory",
+        best.slices);
   } else if (least) {
     std::snprintf(best.reason, sizeof best.reason,
-                  "W_hh stays on the chip, in %d blocks that wait for each other at a barrier in global memory: %s",
-                  best.slices, why_no_cluster);
+                  "W_hh stays on the chip, in %d blocks that exchange their results through L2: %s", best.slices,
+                  why_no_cluster);
   } else {
     best.kind = SequencePlan::steps;
     std::snprintf(best.reason, sizeof best.reason, "a product and a fused cell kernel at every step: %s", why_no_grid);
