@@ -58,9 +58,23 @@ def info() -> dict[str, Any]:
             "torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads(), "cpus": usable_cpus(),
         },
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
-        "cuda": {"torch_build": torch.version.cuda, "available": torch.cuda.is_available()},
+        "cuda": {
+            "torch_build": torch.version.cuda, "available": torch.cuda.is_available(),
+            "mismatch": _cuda_mismatch(str(build.get("cuda_release", ""))),
+        },
         "kernels": _kernels(bool(build.get("with_cuda", False))),
     }  # fmt: skip
+
+
+def _cuda_mismatch(release: str) -> str:
+    """What to know if the CUDA kernels were compiled by an nvcc of another major release than the CUDA of torch: the
+    module is independent of the version of torch, so torch may have been exchanged since."""
+    if not release or not torch.version.cuda or release.split(".")[0] == torch.version.cuda.split(".")[0]:
+        return ""
+    return (
+        f"the CUDA kernels were compiled by nvcc {release} and may need a newer GPU driver than this torch "
+        f"(CUDA 13: 580 or later)"
+    )
 
 
 def _isa() -> dict[str, Any]:
@@ -158,6 +172,8 @@ def format_info(data: dict[str, Any]) -> str:
     cuda = data["cuda"]
     built = f"with {cuda['torch_build']}" if cuda["torch_build"] else "without it"
     lines.append(f"CUDA: torch built {built}, {'a device' if cuda['available'] else 'no device'} found")
+    if cuda["mismatch"]:
+        lines.append(f"  {cuda['mismatch']}")
     return "\n".join([*lines, "", *_kernel_table(data["kernels"])])
 
 

@@ -24,13 +24,15 @@ sys.path[:] = [p for p in sys.path if p not in ("", os.getcwd())]
 spec = importlib.util.find_spec("torch")
 if spec is not None and spec.origin is not None:
     folder = os.path.dirname(spec.origin)
-    print(json.dumps([folder, runpy.run_path(os.path.join(folder, "version.py"))["__version__"]]))
+    said = runpy.run_path(os.path.join(folder, "version.py"))
+    print(json.dumps([folder, said["__version__"], said.get("cuda")]))
 """
 
 
 class Torch(NamedTuple):
     folder: Path
     version: str
+    cuda: str | None  # the release of CUDA that it was built with, if any
 
     @property
     def include(self) -> list[Path]:
@@ -48,9 +50,9 @@ def _probe(dropped: tuple[str, ...]) -> Torch | None:
         raise RuntimeError(f"looking for torch with {sys.executable} failed:\n{run.stderr}")
     if not run.stdout.strip():
         return None
-    folder, version = json.loads(run.stdout)
+    folder, version, cuda = json.loads(run.stdout)
     major, minor = (int(part) for part in version.split(".")[:2])
-    return Torch(Path(folder), version) if (major, minor) >= MINIMUM else None
+    return Torch(Path(folder), version, cuda) if (major, minor) >= MINIMUM else None
 
 
 def find_torch() -> Torch | None:

@@ -11,7 +11,8 @@ Environment variables (with defaults): CXX, CXXFLAGS and LDFLAGS have their usua
 optimisation level (2), MAX_JOBS the number of files that compile at once (all cores). DLKERNELS_NO_NATIVE=1 compiles
 nothing. DLKERNELS_CUDA=1 compiles the CUDA kernels or fails, 0 never compiles them. NVCC names their compiler.
 DLKERNELS_CUDA_ARCHS names the architectures, "80 90a" for example (those of this machine's GPUs, or 80, 90a and 100a
-if it has none); if set, the CUDA kernels are compiled as with DLKERNELS_CUDA=1.
+if it has none); if set, the CUDA kernels are compiled as with DLKERNELS_CUDA=1. DLKERNELS_CUDA_MISMATCH=1 allows an
+nvcc of another major release than the CUDA of torch.
 """
 
 from __future__ import annotations
@@ -119,11 +120,12 @@ def units(cuda: bool) -> list[Unit]:
 
 
 class Cuda(NamedTuple):
-    """The CUDA compiler, where its libraries are, and the GPUs to compile for."""
+    """The CUDA compiler, where its libraries are, the GPUs to compile for, and the compiler's release."""
 
     nvcc: str
     lib: Path
     archs: list[str]
+    release: str  # "13.0"
 
 
 def find_cuda() -> Cuda | None:
@@ -140,8 +142,27 @@ def find_cuda() -> Cuda | None:
     lib = next((path for path in libs if (path / "libcudart_static.a").is_file()), None)
     if lib is None:
         raise SystemExit(f"dlkernels: no libcudart_static.a under {top}; DLKERNELS_CUDA=0 builds without CUDA")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", version)
+    if release is None:
+        raise SystemExit(f"dlkernels: {nvcc} --version does not name a release; DLKERNELS_CUDA=0 builds without it")
     chosen = os.environ.get("DLKERNELS_CUDA_ARCHS", "").replace(",", " ").split()
-    return Cuda(nvcc, lib, chosen or gpus_here() or list(DEFAULT_CUDA_ARCHS))
+    return Cuda(nvcc, lib, chosen or gpus_here() or list(DEFAULT_CUDA_ARCHS), release[1])
+
+
+def cuda_mismatch(cuda: Cuda) -> str:
+    """Why kernels compiled by this nvcc may not run beside the torch that they are built for; empty if nothing speaks
+    against it. The module contains CUDA's runtime of nvcc's release. One of another major release than torch's may need
+    a newer GPU driver than the one that torch runs with."""
+    torch = find_torch()
+    if os.environ.get("DLKERNELS_CUDA_MISMATCH") == "1" or torch is None or torch.cuda is None:
+        return ""
+    if cuda.release.split(".")[0] == torch.cuda.split(".")[0]:
+        return ""
+    return (
+        f"nvcc is of CUDA {cuda.release} and torch {torch.version} of CUDA {torch.cuda}, "
+        f"and with another major release the kernels may need a newer GPU driver than torch (CUDA 13: 580 or later)"
+    )
 
 
 def gpus_here() -> list[str]:
@@ -166,6 +187,11 @@ def cuda_to_build() -> tuple[Cuda | None, str]:
     if wish == "1" or os.environ.get("DLKERNELS_CUDA_ARCHS"):
         if cuda is None:
             raise SystemExit("dlkernels: the CUDA kernels are asked for and there is no nvcc (looked at NVCC and PATH)")
+        if mismatch := cuda_mismatch(cuda):
+            raise SystemExit(
+                f"dlkernels: {mismatch}. Name another compiler by NVCC, or set DLKERNELS_CUDA_MISMATCH=1 to build "
+                f"with this one"
+            )
         return cuda, ""
     if cuda is None:
         return None, "it was built without nvcc"
@@ -174,6 +200,8 @@ def cuda_to_build() -> tuple[Cuda | None, str]:
         return None, f"it was built for torch {torch.version}, which is without CUDA"
     if not gpus_here():
         return None, "it was built where there is no GPU"
+    if mismatch := cuda_mismatch(cuda):
+        return None, mismatch
     return cuda, ""
 
 
@@ -275,7 +303,10 @@ def _write_ninja_file(build_dir: Path, opt: str, cuda: Cuda | None, why_no_cuda:
     module_flags = [f'-DDLKERNELS_WHY_NO_CUDA="{why_no_cuda}"']
     nvcc, nvflags = [], []
     if cuda:
-        module_flags = [f'-DDLKERNELS_CUDA_ARCHS="{" ".join(cuda.archs)}"']
+        module_flags = [
+            f'-DDLKERNELS_CUDA_ARCHS="{" ".join(cuda.archs)}"',
+            f'-DDLKERNELS_CUDA_RELEASE="{cuda.release}"',
+        ]
         nvcc = [cuda.nvcc, f"-ccbin={cxx[0]}"]
         nvflags = [*nvcc_flags(cuda.archs), "-Xcompiler=-fPIC,-fvisibility=hidden"]
         link_flags += [f"-L{cuda.lib}", "-lcudart_static", "-ldl", "-lrt"]

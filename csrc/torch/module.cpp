@@ -41,8 +41,8 @@ py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
 }
 
 py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool backward) {
-  const bool half = shape.dtype != DType::f32;
-  const SliceShape slice = slice_shape(gate_count(shape.cell), half, plan.kind == SequencePlan::cluster, backward);
+  SliceShape slice{};
+  if (plan.units > 0) slice = slice_shape(gate_count(shape.cell), shape.dtype != DType::f32, plan.units, backward);
   py::dict dict;
   dict["kernel"] = std::string("cuda/") + plan_kind_name(plan.kind) + "/" + mode_name(shape.cell);
   dict["kind"] = plan_kind_name(plan.kind);
@@ -51,13 +51,15 @@ py::dict cuda_plan_dict(const SequencePlan& plan, const LayerShape& shape, bool 
   dict["groups"] = plan.groups;
   dict["groups_at_once"] = plan.groups_at_once;
   dict["tile"] = plan.tile;
-  dict["column_tiles"] = plan.column_tiles;
+  dict["columns"] = plan.columns;
+  dict["units"] = plan.units;
   dict["rows"] = slice.rows;
   dict["terms"] = plan.layout.terms;
   dict["splits"] = slice.splits;
+  dict["register_steps"] = slice.register_steps;
+  dict["shared_steps"] = plan.layout.shared_steps;
   dict["shared_weights"] = plan.layout.exchange - plan.layout.weights;
   dict["shared_bytes"] = plan.layout.bytes;
-  dict["barriers_per_step"] = plan.kind == SequencePlan::steps ? 0 : 1;
   dict["reason"] = std::string(plan.reason);
   return dict;
 }
@@ -92,10 +94,12 @@ py::dict build_info() {
 #ifdef DLKERNELS_CUDA_ARCHS
   info["with_cuda"] = true;
   info["cuda_archs"] = DLKERNELS_CUDA_ARCHS;
+  info["cuda_release"] = DLKERNELS_CUDA_RELEASE;
   info["why_no_cuda"] = "";
 #else
   info["with_cuda"] = false;
   info["cuda_archs"] = "";
+  info["cuda_release"] = "";
   info["why_no_cuda"] = DLKERNELS_WHY_NO_CUDA;
 #endif
   return info;

@@ -14,7 +14,7 @@ __all__ = ["Explanation", "LayerExplanation", "describe", "settings"]
 
 _DETAILS = (
     "threads", "split", "recurrence", "chunk_steps", "block_m", "block_n",
-    "kind", "blocks", "groups", "tile", "barriers_per_step",
+    "kind", "blocks", "groups", "tile", "columns",
 )  # fmt: skip
 
 
@@ -25,8 +25,8 @@ class LayerExplanation:
     path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (not a layer of dlkernels) or
     "nothing" (an empty batch). `forward` and `backward` are the plans of the native path. They hold kernel, isa,
     threads, split and reason. Plans of recurrent layers also hold recurrence (dot or tiles), chunk_steps and
-    directions_side_by_side, or on CUDA kind (cluster, grid, steps or cell), blocks, slices, groups, tile, shared_bytes
-    and barriers_per_step. Plans of attention also hold block_m and block_n.
+    directions_side_by_side, or on CUDA kind (cluster, grid, steps or cell), blocks, slices, units, groups, tile,
+    columns and shared_bytes. Plans of attention also hold block_m and block_n.
     """
 
     name: str

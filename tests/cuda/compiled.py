@@ -1,17 +1,19 @@
 """The rungs `compile` and `resident`, which check what nvcc makes of the kernels: registers, spills, tensor-core
-instructions, and whether all blocks that wait for each other fit the GPU at the same time."""
+instructions, what a step of a sequence consists of, and whether all blocks that wait for each other fit the GPU at the
+same time. Bugs planted in the kernels show that the checks of a step notice them."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import struct
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from emulated import copy_of_headers
 from ladder import BUILD, CSRC, CUDA, HERE, Failure, Unit, kernel_object, must, tool
+from machine_code import TENSOR_PRODUCT, Instruction, Step, code_of, step_of
 
 ARCHS = ("80", "90a", "100a")
 # Roughly how long each file takes to compile for sm_90a, in seconds, and the factor for each architecture.
@@ -26,6 +28,7 @@ class Kernel(NamedTuple):
     registers: int
     static_shared: int
     tensor_products: int
+    code: list[Instruction]
 
 
 _kernels: dict[tuple[str, str], list[Kernel]] = {}  # by (file, arch); compile_one fills it
@@ -33,26 +36,6 @@ _kernels: dict[tuple[str, str], list[Kernel]] = {}  # by (file, arch); compile_o
 
 def files() -> list[str]:
     return sorted(path.name for path in CUDA.glob("*.cu"))
-
-
-def code_of(cubin: Path) -> dict[str, bytes]:
-    """The machine code of each kernel in an ELF file: the sections `.text.NAME`."""
-    data = cubin.read_bytes()
-    table, size, count, names = *struct.unpack_from("<Q", data, 40), *struct.unpack_from("<3H", data, 58)
-    headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
-    strings = headers[names][4]
-    found = {}
-    for name, _, _, _, offset, length in headers:
-        text = data[strings + name : data.index(b"\0", strings + name)].decode()
-        if text.startswith(".text."):
-            found[text.removeprefix(".text.")] = data[offset : offset + length]
-    return found
-
-
-def tensor_products(code: bytes) -> int:
-    """Counts the HMMA instructions. An instruction has 16 bytes, and its lowest 12 bits are the opcode, which is the
-    same on all GPUs from sm_75 on."""
-    return sum(struct.unpack_from("<H", code, at)[0] & 0xFFF == 0x23C for at in range(0, len(code), 16))
 
 
 def compile_one(file: str, arch: str) -> None:
@@ -77,21 +60,160 @@ def compile_one(file: str, arch: str) -> None:
         if for_arch != f"sm_{arch}" or int(stack) or int(spills) or int(registers) > limit:
             raise Failure(f"{file}: {function} on {arch}: {registers} registers, {stack} stack, {spills} spilled")
         shared = re.search(r"(\d+) bytes smem", rest)
-        products = tensor_products(code[function])
-        kernels.append(Kernel(file, arch, function, int(registers), int(shared[1]) if shared else 0, products))
+        products = sum(one.opcode == TENSOR_PRODUCT for one in code[function])
+        static = int(shared[1]) if shared else 0
+        kernels.append(Kernel(file, arch, function, int(registers), static, products, code[function]))
     if not kernels or len(kernels) != len(code):
         raise Failure(f"{file}: {len(kernels)} kernels reported and {len(code)} in the binary for sm_{arch}")
     _kernels[file, arch] = kernels
 
 
 def check_compiled() -> None:
-    """Checks that exactly the 16-bit sequence kernels that their GPU can run have tensor-core products."""
+    """Checks that exactly the 16-bit sequence kernels that their GPU can run have tensor-core products, and what their
+    steps consist of."""
+    wrong = []
     for kernel in (kernel for some in _kernels.values() for kernel in some):
         sequence = sequence_kernel(kernel.function)
         runs = sequence is not None and not (sequence.cluster and kernel.arch == "80")
         expected = runs and sequence is not None and sequence.dtype != "f32"
         if expected != (kernel.tensor_products > 0):
             raise Failure(f"{kernel.function} on sm_{kernel.arch} has {kernel.tensor_products} tensor-core products")
+        if runs and sequence is not None:
+            step = step_of(kernel.code, sequence.cluster)
+            wrong += [f"{sequence} on sm_{kernel.arch}: {fault} ({step})" for fault in faults(sequence, step)]
+    if wrong:
+        raise Failure("\n".join(wrong))
+
+
+# ---- What a step of a sequence consists of.
+
+# The most instructions from the arrival of what other blocks have sent to the last store to them: a tenth more than
+# nvcc 13.0 makes of the bfloat16 kernels for sm_90a. By way, cell, cluster or grid, units and columns.
+CRITICAL = {
+    ("backward", "gru", "cluster", 32, 8): 374,
+    ("backward", "gru", "cluster", 32, 16): 476,
+    ("backward", "gru", "cluster", 48, 8): 574,
+    ("backward", "gru", "grid", 16, 8): 800,
+    ("backward", "gru", "grid", 16, 16): 954,
+    ("backward", "lstm", "cluster", 32, 8): 430,
+    ("backward", "lstm", "cluster", 32, 16): 562,
+    ("backward", "lstm", "cluster", 40, 8): 679,
+    ("backward", "lstm", "grid", 16, 8): 894,
+    ("backward", "lstm", "grid", 16, 16): 980,
+    ("backward", "rnn", "cluster", 64, 8): 314,
+    ("backward", "rnn", "cluster", 64, 16): 568,
+    ("backward", "rnn", "grid", 32, 8): 646,
+    ("backward", "rnn", "grid", 32, 16): 743,
+    ("forward", "gru", "cluster", 32, 8): 290,
+    ("forward", "gru", "cluster", 32, 16): 442,
+    ("forward", "gru", "cluster", 48, 8): 474,
+    ("forward", "gru", "grid", 16, 8): 700,
+    ("forward", "gru", "grid", 16, 16): 664,
+    ("forward", "lstm", "cluster", 32, 8): 288,
+    ("forward", "lstm", "cluster", 32, 16): 509,
+    ("forward", "lstm", "cluster", 40, 8): 455,
+    ("forward", "lstm", "grid", 16, 8): 768,
+    ("forward", "lstm", "grid", 16, 16): 757,
+    ("forward", "rnn", "cluster", 64, 8): 339,
+    ("forward", "rnn", "cluster", 64, 16): 616,
+    ("forward", "rnn", "grid", 32, 8): 655,
+    ("forward", "rnn", "grid", 32, 16): 752,
+}
+
+
+def faults(sequence: Sequence, step: Step) -> list[str]:
+    half = sequence.dtype != "f32"
+    kind = "cluster" if sequence.cluster else "grid"
+    found = []
+    # A block signals in a grid once in several steps, and in clusters nothing has to wait for earlier stores.
+    if step.memory_barriers > (0 if sequence.cluster else 1) or step.cluster_arrivals:
+        found.append("it waits at every step until earlier stores are visible everywhere")
+    # Between reading and sending. A float32 grid also copies the vectors to shared memory.
+    if step.block_barriers > (1 if half or sequence.cluster else 2):
+        found.append("there are more barriers of the block than needed")
+    if step.narrow_exchanges or not step.sends:
+        found.append("blocks do not exchange 16 bytes at a time")
+    if step.late_inputs and not (sequence.way == "backward" and is_wide(sequence)):
+        found.append("what does not depend on other blocks is loaded in the step that needs it")
+    if not half:
+        return found
+    # In a grid all are loaded again if they have not arrived. In a cluster one may be loaded after the first product.
+    few = sequence.columns > 8 or is_wide(sequence)
+    if step.vectors_first < (16 if not sequence.cluster else 2 if few else 3):
+        found.append("the first product does not wait for the vectors of several products together")
+    if step.calls:
+        found.append("the activations have slow paths")
+    if step.critical > CRITICAL[sequence.way, sequence.cell, kind, sequence.units, sequence.columns]:
+        found.append("there are too many instructions between receiving and sending")
+    return found
+
+
+def is_wide(sequence: Sequence) -> bool:
+    """Whether most registers hold weights, so that less is loaded ahead."""
+    return sequence.units in (40, 48)
+
+
+class Planted(NamedTuple):
+    file: str
+    old: str
+    new: str
+    fault: str  # a part of what must be reported
+
+
+PLANTED = (
+    Planted("group.h", "if (step > 0) receipt_wait(", "cluster_barrier(); if (step > 0) receipt_wait(",
+            "earlier stores"),
+    Planted("group.h", "DLK_DEVICE void wait(int) {}",
+            "DLK_DEVICE void wait(int) { __syncthreads(); if (threadIdx.x == 0) signal_arrival(counter_); }",
+            "earlier stores"),
+    Planted("sequence_forward.h", "        turn_parity ^= 1;", "        turn_parity ^= 1;\n        __syncthreads();",
+            "barriers of the block"),
+    Planted("device.h",
+            'asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p)',
+            'asm volatile("st.relaxed.gpu.global.u32 [%0], %1; st.relaxed.gpu.global.u32 [%0 + 4], %2; '
+            'st.relaxed.gpu.global.u32 [%0 + 8], %3; st.relaxed.gpu.global.u32 [%0 + 12], %4;" ::"l"(p)',
+            "16 bytes at a time"),
+    Planted("product.h", "kAhead = kPieces ? 8 / kColumnTiles : kColumnTiles == 2 ? 1 : kManyWeights ? 2 : 4",
+            "kAhead = 1", "first product"),
+    Planted("real.h", "if constexpr (sizeof(S) == 4) {\n    return {1.0f",
+            "if constexpr (sizeof(S) <= 4) {\n    return {1.0f", "slow paths"),
+    Planted("sequence_forward.h", "      Inputs now = next;", "      fetch(t, chunk, &next);\n      Inputs now = next;",
+            "in the step that needs it"),
+    Planted("sequence_forward.h", "      Inputs now = next;",
+            "      if (chunk == 0) group.wait(s);\n      Inputs now = next;", "too many instructions"),
+)  # fmt: skip
+
+
+def steps_of(name: str, planted: Planted | None) -> list[str]:
+    """Compiles the lstm's forward in bfloat16 with a bug, and returns the faults of its steps."""
+    import native
+
+    folder = copy_of_headers(name)
+    if planted is not None:
+        file = folder / planted.file
+        text = file.read_text()
+        if text.count(planted.old) != 1:
+            raise Failure(f"{planted.file} has {text.count(planted.old)} times, not once: {planted.old}")
+        file.write_text(text.replace(planted.old, planted.new))
+    cubin = folder / "one_kernel.cubin"
+    flags = [flag for flag in native.nvcc_flags(["90a"]) if not flag.startswith(("-I", "-Werror"))]
+    nvcc = tool(os.environ.get("NVCC", "nvcc"))
+    must([nvcc, *flags, f"-I{folder.parents[1]}", "-cubin", HERE / "one_kernel.cu", "-o", cubin])
+    found = []
+    for function, code in code_of(cubin).items():
+        sequence = sequence_kernel(function)
+        if sequence is None:
+            raise Failure(f"{function} is not a sequence kernel")
+        found += faults(sequence, step_of(code, sequence.cluster))
+    return found
+
+
+def check_planted(number: int, planted: Planted | None) -> None:
+    found = steps_of(f"compiled-{number}", planted)
+    if planted is None and found:
+        raise Failure(f"the kernels as they are: {found}")
+    if planted is not None and not any(planted.fault in fault for fault in found):
+        raise Failure(f"not noticed: {planted}; found: {found}")
 
 
 # ---- Which blocks are resident at the same time.
@@ -104,17 +226,19 @@ class Sequence(NamedTuple):
     cell: str
     dtype: str
     cluster: bool
-    column_tiles: int
+    units: int
+    columns: int
 
 
 def sequence_kernel(mangled: str) -> Sequence | None:
     match = re.search(
-        r"sequence_(forward|backward)I.*?(Lstm|Gru|Rnn)CellE(13__nv_bfloat16|6__half|f)Lb([01])ELi([12])E", mangled
+        r"sequence_(forward|backward)I.*?(Lstm|Gru|Rnn)CellE(13__nv_bfloat16|6__half|f)Lb([01])ELi(\d+)ELi(\d+)E",
+        mangled,
     )
     if match is None:
         return None
     dtype = {"13__nv_bfloat16": "bf16", "6__half": "f16", "f": "f32"}[match[3]]
-    return Sequence(match[1], match[2].lower(), dtype, match[4] == "1", int(match[5]))
+    return Sequence(match[1], match[2].lower(), dtype, match[4] == "1", int(match[5]), int(match[6]))
 
 
 # The number of multiprocessors of an H200, and the registers, threads and shared memory in bytes of each. Of the shared
@@ -134,7 +258,7 @@ def blocks_at_once(registers: int, shared: int, threads: int) -> int:
 
 def check_resident() -> None:
     """Checks for every plan that the blocks that wait for each other at a barrier can all run at the same time, with
-    the registers and the shared memory that the compiled kernel uses."""
+    the registers and the shared memory that the compiled kernel uses, and that some plan selects every kernel."""
     program = BUILD / "plans"
     must([tool("g++"), "-std=c++17", "-O1", f"-I{CSRC}", HERE / "plans.cpp", CUDA / "sequence_plan.cpp", "-o", program])
     kernels = {
@@ -145,11 +269,14 @@ def check_resident() -> None:
         if (sequence := sequence_kernel(kernel.function))
     }
     checked = 0
+    selected = set()
     for line in must([program]).splitlines():
-        cell, dtype, *_, way, kind, slices, groups, at_once, column_tiles, threads, shared = line.split()
+        cell, dtype, *_, way, kind, slices, groups, at_once, units, columns, threads, shared = line.split()
         if kind == "steps":
             continue
-        kernel = kernels[Sequence(way, cell, dtype, kind == "cluster", int(column_tiles))]
+        sequence = Sequence(way, cell, dtype, kind == "cluster", int(units), int(columns))
+        selected.add(sequence)
+        kernel = kernels[sequence]
         on_one = blocks_at_once(kernel.registers, kernel.static_shared + int(shared), int(threads))
         # The barrier of a grid joins the blocks of all groups. That of a cluster joins the blocks of one group, and the
         # plan counts on groups_at_once groups that run at the same time.
@@ -158,8 +285,10 @@ def check_resident() -> None:
         if together > MULTIPROCESSORS * on_one or not fits:
             raise Failure(f"{line}: {together} blocks, {on_one} on a multiprocessor ({kernel.registers} registers)")
         checked += 1
-    if checked < 400:
+    if checked < 1200:
         raise Failure(f"only {checked} plans are persistent")
+    if unused := set(kernels) - selected:
+        raise Failure(f"no plan selects {sorted(unused)}")
 
 
 def left_out(file: str, arch: str) -> bool:
@@ -179,11 +308,14 @@ def units(short: bool = False) -> list[Unit]:
             if short and left_out(file, arch):
                 continue
             seconds = SECONDS.get(file.removesuffix(".cu").rsplit("_", 1)[0], 1) * ARCH_FACTORS[arch]
-            seconds *= 0.4 if "f32" in file else 1
+            seconds *= 0.8 if "f32" in file else 1
             run = partial(compile_one, file, arch)
             all_units.append(Unit("compile", f"nvcc {file} sm_{arch}", seconds, run))
     compiled = tuple(unit.name for unit in all_units)
-    all_units.append(Unit("compile", "tensor cores", 0, check_compiled, compiled))
+    all_units.append(Unit("compile", "machine code", 1, check_compiled, compiled))
+    for number, planted in enumerate((None, *PLANTED)):
+        run = partial(check_planted, number, planted)
+        all_units.append(Unit("compile", f"planted in machine code {number}", 5, run))
     sequences = tuple(name for name in compiled if "sequence" in name and name.endswith("sm_90a"))
     all_units.append(Unit("resident", "resident", 3, check_resident, sequences))
     return all_units

@@ -3,6 +3,7 @@ tsan), and bugs planted in the kernels."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from functools import cache, partial
@@ -62,11 +63,16 @@ def build_runtime() -> None:
 # ---- The bugs planted in the emulation's own test, each with the builds that must notice it. The others may notice it.
 PLANTED = {
     "missing_block_barrier": "tsan",
-    "missing_cluster_wait": "plain tsan",
     "missing_cluster_barrier": "plain tsan",
+    "unwaited_receipt": "plain tsan",
+    "unannounced_bytes": "plain",
+    "too_few_bytes": "plain",
     "unordered_flag": "tsan",
     "unordered_wait": "tsan",
     "lost_signal": "plain",
+    "unerased_piece": "plain",
+    "unsignalled_piece": "plain",
+    "unawaited_erasure": "plain",
     "divergent_barrier": "plain",
     "outside_shuffle_mask": "plain",
     "absent_lane": "plain",
@@ -117,11 +123,47 @@ def link(kind: str) -> None:
     must([*compiler(kind), "-pthread", *built, RUNTIME, "-o", BUILD / f"kernels-{kind}"])
 
 
+# The sequence kernels that ran in the plain build: way, cell, dtype, cluster, units of a slice, columns.
+Instance = tuple[str, str, str, bool, int, int]
+_ran: set[Instance] = set()
+
+
 def run_shape(kind: str, shape: str, seeds: Sequence[int]) -> None:
+    cell, dtype, *_ = shape.split(":")
     for seed in seeds:
         output = must([BUILD / f"kernels-{kind}", shape], **environment(seed))
         if "1 shapes, 0 failures" not in output:
             raise Failure(output)
+        for way, plan, units, columns in re.findall(r"^plan (\w+) (\w+) (\d+) (\d+)$", output, re.MULTILINE):
+            if kind == "plain" and plan != "steps":
+                _ran.add((way, cell.split("_")[0], dtype, plan == "cluster", int(units), int(columns)))
+
+
+def plain_test(name: str, *further: Path) -> None:
+    """Compiles a test that needs no emulated blocks and runs it."""
+    program = BUILD / name
+    must([tool("g++"), "-O1", *flags(), HERE / f"{name}.cpp", *further, "-o", program])
+    if " hold" not in (output := must([program])):
+        raise Failure(output)
+
+
+def check_every_kernel_ran() -> None:
+    """Checks that the shapes of the rung `kernels` make every sequence kernel run that is compiled."""
+    objects = [
+        object_of("plain", source) for source in SOURCES if source.startswith("sequence_") and "plan" not in source
+    ]
+    names = re.findall(
+        r"sequence_(forward|backward)<dlk::gpu::(Lstm|Gru|Rnn)Cell, (\S+), (true|false), (\d+), (\d+)>\(",
+        must([tool("nm"), "-C", *objects]),
+    )  # fmt: skip
+    dtypes = {"__nv_bfloat16": "bf16", "__half": "f16", "float": "f32"}
+    compiled = {
+        (way, cell.lower(), dtypes[dtype], cluster == "true", int(units), int(columns))
+        for way, cell, dtype, cluster, units, columns in names
+    }
+    if not compiled or compiled != _ran:
+        missing, unknown = sorted(compiled - _ran), sorted(_ran - compiled)
+        raise Failure(f"{len(compiled)} kernels are compiled; never run: {missing}; run and not compiled: {unknown}")
 
 
 # ---- Bugs planted in the kernels.
@@ -130,6 +172,13 @@ MUTANT_SHAPES = (
     "lstm:bf16:small:3:40:40:2:lengths:hbk",
     "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
     "lstm:f32:smallgrid:1:16:16:1:lengths:hb",
+    # Warps with fewer cells than lanes.
+    "lstm:f32:smallgrid:4:1:40:1:padded:hb",
+    "lstm:bf16:wide:4:8:72:1:padded:hb",
+    # A grid uses each place of its exchange more than once; an h_0 with the bits of an absent value.
+    "lstm:bf16:smallgrid:20:8:40:1:padded:hb",
+    "lstm:bf16:smallgrid:2:8:16:1:padded:hbn",
+    "lstm:f32:smallgrid:3:8:40:1:padded:hbn",
 )
 WAYS = ("forward", "backward")
 STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.cpp")
@@ -212,6 +261,12 @@ def units(short: bool = False) -> list[Unit]:
             # --short leaves out one seed, that is, one schedule of the threads, of each shape.
             run = partial(run_shape, kind, shape, seeds[:-1] if short else seeds)
             all_units.append(Unit(rung, f"{rung} {shape}", seconds, run, (f"link {kind}",)))
+    planned = partial(plain_test, "plan_test", CUDA / "sequence_plan.cpp")
+    all_units.append(Unit("kernels", "plans", 2, planned))
+    all_units.append(Unit("kernels", "limits", 2, partial(plain_test, "limits_test")))
+    all_units.append(Unit("kernels", "activations", 2, partial(plain_test, "activation_test")))
+    ran = tuple(f"kernels {shape}" for shape in shapes.all_shapes())
+    all_units.append(Unit("kernels", "every kernel ran", 1, check_every_kernel_ran, ran))
     for kind in sorted({mutant.noticed_by for mutant in MUTANTS}):
         steady = tuple(f"{source} {kind}" for source in STEADY)
         run = partial(unchanged, kind)

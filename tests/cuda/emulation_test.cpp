@@ -12,16 +12,21 @@
 namespace dlk {
 namespace {
 
-constexpr int kThreads = 64, kBlocks = 2, kItems = kThreads * kBlocks;
+constexpr int kThreads = 64, kBlocks = 2, kItems = kThreads * kBlocks, kTurns = 8, kBuffers = 2;
 
 enum class Bug {
   none,
   missing_block_barrier,
-  missing_cluster_wait,
   missing_cluster_barrier,
+  unwaited_receipt,
+  unannounced_bytes,
+  too_few_bytes,
   unordered_flag,
   unordered_wait,
   lost_signal,
+  unerased_piece,
+  unsignalled_piece,
+  unawaited_erasure,
   divergent_barrier,
   outside_shuffle_mask,
   absent_lane,
@@ -35,10 +40,28 @@ enum class Bug {
 };
 
 const char* const kNames[] = {
-    "none",           "missing_block_barrier", "missing_cluster_wait", "missing_cluster_barrier", "unordered_flag",
-    "unordered_wait", "lost_signal",           "divergent_barrier",    "outside_shuffle_mask",    "absent_lane",
-    "shared_overrun", "shared_neighbour",      "global_overrun",       "uninitialised_shared",    "misaligned_vector",
-    "absent_block",   "wrong_fragment",
+    "none",
+    "missing_block_barrier",
+    "missing_cluster_barrier",
+    "unwaited_receipt",
+    "unannounced_bytes",
+    "too_few_bytes",
+    "unordered_flag",
+    "unordered_wait",
+    "lost_signal",
+    "unerased_piece",
+    "unsignalled_piece",
+    "unawaited_erasure",
+    "divergent_barrier",
+    "outside_shuffle_mask",
+    "absent_lane",
+    "shared_overrun",
+    "shared_neighbour",
+    "global_overrun",
+    "uninitialised_shared",
+    "misaligned_vector",
+    "absent_block",
+    "wrong_fragment",
 };
 
 struct Params {
@@ -47,6 +70,7 @@ struct Params {
   float* out;         // [kItems]
   float* scratch;     // [kItems]
   unsigned* counter;  // zero
+  uint4* pieces;      // [kBuffers][kItems], absent
 };
 
 // out[i] = in of thread kThreads - 1 - i of the block, passed through shared memory, plus zeros summed over lanes by a
@@ -71,26 +95,55 @@ __global__ void within_block(const Params p) {
   p.out[block + i + (p.bug == Bug::global_overrun ? kThreads : 0)] = items[kThreads - 1 - i] + zero;
 }
 
-// out[i] = in of thread kThreads - 1 - i of the cluster's other block, which stores it in this block's shared memory.
-// Done twice, so that the second turn must wait until the first is read.
+// out[i] = in of thread kThreads - 1 - i of the cluster's other block, plus the number of the last turn. In each turn
+// the other block sends it to this block's shared memory, to one place in even turns and to another in odd ones.
 __global__ void within_cluster(const Params p) {
-  uint4* items = reinterpret_cast<uint4*>(dynamic_shared());
+  uint4* items = reinterpret_cast<uint4*>(dynamic_shared());  // [2][kThreads]
+  uint64_t* receipts = reinterpret_cast<uint64_t*>(items + 2 * kThreads);
   const unsigned rank = blockIdx.x % kBlocks, other = p.bug == Bug::absent_block ? rank + 1 : (rank + 1) % kBlocks;
   const int i = static_cast<int>(threadIdx.x), at = static_cast<int>(blockIdx.x) * kThreads + i;
-  for (int turn = 0; turn < 2; ++turn) {
+  if (i == 0) receipt_init(receipts), receipt_init(receipts + 1);
+  if (p.bug != Bug::missing_cluster_barrier) cluster_barrier();
+  for (int turn = 0; turn < kTurns; ++turn) {
+    uint64_t* receipt = receipts + turn % 2;
+    if (i == 0 && p.bug != Bug::unannounced_bytes) {
+      receipt_expect(receipt, sizeof(uint4) * (kThreads - (p.bug == Bug::too_few_bytes && turn == 1)));
+    }
+    const float item = p.in[at] + static_cast<float>(turn);
     uint4 value = make_uint4(0, 0, 0, 0);
-    memcpy(&value.x, &p.in[at], sizeof(float));
-    store_remote(items + i, other, value);
-    if (p.bug != Bug::missing_cluster_barrier) {
-      cluster_arrive();
-      if (p.bug != Bug::missing_cluster_wait) cluster_wait();
-    }
-    const uint4 got = items[kThreads - 1 - i];
+    memcpy(&value.x, &item, sizeof item);
+    send_to_block(items + turn % 2 * kThreads + i, receipt, other, value);
+    if (p.bug != Bug::unwaited_receipt || turn < kTurns - 1) receipt_wait(receipt, turn / 2 % 2);
+    const uint4 got = items[turn % 2 * kThreads + kThreads - 1 - i];
     memcpy(&p.out[at], &got.x, sizeof(float));
-    if (p.bug != Bug::missing_cluster_barrier) {
-      cluster_arrive();
-      cluster_wait();
+  }
+}
+
+// out[i] = in of thread kItems - 1 - i of the grid, plus the number of the last turn, passed as pieces. Turns use the
+// kBuffers places of a piece one after the other, and each writer makes its piece of the turn before absent again.
+__global__ void by_pieces(const Params p) {
+  const int thread = static_cast<int>(threadIdx.x), i = static_cast<int>(blockIdx.x) * kThreads + thread;
+  const auto place = [&](int turn, int item) { return p.pieces + turn % kBuffers * kItems + item; };
+  for (int turn = 0; turn < kTurns; ++turn) {
+    // The pieces of this turn's place were made absent kBuffers - 1 turns ago.
+    const int erased = turn + 1 - kBuffers;
+    if (thread == 0 && erased >= 0 && p.bug != Bug::unawaited_erasure) {
+      wait_for_arrivals(p.counter, static_cast<unsigned>((erased + 1) * kBlocks));
     }
+    __syncthreads();
+    const float item = p.in[i] + static_cast<float>(turn);
+    uint4 value = make_uint4(0, 0, 0, 0);
+    memcpy(&value.x, &item, sizeof item);
+    store_piece(place(turn, i), value);
+    uint4 got = load_piece(place(turn, kItems - 1 - i));
+    while (is_absent(got)) got = load_absent_piece(place(turn, kItems - 1 - i));
+    memcpy(&p.out[i], &got.x, sizeof(float));
+    const bool late = p.bug == Bug::unsignalled_piece;
+    if (thread == 0 && late) signal_arrival(p.counter);
+    __syncthreads();
+    if (p.bug != Bug::unerased_piece) erase_piece(place(turn + kBuffers - 1, i));
+    __syncthreads();
+    if (thread == 0 && !late) signal_arrival(p.counter);
   }
 }
 
@@ -123,7 +176,7 @@ __global__ void product(const Params p) {
   const auto a = [&](int row, int k) { return pair(k == row, k + 1 == row); };
   const auto b = [&](int k, int n) { return pair(16.0f * k + n, 16.0f * (k + 1) + n); };
   const int k = 2 * q, upper = p.bug == Bug::wrong_fragment ? 4 : 8;
-  const uint32_t rows[4] = {a(g, k), a(g + 8, k), a(g, k + 8), a(g + 8, k + 8)};
+  const uint4 rows = make_uint4(a(g, k), a(g + 8, k), a(g, k + 8), a(g + 8, k + 8));
   float c[4] = {};
   mma_16x8x16<f16_t>(c, rows, b(k, g), b(k + upper, g));
   for (int i = 0; i < 4; ++i) p.out[(g + 8 * (i / 2)) * 8 + 2 * q + i % 2] = c[i];
@@ -132,8 +185,9 @@ __global__ void product(const Params p) {
 bool run(Bug bug) {
   std::vector<float> in(kItems), out(kItems), scratch(kItems, NAN);
   for (int i = 0; i < kItems; ++i) in[i] = 1.0f + static_cast<float>(i);
-  unsigned counter = 0;
-  const Params params{bug, in.data(), out.data(), scratch.data(), &counter};
+  std::vector<uint4> pieces(kBuffers * kItems, make_uint4(kAbsentWord, kAbsentWord, kAbsentWord, kAbsentWord));
+  unsigned counters[2] = {};
+  Params params{bug, in.data(), out.data(), scratch.data(), counters, pieces.data()};
   const auto right = [&](auto expected) {
     for (int i = 0; i < kItems; ++i) {
       if (!(out[i] == expected(i))) return false;
@@ -150,16 +204,21 @@ bool run(Bug bug) {
   launch(&within_block, shape, nullptr, params);
   ok &= right([&](int i) { return in[i / kThreads * kThreads + kThreads - 1 - i % kThreads]; });
 
-  shape.shared_bytes = kThreads * 16;
+  shape.shared_bytes = 2 * kThreads * 16 + 2 * 8;
   shape.cluster = kBlocks;
   launch(&within_cluster, shape, nullptr, params);
-  ok &= right([&](int i) { return in[(i / kThreads + 1) % kBlocks * kThreads + kThreads - 1 - i % kThreads]; });
+  ok &= right(
+      [&](int i) { return in[(i / kThreads + 1) % kBlocks * kThreads + kThreads - 1 - i % kThreads] + (kTurns - 1); });
 
   shape.shared_bytes = 0;
   shape.cluster = 1;
   shape.cooperative = true;
   launch(&within_grid, shape, nullptr, params);
   ok &= right([&](int i) { return in[kItems - 1 - i]; });
+
+  params.counter = counters + 1;
+  launch(&by_pieces, shape, nullptr, params);
+  ok &= right([&](int i) { return in[kItems - 1 - i] + (kTurns - 1); });
 
   shape.grid_x = 1;
   shape.threads = 32;

@@ -21,19 +21,48 @@ MUTANTS = (
     # Values that other threads of the block write are sent before all of them are written.
     Mutant("sequence_backward.h", "  __syncthreads();\n  for (int i = thread; exists", "  for (int i = thread; exists",
            "tsan"),
-    # A step begins before the other blocks have sent their h, or a block signals before it has sent all of its h.
-    Mutant("sequence_forward.h", "if (chunk == 0) group.wait();", "if (chunk == 0 && s == 0) group.wait();", "tsan"),
-    Mutant("sequence_forward.h", "if (last_chunk) group.arrive();", "if (chunk == 0) group.arrive();", "tsan"),
-    Mutant("group.h", "__syncthreads();\n    if (threadIdx.x == 0) signal", "if (threadIdx.x == 0) signal", "tsan"),
-    Mutant("group.h", "goal_);\n    __syncthreads();", "goal_);", "tsan"),
+    # A step begins before the other blocks have sent their h.
+    Mutant("sequence_forward.h", "if (chunk == 0) group.wait(s);", "if (chunk == 0 && s == 1) group.wait(s);", "tsan"),
+    Mutant("group.h", "if (step > 0) receipt_wait(", "if (step > 1) receipt_wait(", "plain"),
+    Mutant("group.h", "while (is_absent(piece)) piece", "if (false) piece", "plain"),
+    Mutant("product.h", "bool complete = !kPieces;", "bool complete = true;", "plain"),
+    # Blocks send to others that are not ready yet, or count other bytes than are sent.
+    Mutant("group.h", "    cluster_barrier();\n", "", "plain"),
+    Mutant("group.h", "    __syncthreads();\n    if (threadIdx.x == 0) signal_arrival(counter_), wait_for_signals();\n",
+           "    if (threadIdx.x == 0) signal_arrival(counter_), wait_for_signals();\n", "tsan"),
+    Mutant("group.h", "wait_for_signals();\n    __syncthreads();\n", "wait_for_signals();\n", "tsan"),
+    Mutant("group.h", "count * bytes_);", "count * bytes_ - 16);", "plain"),
+    Mutant("sequence_forward.h", "count += reads(next_t, chunk)", "count += reads(t, chunk)", "plain"),
+    Mutant("sequence_backward.h", "count += reads(next_t, chunk)", "count += reads(t, chunk)", "plain"),
     # The h that a block sends overwrites an h that another block still reads.
-    Mutant("group.h", "vectors_ + (step + 1) % 2 * half_ + b * stride_ + term - lane",
-           "vectors_ + step % 2 * half_ + b * stride_ + term - lane", "plain"),
+    Mutant("group.h", "vectors_ + ((step + 1) & 1) * half_ + b * stride_ + term - lane",
+           "vectors_ + (step & 1) * half_ + b * stride_ + term - lane", "plain"),
+    # A value of some steps ago is taken for that of this step, because it is not made absent, because the others need
+    # not see that it is, or because this block need not see it.
+    Mutant("sequence_forward.h", "if (any_live) group.retire(s, b, j);", "", "plain"),
+    Mutant("group.h", "step % kRound == 1) signal_arrival(counter_);", "step < 0) signal_arrival(counter_);", "plain"),
+    Mutant("group.h", "step % kRound == 3) wait_for_signals();", "step < 0) wait_for_signals();", "plain"),
+    Mutant("group.h", "erase_piece(buffer(step + kGridBuffers - 1)", "erase_piece(buffer(step)", "plain"),
+    # An h with the bits of an absent value, in the first step and later.
+    Mutant("group.h", "first = present(value(b, term))", "first = bits_of(value(b, term))", "plain"),
+    Mutant("group.h", "gather_piece<S>(present(item))", "gather_piece<S>(bits_of(item))", "plain"),
+    # A sequence of the second direction, or a gradient, arrives when the sequence begins.
+    Mutant("sequence_forward.h", "!now.live[i] ? idle[i] :", "!now.live[i] ? 0.0f :", "plain"),
+    # The inputs of the next chunk are those of another step.
+    Mutant("sequence_forward.h", "fetch(last_chunk ? next_t : t,", "fetch(t,", "plain"),
+    Mutant("sequence_backward.h", "fetch(s + 1, next_t, 0, &next)", "fetch(s + 1, t, 0, &next)", "plain"),
+    # Lanes without a cell leave before those with one exchange their items, or compute a cell that they do not have.
+    Mutant("sequence_forward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),
+    Mutant("sequence_backward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),
+    Mutant("sequence_forward.h", "busy = Turns::kWholeWarps || Turns::has_cell(thread, i);", "busy = true;", "plain"),
+    Mutant("sequence_backward.h", "busy = Turns::kWholeWarps || Turns::has_cell(thread, i);", "busy = true;",
+           "plain"),
     # The state before a step is taken from the step's own record.
     Mutant("sequence_backward.h", "saved[(before * Cell::kSaved", "saved[(row * Cell::kSaved", "plain"),
     # Errors that only uneven lengths, truncated backward passes or padding show.
     Mutant("sequence_forward.h", "t == (d == 0 ? lengths[b] - 1 : 0)", "t == lengths[b] - 1", "plain"),
-    Mutant("sequence_backward.h", "if (cut) *dc = 0.0f;", "", "plain"),
-    Mutant("sequence_backward.h", "*carry = arrived;", "*carry = 0.0f;", "plain"),
+    Mutant("sequence_backward.h", "if (now.cut[i]) carry[i] = dc[i] = 0.0f;", "if (now.cut[i]) carry[i] = 0.0f;",
+           "plain"),
+    Mutant("sequence_backward.h", "          carry[i] += add_parts", "          carry[i] = add_parts", "plain"),
     Mutant("sequence_forward.h", "return u < p.H && term < p.H ?", "return u < p.H ?", "asan"),
 )  # fmt: skip

@@ -28,6 +28,7 @@ class Array {
   void* data() const { return memory_ ? memory_->data() : nullptr; }  // for kernels
   double operator[](size_t i) const { return naive::load(memory_->read(), static_cast<int64_t>(i), dtype_); }
   void set(size_t i, double value) { naive::store(memory_->write(), static_cast<int64_t>(i), dtype_, value); }
+  void set_all_bits(size_t i) { std::memset(static_cast<char*>(memory_->write()) + i * item(), 0xff, item()); }
   Values values() const {
     Values all(count_);
     for (size_t i = 0; i < count_; ++i) all[i] = (*this)[i];

@@ -1,14 +1,16 @@
 // One case of the kernels' test: its name, the random layer that the name describes, and the layout of rows in memory.
 //   cell:dtype:path:T:B:H:D:form:options, for example lstm:bf16:best:5:8:40:2:lengths:hb
 // path: grid or steps forces that kind of plan; best is the plan for the GPU, a cluster where possible; small and
-// smallgrid plan for a GPU with room for few groups. form: padded, lengths or packed. options: b biases, h initial
-// states and gradients of the final ones, k backward truncated every two steps, f batch first (and a gap between rows),
-// g no gradient of y, - none.
+// smallgrid plan for a GPU with room for few groups, wide for one without clusters of the usual slices. form: padded,
+// lengths or packed. options: b biases, h initial states and gradients of the final ones, k backward truncated every
+// two steps, f batch first (and a gap between rows), g no gradient of y, n an h_0 that begins with a NaN all of whose
+// bits are set, - none.
 #pragma once
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -109,6 +111,7 @@ class Case {
     }
     if (o.has('h')) {
       p.h0 = uniform(D * B * H, 1, o.dtype);
+      if (o.has('n')) p.h0[0] = std::numeric_limits<double>::quiet_NaN();
       p.dh_n = uniform(D * B * H, 1, o.dtype);
       if (o.cell == CellKind::lstm) {
         p.c0 = uniform(D * B * H, 1, o.dtype);
@@ -135,11 +138,15 @@ class Case {
     LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows, false};
     GpuLimits gpu = this_gpu();
     // With room for a few groups only, each group has several chunks of sequences.
-    const int units = slice_shape(G, o.dtype != DType::f32, false, false).units;
-    if (o.path == "small") gpu.clusters_8 = gpu.clusters_16 = 1;
-    if (o.path == "smallgrid") gpu.multiprocessors = o.D * ceil_div(o.H, units);
-    const bool clusters = o.path == "best" || o.path == "small";
-    if (!clusters) gpu.clusters_8 = gpu.clusters_16 = 0;
+    const bool clusters = o.path == "best" || o.path == "small" || o.path == "wide";
+    const int of_cluster = ceil_div(o.H, slice_units(G, SliceWidth::cluster));
+    const int of_grid = o.D * ceil_div(o.H, slice_units(G, SliceWidth::grid));
+    for (int n = 1; n <= kMaxCluster; ++n) {
+      if (!clusters || (o.path == "wide" && n == of_cluster)) gpu.clusters[n] = 0;
+      if (o.path == "small") gpu.clusters[n] = 1;
+    }
+    // All blocks of a grid run at the same time. More than 32 have more threads than ThreadSanitizer supports.
+    gpu.multiprocessors = o.path == "smallgrid" ? of_grid : std::max(32, of_grid);
     if (o.path == "steps") gpu.multiprocessors = 0;
     forward_plan = sequence_plan(shape, gpu, false, 16);
     backward_plan = sequence_plan(shape, gpu, true, 16);
@@ -149,6 +156,9 @@ class Case {
         std::fprintf(stderr, "%s: planned as %s\n", o.text.c_str(), kinds[plan->kind]);
         std::exit(1);
       }
+      // run_shape() in emulated.py reads this line.
+      std::printf("plan %s %s %d %d\n", plan == &forward_plan ? "forward" : "backward", kinds[plan->kind], plan->units,
+                  plan->columns);
     }
   }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,10 @@ import dlkernels
 from dlkernels._core import extension
 from dlkernels.attention.routing import route as attention_route
 from dlkernels.rnn.routing import route
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda"))
+
+import predict
 
 pytestmark = pytest.mark.o0_skip(reason="plans are integers, the same at -O0")
 
@@ -34,8 +40,10 @@ def plan(mode: str, dtype: str, B: int, H: int, D: int = 1, backward: bool = Fal
         ("gru", "float16", 64, 512, 1, "cluster", 16),
         ("rnn_tanh", "bfloat16", 8, 1024, 1, "cluster", 16),
         ("lstm", "float32", 16, 256, 1, "cluster", 8),
-        ("lstm", "float32", 16, 512, 1, "grid", 32),
+        ("lstm", "float32", 16, 512, 1, "cluster", 16),
+        ("lstm", "float32", 64, 512, 1, "grid", 32),
         ("lstm", "bfloat16", 16, 1024, 2, "grid", 64),
+        ("lstm", "float32", 8, 1024, 1, "grid", 64),
         ("lstm", "float32", 16, 1024, 1, "steps", 0),
         ("lstm", "bfloat16", 16, 4096, 1, "steps", 0),
         ("lstm", "bfloat16", 100000, 128, 1, "steps", 0),
@@ -59,11 +67,53 @@ def test_plans_fit_the_gpu_and_cover_the_call(mode: str, dtype: str, backward: b
                     continue
                 assert chosen["shared_bytes"] <= SHARED_BYTES
                 assert chosen["groups"] == D * -(-B // chosen["tile"])
-                assert chosen["tile"] % (8 * chosen["column_tiles"]) == 0
+                assert chosen["tile"] % chosen["columns"] == 0
                 if chosen["kind"] == "grid":  # all blocks must run at once, or the barrier would wait forever
                     assert chosen["blocks"] <= MULTIPROCESSORS
                 else:
                     assert chosen["slices"] <= 16
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("B", [1, 16, 64, 128])
+@pytest.mark.parametrize(
+    ("mode", "H", "units"), [("lstm", 640, 40), ("lstm", 520, 40), ("gru", 768, 48), ("gru", 520, 48)]
+)
+def test_wide_slices_let_larger_layers_use_clusters(mode: str, H: int, units: int, B: int, backward: bool) -> None:
+    for dtype in ("bfloat16", "float16"):
+        chosen = plan(mode, dtype, B, H, backward=backward)
+        assert (chosen["kind"], chosen["units"], chosen["columns"]) == ("cluster", units, 8), chosen["reason"]
+    assert plan(mode, "bfloat16", B, 512, backward=backward)["units"] == 32
+    assert plan(mode, "bfloat16", B, H + 256, backward=backward)["kind"] == "grid"
+    assert plan(mode, "float32", B, H, backward=backward)["kind"] in ("grid", "steps")
+
+
+@pytest.mark.parametrize("B", [16, 24, 64])
+def test_one_product_at_a_time_where_two_do_not_fit(B: int) -> None:
+    """With 16 columns the partial sums and W_hh of this layer do not fit into shared memory together."""
+    chosen = plan("lstm", "bfloat16", B, 2048)
+    assert (chosen["kind"], chosen["columns"], chosen["tile"]) == ("grid", 8, B), chosen["reason"]
+    assert plan("gru", "bfloat16", B, 2048)["columns"] == 16
+    assert plan("lstm", "bfloat16", 65, 2048)["kind"] == "steps"  # more chunks than the plan allows
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("mode", ["lstm", "gru", "rnn_relu"])
+def test_small_batches_in_float32_multiply_no_padding(mode: str, backward: bool) -> None:
+    for H in (128, 512, 1024):
+        assert plan(mode, "float32", 1, H, backward=backward)["columns"] == 1
+        for B in (2, 3, 4, 5, 8, 16):
+            chosen = plan(mode, "float32", B, H, backward=backward)
+            # As many groups as the GPU has room for share the batch.
+            if chosen["kind"] != "steps" and chosen["tile"] <= 8:
+                assert chosen["columns"] == chosen["tile"] < 2 * -(-B // chosen["groups"])
+    assert plan("lstm", "float32", 16, 256)["tile"] == 1  # 16 groups of 8 blocks
+
+
+def test_the_docs_show_the_plans_and_the_counts() -> None:
+    """After a change of the plans, or of counts.json, `python tests/cuda/predict.py --write` renews the tables."""
+    text = predict.DOCS.read_text()
+    assert predict.with_tables(text) == text
 
 
 @pytest.mark.parametrize(("cap", "kind"), [("cluster", "cluster"), ("grid", "grid"), ("steps", "steps")])
@@ -150,7 +200,7 @@ def test_explain_names_the_cuda_plans(cuda: None, dtype: torch.dtype) -> None:
     for one in explained.layers:
         assert one.forward == plan("lstm", name, 4, 96, 2, False)
         assert one.backward == plan("lstm", name, 4, 96, 2, True)
-    assert "kind cluster, blocks " in str(explained) and "barriers_per_step 1" in str(explained)
+    assert "kind cluster, blocks " in str(explained) and ", columns " in str(explained)
     cell = dlkernels.nn.GRUCell(3, 5, device="cuda", dtype=dtype)
     assert dlkernels.explain(cell, torch.empty(4, 3, device="cuda", dtype=dtype)).kernel == "cuda/cell/gru"
 

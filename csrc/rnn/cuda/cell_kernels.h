@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_consta
     float xs[kGates], hs[kGates], saved[Cell::kSaved];
     DLK_UNROLL
     for (int g = 0; g < kGates; ++g) xs[g] = x[g][i], hs[g] = hidden[g][i];
-    h[i] = step_forward<Cell>(p.cell == CellKind::rnn_relu, xs, hs, state[i], saved);
+    h[i] = step_forward<Cell, S>(p.cell == CellKind::rnn_relu, xs, hs, state[i], saved);
     DLK_UNROLL
     for (int s = 0; s < Cell::kSaved; ++s) out[s][i] = saved[s];
   }
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kCellThreads) cell_backward(const __grid_const
         DLK_UNROLL
         for (int s = 0; s < Cell::kSaved; ++s) one[s] = saved[s][i];
         const float dh = carry[i] + dy[i];
-        const float direct = step_backward<Cell>(p.cell == CellKind::rnn_relu, one, state[i], dh, &dc[i], dgates);
+        const float direct = step_backward<Cell, S>(p.cell == CellKind::rnn_relu, one, state[i], dh, &dc[i], dgates);
         carry[i] = cut ? 0.0f : direct;
         if (cut) dc[i] = 0.0f;
         DLK_UNROLL

@@ -7,9 +7,11 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DLK_UNROLL _Pragma("unroll")
+#define DLK_NO_UNROLL _Pragma("unroll 1")
 #else
 #include "emulation.h"
 #define DLK_UNROLL
+#define DLK_NO_UNROLL
 #endif
 
 #include <cstdint>
@@ -39,19 +41,19 @@ DLK_DEVICE S from_float(float x) {
 
 // One warp computes the 16 x 8 product c += a b over 16 terms, with the fragments of mma.m16n8k16: lane 4 g + q holds
 // rows g and g + 8 of a, column g of b, and of c the elements (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
-// a[0] and b0 hold the terms 2q and 2q + 1, a[2] and b1 the terms 2q + 8 and 2q + 9. a[1] and a[3] are the same terms
-// of row g + 8.
+// a.x and b0 hold the terms 2q and 2q + 1, a.z and b1 the terms 2q + 8 and 2q + 9. a.y and a.w are the same terms of
+// row g + 8.
 template <class S>
-DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t b1) {
 #ifdef __CUDACC__
   if constexpr (std::is_same_v<S, bf16_t>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
   }
 #else
   const auto item = [](uint32_t word, unsigned k) {
@@ -62,7 +64,7 @@ DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
   };
   // Every lane gets the fragments of all lanes, and finds b's column and a's two rows in them.
   uint32_t word[6][32];
-  const uint32_t own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const uint32_t own[6] = {a.x, a.y, a.z, a.w, b0, b1};
   for (int i = 0; i < 6; i += 3) {
     uint32_t all[32][3];
     emulation::warp_exchange(~0u, own + i, sizeof all[0], all);
@@ -81,8 +83,39 @@ DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, 
 #endif
 }
 
-// For data that other blocks write while the kernel runs, which must not be read through L1.
-DLK_DEVICE uint4 load_through_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+// The index of the thread's warp. The compiler learns from the shuffle that all lanes have the same value, so that what
+// depends on it needs no code for lanes that take different branches.
+DLK_DEVICE int warp_index() { return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 32, 0)); }
+
+// Returns x. The compiler, which would rather compute a number again than keep it, does not know how to.
+DLK_DEVICE int keep_in_register(int x) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+// 2^x and 1 / x by one instruction each, for the activations of 16-bit layers: at most 2 ulp off, and numbers below
+// 2^-126 are taken as 0. 2^x is infinite for large x, and the reciprocal of that 0. NaN stays NaN.
+DLK_DEVICE float exp2_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return emulation::inexact(std::exp2(x));
+#endif
+}
+
+DLK_DEVICE float reciprocal_approximate(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return emulation::inexact(1.0f / x);
+#endif
+}
 
 // The block's dynamic shared memory, aligned to 128 bytes.
 DLK_DEVICE char* dynamic_shared() {
@@ -110,6 +143,7 @@ DLK_DEVICE void signal_arrival(unsigned* counter) {
 #ifdef __CUDACC__
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 #else
+  emulation::release_pieces();
   __atomic_fetch_add(counter, 1u, __ATOMIC_RELEASE);
 #endif
 }
@@ -124,11 +158,73 @@ DLK_DEVICE void wait_for_arrivals(const unsigned* counter, unsigned goal) {
   emulation::wait_until("at the grid's barrier",
                         [=] { return static_cast<int>(__atomic_load_n(counter, __ATOMIC_RELAXED) - goal) >= 0; });
   __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+  emulation::acquire_pieces();
 #endif
 }
 
-// Clusters (sm_90 and up). The barrier has two halves, arrive and wait: what was written before arriving can be read
-// after waiting, in the shared memory of the cluster's other blocks too.
+// Pieces: 16 bytes in global memory that one block writes and others read without a barrier in between. A piece whose
+// words are kAbsentWord has not been written yet, and no data may contain that word. A 32-bit word is read and written
+// as a whole, 16 bytes are not, so a reader checks all four words. Loads go to L2, where all blocks meet.
+constexpr uint32_t kAbsentWord = 0xffffffff;
+
+DLK_DEVICE bool is_absent(const uint4& piece) {
+  return piece.x == kAbsentWord || piece.y == kAbsentWord || piece.z == kAbsentWord || piece.w == kAbsentWord;
+}
+
+// The piece is `offset` bytes behind `base`. As long as the offset is known when this is compiled, it becomes a part of
+// the instruction, and pieces of one vector share the registers of their base.
+DLK_DEVICE uint4 load_piece(const void* base, int offset = 0) {
+  uint4 v;
+#ifdef __CUDACC__
+  asm volatile("{ .reg .u64 at; add.s64 at, %4, %5; ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [at]; }"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(base), "l"(static_cast<int64_t>(offset))
+               : "memory");
+#else
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(base) + offset);
+  v.x = __atomic_load_n(words, __ATOMIC_RELAXED), v.y = __atomic_load_n(words + 1, __ATOMIC_RELAXED);
+  v.z = __atomic_load_n(words + 2, __ATOMIC_RELAXED), v.w = __atomic_load_n(words + 3, __ATOMIC_RELAXED);
+  emulation::load_piece(words, &v);
+#endif
+  return v;
+}
+
+DLK_DEVICE void store_piece(void* p, const uint4& v) {
+#ifdef __CUDACC__
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+#else
+  emulation::store_piece(p);
+  uint32_t* words = static_cast<uint32_t*>(p);
+  __atomic_store_n(words, v.x, __ATOMIC_RELAXED), __atomic_store_n(words + 1, v.y, __ATOMIC_RELAXED);
+  __atomic_store_n(words + 2, v.z, __ATOMIC_RELAXED), __atomic_store_n(words + 3, v.w, __ATOMIC_RELAXED);
+#endif
+}
+
+// Makes a piece absent again. Like any store, it may reach the other blocks late: surely only after a signal.
+DLK_DEVICE void erase_piece(void* p) {
+#ifdef __CUDACC__
+  store_piece(p, make_uint4(kAbsentWord, kAbsentWord, kAbsentWord, kAbsentWord));
+#else
+  emulation::erase_piece(p);
+#endif
+}
+
+// Loads a piece again that was absent. The threads of a block take turns under emulation, so there it lets the others
+// run until the piece has arrived.
+DLK_DEVICE uint4 load_absent_piece(const void* base, int offset = 0) {
+#ifndef __CUDACC__
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(static_cast<const char*>(base) + offset);
+  emulation::wait_until("for a piece from another block", [=] {
+    bool there = true;
+    for (int i = 0; i < 4; ++i) there &= __atomic_load_n(words + i, __ATOMIC_RELAXED) != kAbsentWord;
+    return there;
+  });
+#endif
+  return load_piece(base, offset);
+}
+
+// Clusters (sm_90 and up).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define DLK_HAS_CLUSTERS 0
 #else
@@ -136,33 +232,79 @@ DLK_DEVICE void wait_for_arrivals(const unsigned* counter, unsigned goal) {
 #endif
 
 #if DLK_HAS_CLUSTERS
-DLK_DEVICE void cluster_arrive() {
+// What any thread of the cluster wrote before the barrier can be read after it by every other.
+DLK_DEVICE void cluster_barrier() {
 #ifdef __CUDACC__
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#else
-  emulation::cluster_arrive();
-#endif
-}
-
-DLK_DEVICE void cluster_wait() {
-#ifdef __CUDACC__
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #else
-  emulation::cluster_wait();
+  emulation::cluster_barrier();
 #endif
 }
 
-// Writes to the address that corresponds to `local` in the shared memory of the cluster's block `rank`.
-DLK_DEVICE void store_remote(void* local, unsigned rank, uint4 value) {
+// A receipt: an object in shared memory that counts the bytes which the blocks of the cluster send to its block
+// (PTX: mbarrier). Its phases follow each other. A phase ends when its bytes have been announced by receipt_expect()
+// and have all arrived, in whichever order that happens. A thread that has waited for the end of a phase can read what
+// was sent in it.
+//
+// After receipt_init(), by one thread, comes a cluster_barrier().
+DLK_DEVICE void receipt_init(uint64_t* receipt) {
 #ifdef __CUDACC__
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(local));
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
-               : "memory");
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(receipt));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  *receipt = emulation::kNewReceipt;
+#endif
+}
+
+// Announces how many bytes the phase has. One thread calls it once in each phase, after the end of the phase before.
+DLK_DEVICE void receipt_expect(uint64_t* receipt, unsigned bytes) {
+#ifdef __CUDACC__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(receipt));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
+#else
+  __atomic_load_n(receipt, __ATOMIC_RELAXED);  // for the sanitizers
+  emulation::receipt_expect(receipt, bytes);
+#endif
+}
+
+// Waits for the end of a phase. `parity` is the number of the phase modulo 2. A thread may not be two phases late.
+DLK_DEVICE void receipt_wait(uint64_t* receipt, unsigned parity) {
+#ifdef __CUDACC__
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(receipt));
+  uint32_t done;
+  do {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(address), "r"(parity)
+        : "memory");
+  } while (!done);
+#else
+  __atomic_load_n(receipt, __ATOMIC_RELAXED);
+  emulation::receipt_wait(receipt, parity);
+#endif
+}
+
+// Writes to the address that corresponds to `local` in the shared memory of the cluster's block `rank`, and then counts
+// the bytes in that block's receipt.
+DLK_DEVICE void send_to_block(void* local, uint64_t* receipt, unsigned rank, const uint4& value) {
+#ifdef __CUDACC__
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(local));
+  const uint32_t counted = static_cast<uint32_t>(__cvta_generic_to_shared(receipt));
+  uint32_t remote_to, remote_counted;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_to) : "r"(to), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_counted) : "r"(counted), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(remote_to),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(remote_counted)
+      : "memory");
 #else
   *static_cast<uint4*>(emulation::shared_memory_of(rank, local)) = value;
+  uint64_t* there = static_cast<uint64_t*>(emulation::shared_memory_of(rank, receipt));
+  __atomic_load_n(there, __ATOMIC_RELAXED);
+  emulation::receipt_complete(there, sizeof value);
 #endif
 }
 #endif

@@ -1,9 +1,9 @@
 #include "gpu_limits.h"
 
+#include <cuda_runtime.h>
+
 #include <map>
 #include <mutex>
-
-#include "device.h"
 
 namespace dlk {
 namespace {
@@ -51,8 +51,8 @@ GpuLimits gpu_limits(int device) {
     int current = device;
     cudaGetDevice(&current);
     if (current != device) cudaSetDevice(device);
-    limits.clusters_8 = resident_clusters(8, limits.shared_bytes);
-    limits.clusters_16 = resident_clusters(16, limits.shared_bytes);
+    // Each size is asked for, because the documentation only gives the largest.
+    for (int n = 1; n <= kMaxCluster; ++n) limits.clusters[n] = resident_clusters(n, limits.shared_bytes);
     if (current != device) cudaSetDevice(current);
   }
   known[device] = limits;

@@ -27,7 +27,9 @@ void set_plan_cap(SequencePlan::Kind best) { cap = best; }
 
 GpuLimits capped(GpuLimits limits) {
   const SequencePlan::Kind best = cap;
-  if (best != SequencePlan::cluster) limits.clusters_8 = limits.clusters_16 = 0;
+  if (best != SequencePlan::cluster) {
+    for (int& n : limits.clusters) n = 0;
+  }
   if (best == SequencePlan::steps) limits.multiprocessors = 0;
   return limits;
 }

@@ -17,27 +17,37 @@
 namespace dlk {
 namespace gpu {
 
-template <bool kThroughL2>
-DLK_DEVICE uint4 load_vector(const void* p) {
-  if constexpr (kThroughL2) {
-    return load_through_l2(p);
+// Loads from the vectors of a step: from shared memory in a cluster, in a grid from global memory, where the value may
+// be absent at first.
+template <bool kPieces, class S>
+DLK_DEVICE uint4 load_vector(const S* base, int index) {
+  if constexpr (kPieces) {
+    return load_piece(base, index * static_cast<int>(sizeof(S)));
   } else {
-    return *static_cast<const uint4*>(p);
+    return *reinterpret_cast<const uint4*>(base + index);
   }
 }
 
 // In load(), `weight(row, term)` returns an element of the block's W_hh as a float, and 0 for padding.
-template <class S, int kRows, int kRowGroups, int kSplits, int kRegisterSteps, int kColumnTiles, bool kThroughL2>
+template <class S, int kRows, int kRowGroups, int kSplits, int kRegisterSteps, int kColumnTiles, bool kPieces>
 class TensorProduct {
-  static constexpr int kRowTiles = kRows / 16 / kRowGroups;
-  // Number of loads from L2 that are issued before the first of them is used.
-  static constexpr int kAhead = !kThroughL2 ? 1 : kColumnTiles == 1 ? 4 : 2;
+  static constexpr int kAllRowTiles = kRows / 16;
+  // Of a warp. If they cannot be divided equally, the last group of warps has fewer.
+  static constexpr int kRowTiles = (kAllRowTiles + kRowGroups - 1) / kRowGroups;
+  // Steps whose vectors are loaded before the first of them is used. From then on each used one is followed by the load
+  // of the one this many steps later. A load from L2 takes as long as dozens of products, one from shared memory as
+  // long as a few. Two products at a time and many weights leave few registers for vectors.
+  static constexpr bool kManyWeights = kRegisterSteps * kRowTiles * 8 > 128;
+  static constexpr int kAhead = kPieces ? 8 / kColumnTiles : kColumnTiles == 2 ? 1 : kManyWeights ? 2 : 4;
+  static constexpr int kUnroll = kPieces ? kAhead : 1;  // of the loop over the weights in shared memory
 
  public:
   DLK_DEVICE TensorProduct(const SharedLayout& layout, char* shared)
-      : warp_(threadIdx.x / 32), lane_(threadIdx.x % 32), layout_(layout) {
+      : warp_(warp_index()), lane_(threadIdx.x % 32), layout_(layout) {
     weights_ = reinterpret_cast<uint4*>(shared + layout.weights) + lane_;
-    steps_ = layout.terms / 32;
+    steps_ = (layout.terms / 32 - split() + kSplits - 1) / kSplits;
+    first_item_ = lane_ / 4 * layout.stride + split() * 32 + 8 * (lane_ % 4);
+    if (kColumnTiles == 1) first_item_ = keep_in_register(first_item_);
   }
 
   template <class Weight>
@@ -54,7 +64,7 @@ class TensorProduct {
       const int row = (row_group() * kRowTiles + m) * 16 + g;
       const int step = i * kSplits + split();
       const int term = step * 32 + 8 * q + 4 * product;
-      if (step >= steps_) return make_uint4(0, 0, 0, 0);
+      if (i >= steps_ || !has_row_tile(m)) return make_uint4(0, 0, 0, 0);
       return make_uint4(pair(row, term), pair(row + 8, term), pair(row, term + 2), pair(row + 8, term + 2));
     };
     DLK_UNROLL
@@ -63,14 +73,12 @@ class TensorProduct {
       for (int m = 0; m < kRowTiles; ++m) {
         DLK_UNROLL
         for (int product = 0; product < 2; ++product) {
-          const uint4 f = fragment(i, m, product);
-          uint32_t* to = registers_[i][m][product];
-          to[0] = f.x, to[1] = f.y, to[2] = f.z, to[3] = f.w;
+          registers_[i][m][product] = fragment(i, m, product);
         }
       }
     }
     for (int i = 0; i < layout_.shared_steps; ++i) {
-      for (int m = 0; m < kRowTiles; ++m) {
+      for (int m = 0; m < kRowTiles && has_row_tile(m); ++m) {
         for (int product = 0; product < 2; ++product) *stored(i, m, product) = fragment(kRegisterSteps + i, m, product);
       }
     }
@@ -79,54 +87,88 @@ class TensorProduct {
   // `vectors` points to the vector of the chunk's first sequence; the others follow at distances of `stride`.
   DLK_DEVICE void multiply(const S* vectors, float* partials) {
     float sums[kRowTiles][kColumnTiles][4] = {};
+    uint4 window[kAhead][kColumnTiles];
     const int g = lane_ / 4, q = lane_ % 4;
-    const S* mine = vectors + g * layout_.stride + split() * 32 + 8 * q;
-    const auto vector = [&](int i, int n) {
-      return load_vector<kThroughL2>(mine + n * kMmaColumns * layout_.stride + i * kSplits * 32);
-    };
-    const auto use = [&](const uint4& v, int n, int m, const uint32_t (&low)[4], const uint32_t (&high)[4]) {
-      mma_16x8x16<S>(sums[m][n], low, v.x, v.y);
-      mma_16x8x16<S>(sums[m][n], high, v.z, v.w);
-    };
+    const S* base[kColumnTiles];
     DLK_UNROLL
-    for (int first = 0; first < kRegisterSteps; first += kAhead) {
-      uint4 v[kAhead][kColumnTiles];
+    for (int n = 0; n < kColumnTiles; ++n) {
+      base[n] = vectors + first_item_ + n * kMmaColumns * layout_.stride;
+    }
+    constexpr int kDistance = kSplits * 32;  // from step to step of a part
+    DLK_UNROLL
+    for (int i = 0; i < kAhead; ++i) {
       DLK_UNROLL
-      for (int i = 0; i < kAhead; ++i) {
-        const bool there = (first + i) * kSplits + split() < steps_;
-        DLK_UNROLL
-        for (int n = 0; n < kColumnTiles; ++n) v[i][n] = there ? vector(first + i, n) : make_uint4(0, 0, 0, 0);
+      for (int n = 0; n < kColumnTiles; ++n) {
+        if (kPieces) window[i][n] = make_uint4(0, 0, 0, 0);  // is present
+        if (i < steps_) window[i][n] = load_vector<kPieces>(base[n], i * kDistance);
       }
+    }
+    // All that are absent are loaded again at once.
+    for (bool complete = !kPieces; !complete;) {
+      complete = true;
       DLK_UNROLL
       for (int i = 0; i < kAhead; ++i) {
-        if (first + i < kRegisterSteps && (first + i) * kSplits + split() < steps_) {
-          DLK_UNROLL
-          for (int m = 0; m < kRowTiles; ++m) {
-            DLK_UNROLL
-            for (int n = 0; n < kColumnTiles; ++n) {
-              use(v[i][n], n, m, registers_[first + i][m][0], registers_[first + i][m][1]);
-            }
-          }
+        DLK_UNROLL
+        for (int n = 0; n < kColumnTiles; ++n) {
+          if (!is_absent(window[i][n])) continue;
+          window[i][n] = load_absent_piece(base[n], i * kDistance * static_cast<int>(sizeof(S)));
+          complete = false;
         }
       }
     }
-    for (int i = 0; i < layout_.shared_steps; ++i) {
-      if ((kRegisterSteps + i) * kSplits + split() >= steps_) break;
-      uint4 v[kColumnTiles];
-      DLK_UNROLL
-      for (int n = 0; n < kColumnTiles; ++n) v[n] = vector(kRegisterSteps + i, n);
+    // `weight(m, product)` is the fragment of a row tile.
+    const auto use = [&](const uint4(&v)[kColumnTiles], const auto& weight) {
       DLK_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
-        const uint4 a = *stored(i, m, 0), b = *stored(i, m, 1);
-        const uint32_t low[4] = {a.x, a.y, a.z, a.w}, high[4] = {b.x, b.y, b.z, b.w};
+        if (!has_row_tile(m)) continue;
+        const uint4 low = weight(m, 0), high = weight(m, 1);
         DLK_UNROLL
-        for (int n = 0; n < kColumnTiles; ++n) use(v[n], n, m, low, high);
+        for (int n = 0; n < kColumnTiles; ++n) {
+          mma_16x8x16<S>(sums[m][n], low, v[n].x, v[n].y);
+          mma_16x8x16<S>(sums[m][n], high, v[n].z, v[n].w);
+        }
+      }
+    };
+    // Step i's vectors are in window[slot]; those of a later step take their place.
+    const auto use_and_replace = [&](int i, int slot, const auto& weight) {
+      if (kPieces && i >= kAhead) {
+        DLK_UNROLL
+        for (int n = 0; n < kColumnTiles; ++n) {
+          while (is_absent(window[slot][n]))
+            window[slot][n] = load_absent_piece(base[n], i * kDistance * static_cast<int>(sizeof(S)));
+        }
+      }
+      use(window[slot], weight);
+      if (i + kAhead >= steps_) return;
+      DLK_UNROLL
+      for (int n = 0; n < kColumnTiles; ++n) window[slot][n] = load_vector<kPieces>(base[n], (i + kAhead) * kDistance);
+    };
+    DLK_UNROLL
+    for (int i = 0; i < kRegisterSteps; ++i) {
+      if (i < steps_) use_and_replace(i, i % kAhead, [&](int m, int product) { return registers_[i][m][product]; });
+    }
+    DLK_NO_UNROLL
+    for (int first = kRegisterSteps; first < steps_; first += kUnroll) {
+      DLK_UNROLL
+      for (int k = 0; k < kUnroll; ++k) {
+        const int i = first + k;
+        if (i >= steps_) break;
+        const auto weight = [&](int m, int product) { return *stored(i - kRegisterSteps, m, product); };
+        if constexpr (kPieces) {
+          use_and_replace(i, (kRegisterSteps + k) % kAhead, weight);
+        } else {
+          uint4 v[kColumnTiles];
+          DLK_UNROLL
+          for (int n = 0; n < kColumnTiles; ++n) v[n] = load_vector<kPieces>(base[n], i * kDistance);
+          use(v, weight);
+        }
       }
     }
     DLK_UNROLL
     for (int n = 0; n < kColumnTiles; ++n) {
       DLK_UNROLL
       for (int m = 0; m < kRowTiles; ++m) {
+        if (!has_row_tile(m)) continue;
         DLK_UNROLL
         for (int i = 0; i < 4; ++i) {
           const int row = (row_group() * kRowTiles + m) * 16 + g + 8 * (i / 2), column = n * 8 + 2 * q + i % 2;
@@ -139,18 +181,24 @@ class TensorProduct {
  private:
   DLK_DEVICE int split() const { return warp_ % kSplits; }
   DLK_DEVICE int row_group() const { return warp_ / kSplits; }
+  // The same for all lanes of a warp.
+  DLK_DEVICE bool has_row_tile(int m) const {
+    return kAllRowTiles % kRowGroups == 0 || row_group() * kRowTiles + m < kAllRowTiles;
+  }
   DLK_DEVICE uint4* stored(int i, int m, int product) const {
-    return weights_ + (((warp_ * layout_.shared_steps + i) * kRowTiles + m) * 2 + product) * 32;
+    const int row_tile = row_group() * kRowTiles + m;
+    return weights_ + (((split() * layout_.shared_steps + i) * kAllRowTiles + row_tile) * 2 + product) * 32;
   }
 
   const int warp_, lane_;
   const SharedLayout& layout_;
-  int steps_;
+  int steps_;       // of this warp's part
+  int first_item_;  // of the lane's sequence, in the vectors of a chunk
   uint4* weights_;
-  uint32_t registers_[kRegisterSteps][kRowTiles][2][4];
+  uint4 registers_[kRegisterSteps][kRowTiles][2];
 };
 
-template <int kRows, int kSplits, int kRegisterSteps>
+template <int kRows, int kSplits, int kRegisterSteps, int kColumns>
 class FloatProduct {
   static constexpr int kLaneRows = (kRows + 31) / 32;
 
@@ -186,11 +234,11 @@ class FloatProduct {
   }
 
   DLK_DEVICE void multiply(const float* vectors, float* partials) {
-    float sums[kLaneRows][kMmaColumns] = {};
+    float sums[kLaneRows][kColumns] = {};
     const auto use = [&](int i, const float4(&w)[kLaneRows]) {
       const float* terms = vectors + (i * kSplits + split_) * 4;
       DLK_UNROLL
-      for (int b = 0; b < kMmaColumns; ++b) {
+      for (int b = 0; b < kColumns; ++b) {
         const float4 v = *reinterpret_cast<const float4*>(terms + b * layout_.stride);
         DLK_UNROLL
         for (int r = 0; r < kLaneRows; ++r) {
@@ -215,8 +263,8 @@ class FloatProduct {
     DLK_UNROLL
     for (int r = 0; r < kLaneRows; ++r) {
       DLK_UNROLL
-      for (int b = 0; b < kMmaColumns; ++b) {
-        if (has_row(r)) partials[(split_ * kMmaColumns + b) * (kRows + 4) + row(r)] = sums[r][b];
+      for (int b = 0; b < kColumns; ++b) {
+        if (has_row(r)) partials[(split_ * kColumns + b) * (kRows + 4) + row(r)] = sums[r][b];
       }
     }
   }
@@ -232,13 +280,13 @@ class FloatProduct {
   float4 registers_[kRegisterSteps][kLaneRows];
 };
 
-template <class S, int kGates, bool kCluster, bool kBackward, int kColumnTiles>
+template <class S, int kGates, bool kCluster, bool kBackward, int kUnits, int kColumns>
 struct ChooseProduct {
-  static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kCluster, kBackward);
-  using type = std::conditional_t<
-      sizeof(S) == 2,
-      TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps, kColumnTiles, !kCluster>,
-      FloatProduct<shape.rows, shape.splits, shape.register_steps>>;
+  static constexpr SliceShape shape = slice_shape(kGates, sizeof(S) == 2, kUnits, kBackward);
+  using type = std::conditional_t<sizeof(S) == 2,
+                                  TensorProduct<S, shape.rows, shape.row_groups, shape.splits, shape.register_steps,
+                                                kColumns / kMmaColumns, !kCluster>,
+                                  FloatProduct<shape.rows, shape.splits, shape.register_steps, kColumns>>;
 };
 
 }  // namespace gpu

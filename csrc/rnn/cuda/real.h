@@ -11,22 +11,65 @@
 namespace dlk {
 namespace gpu {
 
+// A float in the equations of a layer of dtype S. The activations of 16-bit layers use the approximate instructions
+// without branches; their error is about 2^-22, far below the rounding of what they are computed from and stored in.
+template <class S>
 struct Real {
   float v;
   static DLK_DEVICE Real zero() { return {0.0f}; }
   static DLK_DEVICE Real set1(float x) { return {x}; }
 };
 
-DLK_DEVICE Real operator+(Real a, Real b) { return {a.v + b.v}; }
-DLK_DEVICE Real operator-(Real a, Real b) { return {a.v - b.v}; }
-DLK_DEVICE Real operator*(Real a, Real b) { return {a.v * b.v}; }
-DLK_DEVICE Real fma(Real a, Real b, Real c) { return {fmaf(a.v, b.v, c.v)}; }
-DLK_DEVICE Real fnma(Real a, Real b, Real c) { return {fmaf(-a.v, b.v, c.v)}; }
-DLK_DEVICE Real select_le(Real a, Real b, Real x, Real y) { return {a.v <= b.v ? x.v : y.v}; }
-DLK_DEVICE Real sigmoid(Real a) { return {1.0f / (1.0f + expf(-a.v))}; }
-DLK_DEVICE Real tanh(Real a) { return {tanhf(a.v)}; }
+template <class S>
+DLK_DEVICE Real<S> operator+(Real<S> a, Real<S> b) {
+  return {a.v + b.v};
+}
+template <class S>
+DLK_DEVICE Real<S> operator-(Real<S> a, Real<S> b) {
+  return {a.v - b.v};
+}
+template <class S>
+DLK_DEVICE Real<S> operator*(Real<S> a, Real<S> b) {
+  return {a.v * b.v};
+}
+template <class S>
+DLK_DEVICE Real<S> fma(Real<S> a, Real<S> b, Real<S> c) {
+  return {fmaf(a.v, b.v, c.v)};
+}
+template <class S>
+DLK_DEVICE Real<S> fnma(Real<S> a, Real<S> b, Real<S> c) {
+  return {fmaf(-a.v, b.v, c.v)};
+}
+template <class S>
+DLK_DEVICE Real<S> select_le(Real<S> a, Real<S> b, Real<S> x, Real<S> y) {
+  return {a.v <= b.v ? x.v : y.v};
+}
+template <class S>
+DLK_DEVICE Real<S> sigmoid(Real<S> a) {
+  if constexpr (sizeof(S) == 4) {
+    return {1.0f / (1.0f + expf(-a.v))};
+  } else {
+    constexpr float kLog2E = 1.44269504f;
+    return {reciprocal_approximate(1.0f + exp2_approximate(-kLog2E * a.v))};
+  }
+}
+template <class S>
+DLK_DEVICE Real<S> tanh(Real<S> a) {
+  if constexpr (sizeof(S) == 4) {
+    return {tanhf(a.v)};
+  } else {
+    // 1 - 2 / (1 + exp(2a)). It cancels near 0, where two terms of the series are exact to 2^-18 of the result.
+    constexpr float kTwiceLog2E = 2.88539008f, kSmall = 0.0625f;
+    const float far = fmaf(-2.0f, reciprocal_approximate(1.0f + exp2_approximate(kTwiceLog2E * a.v)), 1.0f);
+    const float near = fmaf(a.v * a.v * (-1.0f / 3.0f), a.v, a.v);
+    return {fabsf(a.v) < kSmall ? near : far};
+  }
+}
 // NaN stays NaN.
-DLK_DEVICE Real relu(Real a) { return {a.v < 0.0f ? 0.0f : a.v}; }
+template <class S>
+DLK_DEVICE Real<S> relu(Real<S> a) {
+  return {a.v < 0.0f ? 0.0f : a.v};
+}
 
 }  // namespace gpu
 }  // namespace dlk
@@ -46,10 +89,12 @@ namespace gpu {
 
 // Chooses tanh or relu by a flag of the call, so that one kernel serves both.
 struct RnnCell : ElmanCell<false> {
-  static DLK_DEVICE Real forward(bool use_relu, const Real* x, const Real* h, Real* saved) {
-    return use_relu ? ElmanCell<true>::forward(x, h, Real{}, saved) : ElmanCell<false>::forward(x, h, Real{}, saved);
+  template <class V>
+  static DLK_DEVICE V forward(bool use_relu, const V* x, const V* h, V* saved) {
+    return use_relu ? ElmanCell<true>::forward(x, h, V{}, saved) : ElmanCell<false>::forward(x, h, V{}, saved);
   }
-  static DLK_DEVICE Real backward(bool use_relu, Real h_new, Real dh) {
+  template <class V>
+  static DLK_DEVICE V backward(bool use_relu, V h_new, V dh) {
     return use_relu ? ElmanCell<true>::backward(h_new, dh) : ElmanCell<false>::backward(h_new, dh);
   }
 };
@@ -59,15 +104,16 @@ constexpr bool kIsRnn = std::is_same_v<Cell, RnnCell>;
 
 // One cell's step forward. x: input products with biases, hidden: recurrent products (gru's n with its bias),
 // state: c for the lstm, h for the gru. Returns h'; the last slot of `saved` is the state after the step.
-template <class Cell>
+template <class Cell, class S>
 DLK_DEVICE float step_forward(bool use_relu, const float* x, const float* hidden, float state, float* saved) {
-  Real xs[Cell::kGates], hs[Cell::kGates], out[Cell::kSaved], h;
+  using V = Real<S>;
+  V xs[Cell::kGates], hs[Cell::kGates], out[Cell::kSaved], h;
   DLK_UNROLL
   for (int g = 0; g < Cell::kGates; ++g) xs[g] = {x[g]}, hs[g] = {hidden[g]};
   if constexpr (kIsRnn<Cell>) {
     h = Cell::forward(use_relu, xs, hs, out);
   } else {
-    h = Cell::forward(xs, hs, Real{state}, out);
+    h = Cell::forward(xs, hs, V{state}, out);
   }
   DLK_UNROLL
   for (int s = 0; s < Cell::kSaved; ++s) saved[s] = out[s].v;
@@ -77,22 +123,23 @@ DLK_DEVICE float step_forward(bool use_relu, const float* x, const float* hidden
 // One cell's step backward. Writes the gate gradients in the order of gate_grads, and returns the part of dh that
 // reaches h directly, not through the gates. state: the c (lstm) or h (gru) before the step; the rnn needs none.
 // *dc: the gradient of c' on entry, that of c on return.
-template <class Cell>
+template <class Cell, class S>
 DLK_DEVICE float step_backward(bool use_relu, const float* saved, float state, float dh, float* dc, float* dgates) {
+  using V = Real<S>;
   if constexpr (kIsRnn<Cell>) {
-    dgates[0] = Cell::backward(use_relu, Real{saved[0]}, Real{dh}).v;
+    dgates[0] = Cell::backward(use_relu, V{saved[0]}, V{dh}).v;
     return 0.0f;
   } else {
-    Real in[Cell::kSaved], out[Cell::kGateGrads];
+    V in[Cell::kSaved], out[Cell::kGateGrads];
     DLK_UNROLL
     for (int s = 0; s < Cell::kSaved; ++s) in[s] = {saved[s]};
     float direct = 0.0f;
     if constexpr (Cell::kCellState) {
-      Real dc_real{*dc};
-      Cell::backward(in, Real{state}, Real{dh}, &dc_real, out);
+      V dc_real{*dc};
+      Cell::backward(in, V{state}, V{dh}, &dc_real, out);
       *dc = dc_real.v;
     } else {
-      direct = Cell::backward(in, Real{state}, Real{dh}, out).v;
+      direct = Cell::backward(in, V{state}, V{dh}, out).v;
     }
     DLK_UNROLL
     for (int g = 0; g < Cell::kGateGrads; ++g) dgates[g] = out[g].v;
@@ -101,9 +148,9 @@ DLK_DEVICE float step_backward(bool use_relu, const float* saved, float state, f
 }
 
 // h' of a saved float32 record; `distance` is the number of floats from slot to slot.
-template <class Cell>
+template <class Cell, class S>
 DLK_DEVICE float hidden_of(const float* record, int64_t distance) {
-  return Cell::hidden([&](int slot) { return Real{record[slot * distance]}; }).v;
+  return Cell::hidden([&](int slot) { return Real<S>{record[slot * distance]}; }).v;
 }
 
 // The slot of a gate's gradient on the hidden side. For the gru's n it is the fourth, because the third is that of its

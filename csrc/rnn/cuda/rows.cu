@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) hidden_before(const __grid_constant_
   }
   S* to = static_cast<S*>(p.to.data) + row_offset(p.to, p.offsets, t, b);
   for (int j = static_cast<int>(threadIdx.x) % 32; j < p.H; j += 32) {
-    to[j] = from_float<S>(record ? hidden_of<Cell>(record + j, p.H) : first ? to_float(first[j]) : 0.0f);
+    to[j] = from_float<S>(record ? hidden_of<Cell, S>(record + j, p.H) : first ? to_float(first[j]) : 0.0f);
   }
 }
 

@@ -15,7 +15,9 @@ namespace dlk {
 
 constexpr int kSequenceThreads = 256;
 constexpr int kSequenceWarps = kSequenceThreads / 32;
-constexpr int kMmaColumns = 8;  // sequences in one tensor-core product
+constexpr int kMmaColumns = 8;   // sequences in one tensor-core product
+constexpr int kMaxCluster = 16;  // blocks in a cluster
+constexpr int kGridBuffers = 8;  // copies of the exchanged vectors in a grid's global memory (group.h)
 
 constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 constexpr int ceil_div(int n, int by) { return (n + by - 1) / by; }
@@ -24,22 +26,47 @@ constexpr int ceil_div(int n, int by) { return (n + by - 1) / by; }
 // tensor-core instructions), or 4 terms in float32.
 struct SliceShape {
   int units;
-  int rows;            // of the product: gates * units forward, units backward
+  int rows;            // of the product: gates * units forward, units backward; padded to whole tensor-core products
   int row_groups;      // groups of warps that share out the rows
   int splits;          // parts that the terms are divided into, each with partial sums of its own
   int register_steps;  // steps of a part whose weights stay in registers; the others stay in shared memory
   int step_terms;
 };
 
-constexpr SliceShape slice_shape(int gates, bool half, bool cluster, bool backward) {
+// How many units a block may have. A grid has the smallest slices, because it has the most blocks. The wide slices are
+// those with which 16 blocks hold the largest 16-bit layers whose slices still fit one block: lstm up to 640 units, gru
+// up to 768. There is none for the rnn, whose 16 blocks of 64 units hold as many as its W_hh leaves room for.
+enum class SliceWidth : int { grid, cluster, wide_cluster };
+
+constexpr int slice_units(int gates, SliceWidth width) {
+  switch (width) {
+    case SliceWidth::grid:
+      return gates == 1 ? 32 : 16;
+    case SliceWidth::cluster:
+      return gates == 1 ? 64 : 32;
+    case SliceWidth::wide_cluster:
+      return gates == 4 ? 40 : gates == 3 ? 48 : 0;
+  }
+  return 0;
+}
+
+constexpr bool is_wide(int gates, int units) { return units == slice_units(gates, SliceWidth::wide_cluster); }
+
+constexpr SliceShape slice_shape(int gates, bool half, int units, bool backward) {
   SliceShape s{};
-  s.units = (gates == 1 ? 32 : 16) * (cluster ? 2 : 1);
+  s.units = units;
   s.rows = backward ? s.units : gates * s.units;
   if (half) {
+    s.rows = round_up(s.rows, 16);
     // Splitting the rows saves partial sums, splitting the terms saves reading the vectors more than once.
     s.row_groups = s.rows >= 96 ? 2 : 1;
     s.splits = kSequenceWarps / s.row_groups;
-    s.register_steps = 96 / (s.rows / 16 / s.row_groups * 8);  // a step takes 8 registers for each 16 rows
+    // A step takes 8 registers for each 16 rows of a warp. Wide slices have one tensor-core product at a time, which
+    // leaves more registers for weights. So does the forward of a cluster, which loads its vectors just before they are
+    // used, but not that of the rnn, whose threads have up to four cells.
+    const bool wide = is_wide(gates, units), cluster = units == slice_units(gates, SliceWidth::cluster);
+    const int registers = wide ? 144 : cluster && gates > 1 && !backward ? 128 : 96;
+    s.register_steps = registers / (ceil_div(s.rows / 16, s.row_groups) * 8);
     s.step_terms = 32;
   } else {
     s.row_groups = 1;
@@ -50,22 +77,41 @@ constexpr SliceShape slice_shape(int gates, bool half, bool cluster, bool backwa
   return s;
 }
 
+// How the cells of a chunk, kUnits of each of kColumns sequences, are divided among the threads of a block: a thread
+// has the same unit at every turn, and its sequences are kApart from turn to turn. If kUnits does not divide the number
+// of threads, those from kThreads on have no cells.
+template <int kUnits, int kColumns>
+struct CellTurns {
+  static constexpr int kApart = kSequenceThreads / kUnits, kThreads = kApart * kUnits;
+  static constexpr int kCount = ceil_div(kColumns, kApart);
+  static constexpr bool kWholeWarps = kThreads % 32 == 0 && kColumns % kApart * kUnits % 32 == 0;
+  static constexpr int column(int thread, int turn) { return thread / kUnits + turn * kApart; }
+  static constexpr bool has_cell(int thread, int turn) {
+    // The first comparison is known to the compiler; it does not know how many threads there are.
+    const bool there = (turn + 1) * kApart <= kColumns || column(thread, turn) < kColumns;
+    return there && (kThreads == kSequenceThreads || thread < kThreads);
+  }
+  // The same for all threads of a warp: whether its first thread has a cell, and with it perhaps others.
+  static constexpr bool warp_has_cells(int thread, int turn) { return has_cell(thread / 32 * 32, turn); }
+};
+
 // Offsets into a block's shared memory, in bytes; each array is followed by `gap` bytes that nothing may access.
 struct SharedLayout {
   int terms;   // of the product, with padding
   int stride;  // elements from sequence to sequence in the exchange
   int shared_steps;
-  int weights, exchange, partials, states, bias, lengths;
+  int weights, exchange, partials, states, bias, lengths, receipts;
   int bytes;
 };
 
 struct SequencePlan {
   enum Kind : int { cluster, grid, steps } kind;
   int slices;  // blocks in a group
+  int units;   // of a slice
   int tile;    // sequences of a group
   int groups;  // directions times tiles
   int groups_at_once;
-  int column_tiles;  // tensor-core products at once: a tile is processed in chunks of 8 * column_tiles sequences
+  int columns;  // sequences that are multiplied at once: a tile is processed in chunks of this many
   SharedLayout layout;
   char reason[200];
 };
@@ -73,13 +119,26 @@ struct SequencePlan {
 // The limits of a GPU that a plan depends on. The kernels run one block per multiprocessor.
 struct GpuLimits {
   int multiprocessors;
-  int shared_bytes;             // most shared memory of one block
-  int clusters_8, clusters_16;  // how many clusters of 8 and of 16 blocks are resident at once; 0 without clusters
+  int shared_bytes;               // most shared memory of one block
+  int clusters[kMaxCluster + 1];  // [n]: how many clusters of n blocks are resident at once; 0: none can be launched
+  bool has_clusters() const {
+    for (int n : clusters) {
+      if (n > 0) return true;
+    }
+    return false;
+  }
 };
 
-// An H200 according to its data sheet. The number of clusters is an estimate (a cluster stays within one of the eight
-// groups of 16 or 18 multiprocessors).
-constexpr GpuLimits kH200{132, 232448, 16, 8};
+// A GPU on which a cluster stays within one of some groups of 16 multiprocessors.
+constexpr GpuLimits gpu_of_groups(int multiprocessors, int shared_bytes, int groups) {
+  GpuLimits limits{multiprocessors, shared_bytes, {}};
+  for (int n = 1; n <= kMaxCluster; ++n) limits.clusters[n] = groups * (16 / n);
+  return limits;
+}
+
+// An H200 according to its data sheet. The numbers of clusters are estimates: a few of its eight groups have 18
+// multiprocessors.
+constexpr GpuLimits kH200 = gpu_of_groups(132, 232448, 8);
 
 SequencePlan sequence_plan(const LayerShape& shape, const GpuLimits& gpu, bool backward, int shared_gap = 0);
 
@@ -100,7 +159,7 @@ struct SequenceForward {
   void *h_n, *c_n;                   // [D, B, H]
   float* saved;                      // [D, rows, R], time-major, or null
   int64_t saved_rows;                // rows of one direction in `saved`
-  void* exchange;                    // grid: 2 * groups * tile * stride elements, need not be initialised
+  void* exchange;                    // grid: kGridBuffers * groups * tile * stride elements, need not be initialised
   unsigned* counters;                // grid: [groups], zero
 };
 

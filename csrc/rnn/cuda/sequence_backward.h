@@ -1,8 +1,8 @@
 // The recurrence of a layer over whole sequences, backward, in one kernel:
 //   for each step, last first: dh = dy + dgates(next) W_hh + the direct path from the next step, past its gates;
 //                              dgates, dc = the cell's backward of dh and dc
-// The blocks and their barrier are those of the forward. Here a block has the columns of W_hh of its own units, and the
-// vectors that the blocks exchange are the gate gradients of the hidden side, [slice][gate][unit], rounded to the
+// The blocks and their exchange are those of the forward. Here a block has the columns of W_hh of its own units, and
+// the vectors that the blocks exchange are the gate gradients of the hidden side, [slice][gate][unit], rounded to the
 // layer's dtype. dgates is also written to global memory, from which the caller's products compute dx and the weight
 // gradients.
 //
@@ -19,15 +19,14 @@
 namespace dlk {
 namespace gpu {
 
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const __grid_constant__ SequenceBackward p) {
   if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates, kSlots = Cell::kGateGrads;
-  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, true);
-  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
-  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kUnits, true);
+  using Turns = CellTurns<kUnits, kColumns>;
+  constexpr int kTurns = Turns::kCount;
   constexpr int kPart = kColumns * (kShape.rows + 4);
-  constexpr int kRowsApart = kSequenceThreads / kUnits;  // distance between the sequences of a thread
 
   char* shared = dynamic_shared();
   const SharedLayout& layout = p.layout;
@@ -42,27 +41,34 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   const int first_unit = slice * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
   const int d = static_cast<int>(blockIdx.z);
   const int unit = thread % kUnits, j = first_unit + unit;
-  const bool exists = j < p.H;
+  const bool exists = thread < Turns::kThreads && j < p.H;
   const bool relu = p.cell == CellKind::rnn_relu;
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;
   const int steps = read_lengths<kColumns>(p, first, lengths);
 
   const S* w = static_cast<const S*>(p.w_hh[d]);
-  typename ChooseProduct<S, kGates, kCluster, true, kColumnTiles>::type product(layout, shared);
+  typename ChooseProduct<S, kGates, kCluster, true, kUnits, kColumns>::type product(layout, shared);
+  // The index is 32 bits wide, which is enough for every W_hh that fits the chip and halves the code of load().
   product.load([&](int row, int term) {
     const int gate = term / kUnits % kGates, from = term / (kGates * kUnits) * kUnits + term % kUnits;
     const int u = first_unit + row;
-    return u < p.H && from < p.H ? to_float(w[(static_cast<int64_t>(gate) * p.H + from) * p.H + u]) : 0.0f;
+    return row < kUnits && u < p.H && from < p.H ? to_float(w[(gate * p.H + from) * p.H + u]) : 0.0f;
   });
-  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; thread < Turns::kThreads && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     const int64_t at = (state0 + b) * p.H + j;
     const bool there = exists && first + b < p.B;
     carries[i] = there ? load_or_zero<S>(p.dh_n, at) : 0.0f;
     dcs[i] = there ? load_or_zero<S>(p.dc_n, at) : 0.0f;
   }
-  auto group = make_group<S, kCluster>(p, vectors);
-  group.begin([](int, int) { return from_float<S>(0.0f); });
+  // No gradient arrives for sequences that are not alive yet, nor for those that ended before the previous step.
+  const auto reads = [&](int t, int chunk) {
+    const int longest = lengths[p.tile + chunk / kColumns];
+    return d == 0 ? t < longest : t <= longest;
+  };
+  const int first_t = d == 0 ? steps - 1 : 0;
+  auto group = make_group<S, kCluster>(p, shared, kGates * kUnits);
+  group.begin([](int, int) { return from_float<S>(0.0f); }, [&](int b) { return reads(first_t, b); });
 
   const int64_t rows0 = d * p.saved_rows;
   const float* saved = p.saved + rows0 * Cell::kSaved * p.H + j;
@@ -72,34 +78,70 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   float bias_sums[kSlots] = {};
   int turn_parity = 0;
 
+  // What a thread's cells of a chunk need beside the products of the gate gradients. It is loaded while the chunk
+  // before it is processed, except with wide slices, whose weights leave no registers for two chunks at a time.
+  constexpr bool kFetchAhead = !is_wide(kGates, kUnits);
+  struct Inputs {
+    float record[kTurns][Cell::kSaved], state[kTurns], dy[kTurns];
+    bool live[kTurns], cut[kTurns];
+  };
+  const auto fetch = [&](int s, int t, int chunk, Inputs* in) {
+    DLK_UNROLL
+    for (int i = 0; i < kTurns; ++i) {
+      const int b = chunk + Turns::column(thread, i);
+      const int length = Turns::has_cell(thread, i) ? lengths[b] : 0;
+      const bool live = exists && s < steps && t < length;
+      in->live[i] = live;
+      in->cut[i] = false;
+      in->state[i] = in->dy[i] = 0.0f;
+      DLK_UNROLL
+      for (int k = 0; k < Cell::kSaved; ++k) in->record[i][k] = 0.0f;
+      if (!live) continue;
+      const int64_t row = row_number(p.offsets, p.B, t, first + b);
+      DLK_UNROLL
+      for (int k = 0; k < Cell::kSaved; ++k) in->record[i][k] = saved[(row * Cell::kSaved + k) * p.H];
+      if (dy) in->dy[i] = to_float(dy[row_offset(p.dy, p.offsets, t, first + b)]);
+      const int own_step = d == 0 ? t : length - 1 - t;
+      in->cut[i] = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
+      if constexpr (kIsRnn<Cell>) continue;
+      if (own_step == 0) {
+        in->state[i] = load_or_zero<S>(Cell::kCellState ? p.c0 : p.h0, (state0 + b) * p.H + j);
+      } else {
+        const int64_t before = row_number(p.offsets, p.B, d == 0 ? t - 1 : t + 1, first + b);
+        in->state[i] = saved[(before * Cell::kSaved + Cell::kStateSlot) * p.H];
+      }
+    }
+  };
+  Inputs next;
+  if (kFetchAhead) fetch(0, first_t, 0, &next);
+
   // There is one iteration more than there are steps: the last one completes the gradient of h_0.
   for (int s = 0; s <= steps; ++s) {
-    const int t = d == 0 ? steps - 1 - s : s;
+    const int t = d == 0 ? steps - 1 - s : s, next_t = d == 0 ? t - 1 : t + 1;
+    const bool more = s < steps;
+    group.prepare(s, [&] {
+      int count = 0;
+      for (int chunk = 0; more && chunk < p.tile; chunk += kColumns) count += reads(next_t, chunk) ? kColumns : 0;
+      return count;
+    });
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
-      float record[kTurns][Cell::kSaved] = {}, state[kTurns] = {}, dh[kTurns] = {};
+      if (!kFetchAhead) fetch(s, t, chunk, &next);
+      const Inputs now = next;
+      float carry[kTurns], dc[kTurns];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int b = chunk + thread / kUnits + i * kRowsApart;
-        if (!exists || b >= p.tile || s == steps || t >= lengths[b]) continue;
-        const int64_t row = row_number(p.offsets, p.B, t, first + b);
-        DLK_UNROLL
-        for (int k = 0; k < Cell::kSaved; ++k) record[i][k] = saved[(row * Cell::kSaved + k) * p.H];
-        if (dy) dh[i] = to_float(dy[row_offset(p.dy, p.offsets, t, first + b)]);
-        if constexpr (kIsRnn<Cell>) continue;
-        if (t == (d == 0 ? 0 : lengths[b] - 1)) {
-          state[i] = load_or_zero<S>(Cell::kCellState ? p.c0 : p.h0, (state0 + b) * p.H + j);
-        } else {
-          const int64_t before = row_number(p.offsets, p.B, d == 0 ? t - 1 : t + 1, first + b);
-          state[i] = saved[(before * Cell::kSaved + Cell::kStateSlot) * p.H];
-        }
+        const int at = (chunk + Turns::column(thread, i)) * kUnits + unit;
+        const bool busy = Turns::has_cell(thread, i);
+        carry[i] = busy ? carries[at] : 0.0f;
+        dc[i] = busy && Cell::kCellState ? dcs[at] : 0.0f;
       }
-      if (chunk == 0) group.wait();
+      if (kFetchAhead && !last_chunk) fetch(s, t, chunk + kColumns, &next);
+      if (kFetchAhead && last_chunk && more) fetch(s + 1, next_t, 0, &next);
+      const bool any_live = reads(t, chunk), sends = more && reads(next_t, chunk);
+      if (chunk == 0) group.wait(s);
 
       float* part = partials + turn_parity * kShape.splits * kPart;
-      // No gradient arrives for sequences that are not alive yet, nor for those that ended before the previous step.
-      const int longest = lengths[p.tile + chunk / kColumns];
-      const bool any_live = d == 0 ? t < longest : t <= longest;
       if (any_live) {
         const S* from = group.vectors(s) + chunk * layout.stride;
         product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
@@ -107,42 +149,41 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         turn_parity ^= 1;
       }
 
-      float grads[kTurns][kSlots];
+      float grads[kTurns][kSlots] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-        DLK_UNROLL
-        for (int k = 0; k < kSlots; ++k) grads[i][k] = 0.0f;
-        if (column >= kColumns || !any_live) continue;
-        const int length = lengths[b];
-        const bool live = exists && s < steps && t < length;
-        float* carry = carries + b * kUnits + unit;
-        float* dc = dcs + b * kUnits + unit;
-        const float arrived = *carry + add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
-        bool cut = false;
-        if (live) {
-          const float direct = step_backward<Cell>(relu, record[i], state[i], dh[i] + arrived, dc, grads[i]);
-          const int own_step = d == 0 ? t : length - 1 - t;
-          cut = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
-          *carry = cut ? 0.0f : direct;
-          if (cut) *dc = 0.0f;
-        } else {
-          *carry = arrived;
+        const int column = Turns::column(thread, i), b = chunk + column;
+        if (!Turns::warp_has_cells(thread, i)) break;
+        const bool busy = Turns::kWholeWarps || Turns::has_cell(thread, i);
+        if (any_live && busy) {
+          carry[i] += add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
+          if (now.live[i]) {
+            carry[i] =
+                step_backward<Cell, S>(relu, now.record[i], now.state[i], now.dy[i] + carry[i], &dc[i], grads[i]);
+            if (now.cut[i]) carry[i] = dc[i] = 0.0f;
+          }
         }
-        if (s == steps) continue;
+        if (!sends) continue;
+        // Lanes without a cell take part, because send() exchanges items between lanes.
         DLK_UNROLL
         for (int g = 0; g < kGates; ++g) {
-          const float item = cut ? 0.0f : grads[i][hidden_slot<Cell>(g)];
-          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item), true);
+          const float item = now.cut[i] ? 0.0f : grads[i][hidden_slot<Cell>(g)];
+          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item), busy);
         }
       }
-      if (last_chunk && s < steps) group.arrive();
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * kRowsApart, b = chunk + column;
-        if (column >= kColumns || !exists || s == steps || first + b >= p.B) break;
-        if (p.offsets && t >= lengths[b]) continue;
+        const int b = chunk + Turns::column(thread, i);
+        if (!Turns::has_cell(thread, i)) break;
+        if (any_live) {
+          carries[b * kUnits + unit] = carry[i];
+          if constexpr (Cell::kCellState) dcs[b * kUnits + unit] = dc[i];
+          DLK_UNROLL
+          for (int g = 0; g < kGates; ++g) group.retire(s, b, (slice * kGates + g) * kUnits + unit);
+        }
+        if (!exists || !more || first + b >= p.B) continue;
+        if (p.offsets && !now.live[i]) continue;
         S* to = static_cast<S*>(dgates.data) + row_offset(dgates, p.offsets, t, first + b) + j;
         const int64_t row = row_number(p.offsets, p.B, t, first + b);
         DLK_UNROLL
@@ -153,11 +194,12 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         }
       }
     }
+    group.finish(s);
   }
 
   // If a chunk has fewer cells than the block has threads, the values read here were written above by other threads.
   __syncthreads();
-  for (int i = thread; exists && i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; exists && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     if (first + b >= p.B) break;
     const int64_t at = (state0 + b) * p.H + j;
@@ -180,7 +222,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   }
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
-    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kRowsApart) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
       S* to = static_cast<S*>(dgates.data) + row_offset(dgates, nullptr, t, first + b) + j;
       const int64_t row = row_number(nullptr, p.B, t, first + b);
       DLK_UNROLL

@@ -1,6 +1,9 @@
 // The recurrence of a layer over whole sequences, forward, in one kernel:
 //   for each step: gates = W_ih x + W_hh h + biases;  h, c, y = cell(gates)
-// W_hh stays in the blocks of a group (product.h), which wait for each other once per step (group.h).
+// W_hh stays in the blocks of a group (product.h), which exchange h once per step (group.h).
+//
+// What is on the way from the arrival of h to the sending of the next is what a step costs: everything that does not
+// depend on h is loaded before, the input products of a chunk while the chunk before it is processed.
 //
 // Grid: x = slice of the units, y = tile of the sequences, z = direction. In the second direction time runs from the
 // end, and a sequence begins at its own last step; until then its h is h_0. c, and h for the gru, stay in shared memory
@@ -15,13 +18,13 @@
 namespace dlk {
 namespace gpu {
 
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __grid_constant__ SequenceForward p) {
   if constexpr (kCluster && !DLK_HAS_CLUSTERS) return;  // never launched on a GPU without clusters
   constexpr int kGates = Cell::kGates;
-  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kCluster, false);
-  constexpr int kUnits = kShape.units, kColumns = kMmaColumns * kColumnTiles;
-  constexpr int kCells = kUnits * kColumns, kTurns = (kCells + kSequenceThreads - 1) / kSequenceThreads;
+  constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kUnits, false);
+  using Turns = CellTurns<kUnits, kColumns>;
+  constexpr int kTurns = Turns::kCount;
   constexpr int kPart = kColumns * (kShape.rows + 4);  // floats of one part of a product
 
   char* shared = dynamic_shared();
@@ -37,16 +40,17 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   const int first_unit = static_cast<int>(blockIdx.x) * kUnits, first = static_cast<int>(blockIdx.y) * p.tile;
   const int d = static_cast<int>(blockIdx.z);
   const int unit = thread % kUnits, j = first_unit + unit;  // a thread has the same unit in all its iterations
-  const bool exists = j < p.H;
+  const bool exists = thread < Turns::kThreads && j < p.H;
   const bool relu = p.cell == CellKind::rnn_relu;
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;  // row of the tile's first sequence in h_0, c_0, ...
   const int steps = read_lengths<kColumns>(p, first, lengths);
 
   const S* w = static_cast<const S*>(p.w_hh[d]);
-  typename ChooseProduct<S, kGates, kCluster, false, kColumnTiles>::type product(layout, shared);
+  typename ChooseProduct<S, kGates, kCluster, false, kUnits, kColumns>::type product(layout, shared);
+  // The index is 32 bits wide, which is enough for every W_hh that fits the chip and halves the code of load().
   product.load([&](int row, int term) {
     const int u = first_unit + row % kUnits;
-    return u < p.H && term < p.H ? to_float(w[static_cast<int64_t>(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
+    return u < p.H && term < p.H ? to_float(w[(row / kUnits * p.H + u) * p.H + term]) : 0.0f;
   });
   // Both biases are added on the input side, except the hidden bias of the gru's n, which is added to the recurrent
   // product.
@@ -59,7 +63,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     if (u < p.H && (g < kGates ? !apart : apart)) sum += load_or_zero<S>(p.b_hh[d], at);
     bias[i] = sum;
   }
-  for (int i = thread; i < p.tile * kUnits; i += kSequenceThreads) {
+  for (int i = thread; thread < Turns::kThreads && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     const int64_t at = (state0 + b) * p.H + j;
     const bool there = exists && first + b < p.B;
@@ -71,36 +75,70 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     }
   }
 
-  auto group = make_group<S, kCluster>(p, vectors);
-  group.begin([&](int b, int term) {
-    const bool there = term < p.H && first + b < p.B;
-    return from_float<S>(there ? load_or_zero<S>(p.h0, (state0 + b) * p.H + term) : 0.0f);
-  });
+  // Whether a sequence of the chunk is alive at time t. Only then is the chunk's h needed.
+  const auto reads = [&](int t, int chunk) { return t < lengths[p.tile + chunk / kColumns]; };
+  const int first_t = d == 0 ? 0 : steps - 1;
+  auto group = make_group<S, kCluster>(p, shared, kUnits);
+  group.begin(
+      [&](int b, int term) {
+        const bool there = term < p.H && first + b < p.B;
+        return from_float<S>(there ? load_or_zero<S>(p.h0, (state0 + b) * p.H + term) : 0.0f);
+      },
+      [&](int b) { return reads(first_t, b); });
 
   const RowTensor<const float*>& gates = p.gates[d];
   S* y = static_cast<S*>(p.y.data) + d * p.H + j;
   float* saved = p.saved ? p.saved + d * p.saved_rows * Cell::kSaved * p.H + j : nullptr;
   int turn_parity = 0;
 
+  // What a thread's cells of a chunk need beside the products of h.
+  struct Inputs {
+    float x[kTurns][kGates];
+    bool live[kTurns];
+  };
+  const auto fetch = [&](int t, int chunk, Inputs* in) {
+    DLK_UNROLL
+    for (int i = 0; i < kTurns; ++i) {
+      const int b = chunk + Turns::column(thread, i);
+      in->live[i] = Turns::has_cell(thread, i) && t < lengths[b];
+      const bool given = exists && in->live[i];
+      const float* from = given ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
+      DLK_UNROLL
+      for (int g = 0; g < kGates; ++g) in->x[i][g] = given ? from[static_cast<int64_t>(g) * p.H] : 0.0f;
+    }
+  };
+  Inputs next;
+  if (steps > 0) fetch(first_t, 0, &next);
+
   for (int s = 0; s < steps; ++s) {
-    const int t = d == 0 ? s : steps - 1 - s;
+    const int t = d == 0 ? s : steps - 1 - s, next_t = d == 0 ? t + 1 : t - 1;
+    const bool more = s + 1 < steps;
+    group.prepare(s, [&] {
+      int count = 0;
+      for (int chunk = 0; more && chunk < p.tile; chunk += kColumns) count += reads(next_t, chunk) ? kColumns : 0;
+      return count;
+    });
     for (int chunk = 0; chunk < p.tile; chunk += kColumns) {
       const bool last_chunk = chunk + kColumns >= p.tile;
-      // The input products are in global memory: their loads are issued before the barrier.
-      float x[kTurns][kGates];
+      Inputs now = next;
+      // A sequence that is not alive sends its h_0, since in the second direction it may begin at the next step.
+      float state[kTurns], idle[kTurns];
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int b = chunk + thread / kUnits + i * (kSequenceThreads / kUnits);
-        const bool live = exists && b < p.tile && t < lengths[b];
-        const float* from = live ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
         DLK_UNROLL
-        for (int g = 0; g < kGates; ++g) x[i][g] = live ? from[static_cast<int64_t>(g) * p.H] : 0.0f;
+        for (int g = 0; g < kGates; ++g) now.x[i][g] += bias[g * kUnits + unit];
+        const int b = chunk + Turns::column(thread, i);
+        const bool busy = Turns::has_cell(thread, i), waits = busy && exists && !now.live[i] && first + b < p.B;
+        state[i] = busy ? states[b * kUnits + unit] : 0.0f;
+        idle[i] = waits ? load_or_zero<S>(p.h0, (state0 + b) * p.H + j) : 0.0f;
       }
-      if (chunk == 0) group.wait();
+      if (!last_chunk || more) fetch(last_chunk ? next_t : t, last_chunk ? 0 : chunk + kColumns, &next);
+      const float apart = Cell::kHasPartedGate ? bias[kGates * kUnits + unit] : 0.0f;
+      const bool any_live = reads(t, chunk), sends = more && reads(next_t, chunk);
+      if (chunk == 0) group.wait(s);
 
       // Two sets of partial sums alternate, so that no thread overwrites those that others are still adding up.
       float* part = partials + turn_parity * kShape.splits * kPart;
-      const bool any_live = t < lengths[p.tile + chunk / kColumns];
       if (any_live) {
         const S* from = group.vectors(s) + chunk * layout.stride;
         product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
@@ -111,32 +149,34 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
       float h_new[kTurns] = {}, out[kTurns][Cell::kSaved] = {};
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;
-        if (column >= kColumns || !any_live) break;
-        const bool live = t < lengths[b];
-        float hidden[kGates];
-        DLK_UNROLL
-        for (int g = 0; g < kGates; ++g) {
-          hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
-          x[i][g] += bias[g * kUnits + unit];
+        const int column = Turns::column(thread, i), b = chunk + column;
+        if (!Turns::warp_has_cells(thread, i)) break;
+        const bool busy = Turns::kWholeWarps || Turns::has_cell(thread, i);
+        if (any_live && busy) {
+          float hidden[kGates];
+          DLK_UNROLL
+          for (int g = 0; g < kGates; ++g) {
+            hidden[g] = add_parts<kShape.splits>(part + column * (kShape.rows + 4) + g * kUnits + unit, kPart);
+          }
+          if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += apart;
+          h_new[i] = step_forward<Cell, S>(relu, now.x[i], hidden, state[i], out[i]);
         }
-        if constexpr (Cell::kHasPartedGate) hidden[Cell::kPartedGate] += bias[kGates * kUnits + unit];
-        float* state = states + b * kUnits + unit;
-        h_new[i] = step_forward<Cell>(relu, x[i], hidden, *state, out[i]);
-        if (live) *state = out[i][Cell::kStateSlot];
-        group.send(s, b, j, from_float<S>(exists ? h_new[i] : 0.0f), live);
+        // Lanes without a cell take part, because send() exchanges items between lanes.
+        const float item = !now.live[i] ? idle[i] : exists ? h_new[i] : 0.0f;
+        if (sends) group.send(s, b, j, from_float<S>(item), busy);
       }
-      if (last_chunk) group.arrive();
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
-        const int column = thread / kUnits + i * (kSequenceThreads / kUnits), b = chunk + column;
-        if (column >= kColumns || !exists || first + b >= p.B) break;
-        const bool live = t < lengths[b];
-        if (live || !p.offsets) {
-          y[row_offset(p.y, p.offsets, t, first + b)] = from_float<S>(live ? h_new[i] : 0.0f);
+        const int b = chunk + Turns::column(thread, i);
+        if (!Turns::has_cell(thread, i)) break;
+        if (any_live) group.retire(s, b, j);
+        if (now.live[i]) states[b * kUnits + unit] = out[i][Cell::kStateSlot];
+        if (!exists || first + b >= p.B) continue;
+        if (now.live[i] || !p.offsets) {
+          y[row_offset(p.y, p.offsets, t, first + b)] = from_float<S>(now.live[i] ? h_new[i] : 0.0f);
         }
-        if (!live) continue;
+        if (!now.live[i]) continue;
         if (saved) {
           float* to = saved + row_number(p.offsets, p.B, t, first + b) * Cell::kSaved * p.H;
           DLK_UNROLL
@@ -149,12 +189,12 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         }
       }
     }
+    group.finish(s);
   }
-  group.end();
 
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
-    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += kSequenceThreads / kUnits) {
+    for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
       y[row_offset(p.y, nullptr, t, first + b)] = from_float<S>(0.0f);
     }
   }

@@ -26,27 +26,43 @@ int launch_group(void (*kernel)(Params), const Params& params, const SequencePla
   return launch(kernel, shape, stream, params);
 }
 
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 int launch_instance(const SequenceForward& params, const SequencePlan& plan, void* stream) {
-  return launch_group(&sequence_forward<Cell, S, kCluster, kColumnTiles>, params, plan, stream);
+  return launch_group(&sequence_forward<Cell, S, kCluster, kUnits, kColumns>, params, plan, stream);
 }
-template <class Cell, class S, bool kCluster, int kColumnTiles>
+template <class Cell, class S, bool kCluster, int kUnits, int kColumns>
 int launch_instance(const SequenceBackward& params, const SequencePlan& plan, void* stream) {
-  return launch_group(&sequence_backward<Cell, S, kCluster, kColumnTiles>, params, plan, stream);
+  return launch_group(&sequence_backward<Cell, S, kCluster, kUnits, kColumns>, params, plan, stream);
 }
 
-template <class Cell, class S, bool kCluster, class Params>
+template <class Cell, class S, bool kCluster, int kUnits, class Params>
 int launch_columns(const Params& params, const SequencePlan& plan, void* stream) {
-  if constexpr (sizeof(S) == 2) {
-    if (plan.column_tiles == 2) return launch_instance<Cell, S, kCluster, 2>(params, plan, stream);
+  if constexpr (sizeof(S) == 4) {
+    if (plan.columns == 1) return launch_instance<Cell, S, kCluster, kUnits, 1>(params, plan, stream);
+    if (plan.columns == 2) return launch_instance<Cell, S, kCluster, kUnits, 2>(params, plan, stream);
+    if (plan.columns == 4) return launch_instance<Cell, S, kCluster, kUnits, 4>(params, plan, stream);
+  } else {
+    if (plan.columns == 16) return launch_instance<Cell, S, kCluster, kUnits, 16>(params, plan, stream);
   }
-  return launch_instance<Cell, S, kCluster, 1>(params, plan, stream);
+  if (plan.columns != 8) return kInvalidValue;
+  return launch_instance<Cell, S, kCluster, kUnits, 8>(params, plan, stream);
 }
 
 template <class Cell, class S, class Params>
 int launch_kind(const Params& params, const SequencePlan& plan, void* stream) {
-  return plan.kind == SequencePlan::cluster ? launch_columns<Cell, S, true>(params, plan, stream)
-                                            : launch_columns<Cell, S, false>(params, plan, stream);
+  constexpr int of_grid = slice_units(Cell::kGates, SliceWidth::grid);
+  constexpr int of_cluster = slice_units(Cell::kGates, SliceWidth::cluster);
+  constexpr int wide = slice_units(Cell::kGates, SliceWidth::wide_cluster);
+  if (plan.kind == SequencePlan::grid) {
+    if (plan.units == of_grid) return launch_columns<Cell, S, false, of_grid>(params, plan, stream);
+    return kInvalidValue;
+  }
+  if (plan.units == of_cluster) return launch_columns<Cell, S, true, of_cluster>(params, plan, stream);
+  if constexpr (sizeof(S) == 2 && wide > 0) {
+    // Two tensor-core products at once would leave no room for the partial sums of wide slices.
+    if (plan.units == wide && plan.columns == 8) return launch_instance<Cell, S, true, wide, 8>(params, plan, stream);
+  }
+  return kInvalidValue;
 }
 
 template <class S, class Params>

@@ -11,11 +11,6 @@ namespace {
 constexpr int kMaxChunks = 8;
 constexpr int kMaxTile = 128;
 
-struct Candidate {
-  SequencePlan::Kind kind;
-  int max_groups;  // that can run at once
-};
-
 SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const SequencePlan& plan, bool backward,
                          int gap) {
   const bool half = shape.dtype != DType::f32;
@@ -34,42 +29,61 @@ SharedLayout make_layout(const SliceShape& slice, const LayerShape& shape, const
   };
   l.weights = take(slice.splits * l.shared_steps * slice.step_terms * slice.rows * item);
   // In a grid the exchange is in global memory; float32 vectors are copied from there one chunk at a time.
-  const int vectors = plan.kind == SequencePlan::cluster ? 2 * plan.tile : half ? 0 : kMmaColumns;
+  const int vectors = plan.kind == SequencePlan::cluster ? 2 * plan.tile : half ? 0 : plan.columns;
   l.exchange = take(vectors * l.stride * item);
-  l.partials = take(2 * slice.splits * kMmaColumns * plan.column_tiles * (slice.rows + 4) * 4);
+  int partials = 2 * slice.splits * plan.columns * (slice.rows + 4);
+  // At its end the backward adds up the bias gradients of its threads there.
+  if (backward) partials = std::max(partials, gate_grad_slots(shape.cell) * kSequenceThreads);
+  l.partials = take(partials * 4);
   l.states = take(2 * plan.tile * slice.units * 4);
   l.bias = take((gates + 1) * slice.units * 4);
-  l.lengths = take((plan.tile + plan.tile / kMmaColumns) * 4);
+  l.lengths = take((plan.tile + plan.tile / plan.columns) * 4);
+  l.receipts = take(plan.kind == SequencePlan::cluster ? 2 * 8 : 0);
   l.bytes = at;
   return l;
 }
 
-// Chooses the smallest tile with which all groups run at once; if there is none, the smallest of those with the fewest
-// waves of groups. A tile must fit into shared memory and must not take more than kMaxChunks chunks in all waves. A
-// grid must have a single wave.
-bool choose_tile(const LayerShape& shape, const GpuLimits& gpu, const Candidate& candidate, const SliceShape& slice,
-                 bool backward, int gap, SequencePlan* plan) {
+// A guess of the cycles that a step takes, by which plans are compared: for every wave of groups the exchange between
+// blocks, and for every chunk the product, or reading the weights for it, and what remains (partial sums, cells).
+// Nothing of it is measured. The exchange of a grid has a high price, so that clusters are taken if the rest takes
+// about as long in both.
+int64_t step_cycles(const SequencePlan& plan, const SliceShape& slice, bool half, int waves) {
+  const int64_t exchange = plan.kind == SequencePlan::cluster ? 800 : 1900;
+  const int64_t product = int64_t{slice.rows} * plan.layout.terms * plan.columns / (half ? 1270 : 128);
+  const int64_t weights = (plan.layout.exchange - plan.layout.weights) / 128;
+  const int64_t chunk = std::max(product, weights) + 500 + 10 * plan.columns;
+  return waves * (exchange + plan.tile / plan.columns * chunk);
+}
+
+// Chooses tile and columns for a plan whose kind, slices, units and groups_at_once are set: the fastest by the guess,
+// and if several are the smallest tile. Returns its cycles, or 0 if there is none. A tile must fit into shared memory
+// and must not take more than kMaxChunks chunks in all waves of groups. A grid must have a single wave.
+int64_t choose_tile(const LayerShape& shape, const GpuLimits& gpu, bool wide, bool backward, int gap,
+                    SequencePlan* plan) {
   const bool half = shape.dtype != DType::f32;
-  bool found = false;
-  for (int tile = kMmaColumns; tile <= kMaxTile; tile += kMmaColumns) {
-    SequencePlan next = *plan;
-    next.tile = tile;
-    next.column_tiles = half && tile >= 2 * kMmaColumns ? 2 : 1;
-    if (tile % (next.column_tiles * kMmaColumns)) continue;
-    const int tiles = static_cast<int>((shape.B + tile - 1) / tile);
-    next.groups = shape.D * tiles;
-    next.groups_at_once = candidate.max_groups;
-    next.layout = make_layout(slice, shape, next, backward, gap);
-    if (next.layout.bytes > gpu.shared_bytes) break;
-    const int chunks = tile / (next.column_tiles * kMmaColumns);
-    const int waves = ceil_div(next.groups, candidate.max_groups);
-    if (chunks * waves > kMaxChunks || (waves > 1 && candidate.kind == SequencePlan::grid)) continue;
-    const bool better = !found || waves < ceil_div(plan->groups, candidate.max_groups);
-    if (better) *plan = next;
-    found = true;
-    if (waves == 1) break;
+  const SliceShape slice = slice_shape(gate_count(shape.cell), half, plan->units, backward);
+  SequencePlan best{};
+  int64_t least = 0;
+  for (int columns : {1, 2, 4, 8, 16}) {
+    // A tensor-core product has 8 columns. Those of wide slices leave no room for the partial sums of two at once.
+    if (half ? columns < kMmaColumns || (wide && columns > kMmaColumns) : columns > 8) continue;
+    // Fewer columns than 8 are for tiles that have no more.
+    for (int tile = columns; tile <= (columns < 8 ? columns : kMaxTile); tile += columns) {
+      SequencePlan next = *plan;
+      next.tile = tile;
+      next.columns = columns;
+      next.groups = static_cast<int>(shape.D * ((shape.B + tile - 1) / tile));
+      next.layout = make_layout(slice, shape, next, backward, gap);
+      if (next.layout.bytes > gpu.shared_bytes) continue;
+      const int waves = ceil_div(next.groups, plan->groups_at_once);
+      if (tile / columns * waves > kMaxChunks || (waves > 1 && plan->kind == SequencePlan::grid)) continue;
+      const int64_t cycles = step_cycles(next, slice, half, waves);
+      if (least && (least < cycles || (least == cycles && best.tile <= tile))) continue;
+      best = next, least = cycles;
+    }
   }
-  return found;
+  if (least) *plan = best;
+  return least;
 }
 
 }  // namespace
@@ -77,54 +91,59 @@ bool choose_tile(const LayerShape& shape, const GpuLimits& gpu, const Candidate&
 SequencePlan sequence_plan(const LayerShape& shape, const GpuLimits& gpu, bool backward, int gap) {
   const int gates = gate_count(shape.cell);
   const bool half = shape.dtype != DType::f32;
-  const auto slices = [&](bool cluster) {
-    const int64_t units = slice_shape(gates, half, cluster, backward).units;
-    return (shape.H + units - 1) / units;
+  // Sets what does not depend on the tile and returns the number of slices.
+  const auto begin = [&](SequencePlan::Kind kind, SliceWidth width, SequencePlan* plan) {
+    *plan = {};
+    plan->kind = kind;
+    plan->units = slice_units(gates, width);
+    const int64_t slices = (shape.H + plan->units - 1) / plan->units;
+    plan->slices = static_cast<int>(std::min<int64_t>(slices, 1 << 20));
+    return slices;
   };
-  const char* why_no_cluster = "";
-  char text[80];
-
-  SequencePlan plan{};
-  const int64_t in_cluster = slices(true), in_grid = slices(false);
-  const int size = in_cluster <= 8 ? 8 : 16;
-  if (gpu.clusters_8 == 0) {
-    why_no_cluster = "this GPU has no clusters of blocks";
-  } else if (in_cluster > 16 || (in_cluster > 8 && gpu.clusters_16 == 0)) {
-    std::snprintf(text, sizeof text, "%lld slices of W_hh are more than a cluster holds",
-                  static_cast<long long>(in_cluster));
-    why_no_cluster = text;
-  } else {
-    plan.kind = SequencePlan::cluster;
-    plan.slices = static_cast<int>(in_cluster);
-    const int at_once = size == 8 ? gpu.clusters_8 * (8 / plan.slices) : gpu.clusters_16;
-    if (choose_tile(shape, gpu, {plan.kind, at_once}, slice_shape(gates, half, true, backward), backward, gap, &plan)) {
-      std::snprintf(plan.reason, sizeof plan.reason,
-                    "W_hh stays in the registers and shared memory of %d blocks, which wait for each other at a "
-                    "cluster's barrier",
-                    plan.slices);
-      return plan;
+  SequencePlan best{}, plan{};
+  int64_t least = 0;
+  const auto consider = [&](bool wide) {
+    const int64_t cycles = choose_tile(shape, gpu, wide, backward, gap, &plan);
+    if (cycles && (least == 0 || cycles < least)) best = plan, least = cycles;
+    return cycles > 0;
+  };
+  char why_no_cluster[80] = "this GPU has no clusters of blocks";
+  for (SliceWidth width : {SliceWidth::cluster, SliceWidth::wide_cluster}) {
+    const bool wide = width == SliceWidth::wide_cluster;
+    if (!gpu.has_clusters() || least || (wide && (!half || slice_units(gates, width) == 0))) break;
+    const int64_t slices = begin(SequencePlan::cluster, width, &plan);
+    const char* why = "the batch or W_hh is too large for clusters";
+    if (slices > kMaxCluster) {
+      std::snprintf(why_no_cluster, sizeof why_no_cluster, "%lld slices of W_hh are more than a cluster holds",
+                    static_cast<long long>(slices));
+    } else if (gpu.clusters[slices] == 0) {
+      std::snprintf(why_no_cluster, sizeof why_no_cluster, "this GPU runs no clusters of %d blocks", plan.slices);
+    } else {
+      plan.groups_at_once = gpu.clusters[slices];
+      if (consider(wide)) why = "so few clusters run at once that a grid is faster";
+      std::snprintf(why_no_cluster, sizeof why_no_cluster, "%s", why);
     }
-    why_no_cluster = "the batch or W_hh is too large for clusters";
   }
   const char* why_no_grid = "W_hh does not fit into the GPU's shared memory and registers";
-  if (in_grid * shape.D <= gpu.multiprocessors) {
-    plan = {};
-    plan.kind = SequencePlan::grid;
-    plan.slices = static_cast<int>(in_grid);
-    const int at_once = gpu.multiprocessors / plan.slices;
-    if (choose_tile(shape, gpu, {plan.kind, at_once}, slice_shape(gates, half, false, backward), backward, gap,
-                    &plan)) {
-      std::snprintf(plan.reason, sizeof plan.reason,
-                    "W_hh stays on the chip, in %d blocks that wait for each other at a barrier in global memory: %s",
-                    plan.slices, why_no_cluster);
-      return plan;
-    }
-    why_no_grid = "the batch or W_hh is too large to keep W_hh on the chip";
+  if (begin(SequencePlan::grid, SliceWidth::grid, &plan) * shape.D <= gpu.multiprocessors) {
+    plan.groups_at_once = gpu.multiprocessors / plan.slices;
+    if (!consider(false)) why_no_grid = "the batch or W_hh is too large to keep W_hh on the chip";
   }
-  plan = {};
-  plan.kind = SequencePlan::steps;
-  std::snprintf(plan.reason, sizeof plan.reason, "a product and a fused cell kernel at every step: %s", why_no_grid);
-  return plan;
+  if (best.kind == SequencePlan::cluster && least) {
+    std::snprintf(
+        best.reason, sizeof best.reason,
+        "W_hh stays in the registers and shared memory of %d blocks of a cluster, which write to each other's "
+        "shared memory",
+        best.slices);
+  } else if (least) {
+    std::snprintf(best.reason, sizeof best.reason,
+                  "W_hh stays on the chip, in %d blocks that exchange their results through L2: %s", best.slices,
+                  why_no_cluster);
+  } else {
+    best.kind = SequencePlan::steps;
+    std::snprintf(best.reason, sizeof best.reason, "a product and a fused cell kernel at every step: %s", why_no_grid);
+  }
+  return best;
 }
 
 }  // namespace dlk

@@ -56,7 +56,8 @@ DLK_DEVICE int read_lengths(const Params& p, int first, int* lengths) {
 
 DLK_DEVICE void forbid_gaps(const SharedLayout& layout, char* shared) {
   if constexpr (kSharedGap > 0) {
-    const int ends[] = {layout.exchange, layout.partials, layout.states, layout.bias, layout.lengths, layout.bytes};
+    const int ends[] = {layout.exchange, layout.partials, layout.states, layout.bias,
+                        layout.lengths,  layout.receipts, layout.bytes};
     for (int end : ends) forbid_gap(shared + end - kSharedGap);
   }
 }
@@ -74,9 +75,9 @@ DLK_DEVICE void store_if(void* data, int64_t index, float value) {
 // The sum of all parts of a product for one element.
 template <int kSplits>
 DLK_DEVICE float add_parts(const float* part, int distance) {
-  float sum = 0.0f;
+  float sum = part[0];
   DLK_UNROLL
-  for (int i = 0; i < kSplits; ++i) sum += part[i * distance];
+  for (int i = 1; i < kSplits; ++i) sum += part[i * distance];
   return sum;
 }
 

@@ -5,7 +5,7 @@
 // cluster or of a cooperative launch run at the same time; other blocks run one after the other, backwards for an odd
 // seed. Shared memory is filled with NaN at first. Deadlocks, divergent barriers and lanes missing from a collective
 // end the process with a table of where the threads wait. Under clang's ThreadSanitizer two CUDA threads are ordered
-// only by the operations that order them on a GPU.
+// only by the operations that order them on a GPU. Relaxed stores to global memory become visible late (weak_memory.h).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -40,8 +40,7 @@ struct Launch {
 void run(const Launch& launch, const std::function<void()>& kernel);
 
 void block_barrier();
-void cluster_arrive();
-void cluster_wait();
+void cluster_barrier();
 // Every lane of `mask` passes `size` bytes (at most 16) and receives those of all 32 lanes in `out`.
 void warp_exchange(uint32_t mask, const void* in, size_t size, void* out);
 // Suspends the calling thread, while the others run, until ready() holds.
@@ -49,9 +48,29 @@ void wait_until(const char* what, const std::function<bool()>& ready);
 char* shared_memory();
 // The address in the shared memory of block `rank` of the cluster that corresponds to `local` in this block's.
 void* shared_memory_of(unsigned rank, void* local);
+// The receipts of device.h. A new one has no bytes and waits for the first announcement.
+constexpr uint64_t kNewReceipt = uint64_t{1} << 32;
+void receipt_expect(uint64_t* receipt, unsigned bytes);
+void receipt_complete(uint64_t* receipt, unsigned bytes);
+void receipt_wait(uint64_t* receipt, unsigned parity);
+// What happens beside the loads and stores of pieces (weak_memory.h). load_piece() may replace the value.
+void load_piece(const void* piece, uint4* value);
+void store_piece(void* piece);
+void erase_piece(void* piece);
+void release_pieces();
+void acquire_pieces();
 // Forbids access to the 16 bytes at `gap`, between two arrays in shared memory. Only the address sanitizer enforces it.
 void forbid(char* gap);
 [[noreturn]] void fail(const char* message);
+
+// An approximate instruction's result for the exact one: up to 2 ulp off, in a direction that depends on its bits, and
+// 0 below the smallest normal number.
+inline float inexact(float exact) {
+  if (std::fabs(exact) < 0x1p-126f) return std::copysign(0.0f, exact);
+  uint32_t bits;
+  std::memcpy(&bits, &exact, sizeof bits);
+  return bits * 2654435761u >> 31 ? exact * (1 + 0x1p-22f) : exact * (1 - 0x1p-22f);
+}
 
 template <class T>
 T shuffle(uint32_t mask, T value, unsigned source) {
@@ -89,8 +108,4 @@ T __shfl_sync(uint32_t mask, T value, int source) {
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return emulation::shuffle(mask, value, emulation::here->lane ^ static_cast<unsigned>(lanes));
-}
-template <class T>
-T __ldcg(const T* p) {
-  return *p;
 }

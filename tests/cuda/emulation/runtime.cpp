@@ -1,8 +1,11 @@
 // Runs the fibers of a block and implements barriers and collectives. This file is compiled without sanitizers; calls
-// of their interfaces tell them of each switch of stacks and of the order that a barrier gives. These interfaces are
-// weak symbols, so that one object file serves every build. Nothing here may take a lock, since ThreadSanitizer would
-// derive from it an order between threads that does not exist on a GPU.
+// of their interfaces (sanitizers.h) tell them of each switch of stacks and of the order that a barrier gives. Nothing
+// here may take a lock, since ThreadSanitizer would derive from it an order between threads that does not exist on a
+// GPU.
 #include "emulation.h"
+
+#include "sanitizers.h"
+#include "weak_memory.h"
 #undef threadIdx
 #undef blockIdx
 #undef blockDim
@@ -21,22 +24,6 @@
 #include <vector>
 
 extern "C" {
-#define WEAK __attribute__((weak))
-void __sanitizer_start_switch_fiber(void**, const void*, size_t) WEAK;
-void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) WEAK;
-void __asan_poison_memory_region(const volatile void*, size_t) WEAK;
-void __asan_unpoison_memory_region(const volatile void*, size_t) WEAK;
-void* __tsan_get_current_fiber() WEAK;
-void* __tsan_create_fiber(unsigned) WEAK;
-void __tsan_destroy_fiber(void*) WEAK;
-void __tsan_switch_to_fiber(void*, unsigned) WEAK;
-void __tsan_acquire(void*) WEAK;
-void __tsan_release(void*) WEAK;
-void AnnotateIgnoreReadsBegin(const char*, int) WEAK;
-void AnnotateIgnoreReadsEnd(const char*, int) WEAK;
-void AnnotateIgnoreWritesBegin(const char*, int) WEAK;
-void AnnotateIgnoreWritesEnd(const char*, int) WEAK;
-
 // Pushes the callee-saved registers of x86-64, switches to the stack `to` and pops the registers saved there.
 void emulation_switch(void** save, void* to);
 }
@@ -63,40 +50,12 @@ constexpr size_t kPage = 4096;
 constexpr long kPatience = 1000000;
 constexpr long kEagerLooks = 50;
 
-// Orders threads for ThreadSanitizer: what precedes release() happens before what follows acquire().
-struct Moment {
-  char address = 0;
-  void release() {
-    if (__tsan_release) __tsan_release(&address);
-  }
-  void acquire() {
-    if (__tsan_acquire) __tsan_acquire(&address);
-  }
-};
-
-// While it lives, ThreadSanitizer ignores memory accesses: those of the emulation (malloc and memcpy are intercepted)
-// are not the kernel's.
-class Unseen {
- public:
-  Unseen() {
-    if (!AnnotateIgnoreReadsBegin) return;
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-  }
-  ~Unseen() {
-    if (!AnnotateIgnoreReadsBegin) return;
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-  }
-};
-
 struct Fiber : Position {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   enum { ready, waiting, polling, done } state = ready;
   const char* where = "at its start";
   const std::function<bool()>* condition = nullptr;
-  unsigned cluster_phase = 0;
   void *tsan = nullptr, *asan = nullptr;
 };
 
@@ -112,6 +71,7 @@ struct Cluster {
   unsigned threads = 0;
   Moment moments[2];
   std::vector<char*> shared;
+  std::unique_ptr<std::atomic<bool>[]> exited;
 };
 
 struct Grid {
@@ -130,6 +90,7 @@ struct Block {
   unsigned live = 0;
   unsigned at_barrier = 0, barrier_phase = 0;
   Moment barrier_moments[2];
+  WeakMemory weak_memory;
   std::vector<std::vector<std::unique_ptr<WarpMeeting>>> meetings;  // of each warp
   void *stack_pointer = nullptr, *tsan = nullptr, *asan = nullptr;
   const void* stack_bottom = nullptr;
@@ -246,6 +207,7 @@ void run_block(const Launch& launch, Grid* grid, Cluster* cluster, uint3 index, 
   }
   here = own.fibers.data();
   schedule(seed);
+  cluster->exited[rank].store(true);
   while (grid->fibers_locked.exchange(true)) sched_yield();
   for (Fiber& fiber : own.fibers) {
     munmap(fiber.stack, kStackBytes);
@@ -323,30 +285,84 @@ void wait_until(const char* what, const std::function<bool()>& ready) {
   back_to_scheduler();
 }
 
-void cluster_arrive() {
+void cluster_barrier() {
   const Unseen unseen;
   Cluster& cluster = *block->cluster;
   const unsigned phase = cluster.phase.load();
-  self()->cluster_phase = phase;
   cluster.moments[phase % 2].release();
   if (cluster.arrived.fetch_add(1) + 1 == cluster.threads) {
     cluster.arrived.store(0);
     cluster.phase.store(phase + 1);
   }
-}
-
-void cluster_wait() {
-  const Unseen unseen;
-  Cluster& cluster = *block->cluster;
-  const unsigned phase = self()->cluster_phase;
   wait_until("at the cluster's barrier", [&] { return cluster.phase.load() != phase; });
   cluster.moments[phase % 2].acquire();
+}
+
+// The bits of a receipt: 0 to 31 the bytes that are announced and have not arrived (negative if they arrived first), 32
+// to 47 the announcements that its phase still waits for, 48 to 63 the number of the phase.
+static void change_receipt(uint64_t* receipt, int64_t bytes, unsigned announcements) {
+  uint64_t old = __atomic_load_n(receipt, __ATOMIC_RELAXED), changed;
+  do {
+    unsigned pending = old >> 32 & 0xffff, phase = static_cast<unsigned>(old >> 48);
+    const int64_t missing = static_cast<int32_t>(old) + bytes;
+    if (pending > 1) fail("a receipt is used that is not initialised");
+    if (pending < announcements) fail("the bytes of a receipt's phase are announced twice");
+    if (missing <= -(1 << 20) || missing >= 1 << 20) fail("a receipt cannot count so many bytes");
+    pending -= announcements;
+    if (pending == 0 && missing == 0) pending = 1, ++phase;
+    changed =
+        static_cast<uint32_t>(missing) | static_cast<uint64_t>(pending) << 32 | static_cast<uint64_t>(phase) << 48;
+  } while (!__atomic_compare_exchange_n(receipt, &old, changed, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+}
+
+void receipt_expect(uint64_t* receipt, unsigned bytes) {
+  const Unseen unseen;
+  change_receipt(receipt, bytes, 1);
+}
+
+void receipt_complete(uint64_t* receipt, unsigned bytes) {
+  const Unseen unseen;
+  if (__tsan_release) __tsan_release(receipt);
+  change_receipt(receipt, -static_cast<int64_t>(bytes), 0);
+}
+
+void receipt_wait(uint64_t* receipt, unsigned parity) {
+  const Unseen unseen;
+  wait_until("for the bytes of a receipt",
+             [=] { return (__atomic_load_n(receipt, __ATOMIC_ACQUIRE) >> 48 & 1) != parity; });
+  if (__tsan_acquire) __tsan_acquire(receipt);
+}
+
+void load_piece(const void* piece, uint4* value) {
+  const Unseen unseen;
+  block->weak_memory.load(piece, value);
+}
+
+void store_piece(void* piece) {
+  const Unseen unseen;
+  block->weak_memory.store(piece);
+}
+
+void erase_piece(void* piece) {
+  const Unseen unseen;
+  block->weak_memory.erase(piece, here->thread.x, block->barrier_phase);
+}
+
+void release_pieces() {
+  const Unseen unseen;
+  block->weak_memory.release(here->thread.x, block->barrier_phase);
+}
+
+void acquire_pieces() {
+  const Unseen unseen;
+  block->weak_memory.acquire();
 }
 
 char* shared_memory() { return block->shared; }
 
 void* shared_memory_of(unsigned rank, void* local) {
   if (rank >= block->cluster->shared.size()) fail("there is no such block in the cluster");
+  if (block->cluster->exited[rank].load()) fail("the block whose memory is accessed has exited");
   return block->cluster->shared[rank] + (static_cast<char*>(local) - block->shared);
 }
 
@@ -366,6 +382,7 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
   // The shared memory of a cluster is allocated when the cluster starts: that of hundreds of blocks would be gigabytes.
   const auto open = [&](Cluster* cluster) {
     cluster->threads = threads * launch.cluster;
+    cluster->exited.reset(new std::atomic<bool>[launch.cluster]());
     for (unsigned rank = 0; rank < launch.cluster; ++rank) {
       // Exactly the requested number of bytes may be accessed, at the alignment that the hardware gives.
       char* memory = static_cast<char*>(std::aligned_alloc(128, (launch.shared_bytes + 127) / 128 * 128 + 128));

@@ -15,7 +15,7 @@ struct GroupMemory {
   Tensor exchange, counters;
   GroupMemory(const SequenceCall& call, const SequencePlan& plan) {
     if (plan.kind != SequencePlan::grid) return;
-    exchange = call.on.empty({int64_t{2} * plan.groups * plan.tile * plan.layout.stride}, call.dtype);
+    exchange = call.on.empty({int64_t{kGridBuffers} * plan.groups * plan.tile * plan.layout.stride}, call.dtype);
     counters = call.on.empty({plan.groups}, aoti_torch_dtype_int32());
   }
   template <class Params>
