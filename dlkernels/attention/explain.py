@@ -99,11 +99,14 @@ def _cuda_plan(q: Tensor, cfg: AttentionConfig, mask: Tensor | None, sizes: dict
     from dlkernels.attention.triton import heuristics
 
     properties = torch.cuda.get_device_properties(q.device)
-    busy = bool(cfg.dropout_p or cfg.softcap or (mask is not None and mask.dtype != torch.bool))
+    mask_bytes = mask.element_size() if mask is not None and mask.is_floating_point() else 0
+    busy = bool(cfg.dropout_p or cfg.softcap or mask_bytes)
+    half = q.element_size() == 2
+    crowded = heuristics.is_crowded(half, mask_bytes, cfg.dropout_p > 0)
     width = max(heuristics.padded(sizes["D"]), heuristics.padded(sizes["Dv"]))
     plan = heuristics.forward_plan(
         heuristics.family((properties.major, properties.minor)), properties.multi_processor_count,
-        q.element_size() == 2, width, busy, sizes["B"], sizes["H"], sizes["H"] // max(sizes["Hkv"], 1),
+        half, width, busy, crowded, sizes["B"], sizes["H"], sizes["H"] // max(sizes["Hkv"], 1),
         cfg.max_seqlen_q or sizes["M"], cfg.max_seqlen_k or sizes["N"],
     )  # fmt: skip
     block_m, block_n = plan.tile[:2]

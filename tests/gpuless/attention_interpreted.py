@@ -239,8 +239,7 @@ def test_results_do_not_hang_on_the_tiling(block_m: int, block_n: int, monkeypat
 )  # fmt: skip
 def test_dropout_keeps_these_elements(p: float, seed: int, offset: int) -> None:
     """With the identity matrix for v, o shows which elements were kept; they must be exactly those of the oracle's
-    generator. Triton passes an integer in 32 bits when it fits, so small and large seeds are compiled to two
-    kernels."""
+    generator."""
     M, N = 33, 61
     q, k, v = torch.zeros(2, 2, M, 16), torch.zeros(2, 2, N, 16), torch.eye(N)[None, None].expand(2, 2, N, N)
     rng = torch.tensor([seed, offset])
@@ -321,6 +320,26 @@ def test_strided_and_expanded_inputs() -> None:
     assert torch.equal(gradients["dq"], expected[2]["dq"])
     same = ours(inputs._replace(k=k))
     assert torch.equal(same[0], ours(inputs._replace(k=k.contiguous()))[0])
+
+
+@pytest.mark.parametrize("width, stride, offset", [(40, 40, 0), (40, 43, 0), (40, 40, 3), (40, 48, 8), (16, 20, 4)])
+def test_rows_that_begin_anywhere(width: int, stride: int, offset: int) -> None:
+    """The kernels round strides that the host code claims to be multiples, so a wrong claim reads other rows."""
+    inputs = build(PLAIN | {"widths": (width, width), "dtype": torch.bfloat16, "causal": 1, "mask": "float full"}, 18)
+    expected = ours(inputs)
+
+    def moved(x: Tensor, stride: int) -> Tensor:
+        memory = torch.full((x.size(0), x.size(1), x.size(2) * stride + offset), float("nan"), dtype=x.dtype)
+        view = memory[..., offset:].unflatten(2, (x.size(2), stride))[..., : x.size(3)]
+        return view.copy_(x)
+
+    mask = moved(inputs.features["mask"], 97 + stride - width)
+    for name in ("q", "k", "v", "do"):
+        found = ours(inputs._replace(**{name: moved(getattr(inputs, name), stride)}))
+        assert torch.equal(found[0], expected[0]), name
+        assert all(torch.equal(found[2][x], expected[2][x]) for x in GRADIENTS), name
+    found = ours(inputs._replace(features=inputs.features | {"mask": mask}))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[2]["dmask"], expected[2]["dmask"])
 
 
 def test_layouts_of_results() -> None:

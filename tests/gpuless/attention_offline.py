@@ -36,7 +36,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 SPILLS_PER_LOOP = {"plain": (8, 64), "causal": (8, 64), "dropout": (8, 64), "everything": (64, 128)}
 # At a width of 256 the sums for 64 keys, the fewest that a warp group can compute, take half of the registers.
 SPILLS_WIDE = (16, 128)
-# The most waits for wgmma in an iteration of the loop over whole tiles; a serialised loop has one for each wgmma.
+# The most waits for wgmma in an iteration of the loop over whole tiles. ptxas serialises all wgmma of a kernel in which
+# it cannot prove that two of them are independent; such a loop has a wait for each.
 WAITS = 4
 # For float32, where each iteration has more than a thousand multiplications.
 SPILLS_FLOAT32 = (64, 160)
@@ -56,7 +57,7 @@ class Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **options: Any) -> None:
-            compiled = self.kernel.warmup(*args, grid=grid, **options)
+            compiled = offline.compile_launch(self.kernel, args, grid, options)
             self.found.append(Compiled(self.name, *offline.inspect(compiled)))
 
         return launch
@@ -96,12 +97,13 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str, width: int = 
     for name, binary, loops in found:
         where = f"{name}, {kind}, {arch}: {binary}, {loops}"
         print(where)
+        assert not binary.advisories, f"ptxas could not schedule the code as written: {where}"
         assert binary.shared <= heuristics.FAMILIES[arch], f"too much shared memory: {where}"
         # For a kernel that needs more tensor memory Triton makes an empty kernel without an error.
         assert binary.tensor_columns <= 512, f"too much tensor memory: {where}"
         assert binary.registers <= 255, where
         if name not in PRODUCTS:
-            assert binary.stack == 0, f"spills: {where}"
+            assert binary.stack <= 8, f"spills: {where}"  # two registers, once for each program
             continue
         if half:
             units = {"sm_80": binary.mma, "sm_90": binary.wgmma + binary.mma, "sm_100": binary.tcgen05 + binary.mma}
@@ -122,9 +124,7 @@ def check(found: list[Compiled], arch: str, half: bool, kind: str, width: int = 
             assert plainest.spills <= whole, f"spills in a loop: {where}"
             usual = loops[: max(1, len(loops) - _repairs(name, kind))]
             assert max(loop.spills for loop in usual) <= any_loop, f"spills in a loop: {where}"
-        # ptxas waits for each wgmma before the next one where it cannot prove that they are independent (C7515). It
-        # still does so if all features meet, and at the causal width of 256.
-        if binary.wgmma > 0 and kind != "everything" and (width <= 128 or kind != "causal"):
+        if binary.wgmma > 0:
             assert plainest.waits <= WAITS, f"wgmma are serialised: {where}"
 
 
@@ -151,13 +151,23 @@ def test_shipped_tiles_float32(arch: str, width: int, monkeypatch: pytest.Monkey
     check(compile_call(monkeypatch, arch, torch.float32, width, {}), arch, False, "plain")
 
 
+@pytest.mark.parametrize("arch, width", list(itertools.product(ARCHITECTURES, (40, 72))))
+def test_widths_between_powers_of_two(arch: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their rows are multiples of 16 bytes but not of 16 numbers, which is what Triton looks for by itself."""
+    found = compile_call(monkeypatch, arch, torch.bfloat16, width, {})
+    check(found, arch, True, "plain", width)
+    for name, binary, _ in found:
+        assert binary.narrow_loads == 0, f"loads of one number at a time: {name}, {arch}: {binary}"
+        assert binary.async_copies > 0 or name not in PRODUCTS or name == "mask_gradient", f"{name}, {arch}: {binary}"
+
+
 # To save time only these of the combinations of an architecture with (128, causal), (256, causal) and (64, everything)
 # are compiled. Architecture 8.0 has as many registers per thread as 9.0, so its cost of "everything" is assumed to be
 # that of 9.0. On 10.0 both widths are compiled, since their sums are in different places: at 128 in tensor memory, of
 # which each loop over tiles takes its own part, and at 256 in registers (heuristics.py).
 CUT = [
-    ("sm_80", 128, "causal"), ("sm_90", 128, "causal"), ("sm_90", 64, "everything"), ("sm_100", 128, "causal"),
-    ("sm_100", 256, "causal"),
+    ("sm_80", 128, "causal"), ("sm_90", 128, "causal"), ("sm_90", 256, "causal"), ("sm_90", 64, "everything"),
+    ("sm_100", 128, "causal"), ("sm_100", 256, "causal"),
 ]  # fmt: skip
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import cache, driver
 
 CUOBJDUMP = Path(os.path.dirname(triton.__file__)) / "backends" / "nvidia" / "bin" / "cuobjdump"
 # The cache starts empty, so its keys need no hash of all of Triton's files, which takes two seconds per process.
 cache.triton_key = lambda: triton.__version__
+# Triton always runs ptxas verbosely, but prints what it says only with this setting.
+knobs.nvidia.dump_ptxas_log = True
+# What ptxas said of each compiled kernel, by the kernel's hash.
+_said: dict[str, str] = {}
 
 
 class OfflineDriver:
@@ -59,9 +65,26 @@ def architecture(name: str) -> Iterator[None]:
                 os.environ["TRITON_CACHE_DIR"] = before
 
 
+def compile_launch(kernel: Any, args: tuple[Any, ...], grid: tuple[int, ...], options: dict[str, Any]) -> Any:
+    """Compiles a launch instead of making it."""
+    log = io.StringIO()
+    with redirect_stdout(log):
+        compiled = kernel.warmup(*args, grid=grid, **options)
+    # Nothing is printed if this process has compiled the same launch before.
+    if log.getvalue():
+        _said[compiled.hash] = log.getvalue()
+    return compiled
+
+
+def advisories(said: str) -> list[str]:
+    """ptxas' messages (C7500 to C7599) that it could not schedule the code as it was written, such as C7515: each wgmma
+    waits for the one before it."""
+    return re.findall(r"\(C75\d\d\).*", said)
+
+
 class Binary(NamedTuple):
-    """The resources of a compiled kernel, which ptxas does not limit to what the GPU has, and the number of
-    instructions of each kind."""
+    """The resources of a compiled kernel, which ptxas does not limit to what the GPU has, the number of instructions of
+    each kind, and ptxas' advisories."""
 
     registers: int
     stack: int
@@ -74,6 +97,8 @@ class Binary(NamedTuple):
     tcgen05: int
     fma: int
     async_copies: int
+    narrow_loads: int  # of one 16-bit number
+    advisories: tuple[str, ...]
 
 
 class Loop(NamedTuple):
@@ -106,6 +131,8 @@ def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
     usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage_text.split("Function")[-1])}
     wgmma = len(re.findall(r"wgmma\.mma_async", kernel.asm["ptx"]))
     code = disassemble(kernel) if usage["STACK"] or wgmma else []
+    said = _said[kernel.hash]
+    assert re.search(r"Used \d+ registers", said), f"ptxas was not verbose: {said!r}"
 
     def moves(name: str) -> int:
         return sum(re.search(rf"\b{name}\b", line) is not None for _, line in code)
@@ -117,6 +144,7 @@ def inspect(kernel: Any) -> tuple[Binary, list[Loop]]:
         usage["REG"], usage["STACK"], kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0), moves("STL"),
         moves("LDL"), wgmma, instructions(r"\bmma\.sync"), instructions(r"tcgen05\.mma"),
         instructions(r"\bfma\.rn\.f32"), instructions(r"cp\.async\."),
+        instructions(r"\bld\.global(?:\.[\w:]+)*\.b16\b"), tuple(advisories(said)),
     ), _matrix_loops(code)  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import offline
 import pytest
 import torch
 from attention_offline import check, compile_call
 
-from dlkernels.attention.triton import heuristics
+from dlkernels.attention.triton import heuristics, host
 
 
 def test_shared_memory_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,10 +27,25 @@ def test_spills_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serialised_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop that waits for each of its 16 wgmma before the next one."""
-    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {}, backward=False)
-    loops = [loop._replace(waits=16) for loop in found[0].loops]
-    assert loops and found[0].name == "forward"
-    check(found, "sm_90", True, "plain")
-    with pytest.raises(AssertionError, match="serialised"):
-        check([found[0]._replace(loops=loops)], "sm_90", True, "plain")
+    """With three tiles of a float32 mask in flight Triton 3.6 waits for each wgmma before the next one."""
+    monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 64, 8, 3))
+    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {"mask": torch.float32}, backward=False)
+    assert found[0].name == "forward" and "C7515" in found[0].binary.advisories[0]
+    with pytest.raises(AssertionError, match="C7515"):
+        check(found, "sm_90", True, "plain")
+    silent = found[0]._replace(binary=found[0].binary._replace(advisories=()))
+    with pytest.raises(AssertionError, match="wgmma are serialised"):
+        check([silent], "sm_90", True, "plain")
+
+
+def test_the_words_of_ptxas() -> None:
+    said = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\n"
+    assert offline.advisories(said + "ptxas-blackwell info : (C7508) x\nptxas info : Used 168 registers\n") == [
+        said[said.index("(") :].rstrip(), "(C7508) x",
+    ]  # fmt: skip
+
+
+def test_narrow_loads_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_align", lambda *_: 1)
+    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 72, {}, backward=False)
+    assert found[0].name == "forward" and found[0].binary.narrow_loads > 100

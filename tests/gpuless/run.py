@@ -70,6 +70,7 @@ def rungs(specs: list[str], everything: bool) -> list[Rung]:
             for shard in range(SHARDS)
         ),
         *(Rung("registration", spec, "registration.py", {}) for spec in specs),
+        *(Rung("launches", spec, "launches.py", {}) for spec in specs),
         Rung("interpreter itself", specs[0], "interpreter_itself.py", interpreted),
         Rung("offline itself", specs[0], "offline_itself.py", compiled),
     ]  # fmt: skip

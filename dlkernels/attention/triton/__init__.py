@@ -33,10 +33,17 @@ _libraries: list[torch.library.Library] = []
 
 
 def _implementation(name: str) -> Callable[..., Any]:
+    function: Callable[..., Any] | None = None
+
     def call(*args: Any) -> Any:
+        nonlocal function
+        if function is None:
+            function = getattr(importlib.import_module("dlkernels.attention.triton.host"), name)
+        if not torch.is_grad_enabled():
+            return function(*args)
         # Autograd must not record the allocations and sums in here: it has already recorded the call as a whole.
         with torch.no_grad():
-            return getattr(importlib.import_module("dlkernels.attention.triton.host"), name)(*args)
+            return function(*args)
 
     call.__name__ = name
     return call

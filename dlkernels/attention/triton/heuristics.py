@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["FAMILIES", "TABLES", "Plan", "Tile", "decode_split", "family", "forward_plan", "padded", "tile"]
+__all__ = [
+    "FAMILIES",
+    "TABLES",
+    "Plan",
+    "Tile",
+    "decode_split",
+    "family",
+    "forward_plan",
+    "is_crowded",
+    "padded",
+    "tile",
+]
 
 
 class Tile(NamedTuple):
@@ -80,21 +91,32 @@ def family(capability: tuple[int, int]) -> str:
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
-def tile(kernel: str, arch: str, half: bool, width: int, busy: bool) -> Tile:
+def tile(kernel: str, arch: str, half: bool, width: int, busy: bool, crowded: bool = False) -> Tile:
     """The tile of a kernel, from the tables. `busy`: each score needs registers beyond those of the two products
     (dropout's generator, an additive mask, the softcap), so the tile has half as many keys, but no fewer than fill the
-    matrix units: 64 if the keys are the rows of a warp group's products, else 32."""
+    matrix units: 64 if the keys are the rows of a warp group's products, else 32. `crowded`: see
+    `is_crowded`."""
     choice = TABLES["half" if half else "single"][kernel][arch][0 if width <= 64 else 1 if width <= 128 else 2]
     if not (busy and half):
         return choice
     warp_groups = arch in ("sm_90", "sm_100")
     fewest = min(choice.block_n, 64 if kernel == "backward_key" and warp_groups else 32)
     choice = choice._replace(block_n=max(fewest, choice.block_n // 2))
+    if crowded and kernel == "forward" and arch == "sm_90" and width <= 64:
+        # Tiles of the mask are copied ahead as those of k and v are. With more tiles in flight, or larger ones, Triton
+        # 3.6 waits for each wgmma before the next one.
+        choice = choice._replace(block_n=32, stages=2)
     if kernel == "backward_key" and choice.block_m * choice.block_n > 2048:
         # With 64 x 64 each iteration moves some 200 spilled registers (8.0 with dropout, 9.0 with all features), with
         # 32 x 64 few.
         choice = choice._replace(block_m=choice.block_m // 2)
     return choice
+
+
+def is_crowded(half: bool, mask_bytes: int, dropout: bool) -> bool:
+    """Whether an additive mask leaves little room for the products: its elements (of so many bytes, 0: no such mask)
+    are wider than the 16-bit operands, or there is dropout too."""
+    return half and (mask_bytes > 2 or (mask_bytes > 0 and dropout))
 
 
 def short_tile(choice: Tile, queries: int) -> Tile:
@@ -122,13 +144,13 @@ def decode_split(blocks: int, keys: int, block_n: int, processors: int) -> int:
 
 
 def forward_plan(
-    arch: str, processors: int, half: bool, width: int, busy: bool, batch: int, heads: int, group: int, queries: int,
-    keys: int,
+    arch: str, processors: int, half: bool, width: int, busy: bool, crowded: bool, batch: int, heads: int, group: int,
+    queries: int, keys: int,
 ) -> Plan:  # fmt: skip
     """The plan of a forward call. `queries` and `keys` are those of the longest sequence."""
     packed = pack_heads(group, queries)
     rows = queries * group if packed else queries
-    choice = short_tile(tile("forward", arch, half, width, busy), rows)
+    choice = short_tile(tile("forward", arch, half, width, busy, crowded), rows)
     blocks = -(-rows // choice.block_m) * batch * (heads // group if packed else heads)
     splits = decode_split(blocks, keys, choice.block_n, processors)
     if splits > 1:

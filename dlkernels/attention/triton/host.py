@@ -8,6 +8,7 @@ which is as large as the mask.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from dlkernels.attention.triton.kernels.backward_query import backward_query, pr
 from dlkernels.attention.triton.kernels.forward import combine, forward
 from dlkernels.attention.triton.kernels.map import attention_map as map_kernel
 from dlkernels.attention.triton.kernels.mask_gradient import mask_gradient
+from dlkernels.attention.triton.launch import Options, launch
 
 __all__ = ["attention_backward", "attention_forward", "attention_map"]
 
@@ -30,8 +32,17 @@ LOG2E = math.log2(math.e)
 _PREPROCESS_ROWS = 64
 _COMBINE_ROWS = 16
 _MAP_TILE = 32
+_ALREADY = contextlib.nullcontext()
 _MAX_ROW_STRIDE = 2**31 // 256  # a tile has fewer than 256 rows, so offsets within it fit 32 bits
-BUSY = sum(bit.value for bit in (elements.DROPOUT, elements.FLOAT_MASK, elements.SOFTCAP))
+# The bits of the kernels' FEATURES as plain numbers, which Python compares faster.
+SOFTCAP, ALIBI, BOOL_MASK, FLOAT_MASK, DROPOUT, SINKS, LEFT, RIGHT, VARLEN, BOTTOM_RIGHT, SIGNED_SCALE = (
+    getattr(elements, name).value
+    for name in (
+        "SOFTCAP", "ALIBI", "BOOL_MASK", "FLOAT_MASK", "DROPOUT", "SINKS", "LEFT", "RIGHT", "VARLEN", "BOTTOM_RIGHT",
+        "SIGNED_SCALE",
+    )
+)  # fmt: skip
+BUSY = DROPOUT | FLOAT_MASK | SOFTCAP
 
 
 class Call(NamedTuple):
@@ -55,17 +66,18 @@ class Call(NamedTuple):
     threshold: int
     keep_scale: float
     half: bool
+    crowded: bool  # see heuristics.is_crowded
     precision: str
 
     def tile(self, kernel: str, arch: str) -> Tile:
         width = max(padded(self.D), padded(self.DV))
-        return heuristics.tile(kernel, arch, self.half, width, bool(self.features & BUSY))
+        return heuristics.tile(kernel, arch, self.half, width, bool(self.features & BUSY), self.crowded)
 
-    def options(self, warps: int, stages: int) -> dict[str, Any]:
+    def options(self, warps: int, stages: int) -> Options:
         """The launch options. Operations are not fused in float32, so that the scaled score is rounded before anything
         is subtracted from it. Otherwise p at its row's maximum would differ from 1 by the rounding error of the score,
         which would be the whole error of a saturated row."""
-        return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": self.half}
+        return Options(warps, stages, self.half)
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -102,16 +114,27 @@ def _describe(
     right = window_right if 0 <= window_right < reach else -1
     if causal:
         right = 0
-    features = 0
-    for bit, on in (
-        (elements.SOFTCAP, softcap > 0), (elements.ALIBI, alibi_slopes is not None),
-        (elements.BOOL_MASK, mask is not None and mask.dtype == torch.bool),
-        (elements.FLOAT_MASK, mask is not None and mask.dtype != torch.bool), (elements.DROPOUT, dropout_p > 0),
-        (elements.SINKS, sinks is not None), (elements.LEFT, left >= 0), (elements.RIGHT, right >= 0),
-        (elements.VARLEN, cu_seqlens_q is not None), (elements.BOTTOM_RIGHT, causal == 2),
-        (elements.SIGNED_SCALE, softmax_scale < 0),
-    ):  # fmt: skip
-        features |= bit.value if on else 0
+    features = VARLEN if cu_seqlens_q is not None else 0
+    mask_bytes = 0
+    if mask is not None:
+        mask_bytes = mask.element_size() if mask.is_floating_point() else 0
+        features |= FLOAT_MASK if mask_bytes else BOOL_MASK
+    if alibi_slopes is not None:
+        features |= ALIBI
+    if sinks is not None:
+        features |= SINKS
+    if softcap > 0:
+        features |= SOFTCAP
+    if left >= 0:
+        features |= LEFT
+    if right >= 0:
+        features |= RIGHT
+    if causal == 2:
+        features |= BOTTOM_RIGHT
+    if dropout_p > 0:
+        features |= DROPOUT
+    if softmax_scale < 0:
+        features |= SIGNED_SCALE
     seed = offset = threshold = 0
     if dropout_p > 0:
         assert rng is not None
@@ -122,7 +145,8 @@ def _describe(
     return Call(
         B, H, max(H // max(HKV, 1), 1), M, N, D, DV, features, max(left, 0), max(right, 0), softmax_scale,
         softmax_scale / softcap if softcap > 0 else softmax_scale * unit, softcap * unit, seed,
-        offset & 0xFFFFFFFF, threshold, 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0, half, _precision(q.dtype),
+        offset & 0xFFFFFFFF, threshold, 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0, half,
+        heuristics.is_crowded(half, mask_bytes, dropout_p > 0), _precision(q.dtype),
     )  # fmt: skip
 
 
@@ -134,14 +158,20 @@ def _precision(dtype: torch.dtype) -> str:
 
 def _machine(q: Tensor) -> tuple[str, int]:
     """The family in the tables and the number of multiprocessors. A CPU tensor means Triton's interpreter."""
-    if not q.is_cuda:
-        return "sm_80", 1
-    properties = torch.cuda.get_device_properties(q.device)
+    return _gpu(q.get_device()) if q.is_cuda else ("sm_80", 1)
+
+
+@functools.cache
+def _gpu(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
     return heuristics.family((properties.major, properties.minor)), properties.multi_processor_count
 
 
 def _on(q: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
+    """Makes q's GPU the current one, which costs nothing if it is."""
+    if q.is_cuda and q.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(q.device)
+    return _ALREADY
 
 
 def _new(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None, fill_zero: bool = False) -> Tensor:
@@ -154,11 +184,13 @@ def _result(q: Tensor, width: int, varlen: bool, contiguous: bool) -> Tensor:
     """Allocates o; see `dlkernels.attention.operators`."""
     if varlen:
         return _new((*q.shape[:2], width), q, fill_zero=True)
-    if not contiguous and width == q.size(-1) and q.stride(-1) == 1:
-        strides = torch.empty_like(q, device="meta").stride()
-        if strides[-1] == 1 or width == 1:
-            return _new((q.numel(),), q).as_strided(q.shape, strides)
-    return _new((*q.shape[:3], width), q)
+    shape = (*q.shape[:3], width)
+    if contiguous or width != q.size(-1) or q.is_contiguous() or q.stride(-1) != 1:
+        return _new(shape, q)
+    if q.transpose(1, 2).is_contiguous():  # the usual layout of a projection's result: found without a tensor's help
+        return _new((shape[0], shape[2], shape[1], width), q).transpose(1, 2)
+    strides = torch.empty_like(q, device="meta").stride()
+    return _new((q.numel(),), q).as_strided(shape, strides) if strides[-1] == 1 or width == 1 else _new(shape, q)
 
 
 def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
@@ -173,22 +205,42 @@ def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
 def _readable(x: Tensor) -> Tensor:
     """x, or a contiguous copy if the kernels cannot read x: they need contiguous rows, and offsets within a tile that
     fit 32 bits."""
-    rows = x.stride(-2) if x.dim() == 4 else x.stride(0)
-    fits = x.stride(-1) == 1 or x.size(-1) <= 1
+    strides = x.stride()
+    rows = strides[-2] if len(strides) == 4 else strides[0]
+    fits = strides[-1] == 1 or x.size(-1) <= 1
     return x if fits and rows < _MAX_ROW_STRIDE else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """(batch, head, row); packed tensors have no batch."""
-    if x.dim() == 3:
-        return 0, x.stride(1), x.stride(0)
-    return x.stride(0), x.stride(1), x.stride(2)
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, head, row); packed tensors have no batch. 0 where there is only one, since nothing is known of that
+    stride."""
+    sizes, strides = x.shape, x.stride()
+    if len(sizes) == 3:
+        return 0, strides[1] if sizes[1] > 1 else 0, strides[0] if sizes[0] > 1 else 0
+    return (
+        strides[0] if sizes[0] > 1 else 0, strides[1] if sizes[1] > 1 else 0, strides[2] if sizes[2] > 1 else 0
+    )  # fmt: skip
 
 
-def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+def _align(like: Tensor, strides: Sequence[int], *tensors: Tensor) -> int:
+    """The elements of `like`'s dtype in 16 bytes if all tensors start at a multiple of 16 bytes and all strides are
+    multiples of so many elements, else 1. The kernels then access 16 bytes at a time."""
+    step = 16 // like.element_size()
+    for stride in strides:
+        if stride % step:
+            return 1
+    for x in tensors:
+        if x.data_ptr() % 16:
+            return 1
+    return step
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[tuple[int, ...], int]:
+    """The strides of a mask, and the kernels' MASK_ALIGN (elements.mask_strides)."""
     if mask is None:
-        return 0, 0, 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        return (0, 0, 0, 0), 0
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+    return strides, _align(mask, strides[:3], mask) if strides[3] == 1 else 0
 
 
 def _slope_stride(alibi_slopes: Tensor | None) -> int:
@@ -197,11 +249,11 @@ def _slope_stride(alibi_slopes: Tensor | None) -> int:
 
 def _row_strides(call: Call, q: Tensor) -> tuple[int, int]:
     """(batch, head) of the log-sum-exp: [B, H, M], or [H, total_q] when packed. Statistics have twice these."""
-    return (0, q.size(0)) if call.features & elements.VARLEN.value else (call.H * call.M, call.M)
+    return (0, q.size(0)) if call.features & VARLEN else (call.H * call.M, call.M)
 
 
 def _row_shape(call: Call, q: Tensor) -> tuple[int, ...]:
-    return (call.H, q.size(0)) if call.features & elements.VARLEN.value else (call.B, call.H, call.M)
+    return (call.H, q.size(0)) if call.features & VARLEN else (call.B, call.H, call.M)
 
 
 def _cdiv(a: int, b: int) -> int:
@@ -230,7 +282,7 @@ def attention_forward(
     arch, processors = _machine(q)
     plan = heuristics.forward_plan(
         arch, processors, call.half, max(padded(call.D), padded(call.DV)), bool(call.features & BUSY),
-        call.B, call.H, call.GROUP, call.M, call.N,
+        call.crowded, call.B, call.H, call.GROUP, call.M, call.N,
     )  # fmt: skip
     block_m, block_n, warps, stages = plan.tile
     rows = call.M * call.GROUP if plan.packed else call.M
@@ -241,20 +293,32 @@ def attention_forward(
     if split:
         part = _new((plan.splits, *o.shape), o, torch.float32)
         part_stats = _new((plan.splits, *stats.shape), stats)
-    part_strides = (part.stride(0) if split else 0, *_strides(part[0] if split else part))
+    q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)
+    part_strides: tuple[int, ...] = _strides(part[0] if split else part)
+    align = _align(q, (*q_strides, *k_strides, *v_strides, *part_strides), q, k, v, part)
+    mask_strides, mask_align = _mask_strides(mask)
     row_strides = (part_stats.stride(0) if split else 0, *_row_strides(call, q))
+    part_strides = (part.stride(0) if split else 0, *part_strides)
     with _on(q):
-        forward[(tiles_m * call.B * heads, plan.splits)](
-            q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, part, lse, part_stats, *_strides(q),
-            *_strides(k), *_strides(v), *_mask_strides(mask), _slope_stride(alibi_slopes), *part_strides, *row_strides,
-            call.M, call.N, call.H, call.GROUP, tiles_m, plan.splits, *call.elementwise, *call.dropout, call.keep_scale,
-            call.features, plan.packed, split, *call.widths, block_m, block_n, stages, call.precision,
-            **call.options(warps, stages),
+        launch(
+            forward, (tiles_m * call.B * heads, plan.splits),
+            (q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, part, lse, part_stats),
+            (*q_strides, *k_strides, *v_strides, *mask_strides, _slope_stride(alibi_slopes), *part_strides,
+             *row_strides, call.M, call.N, call.H, call.GROUP, tiles_m, plan.splits, *call.elementwise, *call.dropout,
+             call.keep_scale),
+            (call.features, align, mask_align, plan.packed, split, *call.widths, block_m, block_n, stages,
+             call.precision),
+            call.options(warps, stages),
         )  # fmt: skip
         if split:
-            combine[(_cdiv(call.M, _COMBINE_ROWS), call.B * call.H)](
-                part, part_stats, sinks, cu_seqlens_q, o, lse, stats, *part_strides, *row_strides, *_strides(o), call.M,
-                call.H, plan.splits, call.features, call.DV, padded(call.DV), _COMBINE_ROWS, padded(plan.splits),
+            o_strides = _strides(o)
+            launch(
+                combine, (_cdiv(call.M, _COMBINE_ROWS), call.B * call.H),
+                (part, part_stats, sinks, cu_seqlens_q, o, lse, stats),
+                (*part_strides, *row_strides, *o_strides, call.M, call.H, plan.splits),
+                (call.features, _align(o, (*o_strides, *part_strides), o, part), call.DV, padded(call.DV),
+                 _COMBINE_ROWS, padded(plan.splits)),
+                Options(),
             )  # fmt: skip
     return o, lse, stats
 
@@ -285,38 +349,46 @@ def attention_backward(
     by_row, by_key, full = _mask_gradient_kind(mask) if need_mask else (False, False, False)
     with _on(q):
         spare = elements.SPARE.value
-        if varlen:
-            stat_strides = (spare, q.size(0) + call.B * spare)
-            stat_shape: tuple[int, ...] = (call.H, stat_strides[1])
-        else:
-            stat_strides = (call.H * (call.M + spare), call.M + spare)
-            stat_shape = (call.B, call.H, call.M + spare)
+        align_rows = elements.STATS_ALIGN.value
+        line = _cdiv(q.size(0) + call.B * spare if varlen else call.M + spare, align_rows) * align_rows
+        stat_strides = (spare if varlen else call.H * line, line)
+        stat_shape = (call.H, line) if varlen else (call.B, call.H, line)
         top, weight, delta = (_new(stat_shape, stats) for _ in range(3))
         tiles = _cdiv(call.M + spare, _PREPROCESS_ROWS)
         sink_part = _new((call.B * call.H * tiles,), stats) if need_sinks else None
-        preprocess[(call.B * call.H * tiles,)](
-            o, do, stats, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, top, weight, delta,
-            sink_part, *_strides(o), *_strides(do), *_row_strides(call, q), *stat_strides, call.M, call.H, tiles,
-            call.features, dlse is not None, need_sinks, call.DV, padded(call.DV), _PREPROCESS_ROWS,
+        do_strides, o_strides = _strides(do), _strides(o)
+        launch(
+            preprocess, (call.B * call.H * tiles, 1),
+            (o, do, stats, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, top, weight, delta,
+             sink_part),
+            (*o_strides, *do_strides, *_row_strides(call, q), *stat_strides, call.M, call.H, tiles),
+            (call.features, _align(o, (*o_strides, *do_strides), o, do), dlse is not None, need_sinks, call.DV,
+             padded(call.DV), _PREPROCESS_ROWS),
+            Options(),
         )  # fmt: skip
         if sink_part is not None and sinks is not None:
             dsinks = sink_part.view(call.B, call.H, tiles).sum((0, 2)).to(sinks.dtype)
 
-        inputs = (
-            *_strides(q), *_strides(k), *_strides(v), *_strides(do), *_mask_strides(mask), _slope_stride(alibi_slopes),
-            *stat_strides,
-        )  # fmt: skip
+        mask_strides, mask_align = _mask_strides(mask)
+        rows = (*_strides(q), *_strides(k), *_strides(v), *do_strides)
+        align = _align(q, rows, q, k, v, do)
+        inputs = (*rows, *mask_strides, _slope_stride(alibi_slopes), *stat_strides)
         if need_q or need_slopes or by_row:
             block_m, block_n, warps, stages = call.tile("backward_query", arch)
             tiles = _cdiv(call.M, block_m)
             dq = _rows_like(q, call.D, varlen)
+            dq_strides = _strides(dq)
             slope_part = _new((call.B * call.H * tiles,), stats) if need_slopes else None
             mask_part = _new((call.B, call.H, call.M, 1), stats) if by_row else None
-            backward_query[(call.B * call.H * tiles,)](
-                q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part,
-                mask_part, *inputs, *_strides(dq), call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
-                call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features, need_slopes,
-                by_row, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
+            launch(
+                backward_query, (call.B * call.H * tiles, 1),
+                (q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dq, slope_part,
+                 mask_part),
+                (*inputs, *dq_strides, call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
+                 call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale),
+                (call.features, min(align, _align(dq, dq_strides, dq)), mask_align, need_slopes, by_row, *call.widths,
+                 block_m, block_n, stages, call.precision),
+                call.options(warps, stages),
             )  # fmt: skip
             if slope_part is not None and alibi_slopes is not None:
                 dslopes = slope_part.view(call.B, call.H, tiles).sum(2)
@@ -328,13 +400,18 @@ def attention_backward(
             block_m, block_n, warps, stages = call.tile("backward_key", arch)
             tiles = _cdiv(call.N, block_n)
             dk, dv = _rows_like(k, call.D, varlen), _rows_like(v, call.DV, varlen)
+            dk_strides, dv_strides = _strides(dk), _strides(dv)
             mask_part = _new((call.B, call.H, 1, call.N), stats) if by_key else None
             if tiles:
-                backward_key[(call.B * (call.H // call.GROUP) * tiles,)](
-                    q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv, mask_part,
-                    *inputs, *_strides(dk), *_strides(dv), call.M, call.N, call.H, call.GROUP, tiles, call.left,
-                    call.right, call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale, call.features,
-                    by_key, *call.widths, block_m, block_n, stages, call.precision, **call.options(warps, stages),
+                launch(
+                    backward_key, (call.B * (call.H // call.GROUP) * tiles, 1),
+                    (q, k, v, do, top, weight, delta, mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, dk, dv,
+                     mask_part),
+                    (*inputs, *dk_strides, *dv_strides, call.M, call.N, call.H, call.GROUP, tiles, call.left,
+                     call.right, call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale),
+                    (call.features, min(align, _align(dk, (*dk_strides, *dv_strides), dk, dv)), mask_align, by_key,
+                     *call.widths, block_m, block_n, stages, call.precision),
+                    call.options(warps, stages),
                 )  # fmt: skip
             if mask_part is not None and mask is not None:
                 dmask = _reduce_to(mask_part, mask)
@@ -345,11 +422,14 @@ def attention_backward(
             dmask = _new(mask.shape, mask)
             per_batch, per_head = mask.size(0) > 1, mask.size(1) > 1
             if tiles_n:
-                mask_gradient[(tiles_m * tiles_n * mask.size(0) * mask.size(1),)](
-                    q, k, v, do, top, weight, delta, mask, alibi_slopes, dmask, *inputs, call.M, call.N, call.B, call.H,
-                    call.GROUP, tiles_m, tiles_n, call.left, call.right, call.scale, call.cap, *call.dropout,
-                    call.keep_scale, call.features, per_batch, per_head, *call.widths, block_m, block_n, 1,
-                    call.precision, **call.options(warps, 1),
+                launch(
+                    mask_gradient, (tiles_m * tiles_n * mask.size(0) * mask.size(1), 1),
+                    (q, k, v, do, top, weight, delta, mask, alibi_slopes, dmask),
+                    (*inputs, call.M, call.N, call.B, call.H, call.GROUP, tiles_m, tiles_n, call.left, call.right,
+                     call.scale, call.cap, *call.dropout, call.keep_scale),
+                    (call.features, align, mask_align, per_batch, per_head, *call.widths, block_m, block_n, 1,
+                     call.precision),
+                    call.options(warps, 1),
                 )  # fmt: skip
     wanted = (
         (dq, need_q), (dk, need_kv), (dv, need_kv), (dmask, need_mask), (dslopes, need_slopes), (dsinks, need_sinks),
@@ -406,10 +486,15 @@ def attention_map(
     # The forward pass runs only for its statistics, with values of width 0.
     _, _, stats = attention_forward(q, k, no_values, *features, softcap, 0.0, True)
     q, k = _readable(q), _readable(k)
+    strides = (*_strides(q), *_strides(k))
+    mask_strides, mask_align = _mask_strides(mask)
     with _on(q):
-        map_kernel[(out.numel(),)](
-            q, k, stats, mask, alibi_slopes, out, *_strides(q), *_strides(k), *_mask_strides(mask),
-            _slope_stride(alibi_slopes), call.M, call.N, call.H, call.GROUP, rows, cols, *call.elementwise,
-            call.features, call.D, padded(call.D), _MAP_TILE, _MAP_TILE, call.precision, **call.options(4, 2),
+        launch(
+            map_kernel, (out.numel(), 1), (q, k, stats, mask, alibi_slopes, out),
+            (*strides, *mask_strides, _slope_stride(alibi_slopes), call.M, call.N, call.H, call.GROUP, rows, cols,
+             *call.elementwise),
+            (call.features, _align(q, strides, q, k), mask_align, call.D, padded(call.D), _MAP_TILE, _MAP_TILE,
+             call.precision),
+            call.options(4, 2),
         )  # fmt: skip
     return out

@@ -15,6 +15,8 @@ from dlkernels.attention.triton.kernels.elements import (
     has_nan,
     kept,
     load_rows,
+    mask_strides,
+    multiples,
     power,
     product,
     query_range,
@@ -23,21 +25,27 @@ from dlkernels.attention.triton.kernels.elements import (
     stats_start,
     unit,
 )  # fmt: skip
+from dlkernels.attention.triton.kernels.entry import entry
 
 
 @triton.jit
 def _walk(
-    dk, dv, mask_grad, k, v, begin, end, q_base, do_base, top_base, weight_base, delta_base, stride_qm, stride_gm, j,
-    first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n, seed, offset,
-    threshold, keep_scale, FEATURES: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr, WANT_DK: tl.constexpr,
-    WANT_DV: tl.constexpr, MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, mask_grad, k, v, begin, end, gap, skip, q_base, do_base, top_base, weight_base, delta_base, stride_qm,
+    stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m, stride_mask_n,
+    seed, offset, threshold, keep_scale, FEATURES: tl.constexpr, EDGE: tl.constexpr, CAREFUL: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Accumulates the queries begin..end into dk, dv and mask_grad. Tiles are [keys, queries], so that p and ds are the
-    left factors of dv and dk without a transpose."""
+    """Accumulates queries into dk, dv and mask_grad: begin..end; with EDGE those from `gap` on are `skip` further, so
+    that one loop takes the cut tiles on both sides of the whole ones. Tiles are [keys, queries], so that p and ds are
+    the left factors of dv and dk without a transpose."""
     EXACT: tl.constexpr = k.dtype == tl.float32
     rows = tl.arange(0, BLOCK_M)
-    for start in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+    for at in tl.range(begin, end, BLOCK_M, num_stages=STAGES):
+        start = at
+        if EDGE and (RIGHT & FEATURES):
+            start = at + tl.where(at < gap, 0, skip)
         start = tl.multiple_of(start, BLOCK_M)
         q = load_rows(q_base, start, rows, stride_qm, M, D, BLOCK_D, EDGE)
         i = start + rows
@@ -114,52 +122,55 @@ def _heads(
         if ANY_MASK & FEATURES:
             mask_base = mask_ptr + b64 * stride_mask_b + h64 * stride_mask_h
         mask_grad = tl.zeros([BLOCK_N], tl.float32)
-        if CAREFUL:
+        edge_begin = begin
+        skip = full_end - full_begin
+        if not CAREFUL:
             dk, dv, mask_grad = _walk(
-                dk, dv, mask_grad, k, v, begin, end, q_base, do_base, top_base, weight_base, delta_base, stride_qm,
-                stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m,
-                stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, True, WANT_DK, WANT_DV, False, D,
-                DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
+                dk, dv, mask_grad, k, v, full_begin, full_end, end, 0, q_base, do_base, top_base, weight_base,
+                delta_base, stride_qm, stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope,
+                mask_base, stride_mask_m, stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, False, False,
+                WANT_DK, WANT_DV, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
             )  # fmt: skip
+            if not (RIGHT & FEATURES):
+                edge_begin = full_end
+                skip = 0
         else:
-            # Tiles at an edge have 1 stage: they are few, and their bounds checks take the registers that loading ahead
-            # would need.
-            if RIGHT & FEATURES:
-                dk, dv, mask_grad = _walk(
-                    dk, dv, mask_grad, k, v, begin, full_begin, q_base, do_base, top_base, weight_base, delta_base,
-                    stride_qm, stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base,
-                    stride_mask_m, stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, False, True,
-                    True, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
-                )  # fmt: skip
-            dk, dv, mask_grad = _walk(
-                dk, dv, mask_grad, k, v, full_begin, full_end, q_base, do_base, top_base, weight_base, delta_base,
-                stride_qm, stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base,
-                stride_mask_m, stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, False, False, True, True,
-                MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, STAGES, PRECISION,
-            )  # fmt: skip
-            dk, dv, mask_grad = _walk(
-                dk, dv, mask_grad, k, v, full_end, end, q_base, do_base, top_base, weight_base, delta_base, stride_qm,
-                stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base, stride_mask_m,
-                stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, False, True, True, MASK_GRAD, D, DV,
-                BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
-            )  # fmt: skip
-            if MASK_GRAD:
-                tl.store(mask_part_ptr + head.to(tl.int64) * N + cols, mask_grad, mask=cols < N)
+            skip = 0
+        # Tiles at an edge have 1 stage: they are few, and their bounds checks take the registers that loading ahead
+        # would need.
+        dk, dv, mask_grad = _walk(
+            dk, dv, mask_grad, k, v, edge_begin, end - skip, full_begin, skip, q_base, do_base, top_base, weight_base,
+            delta_base, stride_qm, stride_gm, j, first_j, head, M, N, shift, left, right, scale, cap, slope, mask_base,
+            stride_mask_m, stride_mask_n, seed, offset, threshold, keep_scale, FEATURES, True, CAREFUL, WANT_DK,
+            WANT_DV, MASK_GRAD, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, 1, PRECISION,
+        )  # fmt: skip
+        if MASK_GRAD:
+            tl.store(mask_part_ptr + head.to(tl.int64) * N + cols, mask_grad, mask=cols < N)
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "tiles_n", "left", "right", "seed", "offset", "threshold"])
+@entry
 def backward_key(
     q_ptr, k_ptr, v_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, cu_q, cu_k, dk_ptr, dv_ptr,
     mask_part_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gb, stride_gh, stride_gm, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b,
     stride_sb, stride_sh, stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn, M, N, H, GROUP,
     tiles_n, left, right, softmax_scale, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
-    MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, MASK_GRAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """mask_part: [B, H, N], the sum over the queries. Under a causal mask the first keys are seen by the most queries,
     and their programs start first."""
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, ALIGN)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, ALIGN)
+    stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, ALIGN)
+    stride_gb, stride_gh, stride_gm = multiples(stride_gb, stride_gh, stride_gm, ALIGN)
+    stride_dkb, stride_dkh, stride_dkn = multiples(stride_dkb, stride_dkh, stride_dkn, ALIGN)
+    stride_dvb, stride_dvh, stride_dvn = multiples(stride_dvb, stride_dvh, stride_dvn, ALIGN)
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n = mask_strides(
+        stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, MASK_ALIGN
+    )
     tile = tl.program_id(0) % tiles_n
     outer = tl.program_id(0) // tiles_n
     b = outer // (H // GROUP)

@@ -33,6 +33,14 @@ SIGNED_SCALE = tl.constexpr(1024)  # the scale is negative: the largest product 
 # a bounds check.
 SPARE = tl.constexpr(256)
 
+# The strides of statistics and delta are multiples of this.
+STATS_ALIGN = tl.constexpr(4)
+
+# The most queries and keys of a tile where NaN of hidden elements is left out (`product`, CAREFUL). With these few the
+# three sums of width 256 fit the registers. With the tile of the usual path they would spill, and on sm_90 the products
+# of the usual path would be serialised.
+REPAIR = tl.constexpr(32)
+
 ANY_MASK = tl.constexpr(4 | 8)
 # With these features a score is more than the product times the scale.
 CHANGES_SCORES = tl.constexpr(SOFTCAP.value | ALIBI.value | ANY_MASK.value | SIGNED_SCALE.value)
@@ -158,7 +166,10 @@ def scores(
             seen = seen & (j >= i + shift - left)
     if ANY_MASK & FEATURES:
         # Only the bounds limit this load. The `where` below drops what the triangle or the window hides, even if NaN.
-        there = live & (j < N)
+        # Whole tiles end before N; without that comparison their load is vectorised.
+        there = live
+        if EDGE:
+            there = there & (j < N)
         mask = tl.load(mask_rows + j.to(tl.int64) * mask_stride, mask=there, other=0)
         if BOOL_MASK & FEATURES:
             visible = mask != 0
@@ -189,6 +200,23 @@ def kept(i, first_j, head, seed, offset, threshold, BLOCK_M: tl.constexpr, BLOCK
     even = tl.join((w0 >= limit).to(tl.int8), (w2 >= limit).to(tl.int8))
     odd = tl.join((w1 >= limit).to(tl.int8), (w3 >= limit).to(tl.int8))
     return tl.reshape(tl.join(even, odd), [BLOCK_M, BLOCK_N]) != 0
+
+
+@triton.jit
+def multiples(a, b, c, BY: tl.constexpr):
+    """The same three strides, from which the compiler learns that BY divides them, as it must. Where rows and the
+    tensor's start are multiples of 16 bytes, loads and stores take 16 bytes at a time."""
+    return a // BY * BY, b // BY * BY, c // BY * BY
+
+
+@triton.jit
+def mask_strides(stride_b, stride_h, stride_m, stride_n, ALIGN: tl.constexpr):
+    """The strides of a mask. ALIGN is 0 if neighbouring keys are not neighbours in memory; otherwise it divides the
+    other three strides."""
+    if ALIGN == 0:
+        return stride_b, stride_h, stride_m, stride_n
+    else:
+        return stride_b // ALIGN * ALIGN, stride_h // ALIGN * ALIGN, stride_m // ALIGN * ALIGN, 1
 
 
 @triton.jit
@@ -257,8 +285,10 @@ def sequence(cu_q, cu_k, b, M, N, FEATURES: tl.constexpr):
 
 @triton.jit
 def stats_start(b, h, row0, stride_b, stride_h, FEATURES: tl.constexpr):
-    """Where the sequence's rows of statistics and delta begin, in the layout that `preprocess` writes."""
-    start = tl.cast(b, tl.int64) * stride_b + tl.cast(h, tl.int64) * stride_h
+    """Where the sequence's rows of statistics and delta begin, in the layout that `preprocess` writes. Without
+    cu_seqlens that is a multiple of STATS_ALIGN, so that rows are loaded 16 bytes at a time."""
+    aligned_b, aligned_h, _none = multiples(stride_b, stride_h, 0, STATS_ALIGN)
+    start = tl.cast(b, tl.int64) * aligned_b + tl.cast(h, tl.int64) * aligned_h
     if VARLEN & FEATURES:
         start += row0
     return start

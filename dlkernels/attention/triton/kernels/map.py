@@ -1,6 +1,5 @@
 """Pools the attention probabilities to a small picture, tile by tile and without an M x N tensor."""
 
-import triton
 import triton.language as tl
 
 from dlkernels.attention.triton.kernels.elements import (
@@ -9,22 +8,30 @@ from dlkernels.attention.triton.kernels.elements import (
     LEFT,
     RIGHT,
     load_rows,
+    mask_strides,
+    multiples,
     power,
     scores,
     sequence,
     unit,
 )  # fmt: skip
+from dlkernels.attention.triton.kernels.entry import entry
 
 
-@triton.jit(do_not_specialize=["M", "N", "H", "GROUP", "picture_rows", "picture_cols", "left", "right"])
+@entry
 def attention_map(
     q_ptr, k_ptr, stats_ptr, mask_ptr, slopes_ptr, out_ptr, stride_qb, stride_qh, stride_qm, stride_kb, stride_kh,
     stride_kn, stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, M, N, H, GROUP, picture_rows,
-    picture_cols, left, right, scale, cap, FEATURES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    picture_cols, left, right, scale, cap, FEATURES: tl.constexpr, ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each program computes one cell. stats: contiguous [B, H, 2, M]; out: contiguous [B, H, rows, cols]."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, ALIGN)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, ALIGN)
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n = mask_strides(
+        stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, MASK_ALIGN
+    )
     cells = picture_rows.to(tl.int64) * picture_cols
     outer = (tl.program_id(0) // cells).to(tl.int32)
     cell = (tl.program_id(0) % cells).to(tl.int32)

@@ -2,7 +2,6 @@
 share the mask. (Masks with one value per query or key get their gradient in the other passes.) One program computes a
 tile of the gradient, so the sum has a fixed order, and nothing is as large as [B, H, M, N] unless the mask is."""
 
-import triton
 import triton.language as tl
 
 from dlkernels.attention.triton.kernels.elements import (
@@ -12,40 +11,36 @@ from dlkernels.attention.triton.kernels.elements import (
     RIGHT,
     kept,
     load_rows,
+    mask_strides,
+    multiples,
     power,
     scores,
     sequence,
     stats_start,
     unit,
 )  # fmt: skip
+from dlkernels.attention.triton.kernels.entry import entry
 
 
-@triton.jit(
-    do_not_specialize=[
-        "M",
-        "N",
-        "B",
-        "H",
-        "GROUP",
-        "tiles_m",
-        "tiles_n",
-        "left",
-        "right",
-        "seed",
-        "offset",
-        "threshold",
-    ]
-)
+@entry
 def mask_gradient(
     q_ptr, k_ptr, v_ptr, do_ptr, top_ptr, weight_ptr, delta_ptr, mask_ptr, slopes_ptr, dmask_ptr, stride_qb, stride_qh,
     stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_gb, stride_gh, stride_gm,
     stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, stride_slope_b, stride_sb, stride_sh, M, N, B, H, GROUP,
     tiles_m, tiles_n, left, right, scale, cap, seed, offset, threshold, keep_scale, FEATURES: tl.constexpr,
-    PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGN: tl.constexpr, MASK_ALIGN: tl.constexpr, PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The slowest-varying part of program_id counts the mask's own batch entries and heads. dmask: contiguous."""
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
+    stride_qb, stride_qh, stride_qm = multiples(stride_qb, stride_qh, stride_qm, ALIGN)
+    stride_kb, stride_kh, stride_kn = multiples(stride_kb, stride_kh, stride_kn, ALIGN)
+    stride_vb, stride_vh, stride_vn = multiples(stride_vb, stride_vh, stride_vn, ALIGN)
+    stride_gb, stride_gh, stride_gm = multiples(stride_gb, stride_gh, stride_gm, ALIGN)
+    stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n = mask_strides(
+        stride_mask_b, stride_mask_h, stride_mask_m, stride_mask_n, MASK_ALIGN
+    )
     i_first = tl.program_id(0) % tiles_m * BLOCK_M
     first_j = tl.program_id(0) // tiles_m % tiles_n * BLOCK_N
     slab = tl.program_id(0) // (tiles_m * tiles_n)
