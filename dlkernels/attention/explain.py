@@ -99,14 +99,13 @@ def _cuda_plan(q: Tensor, cfg: AttentionConfig, mask: Tensor | None, sizes: dict
     from dlkernels.attention.triton import heuristics
 
     properties = torch.cuda.get_device_properties(q.device)
-    mask_bytes = mask.element_size() if mask is not None and mask.is_floating_point() else 0
-    busy = bool(cfg.dropout_p or cfg.softcap or mask_bytes)
+    busy = bool(cfg.dropout_p or cfg.softcap or (mask is not None and mask.dtype != torch.bool))
     half = q.element_size() == 2
-    crowded = heuristics.is_crowded(half, mask_bytes, cfg.dropout_p > 0)
+    mask_bytes = 0 if mask is None else mask.element_size()
     width = max(heuristics.padded(sizes["D"]), heuristics.padded(sizes["Dv"]))
     plan = heuristics.forward_plan(
         heuristics.family((properties.major, properties.minor)), properties.multi_processor_count,
-        half, width, busy, crowded, sizes["B"], sizes["H"], sizes["H"] // max(sizes["Hkv"], 1),
+        half, width, busy, mask_bytes, cfg.dropout_p > 0, sizes["B"], sizes["H"], sizes["H"] // max(sizes["Hkv"], 1),
         cfg.max_seqlen_q or sizes["M"], cfg.max_seqlen_k or sizes["N"],
     )  # fmt: skip
     block_m, block_n = plan.tile[:2]

@@ -50,26 +50,30 @@ class Compiled(NamedTuple):
 
 
 class Recorder:
-    """Replaces a kernel and compiles each launch instead of running it."""
+    """Replaces a kernel and compiles each launch instead of running it, or does nothing unless `wanted`."""
 
-    def __init__(self, name: str, kernel: Any, found: list[Compiled]) -> None:
-        self.name, self.kernel, self.found = name, kernel, found
+    def __init__(self, name: str, kernel: Any, found: list[Compiled], wanted: bool = True) -> None:
+        self.name, self.kernel, self.found, self.wanted = name, kernel, found, wanted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*args: Any, **options: Any) -> None:
-            compiled = offline.compile_launch(self.kernel, args, grid, options)
-            self.found.append(Compiled(self.name, *offline.inspect(compiled)))
+            if self.wanted:
+                compiled = offline.compile_launch(self.kernel, args, grid, options)
+                self.found.append(Compiled(self.name, *offline.inspect(compiled)))
 
         return launch
 
 
 def compile_call(
     monkeypatch: pytest.MonkeyPatch, arch: str, dtype: torch.dtype, width: int, features: dict[str, Any],
-    backward: bool = True,
+    backward: bool = True, only: str = "",
 ) -> list[Compiled]:  # fmt: skip
+    """Compiles what a call launches; with `only`, of that kernel alone."""
     found: list[Compiled] = []
     for name in KERNELS:
-        monkeypatch.setattr(host, name, Recorder(name, getattr(host, name), found))
+        kernel = getattr(host, name)
+        kernel = kernel.kernel if isinstance(kernel, Recorder) else kernel
+        monkeypatch.setattr(host, name, Recorder(name, kernel, found, only in ("", name)))
     monkeypatch.setattr(host, "_machine", lambda q: (arch, 1))
     q, k = torch.empty(2, 4, 512, width, dtype=dtype), torch.empty(2, 2, 512, width, dtype=dtype)
     mask_dtype = features.get("mask")
@@ -174,6 +178,25 @@ CUT = [
 @pytest.mark.parametrize("arch, width, kind", CUT)
 def test_loops_over_cut_tiles(arch: str, width: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check(compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind]), arch, True, kind, width)
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize(
+    "arch, width, kernel, tile",
+    [
+        ("sm_90", width, kernel, tile)
+        for kernel in WARPGROUP for width in WIDTHS for tile in heuristics.candidates(kernel, width, "bfloat16")
+    ],
+)  # fmt: skip
+def test_candidates(
+    arch: str, width: int, kernel: str, tile: heuristics.Tile, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """The tiles that a sweep on a GPU tries."""
+    monkeypatch.setattr(heuristics, "tile", lambda *_: tile)
+    for kind in ("plain", "causal"):
+        found = compile_call(monkeypatch, arch, torch.bfloat16, width, FEATURES[kind], kernel != "forward", kernel)
+        assert [name for name, *_ in found] == [kernel]
+        check(found, arch, True, kind, width)
 
 
 @pytest.mark.parametrize("arch, width", [("sm_86", width) for width in WIDTHS])

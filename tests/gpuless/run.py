@@ -2,8 +2,9 @@
 
 The Triton kernels run under Triton's interpreter with the first of the given releases. They are compiled for each
 architecture, each configuration with one of the releases: they take turns, so that each release compiles every tile,
-every kind of call and for every architecture. --all compiles everything with each release, and runs all of
-tests/cuda/run.py; without it that runs its short form. The usual run is meant to take at most 12 minutes on two cores.
+every kind of call and for every architecture. --all compiles everything with each release, also the tiles that are
+candidates for a sweep on a GPU, and runs all of tests/cuda/run.py; without it that runs its short form. The usual run
+is meant to take at most 12 minutes on two cores.
 
 The tests of the CUDA kernels, tests/cuda/run.py, run beside the others as one more rung, which is reported last.
 MAX_JOBS is the number of processes at a time, by default the number of processors. A rung that cannot run prints the

@@ -14,10 +14,10 @@ __all__ = [
     "TABLES",
     "Plan",
     "Tile",
+    "candidates",
     "decode_split",
     "family",
     "forward_plan",
-    "is_crowded",
     "padded",
     "tile",
 ]
@@ -69,6 +69,14 @@ _HALF: dict[str, dict[str, tuple[Tile, Tile, Tile]]] = {
         "sm_100": (Tile(64, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1)),
     },
 }
+# Other tiles on 9.0 if nothing but scale, bounds and ALiBi is applied to the scores and no tile of a mask takes shared
+# memory: (kernel, 0 for a width of up to 64, 1 for 128, 2 for 256). In the forward pass two blocks of width 64 with 4
+# warps fit a multiprocessor, and 3 stages of width 128 its shared memory.
+_LEAN = {
+    ("forward", 0): Tile(128, 64, 4, 3),
+    ("forward", 1): Tile(128, 128, 8, 3),
+    ("backward_query", 1): Tile(128, 128, 8, 2),
+}
 # float32 without tf32 runs on the FMA units, whose operands come from shared memory, so tiles are small everywhere.
 _SINGLE: dict[str, tuple[Tile, Tile, Tile]] = {
     "forward": (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 16, 8, 1)),
@@ -76,6 +84,35 @@ _SINGLE: dict[str, tuple[Tile, Tile, Tile]] = {
     "backward_key": (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 4, 1)),
 }
 TABLES = {"half": _HALF, "single": {name: dict.fromkeys(FAMILIES, tiles) for name, tiles in _SINGLE.items()}}
+
+
+# What else compiles cleanly on 9.0 with 16-bit operands, for a sweep on a GPU: neither spills in a loop over tiles nor
+# advisories of ptxas, plain and causal. `make gpuless ARGS=--all` compiles them.
+_CANDIDATES: dict[tuple[str, int], tuple[Tile, ...]] = {
+    ("forward", 0): (
+        Tile(128, 64, 4, 4), Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 128, 8, 3), Tile(128, 128, 8, 4),
+        Tile(64, 64, 4, 3), Tile(64, 128, 4, 3),
+    ),
+    ("forward", 1): (
+        Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3),
+        Tile(64, 128, 4, 2),
+    ),
+    ("backward_query", 1): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
+}  # fmt: skip
+
+
+def candidates(kernel: str, width: int, dtype: str) -> list[Tile]:
+    """The tiles worth measuring on 9.0 for a kernel with products, the head size `width` and "bfloat16", "float16" or
+    "float32", for calls without mask, dropout or softcap. The first is the one that ships."""
+    half = dtype != "float32"
+    shipped = tile(kernel, "sm_90", half, padded(width), False)
+    others = _CANDIDATES.get((kernel, _size(width)), ()) if half else ()
+    return [shipped, *(other for other in others if other != shipped)]
+
+
+def _size(width: int) -> int:
+    """The place of a width in the tables."""
+    return 0 if width <= 64 else 1 if width <= 128 else 2
 
 
 def padded(width: int) -> int:
@@ -91,18 +128,25 @@ def family(capability: tuple[int, int]) -> str:
     return "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
-def tile(kernel: str, arch: str, half: bool, width: int, busy: bool, crowded: bool = False) -> Tile:
+def tile(
+    kernel: str, arch: str, half: bool, width: int, busy: bool, mask_bytes: int = 0, dropout: bool = False
+) -> Tile:  # fmt: skip
     """The tile of a kernel, from the tables. `busy`: each score needs registers beyond those of the two products
     (dropout's generator, an additive mask, the softcap), so the tile has half as many keys, but no fewer than fill the
-    matrix units: 64 if the keys are the rows of a warp group's products, else 32. `crowded`: see
-    `is_crowded`."""
-    choice = TABLES["half" if half else "single"][kernel][arch][0 if width <= 64 else 1 if width <= 128 else 2]
-    if not (busy and half):
+    matrix units: 64 if the keys are the rows of a warp group's products, else 32. `mask_bytes`: the size of a mask's
+    elements, 0 if there is none."""
+    size = _size(width)
+    choice = TABLES["half" if half else "single"][kernel][arch][size]
+    if not half:
+        return choice
+    if arch == "sm_90" and not busy and not mask_bytes:
+        choice = _LEAN.get((kernel, size), choice)
+    if not busy:
         return choice
     warp_groups = arch in ("sm_90", "sm_100")
     fewest = min(choice.block_n, 64 if kernel == "backward_key" and warp_groups else 32)
     choice = choice._replace(block_n=max(fewest, choice.block_n // 2))
-    if crowded and kernel == "forward" and arch == "sm_90" and width <= 64:
+    if arch == "sm_90" and kernel == "forward" and size == 0 and (mask_bytes > 2 or (mask_bytes == 2 and dropout)):
         # Tiles of the mask are copied ahead as those of k and v are. With more tiles in flight, or larger ones, Triton
         # 3.6 waits for each wgmma before the next one.
         choice = choice._replace(block_n=32, stages=2)
@@ -111,12 +155,6 @@ def tile(kernel: str, arch: str, half: bool, width: int, busy: bool, crowded: bo
         # 32 x 64 few.
         choice = choice._replace(block_m=choice.block_m // 2)
     return choice
-
-
-def is_crowded(half: bool, mask_bytes: int, dropout: bool) -> bool:
-    """Whether an additive mask leaves little room for the products: its elements (of so many bytes, 0: no such mask)
-    are wider than the 16-bit operands, or there is dropout too."""
-    return half and (mask_bytes > 2 or (mask_bytes > 0 and dropout))
 
 
 def short_tile(choice: Tile, queries: int) -> Tile:
@@ -144,13 +182,13 @@ def decode_split(blocks: int, keys: int, block_n: int, processors: int) -> int:
 
 
 def forward_plan(
-    arch: str, processors: int, half: bool, width: int, busy: bool, crowded: bool, batch: int, heads: int, group: int,
-    queries: int, keys: int,
+    arch: str, processors: int, half: bool, width: int, busy: bool, mask_bytes: int, dropout: bool, batch: int,
+    heads: int, group: int, queries: int, keys: int,
 ) -> Plan:  # fmt: skip
     """The plan of a forward call. `queries` and `keys` are those of the longest sequence."""
     packed = pack_heads(group, queries)
     rows = queries * group if packed else queries
-    choice = short_tile(tile("forward", arch, half, width, busy, crowded), rows)
+    choice = short_tile(tile("forward", arch, half, width, busy, mask_bytes, dropout), rows)
     blocks = -(-rows // choice.block_m) * batch * (heads // group if packed else heads)
     splits = decode_split(blocks, keys, choice.block_n, processors)
     if splits > 1:

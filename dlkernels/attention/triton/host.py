@@ -66,12 +66,15 @@ class Call(NamedTuple):
     threshold: int
     keep_scale: float
     half: bool
-    crowded: bool  # see heuristics.is_crowded
+    mask_bytes: int  # the size of a mask's elements
     precision: str
 
     def tile(self, kernel: str, arch: str) -> Tile:
         width = max(padded(self.D), padded(self.DV))
-        return heuristics.tile(kernel, arch, self.half, width, bool(self.features & BUSY), self.crowded)
+        features = self.features
+        return heuristics.tile(
+            kernel, arch, self.half, width, bool(features & BUSY), self.mask_bytes, bool(features & DROPOUT)
+        )
 
     def options(self, warps: int, stages: int) -> Options:
         """The launch options. Operations are not fused in float32, so that the scaled score is rounded before anything
@@ -117,8 +120,8 @@ def _describe(
     features = VARLEN if cu_seqlens_q is not None else 0
     mask_bytes = 0
     if mask is not None:
-        mask_bytes = mask.element_size() if mask.is_floating_point() else 0
-        features |= FLOAT_MASK if mask_bytes else BOOL_MASK
+        mask_bytes = mask.element_size()
+        features |= FLOAT_MASK if mask.is_floating_point() else BOOL_MASK
     if alibi_slopes is not None:
         features |= ALIBI
     if sinks is not None:
@@ -146,7 +149,7 @@ def _describe(
         B, H, max(H // max(HKV, 1), 1), M, N, D, DV, features, max(left, 0), max(right, 0), softmax_scale,
         softmax_scale / softcap if softcap > 0 else softmax_scale * unit, softcap * unit, seed,
         offset & 0xFFFFFFFF, threshold, 1.0 / (1.0 - dropout_p) if dropout_p < 1 else 0.0, half,
-        heuristics.is_crowded(half, mask_bytes, dropout_p > 0), _precision(q.dtype),
+        mask_bytes, _precision(q.dtype),
     )  # fmt: skip
 
 
@@ -282,7 +285,7 @@ def attention_forward(
     arch, processors = _machine(q)
     plan = heuristics.forward_plan(
         arch, processors, call.half, max(padded(call.D), padded(call.DV)), bool(call.features & BUSY),
-        call.crowded, call.B, call.H, call.GROUP, call.M, call.N,
+        call.mask_bytes, dropout_p > 0, call.B, call.H, call.GROUP, call.M, call.N,
     )  # fmt: skip
     block_m, block_n, warps, stages = plan.tile
     rows = call.M * call.GROUP if plan.packed else call.M
