@@ -27,15 +27,15 @@ def test_spills_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_serialised_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With three tiles of a float32 mask in flight Triton 3.6 waits for each wgmma before the next one."""
-    monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 64, 8, 3))
-    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {"mask": torch.float32}, backward=False)
-    assert found[0].name == "forward" and "C7515" in found[0].binary.advisories[0]
-    with pytest.raises(AssertionError, match="C7515"):
-        check(found, "sm_90", True, "plain")
+    """With 128 x 128 scores in the registers of four warps each wgmma waits for the one before it."""
+    monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 128, 4, 2))
+    found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {"causal": 1}, backward=False)
+    assert found[0].name == "forward" and "wgmma" in found[0].binary.advisories[0]
+    with pytest.raises(AssertionError, match="C75.*serialized"):
+        check(found, "sm_90", True, "causal")
     silent = found[0]._replace(binary=found[0].binary._replace(advisories=()))
     with pytest.raises(AssertionError, match="wgmma are serialised"):
-        check([silent], "sm_90", True, "plain")
+        check([silent], "sm_90", True, "causal")
 
 
 def test_the_words_of_ptxas() -> None:
