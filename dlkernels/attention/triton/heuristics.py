@@ -97,6 +97,7 @@ _CANDIDATES: dict[tuple[str, int], tuple[Tile, ...]] = {
         Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 4), Tile(64, 64, 4, 2), Tile(64, 64, 4, 3),
         Tile(64, 128, 4, 2),
     ),
+    ("backward_query", 0): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),
     ("backward_query", 1): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
 }  # fmt: skip
 
