@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_offline import check, compile_call
 
-from dlkernels.attention.triton import heuristics, host
+from dlkernels.attention.triton import addresses, heuristics
 
 
 def test_shared_memory_limit_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +31,7 @@ def test_serialised_products_are_noticed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(heuristics, "tile", lambda *_: heuristics.Tile(128, 128, 4, 2))
     found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 64, {"causal": 1}, backward=False)
     assert found[0].name == "forward" and "wgmma" in found[0].binary.advisories[0]
-    with pytest.raises(AssertionError, match="C75.*serialized"):
+    with pytest.raises(AssertionError, match=r"C75.*serialized"):
         check(found, "sm_90", True, "causal")
     silent = found[0]._replace(binary=found[0].binary._replace(advisories=()))
     with pytest.raises(AssertionError, match="wgmma are serialised"):
@@ -46,6 +46,6 @@ def test_the_words_of_ptxas() -> None:
 
 
 def test_narrow_loads_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_align", lambda *_: 1)
+    monkeypatch.setattr(addresses, "align", lambda *_: 1)
     found = compile_call(monkeypatch, "sm_90", torch.bfloat16, 72, {}, backward=False)
     assert found[0].name == "forward" and found[0].binary.narrow_loads > 100

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlkernels.attention.triton import heuristics
+from dlkernels.attention.triton import addresses, heuristics
 from dlkernels.attention.triton.heuristics import Tile, padded
 from dlkernels.attention.triton.kernels import elements
 from dlkernels.attention.triton.kernels.backward_key import backward_key
@@ -33,7 +33,6 @@ _PREPROCESS_ROWS = 64
 _COMBINE_ROWS = 16
 _MAP_TILE = 32
 _ALREADY = contextlib.nullcontext()
-_MAX_ROW_STRIDE = 2**31 // 256  # a tile has fewer than 256 rows, so offsets within it fit 32 bits
 # The bits of the kernels' FEATURES as plain numbers, which Python compares faster.
 SOFTCAP, ALIBI, BOOL_MASK, FLOAT_MASK, DROPOUT, SINKS, LEFT, RIGHT, VARLEN, BOTTOM_RIGHT, SIGNED_SCALE = (
     getattr(elements, name).value
@@ -205,51 +204,6 @@ def _rows_like(x: Tensor, width: int, varlen: bool) -> Tensor:
     return _new((B, M, H, width), x).transpose(1, 2)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x, or a contiguous copy if the kernels cannot read x: they need contiguous rows, and offsets within a tile that
-    fit 32 bits."""
-    strides = x.stride()
-    rows = strides[-2] if len(strides) == 4 else strides[0]
-    fits = strides[-1] == 1 or x.size(-1) <= 1
-    return x if fits and rows < _MAX_ROW_STRIDE else x.contiguous()
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """(batch, head, row); packed tensors have no batch. 0 where there is only one, since nothing is known of that
-    stride."""
-    sizes, strides = x.shape, x.stride()
-    if len(sizes) == 3:
-        return 0, strides[1] if sizes[1] > 1 else 0, strides[0] if sizes[0] > 1 else 0
-    return (
-        strides[0] if sizes[0] > 1 else 0, strides[1] if sizes[1] > 1 else 0, strides[2] if sizes[2] > 1 else 0
-    )  # fmt: skip
-
-
-def _align(like: Tensor, strides: Sequence[int], *tensors: Tensor) -> int:
-    """The elements of `like`'s dtype in 16 bytes if all tensors start at a multiple of 16 bytes and all strides are
-    multiples of so many elements, else 1. The kernels then access 16 bytes at a time."""
-    step = 16 // like.element_size()
-    for stride in strides:
-        if stride % step:
-            return 1
-    for x in tensors:
-        if x.data_ptr() % 16:
-            return 1
-    return step
-
-
-def _mask_strides(mask: Tensor | None) -> tuple[tuple[int, ...], int]:
-    """The strides of a mask, and the kernels' MASK_ALIGN (elements.mask_strides)."""
-    if mask is None:
-        return (0, 0, 0, 0), 0
-    strides = tuple(0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    return strides, _align(mask, strides[:3], mask) if strides[3] == 1 else 0
-
-
-def _slope_stride(alibi_slopes: Tensor | None) -> int:
-    return alibi_slopes.stride(0) if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
-
-
 def _row_strides(call: Call, q: Tensor) -> tuple[int, int]:
     """(batch, head) of the log-sum-exp: [B, H, M], or [H, total_q] when packed. Statistics have twice these."""
     return (0, q.size(0)) if call.features & VARLEN else (call.H * call.M, call.M)
@@ -281,7 +235,7 @@ def attention_forward(
     stats = _new((*heads_shape, 2, total), q, torch.float32, fill_zero=varlen)
     if lse.numel() == 0 or call.M == 0:
         return o, lse, stats
-    q, k, v = _readable(q), _readable(k), _readable(v)
+    q, k, v = addresses.readable(q), addresses.readable(k), addresses.readable(v)
     arch, processors = _machine(q)
     plan = heuristics.forward_plan(
         arch, processors, call.half, max(padded(call.D), padded(call.DV)), bool(call.features & BUSY),
@@ -296,17 +250,17 @@ def attention_forward(
     if split:
         part = _new((plan.splits, *o.shape), o, torch.float32)
         part_stats = _new((plan.splits, *stats.shape), stats)
-    q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)
-    part_strides: tuple[int, ...] = _strides(part[0] if split else part)
-    align = _align(q, (*q_strides, *k_strides, *v_strides, *part_strides), q, k, v, part)
-    mask_strides, mask_align = _mask_strides(mask)
+    q_strides, k_strides, v_strides = addresses.strides(q), addresses.strides(k), addresses.strides(v)
+    part_strides: tuple[int, ...] = addresses.strides(part[0] if split else part)
+    align = addresses.align(q, (*q_strides, *k_strides, *v_strides, *part_strides), q, k, v, part)
+    mask_strides, mask_align = addresses.mask_strides(mask)
     row_strides = (part_stats.stride(0) if split else 0, *_row_strides(call, q))
     part_strides = (part.stride(0) if split else 0, *part_strides)
     with _on(q):
         launch(
             forward, (tiles_m * call.B * heads, plan.splits),
             (q, k, v, mask, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k, part, lse, part_stats),
-            (*q_strides, *k_strides, *v_strides, *mask_strides, _slope_stride(alibi_slopes), *part_strides,
+            (*q_strides, *k_strides, *v_strides, *mask_strides, addresses.slope_stride(alibi_slopes), *part_strides,
              *row_strides, call.M, call.N, call.H, call.GROUP, tiles_m, plan.splits, *call.elementwise, *call.dropout,
              call.keep_scale),
             (call.features, align, mask_align, plan.packed, split, *call.widths, block_m, block_n, stages,
@@ -314,12 +268,12 @@ def attention_forward(
             call.options(warps, stages),
         )  # fmt: skip
         if split:
-            o_strides = _strides(o)
+            o_strides = addresses.strides(o)
             launch(
                 combine, (_cdiv(call.M, _COMBINE_ROWS), call.B * call.H),
                 (part, part_stats, sinks, cu_seqlens_q, o, lse, stats),
                 (*part_strides, *row_strides, *o_strides, call.M, call.H, plan.splits),
-                (call.features, _align(o, (*o_strides, *part_strides), o, part), call.DV, padded(call.DV),
+                (call.features, addresses.align(o, (*o_strides, *part_strides), o, part), call.DV, padded(call.DV),
                  _COMBINE_ROWS, padded(plan.splits)),
                 Options(),
             )  # fmt: skip
@@ -341,7 +295,7 @@ def attention_backward(
     varlen = cu_seqlens_q is not None
     if stats.numel() == 0 or call.M == 0:
         return _no_queries(q, k, v, mask, alibi_slopes, sinks, need_q, need_kv, need_mask, need_slopes, need_sinks)
-    q, k, v, o, do = _readable(q), _readable(k), _readable(v), _readable(o), _readable(do)
+    q, k, v, o, do = (addresses.readable(x) for x in (q, k, v, o, do))
     stats = stats.contiguous()
     arch, _ = _machine(q)
 
@@ -359,28 +313,28 @@ def attention_backward(
         top, weight, delta = (_new(stat_shape, stats) for _ in range(3))
         tiles = _cdiv(call.M + spare, _PREPROCESS_ROWS)
         sink_part = _new((call.B * call.H * tiles,), stats) if need_sinks else None
-        do_strides, o_strides = _strides(do), _strides(o)
+        do_strides, o_strides = addresses.strides(do), addresses.strides(o)
         launch(
             preprocess, (call.B * call.H * tiles, 1),
             (o, do, stats, None if dlse is None else dlse.contiguous(), sinks, cu_seqlens_q, top, weight, delta,
              sink_part),
             (*o_strides, *do_strides, *_row_strides(call, q), *stat_strides, call.M, call.H, tiles),
-            (call.features, _align(o, (*o_strides, *do_strides), o, do), dlse is not None, need_sinks, call.DV,
+            (call.features, addresses.align(o, (*o_strides, *do_strides), o, do), dlse is not None, need_sinks, call.DV,
              padded(call.DV), _PREPROCESS_ROWS),
             Options(),
         )  # fmt: skip
         if sink_part is not None and sinks is not None:
             dsinks = sink_part.view(call.B, call.H, tiles).sum((0, 2)).to(sinks.dtype)
 
-        mask_strides, mask_align = _mask_strides(mask)
-        rows = (*_strides(q), *_strides(k), *_strides(v), *do_strides)
-        align = _align(q, rows, q, k, v, do)
-        inputs = (*rows, *mask_strides, _slope_stride(alibi_slopes), *stat_strides)
+        mask_strides, mask_align = addresses.mask_strides(mask)
+        rows = (*addresses.strides(q), *addresses.strides(k), *addresses.strides(v), *do_strides)
+        align = addresses.align(q, rows, q, k, v, do)
+        inputs = (*rows, *mask_strides, addresses.slope_stride(alibi_slopes), *stat_strides)
         if need_q or need_slopes or by_row:
             block_m, block_n, warps, stages = call.tile("backward_query", arch)
             tiles = _cdiv(call.M, block_m)
             dq = _rows_like(q, call.D, varlen)
-            dq_strides = _strides(dq)
+            dq_strides = addresses.strides(dq)
             slope_part = _new((call.B * call.H * tiles,), stats) if need_slopes else None
             mask_part = _new((call.B, call.H, call.M, 1), stats) if by_row else None
             launch(
@@ -389,8 +343,8 @@ def attention_backward(
                  mask_part),
                 (*inputs, *dq_strides, call.M, call.N, call.H, call.GROUP, tiles, call.left, call.right,
                  call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale),
-                (call.features, min(align, _align(dq, dq_strides, dq)), mask_align, need_slopes, by_row, *call.widths,
-                 block_m, block_n, stages, call.precision),
+                (call.features, min(align, addresses.align(dq, dq_strides, dq)), mask_align, need_slopes, by_row,
+                 *call.widths, block_m, block_n, stages, call.precision),
                 call.options(warps, stages),
             )  # fmt: skip
             if slope_part is not None and alibi_slopes is not None:
@@ -403,7 +357,7 @@ def attention_backward(
             block_m, block_n, warps, stages = call.tile("backward_key", arch)
             tiles = _cdiv(call.N, block_n)
             dk, dv = _rows_like(k, call.D, varlen), _rows_like(v, call.DV, varlen)
-            dk_strides, dv_strides = _strides(dk), _strides(dv)
+            dk_strides, dv_strides = addresses.strides(dk), addresses.strides(dv)
             mask_part = _new((call.B, call.H, 1, call.N), stats) if by_key else None
             if tiles:
                 launch(
@@ -412,8 +366,8 @@ def attention_backward(
                      mask_part),
                     (*inputs, *dk_strides, *dv_strides, call.M, call.N, call.H, call.GROUP, tiles, call.left,
                      call.right, call.softmax_scale, call.scale, call.cap, *call.dropout, call.keep_scale),
-                    (call.features, min(align, _align(dk, (*dk_strides, *dv_strides), dk, dv)), mask_align, by_key,
-                     *call.widths, block_m, block_n, stages, call.precision),
+                    (call.features, min(align, addresses.align(dk, (*dk_strides, *dv_strides), dk, dv)), mask_align,
+                     by_key, *call.widths, block_m, block_n, stages, call.precision),
                     call.options(warps, stages),
                 )  # fmt: skip
             if mask_part is not None and mask is not None:
@@ -488,15 +442,15 @@ def attention_map(
         return out.zero_()
     # The forward pass runs only for its statistics, with values of width 0.
     _, _, stats = attention_forward(q, k, no_values, *features, softcap, 0.0, True)
-    q, k = _readable(q), _readable(k)
-    strides = (*_strides(q), *_strides(k))
-    mask_strides, mask_align = _mask_strides(mask)
+    q, k = addresses.readable(q), addresses.readable(k)
+    strides = (*addresses.strides(q), *addresses.strides(k))
+    mask_strides, mask_align = addresses.mask_strides(mask)
     with _on(q):
         launch(
             map_kernel, (out.numel(), 1), (q, k, stats, mask, alibi_slopes, out),
-            (*strides, *mask_strides, _slope_stride(alibi_slopes), call.M, call.N, call.H, call.GROUP, rows, cols,
-             *call.elementwise),
-            (call.features, _align(q, strides, q, k), mask_align, call.D, padded(call.D), _MAP_TILE, _MAP_TILE,
+            (*strides, *mask_strides, addresses.slope_stride(alibi_slopes), call.M, call.N, call.H, call.GROUP, rows,
+             cols, *call.elementwise),
+            (call.features, addresses.align(q, strides, q, k), mask_align, call.D, padded(call.D), _MAP_TILE, _MAP_TILE,
              call.precision),
             call.options(4, 2),
         )  # fmt: skip
