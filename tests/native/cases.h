@@ -191,6 +191,19 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
   return c;
 }
 
+// Two threads share the batch, the sequences have several lengths, and the time steps make three chunks. Then only the
+// barriers keep a thread from overwriting rows that the other still reads. random_case() draws few such cases.
+inline Case chunks_split_by_rows(CellKind cell, Isa isa) {
+  Case c;
+  LayerShape& s = c.shape;
+  s.cell = cell, s.dtype = DType::f32;
+  s.T = 24, s.B = 34, s.I = 3, s.H = 40, s.D = 1, s.rows = s.T * s.B;
+  c.types = {s.dtype, s.dtype, s.dtype, s.dtype, s.dtype, s.dtype};
+  c.isa = isa, c.threads = 2;
+  for (int64_t b = 0; b < s.B; ++b) c.lengths.push_back(1 + b * 7 % s.T);
+  return c;
+}
+
 struct Inputs {
   Buffer x, h0, c0, weights[2][5];
   Buffer dy, dh_n, dc_n;

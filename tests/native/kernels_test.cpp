@@ -239,6 +239,11 @@ int main(int argc, char** argv) {
   const int cases = argc > 1 ? std::atoi(argv[1]) : 1500;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
   set_least_patience(20000);
+  g_pool = Pool::one_each;
+  for (CellKind cell : kCellKinds) {
+    Random random(seed);
+    run_case(chunks_split_by_rows(cell, isas().front()), random);
+  }
   for (int i = 0; i < cases; ++i) {
     Random random(seed * 1000003 + static_cast<uint64_t>(i));
     const Case c = random_case(random, isas());
