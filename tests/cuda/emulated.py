@@ -175,6 +175,8 @@ MUTANT_SHAPES = (
     # Warps with fewer cells than lanes.
     "lstm:f32:smallgrid:4:1:40:1:padded:hb",
     "lstm:bf16:wide:4:8:72:1:padded:hb",
+    # Chunks that are alive at different times.
+    "lstm:bf16:small:7:33:40:2:lengths:hb",
     # A grid uses each place of its exchange more than once; an h_0 with the bits of an absent value.
     "lstm:bf16:smallgrid:20:8:40:1:padded:hb",
     "lstm:bf16:smallgrid:2:8:16:1:padded:hbn",

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 BRANCHES = {0x947, 0x547}  # BRA, BRA.U
 CALLS = {0x943, 0x944}
+EXIT = 0x94D
 LOAD_GLOBAL, STORE_GLOBAL, LOAD_SHARED = 0x981, 0x986, 0x984
 SEND_ASYNC = 0xDBD  # STAS: an asynchronous store to another block of the cluster
 TRY_WAIT = 0x5A7  # SYNCS.PHASECHK
@@ -29,6 +30,7 @@ class Instruction(NamedTuple):
     at: int
     low: int
     high: int
+    long_branch: bool  # whether bits 16 to 23 are the lowest of a branch's distance, as they are from sm_90 on
 
     @property
     def opcode(self) -> int:
@@ -49,7 +51,7 @@ class Instruction(NamedTuple):
         word = self.low | self.high << 64
         upper = word >> 34 & (1 << 48) - 1
         upper -= (upper >> 47) << 48
-        return self.at + 16 + 4 * (upper << 8 | self.low >> 16 & 0xFF)
+        return self.at + 16 + 4 * (upper << 8 | self.low >> 16 & 0xFF if self.long_branch else upper)
 
     @property
     def destinations(self) -> range:
@@ -67,8 +69,8 @@ class Instruction(NamedTuple):
         return registers - {NO_REGISTER}
 
 
-def code_of(cubin: Path) -> dict[str, list[Instruction]]:
-    """The instructions of each kernel in an ELF file: the sections `.text.NAME`."""
+def code_of(cubin: Path, sm: int = 90) -> dict[str, list[Instruction]]:
+    """The instructions of each kernel in an ELF file: the sections `.text.NAME`. `sm` is the GPU's generation."""
     data = cubin.read_bytes()
     table, size, count, names = *struct.unpack_from("<Q", data, 40), *struct.unpack_from("<3H", data, 58)
     headers = [struct.unpack_from("<IIQQQQ", data, table + i * size) for i in range(count)]
@@ -79,7 +81,7 @@ def code_of(cubin: Path) -> dict[str, list[Instruction]]:
         if text.startswith(".text."):
             code = data[offset : offset + length]
             found[text.removeprefix(".text.")] = [
-                Instruction(at, *struct.unpack_from("<QQ", code, at)) for at in range(0, length, 16)
+                Instruction(at, *struct.unpack_from("<QQ", code, at), sm >= 90) for at in range(0, length, 16)
             ]
     return found
 
@@ -115,8 +117,16 @@ def step_of(code: Sequence[Instruction], cluster: bool) -> Step:
         return one.opcode == LOAD_GLOBAL and one.strong and one.width == QUAD
 
     first_send = next(one.at for one in code if sends(one))
+    # Code for rare cases stands behind the end of the kernel and jumps back into it: those are no loops.
+    exits = [one.at for one in code if one.opcode == EXIT]
     begin, end = max(
-        ((one.target, one.at) for one in code if one.opcode in BRANCHES and one.target <= first_send <= one.at),
+        (
+            (one.target, one.at)
+            for one in code
+            if one.opcode in BRANCHES
+            and one.target <= first_send <= one.at
+            and not any(one.target <= at <= one.at for at in exits)
+        ),
         key=lambda loop: loop[1] - loop[0],
     )
     loop = [one for one in code if begin <= one.at <= end]

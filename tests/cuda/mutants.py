@@ -22,7 +22,7 @@ MUTANTS = (
     Mutant("sequence_backward.h", "  __syncthreads();\n  for (int i = thread; exists", "  for (int i = thread; exists",
            "tsan"),
     # A step begins before the other blocks have sent their h.
-    Mutant("sequence_forward.h", "if (chunk == 0) group.wait(s);", "if (chunk == 0 && s == 1) group.wait(s);", "tsan"),
+    Mutant("sequence_forward.h", "if (chunk == 0) group.wait(s);", "if (chunk == 0 && s > 1) group.wait(s);", "tsan"),
     Mutant("group.h", "if (step > 0) receipt_wait(", "if (step > 1) receipt_wait(", "plain"),
     Mutant("group.h", "while (is_absent(piece)) piece", "if (false) piece", "plain"),
     Mutant("product.h", "bool complete = !kPieces;", "bool complete = true;", "plain"),

@@ -145,8 +145,9 @@ class Case {
       if (!clusters || (o.path == "wide" && n == of_cluster)) gpu.clusters[n] = 0;
       if (o.path == "small") gpu.clusters[n] = 1;
     }
-    // All blocks of a grid run at the same time. More than 32 have more threads than ThreadSanitizer supports.
-    gpu.multiprocessors = o.path == "smallgrid" ? of_grid : std::max(32, of_grid);
+    // All blocks of a grid run at the same time. More than 32 have more threads than ThreadSanitizer supports. A grid
+    // of small groups would be taken for a cluster with many chunks, if there were room for one.
+    gpu.multiprocessors = o.path == "smallgrid" ? of_grid : o.path == "small" ? 1 : std::max(32, of_grid);
     if (o.path == "steps") gpu.multiprocessors = 0;
     forward_plan = sequence_plan(shape, gpu, false, 16);
     backward_plan = sequence_plan(shape, gpu, true, 16);
