@@ -191,16 +191,19 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
   return c;
 }
 
-// Two threads share the batch, the sequences have several lengths, and the time steps make three chunks. Then only the
-// barriers keep a thread from overwriting rows that the other still reads. random_case() draws few such cases.
+// Two threads share the batch, the time steps make several chunks, and one sequence joins at the second chunk of the
+// backward. So the rows move, by an odd number of rows with 35 sequences, and as every second row is the other thread's,
+// only a barrier keeps a thread from overwriting what the other still reads of the first chunk. random_case() draws too
+// few such cases.
 inline Case chunks_split_by_rows(CellKind cell, Isa isa) {
   Case c;
   LayerShape& s = c.shape;
   s.cell = cell, s.dtype = DType::f32;
-  s.T = 24, s.B = 34, s.I = 3, s.H = 40, s.D = 1, s.rows = s.T * s.B;
+  s.T = 24, s.B = 35, s.I = 3, s.H = 40, s.D = 1, s.rows = s.T * s.B;
   c.types = {s.dtype, s.dtype, s.dtype, s.dtype, s.dtype, s.dtype};
   c.isa = isa, c.threads = 2;
-  for (int64_t b = 0; b < s.B; ++b) c.lengths.push_back(1 + b * 7 % s.T);
+  c.lengths.assign(static_cast<size_t>(s.B), s.T);
+  c.lengths.back() = s.T - rnn_plan(s, isa, c.threads, true, false, false).chunk_steps;
   return c;
 }
 
