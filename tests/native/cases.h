@@ -192,9 +192,9 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
 }
 
 // Two threads share the batch, the time steps make several chunks, and one sequence joins at the second chunk of the
-// backward. So the rows move, by an odd number of rows with 35 sequences, and as every second row is the other thread's,
-// only a barrier keeps a thread from overwriting what the other still reads of the first chunk. random_case() draws too
-// few such cases.
+// backward. So the rows move, by an odd number of rows with 35 sequences, and as every second row is the other
+// thread's, only a barrier keeps a thread from overwriting what the other still reads of the first chunk. random_case()
+// draws too few such cases.
 inline Case chunks_split_by_rows(CellKind cell, Isa isa) {
   Case c;
   LayerShape& s = c.shape;
