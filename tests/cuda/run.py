@@ -1,4 +1,4 @@
-"""Tests the CUDA kernels without a GPU: `python tests/cuda/run.py [--short] [RUNG...]`. The rungs:
+"""Tests the CUDA kernels without a GPU: `python tests/cuda/run.py [--short | --quick] [RUNG...]`. The rungs:
 
 emulation  the emulation's own test: each planted bug is noticed by the builds that must notice it
 kernels    the kernels under emulation are compared with the reference, over a covering array of shapes
@@ -13,7 +13,9 @@ resident   all blocks of a plan that wait for each other at a barrier fit an H20
 This needs nvcc with its headers, g++, and clang++ with the runtimes of its sanitizers (Debian: clang,
 libclang-rt-14-dev). A rung that lacks one of them fails. MAX_JOBS is the number of commands that run at a time (2),
 NICE their niceness. The times in the report are processor times. --short, which `make gpuless` uses, leaves out one
-schedule of each shape and compiles everything for sm_90a only, but some of it for the others too.
+schedule of each shape and compiles everything for sm_90a only, but some of it for the others too. --quick, which
+.ci/run uses, also leaves out the other architectures and what only tests the tests: emulation, mutants and the bugs
+planted in machine code.
 """
 
 from __future__ import annotations
@@ -58,13 +60,17 @@ def report(units: list[Unit], outcomes: dict[str, Outcome]) -> list[str]:
 
 
 def main() -> None:
-    short = "--short" in sys.argv[1:]
-    wanted = [rung for rung in sys.argv[1:] if rung != "--short"] or list(RUNGS)
+    quick = "--quick" in sys.argv[1:]
+    short = quick or "--short" in sys.argv[1:]
+    wanted = [rung for rung in sys.argv[1:] if not rung.startswith("--")]
+    wanted = wanted or [rung for rung in RUNGS if not quick or rung not in ("emulation", "mutants")]
     unknown = set(wanted) - set(RUNGS)
     if unknown:
         raise SystemExit(f"no such rung: {', '.join(unknown)}; there are {', '.join(RUNGS)}")
     BUILD.mkdir(parents=True, exist_ok=True)
-    units = chosen_units([*emulated.units(short), *boundary.units(), *compiled.units(short), *on_gpu.units()], wanted)
+    units = chosen_units(
+        [*emulated.units(short), *boundary.units(), *compiled.units(short, quick), *on_gpu.units()], wanted
+    )
     begin = time.monotonic()
     outcomes = run_units(units)
     failures = report(units, outcomes)

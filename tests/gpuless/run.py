@@ -1,10 +1,11 @@
-"""Tests GPU code without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all] [PYTEST ...]
+"""Tests GPU code without a GPU: python tests/gpuless/run.py triton==3.6.0 triton==3.9.0 [--all | --quick] [PYTEST ...]
 
 The Triton kernels run under Triton's interpreter with the first of the given releases. They are compiled for each
 architecture, each configuration with one of the releases: they take turns, so that each release compiles every tile,
 every kind of call and for every architecture. --all compiles everything with each release, also the tiles that are
 candidates for a sweep on a GPU, and runs all of tests/cuda/run.py; without it that runs its short form. The usual run
-is meant to take at most 12 minutes on two cores.
+is meant to take at most 12 minutes on two cores. --quick, which .ci/run uses, leaves out the compilation for other
+architectures than 9.0 and the tests of the tests.
 
 The tests of the CUDA kernels, tests/cuda/run.py, run beside the others as one more rung, which is reported last.
 MAX_JOBS is the number of processes at a time, by default the number of processors. A rung that cannot run prints the
@@ -53,7 +54,7 @@ class Result(NamedTuple):
     seconds: float
 
 
-def rungs(specs: list[str], everything: bool) -> list[Rung]:
+def rungs(specs: list[str], everything: bool, quick: bool = False) -> list[Rung]:
     """All rungs but that of the CUDA kernels, the longest first."""
     shares = 1 if everything else len(specs)
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -63,7 +64,7 @@ def rungs(specs: list[str], everything: bool) -> list[Rung]:
         *(
             Rung(f"offline {arch}", spec, "attention_offline.py",
                  compiled | {"DLKERNELS_ARCH": arch, "DLKERNELS_RELEASE": f"{release % shares}/{shares}"})
-            for release, spec in reversed(list(enumerate(specs))) for arch in ARCHITECTURES
+            for release, spec in reversed(list(enumerate(specs))) for arch in ARCHITECTURES[: 1 if quick else None]
         ),
         *(
             Rung(f"interpreter {shard + 1}/{SHARDS}", specs[0], "attention_interpreted.py",
@@ -72,8 +73,10 @@ def rungs(specs: list[str], everything: bool) -> list[Rung]:
         ),
         *(Rung("registration", spec, "registration.py", {}) for spec in specs),
         *(Rung("launches", spec, "launches.py", {}) for spec in specs),
-        Rung("interpreter itself", specs[0], "interpreter_itself.py", interpreted),
-        Rung("offline itself", specs[0], "offline_itself.py", compiled),
+        *(
+            Rung(f"{name} itself", specs[0], f"{name}_itself.py", settings)
+            for name, settings in (("interpreter", interpreted), ("offline", compiled)) if not quick
+        ),
     ]  # fmt: skip
 
 
@@ -125,7 +128,7 @@ def nvcc() -> tuple[str, str]:
         return "", f"no nvcc, and none to be installed: {said[-1]}"
 
 
-def climb_cuda(everything: bool) -> Result:
+def climb_cuda(everything: bool, quick: bool) -> Result:
     """Runs tests/cuda/run.py, which prints its own rungs."""
     begin = time.monotonic()
     rung = Rung("cuda", "tests/cuda/run.py", "", {})
@@ -134,7 +137,8 @@ def climb_cuda(everything: bool) -> Result:
         allowed = "cuda" in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(",")
         return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
     settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(max(1, JOBS // 2))}
-    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *([] if everything else ["--short"])]
+    form = [] if everything else ["--quick" if quick else "--short"]
+    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *form]
     status = subprocess.run(ladder, cwd=ROOT, env=settings).returncode
     verdict = "passed" if status == 0 else f"FAILED ({status})"
     return Result(rung, verdict, status == 0, time.monotonic() - begin)
@@ -174,8 +178,8 @@ def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Resul
 
 def main(arguments: list[str]) -> int:
     specs = [x for x in arguments if x.startswith("triton")]
-    everything = "--all" in arguments
-    rest = [x for x in arguments if not x.startswith("triton") and x != "--all"]
+    everything, quick = "--all" in arguments, "--quick" in arguments
+    rest = [x for x in arguments if not x.startswith("triton") and x not in ("--all", "--quick")]
     if not specs:
         print(__doc__)
         return 2
@@ -184,11 +188,11 @@ def main(arguments: list[str]) -> int:
     results = []
     with ThreadPoolExecutor(JOBS) as pool:
         # This rung starts first, since it needs no environment and takes the longest.
-        cuda = pool.submit(climb_cuda, everything)
+        cuda = pool.submit(climb_cuda, everything, quick)
         with ThreadPoolExecutor(len(specs)) as installing:
             pythons = dict(zip(specs, installing.map(environment, specs), strict=True))
         print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
-        waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything)]
+        waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything, quick)]
         for future in [*waiting, cuda]:
             result = future.result()
             results.append(result)
