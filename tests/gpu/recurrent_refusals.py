@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -169,15 +170,20 @@ def placed(name: str, value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) and name != "batch_sizes" else value
 
 
-def outcome(name: str, device: str) -> list[str]:
+def outcome(name: str, device: str, on_cpu: bool = False) -> list[str]:
     """The type and the message of the exception that a call raises, or an empty list. Where `name` is an operator
-    instead of a mistake, the call is valid."""
+    instead of a mistake, the call is valid. `on_cpu`: the CPU's kernels run, whose records of LSTM and GRU cells have
+    one slot less. The sizes of such records are left out of the message."""
     operator, changes = MISTAKES.get(name, (name, {}))
     call = {key: placed(key, value, device) for key, value in {**CALLS[operator], **changes}.items()}
+    of_cell = operator in ("lstm_cell_backward", "gru_cell_backward")
+    if of_cell and on_cpu:
+        call["saved"] = call["saved"][:, H:]
     try:
         getattr(torch.ops.dlkernels, operator).default(*call.values())
     except Exception as error:
-        return [type(error).__name__, str(error)]
+        text = re.sub(rf"\[{B}, \d+\]", "[B, a record]", str(error)) if of_cell and "saved" in name else str(error)
+        return [type(error).__name__, text]
     return []
 
 
@@ -192,4 +198,4 @@ def of_the_cpu() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     assert MODES
-    print(json.dumps({name: outcome(name, "cpu") for name in (*CALLS, *MISTAKES)}))
+    print(json.dumps({name: outcome(name, "cpu", on_cpu=True) for name in (*CALLS, *MISTAKES)}))
