@@ -17,10 +17,17 @@ from pathlib import Path
 
 from . import ratios, tree_worker
 
+# glibc's allocator then never gives memory back between two calls. By its defaults a process does so in every call or
+# in none, by chance: the same build trained an LSTMCell (B 16, H 256) with 458 page faults a step in 1.7 ms, or with
+# none in 0.93 ms.
+ALLOCATOR = {
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32), "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TOP_PAD_": str(64 << 20),
+}  # fmt: skip
+
 
 def start(tree: Path, attention: bool) -> subprocess.Popen[str]:
     command = [sys.executable, tree_worker.__file__, *(["--attention"] if attention else [])]
-    env = {**os.environ, "PYTHONPATH": str(tree)}
+    env = {**ALLOCATOR, **os.environ, "PYTHONPATH": str(tree)}
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=tree)
 
 

@@ -107,7 +107,7 @@ class Backward {
       for (int64_t k = 0; k < count; ++k) {
         walk.step(nth + k, k, parity);
         // The second step may overwrite what the first step of another thread still reads.
-        (k == 0 ? team : walk.member).sync();
+        if (k + 1 < count) (k == 0 ? team : walk.member).sync();
       }
       team.sync();
       chunk_products(team, worker, d, parity, nth == 0);
