@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels._core import compile_cache
 from dlkernels._core.private_torch import schema_of
 
 __all__ = ["register_fake"]
@@ -28,6 +29,7 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
     def checked(*args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(names, args, strict=False)) | kwargs
         _check(name, arguments)
+        compile_cache.add()
         return fake(**arguments)
 
     torch.library.register_fake(f"dlkernels::{name}", checked)

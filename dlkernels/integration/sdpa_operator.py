@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import os
 import threading
-import zlib
 from typing import Any
 
 import torch
@@ -20,16 +19,14 @@ from torch import Tensor
 from torch.library import Library
 from torch.overrides import TorchFunctionMode
 
-from dlkernels._core import extension
+from dlkernels._core import compile_cache
 from dlkernels._core.private_torch import (
     are_transforms_active,
     has_saved_tensors_hooks,
     is_in_backward,
-    schema_of,
     skip_in_dynamo,
     unregister,
 )
-from dlkernels._version import __version__
 from dlkernels.attention.sdpa import scaled_dot_product_attention
 
 __all__ = ["AttentionPatch", "patch_attention"]
@@ -37,12 +34,8 @@ __all__ = ["AttentionPatch", "patch_attention"]
 _OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 # Both the keys with and without autograd are needed, because inference mode skips the autograd keys.
 _KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
-# The schemas are part of the key of Inductor's caches. The caches see torch's operator but not our operator, to which
-# it is traced and whose arguments may change from one build to the next.
-_SCHEMAS = "".join(
-    str(schema_of(getattr(torch.ops.dlkernels, name).default)) for name in ("attention", "attention_backward")
-)
-_TAG = f"[dlkernels {__version__} attention {extension.HAVE_NATIVE} {zlib.crc32(_SCHEMAS.encode())}]"
+# The switch's tag in the keys of Inductor's caches, which see torch's operator but not ours, to which it is traced.
+_TAG = "patch_attention"
 # The most draws that are remembered, at 100 bytes each. No model has as many calls that wait for their backward.
 _MOST_DRAWS = 2**16
 
@@ -88,8 +81,7 @@ class AttentionPatch(contextlib.ContextDecorator):
                 _state.library = _register()
             _state.users += 1
         _running.depth += 1
-        if not _is_tagged():
-            torch.compiler.config.cache_key_tag += _TAG
+        compile_cache.add(_TAG)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,7 +95,7 @@ class AttentionPatch(contextlib.ContextDecorator):
                 _state.library = None
         _running.depth = 0 if off else max(_running.depth - 1, 0)
         if _running.depth == 0:
-            _untag()
+            compile_cache.remove(_TAG)
 
     def _recreate_cm(self) -> Any:
         return patch_attention()
@@ -171,8 +163,8 @@ def _is_ours(query: Tensor, dropout_p: float) -> bool:
     if type(query) not in (Tensor, torch.nn.Parameter):
         # The call is traced, and its result may be cached under a key that has the tag of this thread.
         if not on:
-            _untag()  # another thread left the block that this one entered
-        return on and _is_tagged()
+            compile_cache.remove(_TAG)  # another thread left the block that this one entered
+        return on and compile_cache.contains(_TAG)
     if dropout_p <= 0:
         return on
     if is_in_backward():
@@ -218,14 +210,6 @@ def _draw() -> int:
     restores the state."""
     state = torch.get_rng_state()
     return hash(ctypes.string_at(state.data_ptr(), state.numel()))
-
-
-def _is_tagged() -> bool:
-    return _TAG in torch.compiler.config.cache_key_tag
-
-
-def _untag() -> None:
-    torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_TAG, "")
 
 
 # Dynamo must not trace the kernel where a compiled program calls the operator outside of its graphs.

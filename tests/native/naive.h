@@ -70,7 +70,7 @@ struct Weights {
 // of 16 bits come first: the bounded ones, whose values are multiples of 1/32767, then the narrow ones in the layer's
 // dtype.
 struct RecordPart {
-  int64_t at, begin, end;  // the values [begin, end) lie `at` bytes from the begin of the record on
+  int64_t at, begin, end;  // the values [begin, end) lie `at` bytes behind the start of the record
   DType dtype;
   bool fixed;
 };

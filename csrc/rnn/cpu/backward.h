@@ -6,7 +6,7 @@
 // GEMMs over the chunk then compute dx and accumulate the weight gradients, so that no
 // gradient tensor of the full length is allocated. The first step of a chunk reads the gate
 // gradients of the last step of the previous chunk, so the buffer has room for one step more:
-// the steps of even chunks lie in it from the begin on, those of odd chunks from the end.
+// the steps of even chunks lie at its start, those of odd chunks at its end.
 //
 // The threads are split as in the forward; all threads of a direction share the GEMMs of a chunk.
 // No sum depends on the number of threads.
