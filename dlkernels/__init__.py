@@ -11,17 +11,22 @@ dlkernels.explain       tells which kernel runs for an input, and why
 from __future__ import annotations
 
 from dlkernels import functional, nn, reference
+from dlkernels._core import extension
 from dlkernels._version import __version__
 
 # `explain` and `info` name both a function and the module that holds it. The modules are loaded here, so that a later
 # `import dlkernels.explain` does not replace the function by the module.
 from dlkernels.explain import explain
 from dlkernels.info import info
-from dlkernels.integration.patch import patch, patch_report, unpatch
-from dlkernels.integration.sdpa_operator import patch_attention
+from dlkernels.integrations import flash_registry
+from dlkernels.integrations.enable import disable, enable
+from dlkernels.integrations.patch import patch, patch_report, unpatch
+from dlkernels.integrations.sdpa_operator import patch_attention
 
 __all__ = [
     "__version__",
+    "disable",
+    "enable",
     "explain",
     "functional",
     "info",
@@ -32,3 +37,7 @@ __all__ = [
     "reference",
     "unpatch",
 ]
+
+flash_registry.register()
+if extension.flag("DLKERNELS_ENABLE"):
+    enable()

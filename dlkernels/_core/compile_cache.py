@@ -9,6 +9,7 @@ belongs to a thread, and so does the tag.
 from __future__ import annotations
 
 import functools
+import re
 import zlib
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from dlkernels._core import extension
 from dlkernels._version import __version__
 
 __all__ = ["add", "contains", "remove"]
+
+
+_TAG = re.compile(r"\[dlkernels [^]]*\]")
 
 
 @functools.cache
@@ -33,17 +37,27 @@ def _digest() -> str:
 
 def add(what: str = "") -> None:
     """Adds the tag to the keys of what this thread compiles from now on. `what` names a switch that is on."""
-    tag = _tag(what)
-    if tag not in torch.compiler.config.cache_key_tag:
-        torch.compiler.config.cache_key_tag += tag
+    if not contains(what):
+        _set({*_tags(), _tag(what)})
 
 
 def remove(what: str) -> None:
-    torch.compiler.config.cache_key_tag = torch.compiler.config.cache_key_tag.replace(_tag(what), "")
+    if contains(what):
+        _set(_tags() - {_tag(what)})
 
 
 def contains(what: str) -> bool:
     return _tag(what) in torch.compiler.config.cache_key_tag
+
+
+def _tags() -> set[str]:
+    return set(_TAG.findall(torch.compiler.config.cache_key_tag))
+
+
+def _set(tags: set[str]) -> None:
+    """Puts the tags in an order that does not depend on the order in which they came."""
+    others = _TAG.sub("", torch.compiler.config.cache_key_tag)
+    torch.compiler.config.cache_key_tag = others + "".join(sorted(tags))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ Environment variables: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLK
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -124,6 +125,14 @@ HAVE_NATIVE: bool = native is not None
 HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
 why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not
 _announced = False
+
+
+@functools.cache
+def only_scalar() -> bool:
+    """Whether the processor runs none of the vector kernels."""
+    return native is not None and list(native.available_isas()) == ["scalar"]
+
+
 
 
 def announce_reference() -> None:

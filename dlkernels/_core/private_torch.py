@@ -7,6 +7,7 @@ the oldest release that the package supports, has the name as well.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "FunctionalTensor",
     "add_batch_dim",
     "are_transforms_active",
+    "composite",
     "cpp_apply",
     "enter_vmap_level",
     "forward_ad",
@@ -101,6 +103,12 @@ def schema_of(overload: Any) -> Any:
 def without_python(overload: Any) -> Callable[..., Any]:
     """The operator without the Python code around its overload, which costs a microsecond (2.11, 2.13)."""
     return overload._op  # type: ignore[no-any-return]
+
+
+def composite(overload: Any) -> Callable[..., Any]:
+    """torch's own implementation of an operator that consists of others, whatever is registered for it. `decompose`
+    would prefer a decomposition in Python, which exists for tracing and which some calls break (2.11, 2.13)."""
+    return partial(overload._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd)
 
 
 def cpp_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

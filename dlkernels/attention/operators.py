@@ -25,7 +25,7 @@ from dlkernels.attention import flops, reference, triton
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs, AttentionWanted
 from dlkernels.attention.routing import route
 
-__all__ = ["OPERATORS", "attention", "attention_map", "schema"]
+__all__ = ["OPERATORS", "attention", "attention_map", "run_backward", "run_forward", "schema"]
 
 # The dimension of the heads, into which vmap folds its samples.
 _HEADS = 1
@@ -123,6 +123,19 @@ _backward: Callable[..., list[Tensor]] = torch.ops.dlkernels.attention_backward.
 _map: Callable[..., Tensor] = torch.ops.dlkernels.attention_map.default
 
 
+def run_forward(given: AttentionInputs, cfg: AttentionConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, lse, stats) from the operator, without autograd."""
+    return _forward(*_arguments(given, cfg))
+
+
+def run_backward(
+    do: Tensor, dlse: Tensor | None, given: AttentionInputs, o: Tensor, stats: Tensor, cfg: AttentionConfig,
+    wanted: AttentionWanted,
+) -> list[Tensor]:  # fmt: skip
+    """[dq, dk, dv, dmask, dslopes, dsinks] from the operator, without autograd."""
+    return _backward(*_backward_arguments(do, dlse, given, o, stats, cfg, wanted))
+
+
 def attention(cfg: AttentionConfig, given: AttentionInputs) -> tuple[Tensor, Tensor]:
     """(o, lse); the shapes are those of `dlkernels.reference.attention`.
 
@@ -130,7 +143,7 @@ def attention(cfg: AttentionConfig, given: AttentionInputs) -> tuple[Tensor, Ten
     """
     path = route(*given[:6]).path
     if path == "op":
-        return _forward(*_arguments(given, cfg))[:2]
+        return run_forward(given, cfg)[:2]
     if path == "reference":
         extension.announce_reference()
         return _reference(cfg, given)
@@ -164,7 +177,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(cfg: AttentionConfig, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return _forward(*_arguments(AttentionInputs(*tensors), cfg))
+        return run_forward(AttentionInputs(*tensors), cfg)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -212,7 +225,7 @@ class AttentionBackward(torch.autograd.Function):
         cfg: AttentionConfig, wanted: AttentionWanted, do: Tensor, dlse: Tensor | None, *tensors: Any
     ) -> tuple[Tensor, ...]:
         *given, o, stats = tensors
-        return tuple(_backward(*_backward_arguments(do, dlse, AttentionInputs(*given), o, stats, cfg, wanted)))
+        return tuple(run_backward(do, dlse, AttentionInputs(*given), o, stats, cfg, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -17,7 +17,7 @@ from dlkernels.attention.checks import scale as scale_of
 from dlkernels.attention.functional import draw_seed, unexpanded
 from dlkernels.attention.routing import route
 
-__all__ = ["Call", "arrange", "scaled_dot_product_attention"]
+__all__ = ["Call", "arrange", "run", "scaled_dot_product_attention"]
 
 _theirs: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
 _flash_enabled: Callable[[], bool] = torch.backends.cuda.flash_sdp_enabled
@@ -40,13 +40,7 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
             enable_gqa=enable_gqa,
         )  # fmt: skip
-    given = call.given._replace(rng=draw_seed()) if call.cfg.dropout_p else call.given
-    o, _ = operators.attention(call.cfg, given)
-    if len(call.batch) == 1:
-        return o
-    if call.batch:
-        return torch.unflatten(o, 0, call.batch)
-    return o.squeeze(0) if call.has_heads else o.squeeze((0, 1))
+    return run(call)
 
 
 class Call(NamedTuple):
@@ -96,6 +90,16 @@ def arrange(
         None if mask is None else _fold_mask(unexpanded(mask), batch),
     )  # fmt: skip
     return Call(cfg, given, batch, has_heads)
+
+
+def run(call: Call) -> Tensor:
+    given = call.given._replace(rng=draw_seed()) if call.cfg.dropout_p else call.given
+    o, _ = operators.attention(call.cfg, given)
+    if len(call.batch) == 1:
+        return o
+    if call.batch:
+        return torch.unflatten(o, 0, call.batch)
+    return o.squeeze(0) if call.has_heads else o.squeeze((0, 1))
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, enable_gqa: bool) -> bool:

@@ -154,25 +154,52 @@ def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack
     h0, c0 = (None, None) if hx is None else checks.states(kind, kind.function, hx)
     if not isinstance(input, Tensor):
         checks.tensor(kind.function, "input", input)
-    y, h_n, c_n = _checked(kind, input, h0, c0, weights, stack)
+    if stack.batch_sizes is None and input.dim() == 2:
+        y, h_n, c_n = _unbatched(kind, input, h0, c0, weights, stack)
+    else:
+        y, h_n, c_n = arrange(kind, input, h0, c0, weights, stack).run()
     return y, (h_n, c_n) if kind.has_cell_state else h_n
 
 
-def _checked(
+def _unbatched(
     kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
 ) -> tuple[Tensor, Tensor, Tensor]:
+    checks.weight_count(kind, weights, stack.num_layers, 2 if stack.bidirectional else 1)
+    checks.state_ranks(False, h0, c0)
+    if stack.lengths is not None:
+        raise ValueError("lengths: needs batched 3-D input, got 2-D input")
+    h0, c0 = (None if state is None else state.unsqueeze(1) for state in (h0, c0))
+    y, h_n, c_n = arrange(kind, x.unsqueeze(1), h0, c0, weights, stack._replace(batch_first=False)).run()
+    return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if kind.has_cell_state else c_n
+
+
+class Call(NamedTuple):
+    """A checked call of layers; nothing has been computed yet. `dropout` is 0 if the call does not train."""
+
+    cfg: SequenceConfig
+    given: SequenceInputs
+    num_layers: int
+    dropout: float
+    packed: Sequence[Tensor] | None
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, h_n, c_n)."""
+        cfg, given, num_layers, dropout, packed = self
+        if num_layers == 1:
+            return sequence(cfg, given if packed is None else given._replace(packed=packed[0]))
+        return _layer_by_layer(cfg, given, num_layers, dropout, packed)
+
+
+def arrange(
+    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
+) -> Call:
+    """Checks a call with batched or packed input."""
     num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed = stack
     directions = 2 if bidirectional else 1
     count = checks.weight_count(kind, weights, num_layers, directions)
     checks.rank(kind.layer, x, batch_sizes is not None)
     if batch_sizes is None:
-        checks.state_ranks(x.dim() == 3, h0, c0)
-        if x.dim() == 2:
-            if lengths is not None:
-                raise ValueError("lengths: needs batched 3-D input, got 2-D input")
-            h0, c0 = (None if state is None else state.unsqueeze(1) for state in (h0, c0))
-            y, h_n, c_n = _checked(kind, x.unsqueeze(1), h0, c0, weights, stack._replace(batch_first=False))
-            return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if kind.has_cell_state else c_n
+        checks.state_ranks(True, h0, c0)
 
     projected = count // directions % 2 == 1
     types, mixed = SAME, False
@@ -219,9 +246,7 @@ def _checked(
         torch.are_deterministic_algorithms_enabled(), types,
     )  # fmt: skip
     given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights)
-    if num_layers == 1:
-        return sequence(cfg, given if packed is None else given._replace(packed=packed[0]))
-    return _layer_by_layer(cfg, given, num_layers, dropout if training else 0.0, packed)
+    return Call(cfg, given, num_layers, dropout if training else 0.0, packed)
 
 
 def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -280,6 +305,14 @@ def _cell(
         states = h if not kind.has_cell_state or h is None else (h, c)
         out = _cell(kind, x.unsqueeze(0), states, w_ih, w_hh, b_ih, b_hh)
         return [state.squeeze(0) for state in out[: 2 if kind.has_cell_state else 1]]
+    return cell(*arrange_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh))
+
+
+def arrange_cell(
+    kind: Kind, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[CellConfig, CellInputs]:  # fmt: skip
+    """Checks one step of a batch and returns it as `operators.cell.cell` takes it."""
     if b_ih is None and b_hh is not None:
         b_ih = torch.zeros_like(b_hh)
     elif b_hh is None and b_ih is not None:
@@ -291,8 +324,8 @@ def _cell(
         w_ih, w_hh, *biases = weights
         b_ih, b_hh = biases or (None, None)
     checks.same_kind(x, (h, c), weights, RuntimeError, mixed=types != SAME)
-    checks.cell(name, x, h, c, w_ih, w_hh, kind.gates)
+    checks.cell(f"{kind.layer}Cell", x, h, c, w_ih, w_hh, kind.gates)
     if b_ih is not None:
         checks.cell_biases(b_ih, b_hh, w_ih.shape[0])
     cfg = CellConfig(kind.mode, torch.are_deterministic_algorithms_enabled(), types)
-    return cell(cfg, CellInputs(x, h, c, w_ih, w_hh, b_ih, b_hh))
+    return cfg, CellInputs(x, h, c, w_ih, w_hh, b_ih, b_hh)

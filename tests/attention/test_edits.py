@@ -122,7 +122,7 @@ def _edited_results(separately: bool, *leaves: Tensor) -> Tensor:
     return total
 
 
-# tests/integration/test_contract_compiled.py has results that are edited under Inductor, which takes the longest.
+# tests/integrations/test_contract_compiled.py has results that are edited under Inductor, which takes the longest.
 @pytest.mark.heavy
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiled_results(backend: str) -> None:

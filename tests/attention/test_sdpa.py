@@ -260,7 +260,7 @@ def test_the_switch_reaches_every_call() -> None:
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_switch_inside_of_a_compiled_function(wanted: bool) -> None:
     """Dynamo's graph contains our function if the compiled function enters the switch.
-    integration/test_sdpa_operator_compiled.py tests compilation inside of the switch."""
+    integrations/test_sdpa_operator_compiled.py tests compilation inside of the switch."""
     graphs: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Callable[..., Any]:

@@ -21,16 +21,19 @@ GATE = (
 SDPA = (
     "tests/attention/test_sdpa.py -k 'not every_sample'",
     "tests/attention/test_sdpa.py",
-    "tests/integration/test_patch_attention.py",
+    "tests/integrations/test_patch_attention.py",
 )
 TEXTS = ("tests/rnn/test_error_texts.py", "tests/rnn/test_bad_input.py")
-OPERATOR = "dlkernels/integration/sdpa_operator.py"
+OPERATOR = "dlkernels/integrations/sdpa_operator.py"
+RECURRENT = "dlkernels/integrations/recurrent_operators.py"
+SWITCH_FILE = "dlkernels/integrations/switch.py"
 WATCH = ("tests/rnn/test_prepack.py -k 'visible or training or another or stack'", "tests/rnn/test_prepack.py")
-SWITCH = tuple(f"tests/integration/test_sdpa_operator{part}.py" for part in ("", "_recomputed", "_compiled"))
+SWITCH = tuple(f"tests/integrations/test_sdpa_operator{part}.py" for part in ("", "_recomputed", "_compiled"))
+ENABLE = ("tests/integrations/test_enable.py",)
 FLAT = ("tests/rnn/test_flat_weights.py", "tests/rnn/test_prepack.py", "tests/rnn/test_layers.py")
-BATCHED = ("tests/integration/test_contract.py -k batched", "tests/attention/test_autograd.py -k batched")
-COMPILED = ("tests/integration/test_contract_compiled.py",)
-AUTOCAST = ("tests/rnn/test_autocast.py", "tests/integration/test_contract.py -k autocast")
+BATCHED = ("tests/integrations/test_contract.py -k batched", "tests/attention/test_autograd.py -k batched")
+COMPILED = ("tests/integrations/test_contract_compiled.py",)
+AUTOCAST = ("tests/rnn/test_autocast.py", "tests/integrations/test_contract.py -k autocast")
 
 GPU_CHECK = ("tests/package/test_gpu_check.py -k 'not rehearsal'",)
 
@@ -98,7 +101,7 @@ PYTHON: tuple[Mutant, ...] = (
     Mutant("legacy-places", CORE + "legacy.py", "for at, result in enumerate(results) if result is not None]",
            "for at, _ in enumerate(result for result in results if result is not None)]",
            "gradients move to the positions of absent ones",
-           ("tests/integration/test_contract.py -k jacobian", *BATCHED)),
+           ("tests/integrations/test_contract.py -k jacobian", *BATCHED)),
     Mutant("legacy-state-alone", RNN + "operators/sequence.py", "run_backward(SequenceBackward, (dy, dh_n, dc_n),",
            "run_backward(SequenceBackward, (dy,),", "batched gradients are looked for in that of y only", BATCHED),
     Mutant("legacy-cell-state", RNN + "operators/cell.py", "run_backward(CellBackward, (dh, dc),",
@@ -186,10 +189,10 @@ PYTHON: tuple[Mutant, ...] = (
     Mutant("flops-first-rows", RNN + "flops.py", "return int(batch_sizes[0]), int(batch_sizes[-1])",
            "return int(batch_sizes[-1]), int(batch_sizes[0])",
            "the numbers of rows of the two directions' first steps are exchanged",
-           ("tests/integration/test_flops.py",)),
+           ("tests/integrations/test_flops.py",)),
     Mutant("leaf-subclass", CORE + "tools.py", "if type(module).__module__ == PUBLIC_MODULE:",
            "if isinstance(module, KnownLayer):", "torch.fx does not trace into subclasses of our layers",
-           ("tests/integration/test_tools.py",)),
+           ("tests/integrations/test_tools.py",)),
     # Explain.
     Mutant("explain-packed-rows", RNN + "explain.py", "call.input.numel() // max(1, call.input.size(-1)),",
            "call.steps * call.batch,", "packed input is planned as if it had padding", ("tests/rnn/test_explain.py",)),
@@ -202,17 +205,17 @@ PYTHON: tuple[Mutant, ...] = (
            '"I": layer.input_size,',
            "later layers are planned with the input size of the first", ("tests/rnn/test_explain.py",)),
     # Patch.
-    Mutant("patch-subclass", "dlkernels/integration/patch.py", "if cls not in _SWAPS:", "if cls.forward is None:",
+    Mutant("patch-subclass", "dlkernels/integrations/patch.py", "if cls not in _SWAPS:", "if cls.forward is None:",
            "subclasses of torch's layers are replaced too",
-           ("tests/integration/test_patch_layers.py", "tests/integration/test_patch_attention.py")),
-    Mutant("patch-forward", "dlkernels/integration/patch.py", 'if "forward" in module.__dict__:',
+           ("tests/integrations/test_patch_layers.py", "tests/integrations/test_patch_attention.py")),
+    Mutant("patch-forward", "dlkernels/integrations/patch.py", 'if "forward" in module.__dict__:',
            'if "forward_" in module.__dict__:', "a layer whose instance has a forward of its own is replaced",
-           ("tests/integration/test_patch_layers.py",)),
-    Mutant("unpatch-native", "dlkernels/integration/patch.py", "if not module.__dict__.pop(_MARK, False):",
+           ("tests/integrations/test_patch_layers.py",)),
+    Mutant("unpatch-native", "dlkernels/integrations/patch.py", "if not module.__dict__.pop(_MARK, False):",
            "if not module.__dict__.pop(_MARK, isinstance(module, _OUR_CLASSES)):",
-           "unpatch also replaces layers that were built as ours", ("tests/integration/test_patch_layers.py",)),
-    Mutant("unpatch-weights", "dlkernels/integration/patch.py", "            module._init_flat_weights()\n", "",
-           "torch's layer keeps an old list of weights", ("tests/integration/test_patch_layers.py",)),
+           "unpatch also replaces layers that were built as ours", ("tests/integrations/test_patch_layers.py",)),
+    Mutant("unpatch-weights", "dlkernels/integrations/patch.py", "            module._init_flat_weights()\n", "",
+           "torch's layer keeps an old list of weights", ("tests/integrations/test_patch_layers.py",)),
     # Masks of the layers, scaled_dot_product_attention.
     Mutant("mask-combine", ATTENTION + "masks.py", "mask = mask | padding_mask", "mask = mask & padding_mask",
            "only what both masks hide is hidden",
@@ -225,30 +228,45 @@ PYTHON: tuple[Mutant, ...] = (
            "all key heads are repeated as a whole instead of each beside itself", SDPA),
     Mutant("sdpa-dropout", ATTENTION + "sdpa.py", "float(dropout_p) if dropout_p > 0 else 0.0", "0.0",
            "dropout is ignored", SDPA),
-    Mutant("operator-nested", OPERATOR, "off = _state.users == 0", "off = True",
+    Mutant("operator-nested", SWITCH_FILE, "off = self._users == 0", "off = True",
            "leaving the inner of two blocks switches the outer one off", SWITCH),
-    Mutant("operator-fork", OPERATOR, "os.register_at_fork(after_in_child=_state.renew_lock)", "pass",
+    Mutant("operator-fork", SWITCH_FILE, "os.register_at_fork(after_in_child=_renew_locks)", "pass",
            "a forked child waits for a lock held by a thread that it does not have", SWITCH),
-    Mutant("operator-threads", OPERATOR, "and not _thread._count() and not _state.draws", "and not _state.draws",
-           "the kernel is removed while another thread may be calling it", SWITCH),
-    Mutant("operator-draws", OPERATOR, "and not _thread._count() and not _state.draws", "and not _thread._count()",
-           "after the block torch draws a dropout mask again that was ours", SWITCH),
+    Mutant("operator-threads", SWITCH_FILE, "and not _thread._count() and not self._is_needed()",
+           "and not self._is_needed()", "the kernel is removed while another thread may be calling it", SWITCH),
+    Mutant("operator-draws", SWITCH_FILE, "and not _thread._count() and not self._is_needed()",
+           "and not _thread._count()", "after the block torch draws a dropout mask again that was ours", SWITCH),
     Mutant("operator-hooks", OPERATOR,
            "if not torch.is_grad_enabled() or has_saved_tensors_hooks():",
            "if not torch.is_grad_enabled():",
            "checkpoint without reentrance, which saves through hooks, is overlooked", SWITCH),
-    Mutant("operator-both-drew", OPERATOR, "        draws[draw] = None\n", "        pass\n",
+    Mutant("operator-both-drew", OPERATOR, "        _draws[draw] = None\n", "        pass\n",
            "it is overlooked that both kernels drew from one state of the generator", SWITCH),
-    Mutant("operator-of-torch", OPERATOR, "elif draws.get(draw, True):\n            draws.pop(draw, None)\n",
-           "elif draw not in draws:\n            return\n",
+    Mutant("operator-of-torch", OPERATOR, "elif _draws.get(draw, True):\n            _draws.pop(draw, None)\n",
+           "elif draw not in _draws:\n            return\n",
            "after our backward a draw of torch from the same state counts as ambiguous",
            SWITCH),
-    Mutant("operator-tag", OPERATOR, "return on and _is_tagged()", "return on",
+    Mutant("operator-tag", SWITCH_FILE, " or compile_cache.contains(self.name):", " or True:",
            "code with our kernel that another thread compiles is cached as torch's", SWITCH),
     Mutant("operator-transforms", OPERATOR, "if are_transforms_active():", "if False:",
            "the kernel runs although a transform of torch.func is active", SWITCH),
-    Mutant("operator-bound", OPERATOR, "if len(draws) > _MOST_DRAWS:", "if len(draws) > 2 * _MOST_DRAWS:",
+    Mutant("operator-bound", OPERATOR, "if len(_draws) > _MOST_DRAWS:", "if len(_draws) > 2 * _MOST_DRAWS:",
            "the record of dropout masks grows beyond its bound", SWITCH),
+    # enable().
+    Mutant("enable-off", RECURRENT, "        SWITCH.is_on\n        and type(x)", "        type(x)",
+           "calls are served after the switch is off", ENABLE),
+    Mutant("enable-deterministic", RECURRENT, "False,\n                    torch.are_deterministic_algorithms_enabled(),",
+           "False,\n                    False,", "torch.use_deterministic_algorithms does not reach the kernels", ENABLE),
+    Mutant("enable-autocast", RECURRENT, "        and not is_any_autocast_enabled()\n", "",
+           "calls without gradients ignore autocast", ENABLE),
+    Mutant("enable-gradient", RECURRENT, "not _wants_gradient(x, h0, c0, *params)", "not _wants_gradient(*params)",
+           "the gradient of an input is lost if the weights are frozen", ENABLE),
+    Mutant("enable-torchs", "dlkernels/_core/private_torch.py",
+           "return partial(overload._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd)", "return overload.decompose",
+           "calls that are left to torch run in Python", ENABLE),
+    Mutant("compile-cache", "dlkernels/_core/devices.py", "        compile_cache.add()\n", "",
+           "programs compiled with another release are taken from the cache",
+           ("tests/integrations/test_compile_cache.py",)),
     Mutant("sdpa-fused", ATTENTION + "sdpa.py", "and q.shape[-1] == v.shape[-1]\n", "",
            "a result whose values are wider than q has the strides of the fused kernel",
            ("tests/attention/test_edits.py -k Dv", "tests/attention/test_strides.py", *SDPA)),

@@ -63,9 +63,10 @@ def verdict(key: tuple[str, str], ours: Outcome, theirs: Outcome) -> str:
     return "" if ours["message"].strip() else "has no message"
 
 
+@pytest.mark.parametrize("package", ["dlkernels.nn", "enabled"])
 @pytest.mark.parametrize("group", GROUPS)
-def test_as_torch(group: str) -> None:
-    theirs, ours = outcomes("torch.nn"), outcomes("dlkernels.nn")
+def test_as_torch(group: str, package: str) -> None:
+    theirs, ours = outcomes("torch.nn"), outcomes(package)
     keys = [key for key in theirs if key[0] == group]
     assert len(keys) > 10
     wrong = [f"{key[1]}: {text}" for key in keys if (text := verdict(key, ours[key], theirs[key]))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,6 +111,20 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Enabled(nn.Module):
+    """torch's own module, called while `dlkernels.enable` is on."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any) -> Any:
+        with dlkernels.enable() as handle:
+            result = self.module(*given)
+        assert handle.served or handle.left
+        return result
+
+
 def _draw(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], tuple[Tensor, ...]]:
     return lambda dtype: tuple(torch.randn(shape, dtype=dtype) for shape in shapes)
 
@@ -173,6 +187,11 @@ ATTENTION = [
     ),
 ]
 ENTRIES = [*LAYERS, *CELLS, *ATTENTION]
+ENABLED = [
+    replace(entry, name=f"enabled {entry.name}", swap=Enabled)
+    for entry in ENTRIES
+    if entry.name in ("RNN relu", "LSTM", "LSTM packed", "GRU two layers", "LSTMCell", "GRUCell", "sdpa", "sdpa 3-D")
+]
 
 
 def leaves(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:

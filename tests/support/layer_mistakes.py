@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+import dlkernels
+
 T, B, I, H, P, LAYERS = 5, 3, 4, 6, 2, 2
 
 
@@ -225,7 +227,8 @@ def all_mistakes() -> Iterator[tuple[str, Mistake]]:
 
 
 def mistakes_for(package: str) -> Iterator[tuple[str, Mistake]]:
-    """Yields wrong calls of torch.nn's interface or, with "own", of what only dlkernels has."""
+    """Yields wrong calls of torch.nn's interface or, with "own", of what only dlkernels has. "enabled" is torch.nn on
+    our kernels."""
     if package == "own":
         from tests.support import extension_mistakes
 
@@ -245,7 +248,9 @@ def outcome_of(mistake: Mistake, module: Any) -> dict[str, Any]:
 def main(package: str) -> None:
     """Makes every wrong call and prints a line of JSON for each. torch's own layers crash on some, so a child process
     makes the calls; after a crash a new child continues with the next call."""
-    module = importlib.import_module("dlkernels.nn" if package == "own" else package)
+    if package == "enabled":
+        dlkernels.enable()
+    module = importlib.import_module({"own": "dlkernels.nn", "enabled": "torch.nn"}.get(package, package))
     warnings.simplefilter("ignore")
     mistakes = list(mistakes_for(package))
     at = multiprocessing.RawValue("l", 0)

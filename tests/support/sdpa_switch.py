@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dlkernels.integration import sdpa_operator
+from dlkernels.integrations import sdpa_operator, switch
 from tests.support.attention_modules import operators
 from tests.support.sdpa_calls import OURS, K, Q, draw
 
@@ -38,11 +38,11 @@ def fresh_switch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tests left behind, such as Inductor's, do not call the kernels and are not counted."""
     before = _thread._count()
     counted = types.SimpleNamespace(_count=lambda: max(0, _thread._count() - before))
-    monkeypatch.setattr(sdpa_operator, "_thread", counted)
-    sdpa_operator._state.draws.clear()
+    monkeypatch.setattr(switch, "_thread", counted)
+    sdpa_operator._draws.clear()
     yield
-    assert sdpa_operator._state.users == 0
-    sdpa_operator._state.draws.clear()
+    assert not sdpa_operator.SWITCH.is_on
+    sdpa_operator._draws.clear()
 
 
 def is_served(function: Callable[[], Any] = lambda: F.scaled_dot_product_attention(Q, K, K)) -> bool:

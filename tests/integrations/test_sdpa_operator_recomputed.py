@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import dlkernels
-from dlkernels.integration import sdpa_operator
+from dlkernels.integrations import sdpa_operator
 from tests.support.attention_modules import operators
 from tests.support.sdpa_calls import OURS, K, Q, V
 from tests.support.sdpa_switch import BACKWARD, in_thread, is_registered, is_served, no_other_thread
@@ -118,8 +118,8 @@ def test_the_memory_of_draws_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sdpa_operator, "_MOST_DRAWS", 3)
     with dlkernels.patch_attention():
         F.scaled_dot_product_attention(Q.clone().requires_grad_(), K, V, dropout_p=0.5)
-        assert not sdpa_operator._state.draws  # no checkpoint recomputes this call
+        assert not sdpa_operator._draws  # no checkpoint recomputes this call
         with torch.no_grad():
             for _ in range(8):
                 F.scaled_dot_product_attention(Q, K, V, dropout_p=0.5)
-    assert len(sdpa_operator._state.draws) == 3
+    assert len(sdpa_operator._draws) == 3

@@ -18,6 +18,7 @@ import dlkernels
 from tests.support.contract_entries import (
     ATTENTION,
     CELLS,
+    ENABLED,
     ENTRIES,
     LAYERS,
     B,
@@ -47,7 +48,7 @@ EDITS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Tensor]]] = {
     "item assigned": (lambda y: y.__setitem__(0, 0), lambda y: torch.cat((torch.zeros_like(y[:1]), y[1:]))),
     "masked_fill_": (lambda y: y.masked_fill_(y > 0, 0), lambda y: y.masked_fill(y > 0, 0)),
 }
-entries = pytest.mark.parametrize("entry", ENTRIES, ids=repr)
+entries = pytest.mark.parametrize("entry", [*ENTRIES, *ENABLED], ids=repr)
 
 
 @entries

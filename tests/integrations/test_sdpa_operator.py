@@ -115,9 +115,9 @@ def test_the_tag_belongs_to_the_thread_that_is_inside() -> None:
             seen.append(tag())
 
         in_thread(enter_and_leave)
-        assert "patch_attention" in seen[0] and "patch_attention" not in seen[1]
-        assert "patch_attention" in tag()
-    assert "patch_attention" not in tag()
+        assert "attention" in seen[0] and "patch_attention" not in seen[1]
+        assert "attention" in tag()
+    assert "attention" not in tag()
 
 
 @no_other_thread
@@ -129,7 +129,7 @@ def test_a_block_that_another_thread_leaves() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(split, backend="aot_eager", fullgraph=True)
     assert not is_served_compiled(lambda: compiled(X))
-    assert "patch_attention" not in torch.compiler.config.cache_key_tag
+    assert "attention" not in torch.compiler.config.cache_key_tag
     torch._dynamo.reset()
     with dlkernels.patch_attention():
         pass
@@ -174,7 +174,7 @@ FORKED = """
 import torch
 import torch.nn.functional as F
 import dlkernels
-from dlkernels.integration import sdpa_operator
+from dlkernels.integrations import sdpa_operator
 from tests.support.regions_and_forks import in_forked_child
 
 def grad_kernel():
@@ -190,7 +190,7 @@ def child():
 
 switch = dlkernels.patch_attention()
 with switch:
-    with sdpa_operator._state.lock:  # as another thread may hold it
+    with sdpa_operator.SWITCH.lock:  # as another thread may hold it
         in_forked_child(child)
     assert grad_kernel() == "AttentionBackward"
 assert "ScaledDotProduct" in grad_kernel()

@@ -1,0 +1,97 @@
+"""`dlkernels.enable()`: torch's own operators on our kernels, for models that one does not want to change."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from types import TracebackType
+
+from dlkernels.integrations import recurrent_operators, sdpa_operator
+from dlkernels.integrations.compile_settings import recurrent_layers_allowed
+from dlkernels.integrations.counts import Counts, Pairs, counts, report
+from dlkernels.integrations.switch import Switch
+
+__all__ = ["Enabled", "disable", "enable"]
+
+_handles: list[Enabled] = []
+
+
+class Enabled:
+    """What `enable` returns. It may be used as a context manager, which turns off what it turned on."""
+
+    def __init__(self, switches: list[Switch], compile: bool) -> None:
+        self._on = contextlib.ExitStack()
+        self._lock = threading.Lock()
+        self._before = counts()
+        self._after: Counts | None = None
+        for switch in switches:
+            switch.enter()
+            self._on.callback(switch.leave)
+        if compile:
+            self._on.enter_context(recurrent_layers_allowed())
+        _handles.append(self)
+
+    def disable(self) -> None:
+        """Turns off what this call of `enable` turned on. What other calls turned on stays on. Twice does no harm."""
+        with self._lock:
+            if self._after is not None:
+                return
+            self._after = counts().since(self._before)
+        self._on.close()
+        _handles.remove(self)
+
+    @property
+    def is_on(self) -> bool:
+        return self._after is None
+
+    def _counts(self) -> Counts:
+        return counts().since(self._before) if self._after is None else self._after
+
+    @property
+    def served(self) -> Pairs:
+        """(operator, kernel) -> calls that our kernels served since `enable`, in the whole process."""
+        return self._counts().served
+
+    @property
+    def left(self) -> Pairs:
+        """(operator, reason) -> calls that went to torch since `enable`, in the whole process."""
+        return self._counts().left
+
+    def report(self) -> str:
+        """`served` and `left` as a table."""
+        return report(self._counts())
+
+    def __enter__(self) -> Enabled:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.disable()
+
+    def __repr__(self) -> str:
+        return f"<dlkernels.enable(): {'on' if self.is_on else 'off'}, {sum(self.served.values())} calls served>"
+
+
+def enable(recurrent: bool = True, attention: bool = True, *, compile: bool = False) -> Enabled:
+    """Serves torch's own operators with our kernels, until the handle that is returned is disabled or left as a block.
+
+    recurrent: what torch.nn.RNN, LSTM, GRU and their cells call, padded and packed.
+    attention: torch.nn.functional.scaled_dot_product_attention, which nn.MultiheadAttention and the Transformer layers
+        call as well.
+    compile: lets torch.compile put a recurrent layer of torch.nn into its graph (`torch._dynamo.config.allow_rnn`, in
+        this thread), where otherwise the graph breaks. Compile while the switch is on, in the thread that turned it on.
+
+    Modules keep their classes. Calls are served from all threads, eager, compiled and scripted, with and without
+    gradients, under autocast and in recomputation. What our kernels do not serve runs in torch as if the switch were
+    off; `handle.report()` tells what was served and what was left, and why. Calls nest and may be undone in any order.
+    """
+    switches = [recurrent_operators.SWITCH] * bool(recurrent) + [sdpa_operator.SWITCH] * bool(attention)
+    return Enabled(switches, compile)
+
+
+def disable() -> None:
+    """Undoes all calls of `enable` that are in force, but no block of `patch_attention`."""
+    for handle in list(_handles):
+        handle.disable()
+
