@@ -133,8 +133,6 @@ def only_scalar() -> bool:
     return native is not None and list(native.available_isas()) == ["scalar"]
 
 
-
-
 def announce_reference() -> None:
     """Warns, once per process, that calls run on plain PyTorch because there is no compiled module."""
     global _announced

@@ -94,4 +94,3 @@ def disable() -> None:
     """Undoes all calls of `enable` that are in force, but no block of `patch_attention`."""
     for handle in list(_handles):
         handle.disable()
-

@@ -99,9 +99,7 @@ def _forward_cpu(
     query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, is_causal: bool = False, *,
     attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    o, lse, _ = operators.run_forward(
-        _given(query, key, value, attn_mask), _config(query, dropout_p, is_causal, scale)
-    )
+    o, lse, _ = operators.run_forward(_given(query, key, value, attn_mask), _config(query, dropout_p, is_causal, scale))
     return o, lse.transpose(1, 2).contiguous().transpose(1, 2)  # torch's layout
 
 

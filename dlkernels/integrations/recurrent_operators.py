@@ -1,9 +1,9 @@
 """Our kernels in the place of torch's recurrent operators: aten::lstm, gru, rnn_tanh and rnn_relu for padded (`input`)
 and packed (`data`) sequences, and the four cells.
 
-The kernels are in Python although a call costs three microseconds more than from C++. A C++ kernel behind torch's stable
-ABI empties lists of tensors that a TorchScript program still holds, such as a layer's weights: the ABI moves the tensors
-out of the list (seen with torch 2.13). So calls without gradients take a way with few steps.
+The kernels are in Python although a call costs some microseconds more than from C++. A C++ kernel behind torch's stable
+ABI empties lists of tensors that a TorchScript program still holds, such as a layer's weights, because the ABI moves
+the tensors out of the list (seen with torch 2.13). So calls without gradients take a way with few steps.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def register() -> None:
     Served are causal and bidirectional models, padding, sliding windows, grouped heads, caches, softcap, sinks,
     position biases and dropout, with gradients. Attention weights (`output_attentions=True`) need "eager".
 
-    Raises ImportError if transformers is not installed or has no attention interface (before 4.48).
+    Raises ImportError if transformers is not installed or has no attention interface (before 4.53).
     """
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -40,8 +40,9 @@ def _attend(
     dropout: float = 0.0, scaling: float | None = None, is_causal: bool | None = None, softcap: float | None = None,
     s_aux: Tensor | None = None, position_bias: Tensor | None = None, **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """query [B, H, M, D], key and value [B, Hkv, N, D] -> [B, M, H, D]. `attention_mask` is what `sdpa_mask` makes: True
-    where a query may attend, sliding windows included, or None if `is_causal` says it all. s_aux: the sinks [H]."""
+    """query [B, H, M, D], key and value [B, Hkv, N, D] -> [B, M, H, D]. s_aux: the sinks [H]. `attention_mask` is what
+    `sdpa_mask` makes: True where a query may attend, sliding windows included, or None if `is_causal` says it all.
+    """
     if others.get("output_attentions"):
         raise ValueError(
             'attn_implementation="dlkernels" does not compute attention weights, which output_attentions=True asks '

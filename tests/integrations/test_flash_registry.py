@@ -12,9 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dlkernels.testing import error
 
-registry = pytest.importorskip(
-    "torch.nn.attention", reason="this torch has no registry of flash attention"
-)
+registry = pytest.importorskip("torch.nn.attention", reason="this torch has no registry of flash attention")
 if not hasattr(registry, "register_flash_attention_impl"):
     pytest.skip("this torch has no registry of flash attention", allow_module_level=True)
 
@@ -46,7 +44,7 @@ def attend(dtype: torch.dtype, **options: Any) -> list[Tensor]:
 
 
 def profiled(function: Callable[[], list[Tensor]]) -> tuple[list[Tensor], set[str]]:
-    """The result, and the names of the operators that ran. A dispatch mode would not see those in a backend's kernel."""
+    """The result, and the names of the operators that ran. A dispatch mode does not see those in a backend's kernel."""
     with torch.profiler.profile() as profile:
         result = function()
     return result, {event.key for event in profile.key_averages()}
@@ -60,7 +58,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "negative scale": {"scale": -0.5},
     "causal": {"is_causal": True},
     "mask added": {"attn_mask": MASK},
-    "boolean mask, a row hidden": {"attn_mask": (MASK > 0).logical_and(torch.arange(9)[:, None] != 4).expand(2, 3, 9, 7)},
+    "boolean mask, a row hidden": {
+        "attn_mask": (MASK > 0).logical_and(torch.arange(9)[:, None] != 4).expand(2, 3, 9, 7)
+    },
 }
 
 

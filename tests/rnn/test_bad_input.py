@@ -69,7 +69,9 @@ def test_as_torch(group: str, package: str) -> None:
     theirs, ours = outcomes("torch.nn"), outcomes(package)
     keys = [key for key in theirs if key[0] == group]
     assert len(keys) > 10
-    wrong = [f"{key[1]}: {text}" for key in keys if (text := verdict(key, ours[key], theirs[key]))]
+    # With `enable` a mistake goes to torch's own operator, which crashes on some.
+    kept = {key for key in keys if package == "enabled" and "crash" in ours[key] and "crash" in theirs[key]}
+    wrong = [f"{key[1]}: {text}" for key in keys if key not in kept and (text := verdict(key, ours[key], theirs[key]))]
     assert not wrong, f"{len(wrong)} of {len(keys)}\n" + "\n".join(wrong)
 
 

@@ -40,6 +40,10 @@ class Entry:
     keeps_result: bool = False
     keeps_input: bool = False
 
+    @property
+    def attends(self) -> bool:
+        return self.theirs not in {entry.theirs for entry in (*LAYERS, *CELLS)}
+
     def pair(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(7)
         theirs = self.theirs(dtype)
