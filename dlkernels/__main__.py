@@ -1,4 +1,4 @@
-"""`python -m dlkernels info | bench`."""
+"""`python -m dlkernels info | doctor | bench`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ USAGE = """usage: python -m dlkernels <command> [options]
 
 commands:
   info [--json]   what this machine has, and which kernel serves which operator
+  doctor          what is wrong with the installation, and what to do about it
   bench           our layers against torch.nn on this machine (--help lists its options)
 """
 
@@ -18,6 +19,10 @@ def main(argv: list[str]) -> int:
         from dlkernels.info import main as print_info
 
         return print_info(rest)
+    if command == "doctor":
+        from dlkernels.doctor import main as examine
+
+        return examine(rest)
     if command == "bench":
         from dlkernels.bench.cli import Command
 

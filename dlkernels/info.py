@@ -19,7 +19,7 @@ from dlkernels._version import __version__
 from dlkernels.attention import triton
 from dlkernels.rnn.kinds import MODES
 
-__all__ = ["format_info", "info"]
+__all__ = ["cuda_mismatch", "format_info", "info"]
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 _CUDA_DTYPES = ", ".join(name for name in _DTYPES if getattr(torch, name) in CUDA_KERNEL_DTYPES)
@@ -60,13 +60,13 @@ def info() -> dict[str, Any]:
         "environment": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
         "cuda": {
             "torch_build": torch.version.cuda, "available": torch.cuda.is_available(),
-            "mismatch": _cuda_mismatch(str(build.get("cuda_release", ""))),
+            "mismatch": cuda_mismatch(str(build.get("cuda_release", ""))),
         },
         "kernels": _kernels(bool(build.get("with_cuda", False))),
     }  # fmt: skip
 
 
-def _cuda_mismatch(release: str) -> str:
+def cuda_mismatch(release: str) -> str:
     """What to know if the CUDA kernels were compiled by an nvcc of another major release than the CUDA of torch: the
     module is independent of the version of torch, so torch may have been exchanged since."""
     if not release or not torch.version.cuda or release.split(".")[0] == torch.version.cuda.split(".")[0]:

@@ -8,6 +8,7 @@ the tensors out of the list (seen with torch 2.13). So calls without gradients t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ from dlkernels.rnn.routing import route
 
 __all__ = ["SWITCH"]
 
+is_grad_enabled = torch.is_grad_enabled
+is_deterministic = torch.are_deterministic_algorithms_enabled
 _PLAIN = (Tensor, torch.nn.Parameter)
 _REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
@@ -45,12 +48,11 @@ def _is_common(x: Tensor) -> bool:
         and not are_transforms_active()
         and not is_any_autocast_enabled()
         and forward_ad._current_level < 0
-        and _has_kernels()
     )
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _has_kernels() -> bool:
@@ -74,6 +76,14 @@ def _why_not(x: Tensor, projected: bool) -> str | None:
     return None if decided.native else decided.reason
 
 
+@functools.cache
+def _kernel_name(mode: str, isa: str, dtype: torch.dtype) -> str:
+    """Of the kernel that large batches take; `isa` is the instruction set in force, empty on CUDA."""
+    if not isa:
+        return f"cuda/{mode}"
+    return str(extension.native.plan(mode, dtype, 50, 64, 64, 64)["kernel"])  # type: ignore[union-attr]
+
+
 class _Operator:
     """One of torch's operators, and what serves it."""
 
@@ -84,8 +94,8 @@ class _Operator:
         self.results = 3 if kind.has_cell_state else 2
 
     def count_served(self, x: Tensor) -> None:
-        where = f"cpu/{extension.native.isa()}" if x.is_cpu else x.device.type  # type: ignore[union-attr]
-        counts.count_served(self.name, f"{where}/{self.kind.mode}")
+        isa = extension.native.isa() if x.is_cpu else ""  # type: ignore[union-attr]
+        counts.count_served(self.name, _kernel_name(self.kind.mode, isa, x.dtype))
 
     def serve(self, x: Tensor, projected: bool, arrange: Callable[[], Callable[[], Any]], given: Sequence[Any]) -> Any:
         """Runs the call that `arrange` returns, or torch's own kernel where our kernels do not serve the call. If
@@ -105,7 +115,7 @@ class _Operator:
 
 def _layer(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
     """The kernel of a layer, which takes the arguments of aten's `input` overload and `batch_sizes`."""
-    kind, forward = of.kind, sequence.eager_operators.get(of.kind.mode)
+    kind, forward = of.kind, sequence.eager_operators.get(of.kind.mode) if _has_kernels() else None
 
     def layer(
         given: Sequence[Any], x: Tensor, batch_sizes: Tensor | None, hx: Any, params: list[Tensor], has_biases: bool,
@@ -119,11 +129,12 @@ def _layer(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
             h0, c0 = hx
         else:
             h0, c0 = hx, None
-        if num_layers == 1 and fits and _is_common(x) and not _wants_gradient(x, h0, c0, *params):
+        common = forward is not None and num_layers == 1 and fits and _is_common(x)
+        if common and not (is_grad_enabled() and _wants_gradient(x, h0, c0, *params)):
             try:
                 found = forward(  # type: ignore[misc]
                     x, h0, c0, params, None, batch_sizes, None, bidirectional, batch_first, False,
-                    torch.are_deterministic_algorithms_enabled(),
+                    is_deterministic(),
                 )  # fmt: skip
             except _REFUSALS:
                 pass  # torch's kernel raises its own error below
@@ -161,7 +172,7 @@ def _layer_of_data(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _cell(of: _Operator) -> Callable[..., Any]:
-    kind, forward = of.kind, cell.eager_operators.get(of.kind.mode)
+    kind, forward = of.kind, cell.eager_operators.get(of.kind.mode) if _has_kernels() else None
 
     def kernel(
         x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
@@ -173,10 +184,11 @@ def _cell(of: _Operator) -> Callable[..., Any]:
             h, c = hx
         else:
             h, c, fits = None, None, False
-        if fits and _is_common(x) and not _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh):
+        common = forward is not None and fits and _is_common(x)
+        if common and not (is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)):
             try:
                 found = forward(  # type: ignore[misc]
-                    x, h, c, w_ih, w_hh, b_ih, b_hh, False, torch.are_deterministic_algorithms_enabled()
+                    x, h, c, w_ih, w_hh, b_ih, b_hh, False, is_deterministic()
                 )
             except _REFUSALS:
                 pass  # torch's kernel raises its own error below

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -95,13 +96,18 @@ def _kernel(
         return _torchs(  # type: ignore[no-any-return]
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-    counts.count_served(_NAME, _kernel_name(query))
+    isa = extension.native.isa() if query.is_cpu else ""  # type: ignore[union-attr]
+    counts.count_served(_NAME, _kernel_name(isa, query.dtype))
     return run(call)
 
 
-def _kernel_name(query: Tensor) -> str:
-    where = f"cpu/{extension.native.isa()}" if query.is_cpu else "cuda/triton"  # type: ignore[union-attr]
-    return f"{where}/attention"
+@functools.cache
+def _kernel_name(isa: str, dtype: torch.dtype) -> str:
+    """Of the kernel that large calls take; `isa` is the instruction set in force, empty on CUDA."""
+    if not isa:
+        return "cuda/triton/attention"
+    plan = extension.native.attention_plan(dtype, 1, 1, 1, 64, 64, 64, 64)  # type: ignore[union-attr]
+    return str(plan["kernel"]).removesuffix("/tiles")
 
 
 def _why_not(query: Tensor, dropout_p: float) -> Any:

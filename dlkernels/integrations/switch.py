@@ -72,18 +72,16 @@ class Switch:
         self._is_needed = is_needed
         self._kernels: Kernels | None = None
         self._users = 0
+        self.is_on = False
         self._of_thread = _OfThread()
         _switches.add(self)
-
-    @property
-    def is_on(self) -> bool:
-        return self._users > 0
 
     def enter(self) -> None:
         with self.lock:
             if self._kernels is None:
                 self._kernels = self._register()
             self._users += 1
+            self.is_on = True
         self._of_thread.depth += 1
         compile_cache.add(self.name)
 
@@ -91,6 +89,7 @@ class Switch:
         with self.lock:
             self._users -= 1
             off = self._users == 0
+            self.is_on = not off
             # The kernels stay registered while another thread may be about to call one.
             if off and self._kernels is not None and not _thread._count() and not self._is_needed():
                 self._kernels.remove()

@@ -28,11 +28,19 @@ def attention(dtype: torch.dtype, length: int, width: int) -> float:
     return float((o - expected).detach().abs().max())
 
 
+# (kind of plan, layer, dtype, B, H): each kind in the case of many sequences, a float32 layer that multiplies one
+# column, and a layer whose slices are wide (48 units).
+LAYERS = (
+    ("cluster", "LSTM", torch.bfloat16, 64, 512), ("grid", "LSTM", torch.bfloat16, 64, 1024),
+    ("steps", "LSTM", torch.bfloat16, 64, 512), ("cluster", "LSTM", torch.float32, 1, 512),
+    ("cluster", "GRU", torch.bfloat16, 16, 768),
+)  # fmt: skip
+
+
 def main() -> None:
-    T, H = (4, 16) if REHEARSAL else (64, 512)
-    for kind, width in (("cluster", H), ("grid", 2 * H), ("steps", H)):
+    for kind, name, dtype, B, H in LAYERS:
         with best_plan(kind):
-            layer("LSTM", torch.bfloat16, T, 2 if REHEARSAL else 64, width)
+            layer(name, dtype, *((4, min(B, 2), 16) if REHEARSAL else (64, B, H)))
     attention(torch.bfloat16, 64 if REHEARSAL else 2048, 128)
 
 

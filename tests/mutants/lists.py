@@ -6,6 +6,12 @@ from attention import ATTENTION
 from mutant import Mutant
 from python import PYTHON
 from recurrent import RECURRENT
+from triton_kernels import TRITON
 
-GROUPS: dict[str, tuple[Mutant, ...]] = {"Python": PYTHON, "recurrent, C++": RECURRENT, "attention, C++": ATTENTION}
-MUTANTS: tuple[Mutant, ...] = (*PYTHON, *RECURRENT, *ATTENTION)
+GROUPS: dict[str, tuple[Mutant, ...]] = {
+    "Python": PYTHON,
+    "recurrent, C++": RECURRENT,
+    "attention, C++": ATTENTION,
+    "attention, Triton": TRITON,
+}
+MUTANTS: tuple[Mutant, ...] = (*PYTHON, *RECURRENT, *ATTENTION, *TRITON)

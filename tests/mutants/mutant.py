@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Mutant:
     """`old` must occur in `file` exactly once. `why` is what the code does wrong with `new` in its place. `tests` are
-    arguments of pytest, those most likely to fail first, or "native tsan" and "native asan" for tests/native/run.sh."""
+    arguments of pytest, those most likely to fail first, "native tsan" and "native asan" for tests/native/run.sh, or
+    "gpuless FILE ..." for a file of tests/gpuless in the environment of the oldest Triton that `make gpuless` made."""
 
     name: str
     file: str

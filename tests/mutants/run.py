@@ -134,8 +134,12 @@ class Scratch:
             if status == 0:
                 return SURVIVED, ""
             return TIMED_OUT if status == 124 else KILLED, f"native {mode}: {_first_complaint(output)}"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
-        command += [f"--timeout={self.timeout}", *shlex.split(arguments)]
+        if kind == "gpuless":
+            file, *rest = shlex.split(mode)
+            command = [*gpuless_command("interpret" in file), "-x", "--tb=line", f"tests/gpuless/{file}", *rest]
+        else:
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
+            command += [f"--timeout={self.timeout}", *shlex.split(arguments)]
         status, output = self.command(command, limit)
         if status in (0, NOTHING_COLLECTED):
             return SURVIVED, ""
@@ -152,9 +156,12 @@ class Scratch:
 
     def failing(self, names: list[str]) -> set[str]:
         """Returns those of the tests `names` that fail or reach their time limit in this tree as it is."""
-        native = [name for name in names if name.startswith("native")]
-        failing = {name for name in native if self.test(name, COMMAND_LIMIT)[0] != SURVIVED}
-        tests = [name for name in names if name.startswith("tests/")]
+        alone = [name for name in names if name.startswith(("native", "tests/gpuless/"))]
+        failing = {
+            name for name in alone
+            if self.test(name.replace("tests/gpuless/", "gpuless "), COMMAND_LIMIT)[0] != SURVIVED
+        }  # fmt: skip
+        tests = [name for name in names if name.startswith("tests/") and name not in alone]
         if tests:
             command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider"]
             status, output = self.command([*command, f"--timeout={self.timeout}", *tests], COMMAND_LIMIT)
@@ -212,6 +219,20 @@ def _killing_test(output: str) -> str:
 def _first_complaint(output: str) -> str:
     lines = [line for line in output.splitlines() if re.search("ERROR|WARNING|runtime error|FAILED|want|alone", line)]
     return lines[0][:160] if lines else output[-160:]
+
+
+def gpuless_command(interpreted: bool) -> list[str]:
+    """pytest in the environment of the oldest Triton, with the settings of `make gpuless`."""
+    python = ROOT / "build" / "gpuless-triton-3.6.0" / "bin" / "python"
+    if not python.is_file():
+        raise SystemExit(f"{python} is missing: make gpuless")
+    settings = {
+        "DLKERNELS_TEST_ALLOW_REFERENCE": "1", "DLKERNELS_ARCH": "sm_90", "DLKERNELS_RELEASE": "0/1",
+        "TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1", "DLKERNELS_SHARD": "0/1",
+        **({"TRITON_INTERPRET": "1"} if interpreted else {}),
+    }  # fmt: skip
+    options = ["-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpuless", "-W", "ignore::DeprecationWarning"]
+    return ["env", *(f"{name}={value}" for name, value in settings.items()), str(python), "-m", "pytest", *options]
 
 
 def built_module() -> str:
