@@ -13,6 +13,11 @@ from dlkernels.integrations.switch import Switch
 
 __all__ = ["Enabled", "disable", "enable"]
 
+_ATTENTION = "scaled_dot_product_attention"
+_NO_ATTENTION = (
+    "no call of F.scaled_dot_product_attention: a model that computes its attention by itself, as transformers does "
+    'with attn_implementation="eager", is not reached'
+)
 _handles: list[Enabled] = []
 
 
@@ -20,6 +25,7 @@ class Enabled:
     """What `enable` returns. It may be used as a context manager, which turns off what it turned on."""
 
     def __init__(self, switches: list[Switch], compile: bool) -> None:
+        self._attention = sdpa_operator.SWITCH in switches
         self._on = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._before = counts()
@@ -58,8 +64,13 @@ class Enabled:
         return self._counts().left
 
     def report(self) -> str:
-        """`served` and `left` as a table."""
-        return report(self._counts())
+        """`served` and `left` as a table, and a note if no call of attention came."""
+        found = self._counts()
+        lines = [report(found)]
+        reached = any(_ATTENTION in operator for operator, _ in (*found.served, *found.left))
+        if self._attention and not reached:
+            lines.append(_NO_ATTENTION)
+        return "\n".join(lines)
 
     def __enter__(self) -> Enabled:
         return self

@@ -49,6 +49,11 @@ _NOTE = (
     "note: tools that look a layer up by its exact type, such as torch.ao.quantization, opacus and operation counters, "
     "do not find these layers in their tables and pass them by; call dlkernels.unpatch(model) before such a tool"
 )
+_OWN_ATTENTION = (
+    "note: patch does not change the model's own attention: {classes}. dlkernels.enable() serves it if it calls "
+    "F.scaled_dot_product_attention, and its report() tells whether it does; models of transformers take "
+    'attn_implementation="dlkernels" (dlkernels.integrations.transformers)'
+)
 # The attributes that torch's layers keep for cuDNN and that our layers do not use.
 _CUDNN_STATE = ("_flat_weights", "_flat_weight_refs")
 
@@ -72,6 +77,8 @@ class PatchReport:
     """The layers of a model that torch.nn and dlkernels both have, each under the first name by which it is found."""
 
     entries: list[PatchEntry] = field(default_factory=list)
+    # The classes of modules outside of torch.nn that are called attention, and how many there are of each.
+    own_attention: dict[str, int] = field(default_factory=dict)
 
     def names(self, state: str) -> list[str]:
         return [entry.name for entry in self.entries if entry.state == state]
@@ -86,13 +93,16 @@ class PatchReport:
 
     @property
     def note(self) -> str:
-        """A remark that holds for all layers of dlkernels in the model; empty if it has none."""
-        return _NOTE if any(entry.state in ("patched", "native") for entry in self.entries) else ""
+        """Remarks that hold for the whole model; empty if there are none."""
+        notes = [_NOTE] if any(entry.state in ("patched", "native") for entry in self.entries) else []
+        if self.own_attention:
+            classes = ", ".join(f"{name} ({count})" for name, count in self.own_attention.items())
+            notes.append(_OWN_ATTENTION.format(classes=classes))
+        return "\n".join(notes)
 
     def __str__(self) -> str:
-        if not self.entries:
-            return "no layers that dlkernels has"
-        return "\n".join([*map(str, self.entries), *([self.note] if self.note else [])])
+        lines = [str(entry) for entry in self.entries] or ["no layers that dlkernels has"]
+        return "\n".join([*lines, *([self.note] if self.note else [])])
 
 
 def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
@@ -149,8 +159,11 @@ def unpatch(model: M) -> M:
 def patch_report(model: Module) -> PatchReport:
     """The state of every layer in `model` that torch.nn and dlkernels both have."""
     entries = []
+    own_attention: dict[str, int] = {}
     for name, module in model.named_modules():
         cls = type_before_parametrizations(module)
+        if _is_own_attention(module):
+            own_attention[cls.__name__] = own_attention.get(cls.__name__, 0) + 1
         if isinstance(module, _OUR_CLASSES):
             state = "patched" if _MARK in module.__dict__ else "native"
             entries.append(PatchEntry(name, cls.__name__, state))
@@ -160,7 +173,18 @@ def patch_report(model: Module) -> PatchReport:
             entries.append(PatchEntry(name, _layer_name(module), "skipped", reason))
         elif cls in _SWAPS:
             entries.append(PatchEntry(name, cls.__name__, "torch"))
-    return PatchReport(entries)
+    return PatchReport(entries, own_attention)
+
+
+def _is_own_attention(module: Module) -> bool:
+    """Whether this is the innermost of the modules that are called attention, by a class outside of torch.nn."""
+
+    def called_attention(module: Module) -> bool:
+        return "attention" in type(module).__name__.lower()
+
+    if isinstance(module, (*_TORCH, *_OUR_CLASSES)) or not called_attention(module):
+        return False
+    return not any(called_attention(child) for child in module.modules() if child is not module)
 
 
 def _check_module(function: str, model: object) -> None:

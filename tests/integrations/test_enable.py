@@ -310,7 +310,31 @@ def test_counts_end_with_the_handle() -> None:
     assert served(inner) == {"gru.input": 1} and served(outer) == {"gru.input": 3}
     assert outer.report().splitlines()[1].split()[:2] == ["gru.input", "3"]
     assert "3 calls" in repr(outer)
-    assert dlkernels.enable().report() == "no call of an operator that dlkernels serves"
+    assert dlkernels.enable(attention=False).report() == "no call of an operator that dlkernels serves"
+
+
+def test_a_model_whose_attention_is_not_reached() -> None:
+    class MyAttention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x @ x.mT, -1) @ x
+
+    class AttentionBlock(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = MyAttention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x)  # type: ignore[no-any-return]
+
+    model = nn.Sequential(AttentionBlock(), AttentionBlock())
+    with dlkernels.enable() as handle:
+        model(Q)
+        assert 'attn_implementation="eager"' in handle.report()
+        nn.functional.scaled_dot_product_attention(Q, Q, Q)
+        assert "eager" not in handle.report()
+    report = dlkernels.patch_report(model)
+    assert report.own_attention == {"MyAttention": 2} and "MyAttention (2)" in str(report)
+    assert "own attention" not in str(dlkernels.patch_report(nn.MultiheadAttention(4, 2)))
 
 
 def test_threads() -> None:

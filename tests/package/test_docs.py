@@ -1,0 +1,62 @@
+"""Runs the Python blocks of README and docs/. Blocks may use the names in NAMES; the blocks of a page run in order and
+share their names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.support.fresh_python import ROOT, run_python
+
+pytestmark = [
+    pytest.mark.usefixtures("native"),
+    pytest.mark.o0_skip(reason="the examples of the documentation, not the kernels"),
+]
+
+NAMES = """
+import torch
+from torch import nn
+import dlkernels
+
+class Attend(nn.Module):
+    def forward(self, x):
+        x = x if x.dim() == 3 else x.squeeze(0)
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+class Result(tuple):
+    loss = property(lambda self: self[0])
+
+class Trained(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8)
+    def forward(self, batch):
+        return Result((self.lstm(batch)[0].square().mean(),))
+
+q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+packed_q, packed_k, packed_v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+cu, sinks = torch.tensor([0, 4, 9], dtype=torch.int32), torch.randn(4)
+src, padding, batch = torch.randn(2, 5, 512), torch.zeros(2, 5, dtype=torch.bool), torch.randn(4, 3, 8)
+model = {model}
+"""
+MODELS = {"README.md": "Attend()", "attention.md": "Trained()", "tools.md": "Trained()"}
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_examples_run(page: Path) -> None:
+    names = NAMES.format(model=MODELS.get(page.name, "None"))
+    run_python("\n".join([names, *blocks(page)]), OMP_NUM_THREADS="2")
+
+
+def test_links_between_pages() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
