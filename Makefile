@@ -17,7 +17,7 @@ DEV_STAMP := $(VENV)/.dlkernels-dev
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-install bench lint format native-test \
+.PHONY: help venv build build-O0 test test-O0 test-integrations test-install bench lint format native-test \
 	native-asan native-tsan cuda-test abi-check gpuless gpu-check mutants wheel clean
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo "make cuda-test    the CUDA kernels without a GPU: emulation, sanitizers, nvcc"
 	@echo "make mutants      plants bugs one at a time: the tests have to notice (hours; ARGS='--only gru' narrows it)"
 	@echo "make test-O0      what the optimiser can change, on an -O0 build of the kernels"
+	@echo "make test-integrations  the tests that need transformers, onnxscript and onnxruntime, which it installs"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
 	@echo "make gpuless      Triton kernels interpreted and compiled, and cuda-test: GPU code without a GPU (minutes)"
@@ -63,6 +64,10 @@ test: build
 O0_TESTS ?= tests/rnn tests/attention tests/package/test_isa.py
 test-O0: build-O0
 	DLKERNELS_NATIVE=$(O0_NATIVE) $(PY) -m pytest $(O0_TESTS) $(ARGS)
+
+test-integrations: build
+	$(PIP) install transformers onnx onnxscript onnxruntime
+	$(PY) -m pytest tests/integrations/test_transformers.py tests/integrations/test_onnx.py $(ARGS)
 
 test-install: $(ENV_STAMP)
 	$(PY) tests/install/check.py '$(TORCH_SPEC)'

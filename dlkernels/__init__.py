@@ -18,7 +18,7 @@ from dlkernels._version import __version__
 # `import dlkernels.explain` does not replace the function by the module.
 from dlkernels.explain import explain
 from dlkernels.info import info
-from dlkernels.integrations import flash_registry
+from dlkernels.integrations import flash_registry, onnx
 from dlkernels.integrations.enable import disable, enable
 from dlkernels.integrations.patch import patch, patch_report, unpatch
 from dlkernels.integrations.sdpa_operator import patch_attention
@@ -39,5 +39,6 @@ __all__ = [
 ]
 
 flash_registry.register()
+onnx.register()
 if extension.flag("DLKERNELS_ENABLE"):
     enable()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+from torch._decomp import decomposition_table
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -44,6 +45,7 @@ __all__ = [
     "onednn_takes_bf16",
     "onednn_takes_f16",
     "operator_names",
+    "register_decomposition",
     "remove_batch_dim",
     "safe_softmax",
     "schema_of",
@@ -93,6 +95,11 @@ def onednn_takes_bf16() -> bool:
 def onednn_takes_f16() -> bool:
     """Whether oneDNN computes in float16 on this processor (2.11, 2.13)."""
     return HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def register_decomposition(overload: Any, decomposition: Callable[..., Any]) -> None:
+    """Adds an operator to the table from which torch.onnx.export takes what an operator consists of (2.11, 2.13)."""
+    decomposition_table[overload] = decomposition
 
 
 def schema_of(overload: Any) -> Any:

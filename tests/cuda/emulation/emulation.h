@@ -48,8 +48,8 @@ void wait_until(const char* what, const std::function<bool()>& ready);
 char* shared_memory();
 // The address in the shared memory of block `rank` of the cluster that corresponds to `local` in this block's.
 void* shared_memory_of(unsigned rank, void* local);
-// The receipts of device.h. A new one has no bytes and waits for the first announcement.
-constexpr uint64_t kNewReceipt = uint64_t{1} << 32;
+// The receipts of device.h. When a block ends, as many bytes must have arrived as it announced.
+void receipt_init(uint64_t* receipt);
 void receipt_expect(uint64_t* receipt, unsigned bytes);
 void receipt_complete(uint64_t* receipt, unsigned bytes);
 void receipt_wait(uint64_t* receipt, unsigned parity);

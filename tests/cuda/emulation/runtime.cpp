@@ -92,6 +92,7 @@ struct Block {
   Moment barrier_moments[2];
   WeakMemory weak_memory;
   std::vector<std::vector<std::unique_ptr<WarpMeeting>>> meetings;  // of each warp
+  std::vector<uint64_t*> receipts;
   void *stack_pointer = nullptr, *tsan = nullptr, *asan = nullptr;
   const void* stack_bottom = nullptr;
   size_t stack_size = 0;
@@ -173,6 +174,14 @@ void schedule(unsigned seed) {
   }
 }
 
+void check_receipts(const Block& own) {
+  for (uint64_t* receipt : own.receipts) {
+    if (static_cast<int32_t>(__atomic_load_n(receipt, __ATOMIC_RELAXED)) != 0) {
+      fail("the bytes that a receipt counted are not those that were announced");
+    }
+  }
+}
+
 void run_block(const Launch& launch, Grid* grid, Cluster* cluster, uint3 index, unsigned rank, unsigned seed) {
   const Unseen unseen;
   Block own;
@@ -207,6 +216,7 @@ void run_block(const Launch& launch, Grid* grid, Cluster* cluster, uint3 index, 
   }
   here = own.fibers.data();
   schedule(seed);
+  check_receipts(own);
   cluster->exited[rank].store(true);
   while (grid->fibers_locked.exchange(true)) sched_yield();
   for (Fiber& fiber : own.fibers) {
@@ -313,6 +323,12 @@ static void change_receipt(uint64_t* receipt, int64_t bytes, unsigned announceme
     changed =
         static_cast<uint32_t>(missing) | static_cast<uint64_t>(pending) << 32 | static_cast<uint64_t>(phase) << 48;
   } while (!__atomic_compare_exchange_n(receipt, &old, changed, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED));
+}
+
+void receipt_init(uint64_t* receipt) {
+  const Unseen unseen;
+  *receipt = uint64_t{1} << 32;  // no bytes; its first phase waits for an announcement
+  block->receipts.push_back(receipt);
 }
 
 void receipt_expect(uint64_t* receipt, unsigned bytes) {
