@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -107,6 +109,26 @@ def test_gradients(name: str) -> None:
     with dlkernels.enable() as handle:
         assert_close(gradients(), expected)
     assert served(handle) == {name: 1}
+
+
+@pytest.mark.parametrize("name", ["lstm.input", "gru.data", "lstm_cell", "rnn_relu_cell"])
+def test_gradient_of_the_input_with_frozen_weights(name: str) -> None:
+    make, given = CALLS[name]
+    module = make().requires_grad_(False)
+    x = given()
+    data = x if isinstance(x, Tensor) else x.data
+    leaf = data.clone().requires_grad_()
+    wanted = leaf if isinstance(x, Tensor) else x._replace(data=leaf)
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(sum(y.square().sum() for y in flat(module(wanted)) if y.requires_grad), leaf)[0]
+
+    expected = gradient()
+    with dlkernels.enable() as handle:
+        assert_close(gradient(), expected)
+        state = torch.zeros(B, H, requires_grad=True)
+        assert torch.gru_cell(ROW, state, torch.ones(3 * H, I), torch.ones(3 * H, H)).requires_grad
+    assert served(handle)[name] == 1
 
 
 def test_dropout_draws_torchs_masks() -> None:
@@ -389,6 +411,36 @@ def test_checkpoint_recomputes_on_the_same_kernels() -> None:
         for how in (True, False):
             torch.testing.assert_close(gradient(how), expected)
     assert served(handle) == {"lstm.input": 5} and not handle.left
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("mode", LAYERS)
+def test_compiled(mode: str, grad: bool) -> None:
+    """One operator a layer is in the graph, for any number of steps, and Dynamo's setting is restored."""
+    layer = LAYERS[mode]()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    before = torch._dynamo.config.allow_rnn
+    torch._dynamo.reset()
+    with dlkernels.enable(compile=True), torch.set_grad_enabled(grad):
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=aot_autograd(fw_compiler=keep))
+        for steps in (T, T + 3):
+            x = torch.randn(B, steps, I) if layer.batch_first else torch.randn(steps, B, I)
+            assert_close(compiled(x), layer(x))
+            if grad:
+                found, expected = (
+                    torch.autograd.grad(run(x)[0].square().sum(), list(layer.parameters())) for run in (compiled, layer)
+                )
+                assert_close(found, expected)
+    assert torch._dynamo.config.allow_rnn == before
+    forward, *others = graphs
+    ours = [str(node.target) for node in forward.graph.nodes if "dlkernels" in str(node.target)]
+    assert ours.count(f"dlkernels.{mode}.default") == layer.num_layers
+    assert len(others) <= 1  # the backward
 
 
 def test_the_environment_turns_it_on_at_import() -> None:
