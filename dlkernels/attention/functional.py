@@ -6,12 +6,15 @@ D of queries and keys, Dv of values.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from itertools import pairwise
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
 from dlkernels._core.autocast import autocast_dtype, cast
+from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.private_torch import are_transforms_active
 from dlkernels.attention import checks, operators
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
@@ -48,7 +51,8 @@ def attention(
         float32 (float64 for float64): above 8.5e37 it is an error.
     sinks: [H], floating: a logit per head that takes part in the softmax's denominator only.
     cu_seqlens_q, cu_seqlens_k: integers [B + 1]: sequence b has the rows cu[b] .. cu[b + 1] of q, and of k and v. The
-        result is [rows, H, Dv].
+        result is [rows, H, Dv]. An attn_mask then has M and N of the longest sequences, and each sequence, for which
+        its first rows and columns count, is a call of its own; the lengths are read from the tensors.
     max_seqlen_q, max_seqlen_k: at least the length of the longest sequence; with None it is computed from cu_seqlens.
     enable_gqa: False makes Hkv != H an error.
     return_lse: also the logarithm of the softmax's denominator, [B, H, M] or [H, rows], float32 (float64 for float64).
@@ -58,6 +62,15 @@ def attention(
     gives 0 (lse -inf, or the sink) and no gradient, and what is masked may hold anything, NaN too. Under autocast q, k,
     v and an additive mask are cast as torch casts those of F.scaled_dot_product_attention.
     """
+    if cu_seqlens_q is not None and has_own_mask(attn_mask):
+        options = {
+            "causal": causal, "dropout_p": dropout_p, "softmax_scale": softmax_scale, "window": window,
+            "softcap": softcap, "sinks": sinks, "enable_gqa": enable_gqa, "deterministic": deterministic,
+        }  # fmt: skip
+        o, lse = _each_sequence(
+            q, k, v, attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options
+        )
+        return (o, lse) if checks.flag("return_lse", return_lse) else o
     checks.flag("return_lse", return_lse)
     checks.flag("deterministic", deterministic)
     cfg, given = checked(
@@ -68,6 +81,49 @@ def attention(
         given = given._replace(rng=draw_seed())
     o, lse = operators.attention(cfg, given)
     return (o, lse) if return_lse else o
+
+
+def has_own_mask(attn_mask: Any) -> TypeGuard[Tensor]:
+    """Whether this is a mask with values. With cu_seqlens such a call is made of one call for each sequence."""
+    return isinstance(attn_mask, Tensor) and not checks.is_bias(attn_mask)
+
+
+def _each_sequence(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, alibi_slopes: Tensor | None, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None, max_seqlen_q: int | None, max_seqlen_k: int | None, options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o, lse) of packed sequences with a mask, by one call for each sequence."""
+    cfg, given = checked(
+        q, k, v, None, options["causal"], options["dropout_p"], options["softmax_scale"], options["window"],
+        alibi_slopes, options["softcap"], options["sinks"], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        options["enable_gqa"],
+    )  # fmt: skip
+    assert given.cu_seqlens_q is not None and given.cu_seqlens_k is not None
+    ends_q, ends_k = (
+        checks.cu_values(name, cu.cpu(), x.shape[0], longest).tolist()
+        for name, cu, x, longest in (
+            ("cu_seqlens_q", given.cu_seqlens_q, q, cfg.max_seqlen_q),
+            ("cu_seqlens_k", given.cu_seqlens_k, k, cfg.max_seqlen_k),
+        )
+    )
+    B, longest_q = len(ends_q) - 1, max_seqlen_q or max((b - a for a, b in pairwise(ends_q)), default=0)
+    longest_k = max_seqlen_k or max((b - a for a, b in pairwise(ends_k)), default=0)
+    mask = checks.mask("attention", mask, q.new_empty((0,)).expand(B, q.shape[1], longest_q, 0), longest_k)
+    per_batch = alibi_slopes is not None and alibi_slopes.dim() == 2
+    outputs, logs = [], []
+    for b, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(ends_q), pairwise(ends_k), strict=True)):
+        own = mask[b : b + 1] if mask.shape[0] > 1 else mask
+        own = own[:, :, : q1 - q0 if mask.shape[2] > 1 else 1, : k1 - k0 if mask.shape[3] > 1 else 1]
+        slopes = alibi_slopes[b] if per_batch and alibi_slopes is not None else alibi_slopes
+        rows = (x[begin:end].transpose(0, 1)[None] for x, begin, end in ((q, q0, q1), (k, k0, k1), (v, k0, k1)))
+        o, lse = attention(*rows, attn_mask=own, alibi_slopes=slopes, return_lse=True, **options)
+        outputs.append(o[0].transpose(0, 1))
+        logs.append(lse[0])
+    rest = q.shape[0] - ends_q[-1]  # rows that belong to no sequence
+    kind = logs[0] if logs else q.new_empty((), dtype=compute_dtype(q.dtype))
+    outputs.append(q.new_zeros((rest, q.shape[1], v.shape[-1]), dtype=outputs[0].dtype if outputs else q.dtype))
+    logs.append(kind.new_full((q.shape[1], rest), -math.inf))
+    return torch.cat(outputs), torch.cat(logs, 1)
 
 
 def attention_map(

@@ -128,7 +128,7 @@ def packed_mistakes() -> Iterator[Call]:
             yield name, what, attention, {**good, name: bad}
         yield "max_seqlen", "too short", attention, {**good, name: 3}
         yield name, "without cu_seqlens", attention, {"q": Q, "k": K, "v": V, name: 5}
-    yield "attn_mask", "with cu_seqlens", attention, {**good, "attn_mask": torch.zeros(M, N)}
+    yield "attn_mask", "of another size with cu_seqlens", attention, {**good, "attn_mask": torch.zeros(M + 40, N)}
     yield "q", "padded with cu_seqlens", attention, {**good, "q": Q}
     yield "q", "packed without cu_seqlens", attention, dict(PACKED)
     yield "alibi_slopes", "batch", attention, {**good, "alibi_slopes": torch.zeros(3, H)}
