@@ -97,9 +97,16 @@ def onednn_takes_f16() -> bool:
     return HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def register_decomposition(overload: Any, decomposition: Callable[..., Any]) -> None:
-    """Adds an operator to the table from which torch.onnx.export takes what an operator consists of (2.11, 2.13)."""
-    decomposition_table[overload] = decomposition
+def register_decomposition(overload: Any, decomposition: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Adds an operator to the table from which torch.onnx.export takes what an operator consists of. Fake tensors of
+    symbolic sizes look there as well; they get what `fake` returns (2.11, 2.13)."""
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        return (fake if get_proxy_mode() is None else decomposition)(*args, **kwargs)
+
+    decomposition_table[overload] = chosen
 
 
 def schema_of(overload: Any) -> Any:

@@ -1,18 +1,18 @@
 """What our operators are in ONNX: LSTM, GRU and RNN for the layers, elementary operators for cells and attention.
 
-`torch.onnx.export(dynamo=True)` takes from torch's table of decompositions what it does not know. No other tool applies
-that table to our operators unless it is asked to.
+`torch.onnx.export(dynamo=True)` takes from torch's table of decompositions what it does not know.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlkernels._core import extension
+from dlkernels._core.devices import fakes
 from dlkernels._core.private_torch import register_decomposition
 from dlkernels.attention import reference as attention_reference
 from dlkernels.rnn import reference
@@ -28,13 +28,17 @@ _OPSET = 14  # the oldest of LSTM, GRU and RNN with these arguments
 
 def register() -> None:
     """Adds the decompositions to torch's table. Nothing is imported or compiled."""
-    register_decomposition(torch.ops.dlkernels.private_copy.default, torch.clone)
+    register_decomposition(torch.ops.dlkernels.private_copy.default, torch.clone, torch.empty_like)
     if not extension.HAVE_NATIVE:
         return
-    register_decomposition(torch.ops.dlkernels.attention.default, _attention)
+    _register("attention", _attention)
     for mode, kind in KINDS.items():
-        register_decomposition(getattr(torch.ops.dlkernels, mode).default, _layer(kind))
-        register_decomposition(getattr(torch.ops.dlkernels, f"{mode}_cell").default, _cell(kind))
+        _register(mode, _layer(kind))
+        _register(f"{mode}_cell", _cell(kind))
+
+
+def _register(name: str, decomposition: Callable[..., Any]) -> None:
+    register_decomposition(getattr(torch.ops.dlkernels, name).default, decomposition, fakes[name])
 
 
 def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:

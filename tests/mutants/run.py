@@ -136,11 +136,13 @@ class Scratch:
             return TIMED_OUT if status == 124 else KILLED, f"native {mode}: {_first_complaint(output)}"
         if kind == "gpuless":
             file, *rest = shlex.split(mode)
-            command = [*gpuless_command("interpret" in file), "-x", "--tb=line", f"tests/gpuless/{file}", *rest]
+            command = [*gpuless_command(file), "-x", "--tb=line", f"tests/gpuless/{file}", *rest]
         else:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=line", "-p", "no:cacheprovider"]
             command += [f"--timeout={self.timeout}", *shlex.split(arguments)]
         status, output = self.command(command, limit)
+        if kind == "gpuless" and status == NOTHING_COLLECTED:
+            return ERROR, f"{arguments}: no test was collected"
         if status in (0, NOTHING_COLLECTED):
             return SURVIVED, ""
         if status == 124 and limit < COMMAND_LIMIT:
@@ -221,16 +223,16 @@ def _first_complaint(output: str) -> str:
     return lines[0][:160] if lines else output[-160:]
 
 
-def gpuless_command(interpreted: bool) -> list[str]:
-    """pytest in the environment of the oldest Triton, with the settings of `make gpuless`."""
+def gpuless_command(file: str) -> list[str]:
+    """pytest in the environment of the oldest Triton, with the settings that `make gpuless` gives to the file."""
     python = ROOT / "build" / "gpuless-triton-3.6.0" / "bin" / "python"
     if not python.is_file():
         raise SystemExit(f"{python} is missing: make gpuless")
-    settings = {
-        "DLKERNELS_TEST_ALLOW_REFERENCE": "1", "DLKERNELS_ARCH": "sm_90", "DLKERNELS_RELEASE": "0/1",
-        "TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1", "DLKERNELS_SHARD": "0/1",
-        **({"TRITON_INTERPRET": "1"} if interpreted else {}),
-    }  # fmt: skip
+    settings = {"DLKERNELS_TEST_ALLOW_REFERENCE": "1", "OMP_NUM_THREADS": "1"}
+    if "offline" in file:
+        settings |= {"DLKERNELS_ARCH": "sm_90", "DLKERNELS_RELEASE": "0/1", "TRITON_DISABLE_LINE_INFO": "1"}
+    elif "interpreted" in file:
+        settings |= {"DLKERNELS_SHARD": "0/1", "TRITON_INTERPRET": "1"}
     options = ["-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpuless", "-W", "ignore::DeprecationWarning"]
     return ["env", *(f"{name}={value}" for name, value in settings.items()), str(python), "-m", "pytest", *options]
 
