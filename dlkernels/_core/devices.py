@@ -13,10 +13,7 @@ from torch import Tensor
 from dlkernels._core import compile_cache
 from dlkernels._core.private_torch import schema_of
 
-__all__ = ["fakes", "register_fake"]
-
-# By the operator's name.
-fakes: dict[str, Callable[..., Any]] = {}
+__all__ = ["register_fake"]
 
 # Arguments that the kernels may want on the CPU while the others are on another device.
 _ANYWHERE = frozenset(("batch_sizes", "lengths", "cu_seqlens_q", "cu_seqlens_k", "rng"))
@@ -36,7 +33,6 @@ def register_fake(name: str, fake: Callable[..., Any]) -> None:
         return fake(**arguments)
 
     torch.library.register_fake(f"dlkernels::{name}", checked)
-    fakes[name] = checked
 
 
 def _check(op: str, arguments: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
-from torch._decomp import decomposition_table
+from torch._decomp import decomposition_table, meta_table
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -97,16 +97,12 @@ def onednn_takes_f16() -> bool:
     return HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def register_decomposition(overload: Any, decomposition: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Adds an operator to the table from which torch.onnx.export takes what an operator consists of. Fake tensors of
-    symbolic sizes look there as well; they get what `fake` returns (2.11, 2.13)."""
-
-    def chosen(*args: Any, **kwargs: Any) -> Any:
-        from torch.fx.experimental.proxy_tensor import get_proxy_mode
-
-        return (fake if get_proxy_mode() is None else decomposition)(*args, **kwargs)
-
-    decomposition_table[overload] = chosen
+def register_decomposition(overload: Any, decomposition: Callable[..., Any]) -> None:
+    """Adds an operator to the table from which torch.onnx.export takes what an operator consists of. FakeTensorMode
+    looks there too, if sizes are symbolic, but not for an operator in the table of meta functions, of which it then
+    calls none: it calls the registered fake (2.11, 2.13)."""
+    decomposition_table[overload] = decomposition
+    meta_table[overload] = decomposition
 
 
 def schema_of(overload: Any) -> Any:

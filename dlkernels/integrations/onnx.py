@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dlkernels._core import extension
-from dlkernels._core.devices import fakes
 from dlkernels._core.private_torch import register_decomposition
 from dlkernels.attention import reference as attention_reference
 from dlkernels.rnn import reference
@@ -28,7 +27,7 @@ _OPSET = 14  # the oldest of LSTM, GRU and RNN with these arguments
 
 def register() -> None:
     """Adds the decompositions to torch's table. Nothing is imported or compiled."""
-    register_decomposition(torch.ops.dlkernels.private_copy.default, torch.clone, torch.empty_like)
+    register_decomposition(torch.ops.dlkernels.private_copy.default, torch.clone)
     if not extension.HAVE_NATIVE:
         return
     _register("attention", _attention)
@@ -38,7 +37,7 @@ def register() -> None:
 
 
 def _register(name: str, decomposition: Callable[..., Any]) -> None:
-    register_decomposition(getattr(torch.ops.dlkernels, name).default, decomposition, fakes[name])
+    register_decomposition(getattr(torch.ops.dlkernels, name).default, decomposition)
 
 
 def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:
