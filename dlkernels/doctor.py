@@ -43,7 +43,10 @@ def _module() -> Iterator[Finding]:
     sources = _PACKAGE.parent / "csrc"
     if sources.is_dir():
         built = Path(str(native.__file__)).stat().st_mtime
-        newer = [path for path in sources.rglob("*.[ch]*") if path.stat().st_mtime > built]
+        newer = [
+            path for path in sources.rglob("*.[ch]*")
+            if path.stat().st_mtime > built and (extension.HAVE_CUDA_KERNELS or "cuda" not in path.parts)
+        ]  # fmt: skip
         if newer:
             yield Finding(f"the sources are newer than the compiled module: {newer[0]}", "make build")
 
@@ -59,7 +62,7 @@ def _processor() -> Iterator[Finding]:
     if extension.only_scalar():
         yield Finding(
             "only scalar kernels exist for this processor, and they are slower than torch",
-            "patch no model here; dlkernels.enable() leaves all calls to torch by itself",
+            "patch no model here; dlkernels.enable() leaves recurrent layers to torch by itself",
         )
     features = native.cpu_features()
     if features.get("amx_tile") and not features.get("amx_granted"):

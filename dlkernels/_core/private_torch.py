@@ -117,7 +117,7 @@ def without_python(overload: Any) -> Callable[..., Any]:
 
 def composite(overload: Any) -> Callable[..., Any]:
     """torch's own implementation of an operator that consists of others, whatever is registered for it. `decompose`
-    would prefer a decomposition in Python, which exists for tracing and which some calls break (2.11, 2.13)."""
+    would prefer a decomposition in Python, which is for tracing and draws other dropout masks (2.11, 2.13)."""
     return partial(overload._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd)
 
 

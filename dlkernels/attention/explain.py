@@ -55,17 +55,12 @@ def _explain_one(name: str, *args: Any, **options: Any) -> LayerExplanation:
     if cu_q is not None and cu_k is not None and functional.has_own_mask(options.get("attn_mask")):
         # Each sequence is a call. That of the longest is explained.
         options = {key: value for key, value in options.items() if "seqlen" not in key}
-        q, k, *rest = (x[None, :n].transpose(1, 2) for x, n in zip(args, _longest(cu_q, cu_k), strict=False))
+        rows, keys = functional.longest(cu_q), functional.longest(cu_k)
+        q, k, *rest = (x[None, :n].transpose(1, 2) for x, n in zip(args, (rows, keys, keys), strict=False))
         mask = options["attn_mask"]
         options["attn_mask"] = mask[..., : q.shape[2], : k.shape[2]][-1:] if mask.dim() == 4 else mask
         name, args = f"{name}, for each of {cu_q.shape[0] - 1} sequences", (q, k, *rest)
     return _explain(name, *functional.checked(*args, **options))
-
-
-def _longest(cu_q: Tensor, cu_k: Tensor) -> tuple[int, int, int]:
-    """The lengths of the longest sequences of q, k and v."""
-    q, k = (int(cu.diff().max()) if cu.shape[0] > 1 else 0 for cu in (cu_q, cu_k))
-    return q, k, k
 
 
 def _explain_sdpa(

@@ -62,17 +62,17 @@ def attention(
     gives 0 (lse -inf, or the sink) and no gradient, and what is masked may hold anything, NaN too. Under autocast q, k,
     v and an additive mask are cast as torch casts those of F.scaled_dot_product_attention.
     """
+    checks.flag("return_lse", return_lse)
+    checks.flag("deterministic", deterministic)
     if cu_seqlens_q is not None and has_own_mask(attn_mask):
         options = {
             "causal": causal, "dropout_p": dropout_p, "softmax_scale": softmax_scale, "window": window,
-            "softcap": softcap, "sinks": sinks, "enable_gqa": enable_gqa, "deterministic": deterministic,
+            "softcap": softcap, "sinks": sinks, "enable_gqa": enable_gqa,
         }  # fmt: skip
         o, lse = _each_sequence(
             q, k, v, attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options
         )
-        return (o, lse) if checks.flag("return_lse", return_lse) else o
-    checks.flag("return_lse", return_lse)
-    checks.flag("deterministic", deterministic)
+        return (o, lse) if return_lse else o
     cfg, given = checked(
         q, k, v, attn_mask, causal, dropout_p, softmax_scale, window, alibi_slopes, softcap, sinks, cu_seqlens_q,
         cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa,
@@ -100,15 +100,18 @@ def _each_sequence(
     )  # fmt: skip
     assert given.cu_seqlens_q is not None and given.cu_seqlens_k is not None
     ends_q, ends_k = (
-        checks.cu_values(name, cu.cpu(), x.shape[0], longest).tolist()
-        for name, cu, x, longest in (
+        checks.cu_values(name, cu.cpu(), x.shape[0], most).tolist()
+        for name, cu, x, most in (
             ("cu_seqlens_q", given.cu_seqlens_q, q, cfg.max_seqlen_q),
             ("cu_seqlens_k", given.cu_seqlens_k, k, cfg.max_seqlen_k),
         )
     )
-    B, longest_q = len(ends_q) - 1, max_seqlen_q or max((b - a for a, b in pairwise(ends_q)), default=0)
-    longest_k = max_seqlen_k or max((b - a for a, b in pairwise(ends_k)), default=0)
-    mask = checks.mask("attention", mask, q.new_empty((0,)).expand(B, q.shape[1], longest_q, 0), longest_k)
+    dtype = autocast_dtype(q)
+    if dtype is not None:
+        mask = cast(mask, dtype)
+    queries, keys = max_seqlen_q or longest(given.cu_seqlens_q), max_seqlen_k or longest(given.cu_seqlens_k)
+    padded = given.q.new_empty((0,)).expand(len(ends_q) - 1, q.shape[1], queries, 0)
+    mask = checks.mask("attention", mask, padded, keys)
     per_batch = alibi_slopes is not None and alibi_slopes.dim() == 2
     outputs, logs = [], []
     for b, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(ends_q), pairwise(ends_k), strict=True)):
@@ -120,9 +123,8 @@ def _each_sequence(
         outputs.append(o[0].transpose(0, 1))
         logs.append(lse[0])
     rest = q.shape[0] - ends_q[-1]  # rows that belong to no sequence
-    kind = logs[0] if logs else q.new_empty((), dtype=compute_dtype(q.dtype))
-    outputs.append(q.new_zeros((rest, q.shape[1], v.shape[-1]), dtype=outputs[0].dtype if outputs else q.dtype))
-    logs.append(kind.new_full((q.shape[1], rest), -math.inf))
+    outputs.append(given.q.new_zeros((rest, q.shape[1], v.shape[-1])))
+    logs.append(given.q.new_full((q.shape[1], rest), -math.inf, dtype=compute_dtype(given.q.dtype)))
     return torch.cat(outputs), torch.cat(logs, 1)
 
 
@@ -173,9 +175,9 @@ def checked(
     if checks.is_bias(attn_mask) and not packed:
         causal, attn_mask = checks.bias_alignment(attn_mask, causal, q.shape[2], k.shape[2]), None
     left, right = checks.window(window)
-    longest = checks.max_seqlen("max_seqlen_q", max_seqlen_q), checks.max_seqlen("max_seqlen_k", max_seqlen_k)
+    lengths = checks.max_seqlen("max_seqlen_q", max_seqlen_q), checks.max_seqlen("max_seqlen_k", max_seqlen_k)
     cfg = AttentionConfig(
-        *longest, softmax_scale=checks.scale(softmax_scale, q.shape[-1]), causal=checks.causal(causal),
+        *lengths, softmax_scale=checks.scale(softmax_scale, q.shape[-1]), causal=checks.causal(causal),
         window_left=left, window_right=right, softcap=checks.softcap(softcap, q.dtype),
         dropout_p=checks.probability(dropout_p),
     )  # fmt: skip
@@ -210,18 +212,18 @@ def _with_lengths(
             cu_k = checks.cu_values("cu_seqlens_k", cu_k, k.shape[0], cfg.max_seqlen_k)
         return cfg, cu_q, cu_k
     if not readable or q.device.type == "meta":
-        longest = [cfg.max_seqlen_q or q.shape[0], cfg.max_seqlen_k or k.shape[0]]
-        return cfg._replace(max_seqlen_q=longest[0], max_seqlen_k=longest[1]), cu_q, cu_k
+        rows = [cfg.max_seqlen_q or q.shape[0], cfg.max_seqlen_k or k.shape[0]]
+        return cfg._replace(max_seqlen_q=rows[0], max_seqlen_k=rows[1]), cu_q, cu_k
     if not cfg.max_seqlen_q:
         cu_q = cu_q.clone()
-        cfg = cfg._replace(max_seqlen_q=_longest(cu_q))
+        cfg = cfg._replace(max_seqlen_q=longest(cu_q))
     if not cfg.max_seqlen_k:
         cu_k = cu_k.clone()
-        cfg = cfg._replace(max_seqlen_k=_longest(cu_k))
+        cfg = cfg._replace(max_seqlen_k=longest(cu_k))
     return cfg, cu_q, cu_k
 
 
-def _longest(cu: Tensor) -> int:
+def longest(cu: Tensor) -> int:
     return int(cu.diff().max()) if cu.shape[0] > 1 else 0
 
 

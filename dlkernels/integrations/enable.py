@@ -26,15 +26,16 @@ class Enabled:
 
     def __init__(self, switches: list[Switch], compile: bool) -> None:
         self._attention = sdpa_operator.SWITCH in switches
-        self._on = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._before = counts()
         self._after: Counts | None = None
-        for switch in switches:
-            switch.enter()
-            self._on.callback(switch.leave)
-        if compile:
-            self._on.enter_context(recurrent_layers_allowed())
+        with contextlib.ExitStack() as turned_on:  # which an exception undoes
+            for switch in switches:
+                switch.enter()
+                turned_on.callback(switch.leave)
+            if compile:
+                turned_on.enter_context(recurrent_layers_allowed())
+            self._on = turned_on.pop_all()
         _handles.append(self)
 
     def disable(self) -> None:

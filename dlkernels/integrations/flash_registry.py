@@ -15,6 +15,7 @@ from dlkernels._core import extension
 from dlkernels._core.private_torch import unregister
 from dlkernels.attention import operators
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs, AttentionWanted
+from dlkernels.attention.checks import scale as scale_of
 
 __all__ = ["NAME", "register"]
 
@@ -60,8 +61,7 @@ def _activate() -> _Handle:
 def _config(q: Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> AttentionConfig:
     if dropout_p:
         raise RuntimeError("scaled_dot_product_flash_attention of dlkernels: dropout_p must be 0")
-    softmax_scale = 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
-    return AttentionConfig(0, 0, softmax_scale, _TOP_LEFT if is_causal else 0)
+    return AttentionConfig(0, 0, scale_of(scale, q.shape[-1]), _TOP_LEFT if is_causal else 0)
 
 
 def _given(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> AttentionInputs:

@@ -19,7 +19,7 @@ from dlkernels._core.private_torch import (
     is_in_backward,
     skip_in_dynamo,
 )
-from dlkernels.attention.sdpa import arrange, run, scaled_dot_product_attention
+from dlkernels.attention.sdpa import Call, arrange, run, scaled_dot_product_attention
 from dlkernels.integrations import counts
 from dlkernels.integrations.switch import Kernels, Switch
 
@@ -88,7 +88,7 @@ def _kernel(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    call = _why_not(query, dropout_p)
+    call: Call | str | None = _why_not(query, dropout_p)
     if call is None:
         call = arrange(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
@@ -110,7 +110,7 @@ def _kernel_name(isa: str, dtype: torch.dtype) -> str:
     return str(plan["kernel"]).removesuffix("/tiles")
 
 
-def _why_not(query: Tensor, dropout_p: float) -> Any:
+def _why_not(query: Tensor, dropout_p: float) -> str | None:
     """Why a call is left to torch; None if our kernels may serve it."""
     # A torch.func transform that has reached this level of dispatch can no longer handle an autograd.Function.
     if are_transforms_active():

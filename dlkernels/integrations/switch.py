@@ -10,7 +10,7 @@ import _thread
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch import Tensor
 from dlkernels._core import compile_cache
 from dlkernels._core.private_torch import unregister
 
-__all__ = ["KEYS", "OFF", "OTHER_THREAD", "Kernels", "Switch"]
+__all__ = ["OFF", "OTHER_THREAD", "Kernels", "Switch"]
 
 # Both the keys with and without autograd are needed, because inference mode skips the autograd keys.
-KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
+_KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
 
 # Why a call is left to torch. Calls are not counted while the switch is off.
 OFF = ""
@@ -30,14 +30,14 @@ OTHER_THREAD = "traced in a thread that has not turned the switch on"
 
 
 class Kernels:
-    """Kernels in Python for operators of torch: {"lstm.input": kernel}, each under all `keys`, until `remove`
-    is called. They ask their switch whether it is on."""
+    """Kernels in Python for operators of torch, {"lstm.input": kernel}, until `remove` is called. They ask their switch
+    whether it is on."""
 
-    def __init__(self, kernels: Mapping[str, Callable[..., Any]], keys: Sequence[str] = KEYS) -> None:
+    def __init__(self, kernels: Mapping[str, Callable[..., Any]]) -> None:
         self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
         try:
             for name, kernel in kernels.items():
-                for key in keys:
+                for key in _KEYS:
                     self._library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
         except BaseException:
             self.remove()
@@ -102,12 +102,12 @@ class Switch:
         """Why a call with this tensor is left to torch; None if it is ours to serve. A traced call is ours only in a
         thread that turned the switch on, because its result may be cached under a key that has the tag of that thread.
         """
+        if type(tensor) in (Tensor, torch.nn.Parameter):
+            return None if self.is_on else OFF
         if not self.is_on:
             compile_cache.remove(self.name)  # another thread left the block that this one entered
             return OFF
-        if type(tensor) in (Tensor, torch.nn.Parameter) or compile_cache.contains(self.name):
-            return None
-        return OTHER_THREAD
+        return None if compile_cache.contains(self.name) else OTHER_THREAD
 
     def _renew_lock(self) -> None:
         self.lock = threading.Lock()

@@ -100,6 +100,17 @@ def test_like_a_mask_that_hides_nothing() -> None:
         torch.testing.assert_close(found, expected)
 
 
+def test_autocast() -> None:
+    """A mask is cast as it is without cu_seqlens, and the results have autocast's dtype."""
+    q, k, v = inputs(torch.float32)
+    options: dict[str, Any] = {"cu_seqlens_q": ENDS_Q, "cu_seqlens_k": ENDS_K}
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = attention(q, k, v, attn_mask=torch.zeros(M, N, dtype=dtype), **options)
+            assert found.dtype == torch.bfloat16
+            torch.testing.assert_close(found, attention(q, k, v, **options), rtol=0.016, atol=0.01)
+
+
 def test_nothing_and_mistakes() -> None:
     q, k, v = inputs(torch.float32)
     none = torch.zeros(1, dtype=torch.int32)

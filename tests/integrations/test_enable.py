@@ -3,7 +3,7 @@ results are compared in test_contract.py (entries "enabled ...") and the errors 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,18 +15,10 @@ from torch.autograd import forward_ad
 
 import dlkernels
 from dlkernels._core import extension
-from tests.support.enabled_calls import CALLS, LAYERS, ROW, B, H, I, Q, T, X, assert_close, flat, served
+from tests.support.enabled_calls import CALLS, LAYERS, MARKS, ROW, B, H, I, Q, T, X, assert_close, flat, served
+from tests.support.enabled_calls import off_again as off_again
 
-pytestmark = [
-    pytest.mark.usefixtures("native"),
-    pytest.mark.o0_skip(reason="Python and dispatch around kernels that other tests call as well"),
-]
-
-
-@pytest.fixture(autouse=True)
-def off_again() -> Iterator[None]:
-    yield
-    dlkernels.disable()
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dlkernels
-from tests.support.enabled_calls import H, I, Q, X, assert_close, served
+from tests.support.enabled_calls import MARKS, H, I, Q, X, assert_close, served
+from tests.support.enabled_calls import off_again as off_again
 from tests.support.fresh_python import run_python
 
-pytestmark = [
-    pytest.mark.usefixtures("native"),
-    pytest.mark.o0_skip(reason="Python and dispatch around kernels that other tests call as well"),
-]
-
-
-@pytest.fixture(autouse=True)
-def off_again() -> Iterator[None]:
-    yield
-    dlkernels.disable()
+pytestmark = MARKS
 
 
 def test_handles() -> None:

@@ -42,7 +42,8 @@ class Entry:
 
     @property
     def attends(self) -> bool:
-        return self.theirs not in {entry.theirs for entry in (*LAYERS, *CELLS)}
+        """Whether this is a use of attention, in whichever way it is made ours."""
+        return any(self.theirs is entry.theirs for entry in ATTENTION)
 
     def pair(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(7)

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import dlkernels
+from dlkernels._core import extension
 from dlkernels.integrations.enable import Enabled
+
+# Of the modules that test `enable`.
+MARKS = [
+    pytest.mark.usefixtures("native", "off_again"),
+    pytest.mark.o0_skip(reason="Python and dispatch around kernels that other tests call as well"),
+    pytest.mark.skipif(extension.only_scalar(), reason="with scalar kernels alone enable() leaves layers to torch"),
+]
+
+
+@pytest.fixture
+def off_again() -> Iterator[None]:
+    yield
+    dlkernels.disable()
+
 
 T, B, I, H = 5, 3, 4, 6
 X, ROW = torch.randn(T, B, I), torch.randn(B, I)
