@@ -6,26 +6,27 @@ the oldest release that the package supports, has the name as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
-from torch._decomp import decomposition_table, meta_table
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.library import Library
 from torch.nn.modules import module as module_hooks
+from torch.onnx._internal.exporter import _decomp as onnx_decompositions
 
 __all__ = [
     "HAS_ONEDNN",
     "FakeTensor",
     "FunctionalTensor",
     "add_batch_dim",
+    "add_to_onnx_export",
     "are_transforms_active",
     "composite",
     "cpp_apply",
@@ -45,7 +46,6 @@ __all__ = [
     "onednn_takes_bf16",
     "onednn_takes_f16",
     "operator_names",
-    "register_decomposition",
     "remove_batch_dim",
     "safe_softmax",
     "schema_of",
@@ -97,12 +97,22 @@ def onednn_takes_f16() -> bool:
     return HAS_ONEDNN and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
-def register_decomposition(overload: Any, decomposition: Callable[..., Any]) -> None:
-    """Adds an operator to the table from which torch.onnx.export takes what an operator consists of. FakeTensorMode
-    looks there too, if sizes are symbolic, but not for an operator in the table of meta functions, of which it then
-    calls none: it calls the registered fake (2.11, 2.13)."""
-    decomposition_table[overload] = decomposition
-    meta_table[overload] = decomposition
+def add_to_onnx_export(decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    """Tells torch.onnx.export what operators consist of that have no translation of their own.
+
+    The exporter looks in torch's global table of decompositions too, but there an operator would change other programs:
+    FakeTensorMode traces the decomposition instead of calling the registered fake, and Inductor refuses to call an
+    operator that stands there if the environment has the variable CI, as machines of continuous integration do. So the
+    entries are added to the exporter's own table, whenever it makes one (2.11, 2.13).
+    """
+    make_table = onnx_decompositions.create_onnx_friendly_decomposition_table
+
+    @wraps(make_table)
+    def make_table_with_ours(translated: set[Any]) -> dict[Any, Callable[..., Any]]:
+        ours = {overload: one for overload, one in decompositions.items() if overload not in translated}
+        return {**make_table(translated), **ours}
+
+    onnx_decompositions.create_onnx_friendly_decomposition_table = make_table_with_ours
 
 
 def schema_of(overload: Any) -> Any:

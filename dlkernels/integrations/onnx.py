@@ -1,6 +1,6 @@
 """What our operators are in ONNX: LSTM, GRU and RNN for the layers, elementary operators for cells and attention.
 
-`torch.onnx.export(dynamo=True)` takes from torch's table of decompositions what it does not know.
+`torch.onnx.export(dynamo=True)` replaces an operator that it cannot translate by what a table says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dlkernels._core import extension
-from dlkernels._core.private_torch import register_decomposition
+from dlkernels._core.private_torch import add_to_onnx_export
 from dlkernels.attention import reference as attention_reference
 from dlkernels.rnn import reference
 from dlkernels.rnn.dtypes import dtype_of
@@ -26,18 +26,19 @@ _OPSET = 14  # the oldest of LSTM, GRU and RNN with these arguments
 
 
 def register() -> None:
-    """Adds the decompositions to torch's table. Nothing is imported or compiled."""
-    register_decomposition(torch.ops.dlkernels.private_copy.default, torch.clone)
-    if not extension.HAVE_NATIVE:
-        return
-    _register("attention", _attention)
-    for mode, kind in KINDS.items():
-        _register(mode, _layer(kind))
-        _register(f"{mode}_cell", _cell(kind))
+    """Tells torch.onnx.export what our operators consist of. Nothing is compiled."""
+    add_to_onnx_export(_decompositions())
 
 
-def _register(name: str, decomposition: Callable[..., Any]) -> None:
-    register_decomposition(getattr(torch.ops.dlkernels, name).default, decomposition)
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    operators = torch.ops.dlkernels
+    found: dict[Any, Callable[..., Any]] = {operators.private_copy.default: torch.clone}
+    if extension.HAVE_NATIVE:
+        found[operators.attention.default] = _attention
+        for mode, kind in KINDS.items():
+            found[getattr(operators, mode).default] = _layer(kind)
+            found[getattr(operators, f"{mode}_cell").default] = _cell(kind)
+    return found
 
 
 def _reordered(weight: Tensor, order: Sequence[int]) -> Tensor:

@@ -158,3 +158,12 @@ def test_onnx_of_cells(name: str) -> None:
 
     _, result = onnx_runs(Rows(), torch.randn(T, B, I), other[None])
     torch.testing.assert_close(result, model(other), rtol=1e-4, atol=1e-5)
+
+
+def test_torch_finds_no_decompositions_of_our_operators() -> None:
+    """In torch's table they would change other programs: where the variable CI is set, Inductor raises for an operator
+    that it is to call although the table has its decomposition."""
+    packets = [getattr(torch.ops.dlkernels, name) for name in torch.ops.dlkernels]
+    ours = [getattr(packet, overload) for packet in packets for overload in packet.overloads()]
+    assert ours
+    assert not torch._decomp.get_decompositions(ours)
