@@ -105,14 +105,15 @@ def add_to_onnx_export(decompositions: Mapping[Any, Callable[..., Any]]) -> None
     operator that stands there if the environment has the variable CI, as machines of continuous integration do. So the
     entries are added to the exporter's own table, whenever it makes one (2.11, 2.13).
     """
-    make_table = onnx_decompositions.create_onnx_friendly_decomposition_table
+    module: Any = onnx_decompositions
+    make_table = module.create_onnx_friendly_decomposition_table
 
     @wraps(make_table)
     def make_table_with_ours(translated: set[Any]) -> dict[Any, Callable[..., Any]]:
         ours = {overload: one for overload, one in decompositions.items() if overload not in translated}
         return {**make_table(translated), **ours}
 
-    onnx_decompositions.create_onnx_friendly_decomposition_table = make_table_with_ours
+    module.create_onnx_friendly_decomposition_table = make_table_with_ours
 
 
 def schema_of(overload: Any) -> Any:
