@@ -171,6 +171,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_least_patience", &dlk::set_least_patience,
         "Microseconds that teams of threads wait for their members at least; 0: as planned. For tests.", py::arg("us"));
   dlk::bind_attention(m);
+  dlk::bind_direct_calls(m);
   m.def(
       "plan",
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,

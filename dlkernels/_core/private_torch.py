@@ -32,12 +32,16 @@ __all__ = [
     "cpp_apply",
     "enter_vmap_level",
     "forward_ad",
+    "handles_of_tensors",
     "has_global_forward_hooks",
     "has_saved_tensors_hooks",
     "is_any_autocast_enabled",
+    "is_dispatch_mode_active",
+    "is_function_mode_active",
     "is_in_backward",
     "is_legacy_batched",
     "is_onednn_enabled",
+    "is_profiling",
     "is_tracing",
     "jagged_dim",
     "jagged_longest",
@@ -51,10 +55,10 @@ __all__ = [
     "schema_of",
     "skip_in_dynamo",
     "strided_sizes",
+    "tensors_of_handles",
     "unregister",
     "unwrap_dead_wrapper",
     "unwrap_dead_wrappers",
-    "without_python",
 ]
 
 # Imported above. `forward_ad._current_level`: at least 0 inside of forward-mode differentiation (2.11, 2.13).
@@ -69,6 +73,15 @@ are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_a
 is_tracing: Callable[[], bool] = torch._C._is_tracing
 # Whether autocast is on for any device, in one call (2.11, 2.13).
 is_any_autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+# How many dispatch modes of Python are active, and whether a function mode is (2.11, 2.13).
+is_dispatch_mode_active: Callable[[], int] = torch._C._len_torch_dispatch_stack
+is_function_mode_active: Callable[[], bool] = torch._C._is_torch_function_mode_enabled
+# Whether a profiler records operators (2.11, 2.13).
+is_profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled
+# From a list of tensors to a list of capsules with handles of torch's C shim, which the caller owns, and back; the
+# second takes the handles over (2.11, 2.13).
+handles_of_tensors: Callable[[list[Tensor]], list[Any]] = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors
+tensors_of_handles: Callable[[list[Any]], list[Tensor]] = torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs
 # The names of all operators that are registered, of this package and of others (2.11, 2.13).
 operator_names: Callable[[], list[str]] = torch._C._dispatch_get_all_op_names
 # Whether a tensor is batched by the legacy vmap, which preceded torch.func (2.11, 2.13).
@@ -119,11 +132,6 @@ def add_to_onnx_export(decompositions: Mapping[Any, Callable[..., Any]]) -> None
 def schema_of(overload: Any) -> Any:
     """The schema of an operator's overload, which has `arguments` (2.11, 2.13)."""
     return overload._schema
-
-
-def without_python(overload: Any) -> Callable[..., Any]:
-    """The operator without the Python code around its overload, which costs a microsecond (2.11, 2.13)."""
-    return overload._op  # type: ignore[no-any-return]
 
 
 def composite(overload: Any) -> Callable[..., Any]:

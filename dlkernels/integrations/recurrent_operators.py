@@ -3,7 +3,7 @@ and packed (`data`) sequences, and the four cells.
 
 The kernels are in Python although a call costs some microseconds more than from C++. A C++ kernel behind torch's stable
 ABI empties lists of tensors that a TorchScript program still holds, such as a layer's weights, because the ABI moves
-the tensors out of the list (seen with torch 2.13). So calls without gradients take a way with few steps.
+the tensors out of the list (seen with torch 2.13). So calls without gradients go from here to the kernel directly.
 """
 
 from __future__ import annotations
@@ -16,43 +16,18 @@ import torch
 from torch import Tensor
 
 from dlkernels._core import extension
-from dlkernels._core.private_torch import (
-    are_transforms_active,
-    composite,
-    forward_ad,
-    is_any_autocast_enabled,
-    skip_in_dynamo,
-)
+from dlkernels._core.private_torch import are_transforms_active, composite, skip_in_dynamo
 from dlkernels.integrations import counts
 from dlkernels.integrations.switch import Kernels, Switch
 from dlkernels.rnn import functional
 from dlkernels.rnn.kinds import KINDS, Kind
-from dlkernels.rnn.operators import cell, sequence
+from dlkernels.rnn.operators import cell, direct
 from dlkernels.rnn.routing import route
 
 __all__ = ["SWITCH"]
 
-is_grad_enabled = torch.is_grad_enabled
-is_deterministic = torch.are_deterministic_algorithms_enabled
-_PLAIN = (Tensor, torch.nn.Parameter)
+_is_grad_enabled = torch.is_grad_enabled
 _REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
-
-
-def _is_common(x: Tensor) -> bool:
-    """Whether the operator alone, which checks its arguments, can serve the call if no gradient is wanted: tensors on
-    the CPU, no autocast and no transform."""
-    return (
-        SWITCH.is_on
-        and type(x) in _PLAIN
-        and x.is_cpu
-        and not are_transforms_active()
-        and not is_any_autocast_enabled()
-        and forward_ad._current_level < 0
-    )
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def _has_kernels() -> bool:
@@ -115,32 +90,32 @@ class _Operator:
 
 def _layer(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
     """The kernel of a layer, which takes the arguments of aten's `input` overload and `batch_sizes`."""
-    kind, forward = of.kind, sequence.eager_operators.get(of.kind.mode) if _has_kernels() else None
+    kind, mode, has_cell_state = of.kind, of.kind.mode, of.kind.has_cell_state
+    run_directly = direct.layers if _has_kernels() else None
 
     def layer(
         given: Sequence[Any], x: Tensor, batch_sizes: Tensor | None, hx: Any, params: list[Tensor], has_biases: bool,
         num_layers: int, dropout: float, train: bool, bidirectional: bool, batch_first: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
+        h0, c0, fits = hx, None, True
+        if has_cell_state:
+            fits = len(hx) == 2
+            h0, c0 = hx if fits else (None, None)
         count, rest = divmod(len(params), max(num_layers, 1) * (1 + bidirectional))
-        fits = not rest and has_biases == (count >= 4) and (not kind.has_cell_state or len(hx) == 2)
-        if not fits:
-            h0, c0 = None, None
-        elif kind.has_cell_state:
-            h0, c0 = hx
-        else:
-            h0, c0 = hx, None
-        common = forward is not None and num_layers == 1 and fits and _is_common(x)
-        if common and not (is_grad_enabled() and _wants_gradient(x, h0, c0, *params)):
-            try:
-                found = forward(  # type: ignore[misc]
-                    x, h0, c0, params, None, batch_sizes, None, bidirectional, batch_first, False,
-                    is_deterministic(),
-                )  # fmt: skip
-            except _REFUSALS:
-                pass  # torch's kernel raises its own error below
-            else:
+        fits = fits and not rest and has_biases == (count >= 4)
+        if (
+            run_directly is not None
+            and SWITCH.is_on
+            and fits
+            and not (_is_grad_enabled() and params[0].requires_grad)
+            and not (dropout and train and num_layers > 1)
+        ):
+            found = run_directly(
+                mode, x, h0, c0, params, None, batch_sizes, None, num_layers, bidirectional, batch_first
+            )
+            if found is not None:
                 of.count_served(x)
-                return found[: of.results]  # type: ignore[no-any-return]
+                return tuple(found)
 
         def arrange() -> Callable[[], Any]:
             if not fits or (batch_sizes is None and x.dim() != 3):
@@ -172,29 +147,21 @@ def _layer_of_data(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _cell(of: _Operator) -> Callable[..., Any]:
-    kind, forward = of.kind, cell.eager_operators.get(of.kind.mode) if _has_kernels() else None
+    kind, mode, has_cell_state = of.kind, of.kind.mode, of.kind.has_cell_state
+    run_directly = direct.cell if _has_kernels() else None
 
     def kernel(
         x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
     ) -> Any:
-        fits = True
-        if not kind.has_cell_state:
-            h, c = hx, None
-        elif len(hx) == 2:
-            h, c = hx
-        else:
-            h, c, fits = None, None, False
-        common = forward is not None and fits and _is_common(x)
-        if common and not (is_grad_enabled() and _wants_gradient(x, h, c, w_ih, w_hh, b_ih, b_hh)):
-            try:
-                found = forward(  # type: ignore[misc]
-                    x, h, c, w_ih, w_hh, b_ih, b_hh, False, is_deterministic()
-                )
-            except _REFUSALS:
-                pass  # torch's kernel raises its own error below
-            else:
+        h, c, fits = hx, None, True
+        if has_cell_state:
+            fits = len(hx) == 2
+            h, c = hx if fits else (None, None)
+        if run_directly is not None and SWITCH.is_on and fits and not (_is_grad_enabled() and w_hh.requires_grad):
+            found = run_directly(mode, x, h, c, w_ih, w_hh, b_ih, b_hh)
+            if found is not None:
                 of.count_served(x)
-                return (found[0], found[1]) if kind.has_cell_state else found[0]
+                return tuple(found) if has_cell_state else found[0]
 
         def arrange() -> Callable[[], Any]:
             if not fits:
@@ -205,7 +172,7 @@ def _cell(of: _Operator) -> Callable[..., Any]:
         results = of.serve(x, False, arrange, (x, hx, w_ih, w_hh, b_ih, b_hh))
         if isinstance(results, Tensor):
             return results
-        return (results[0], results[1]) if kind.has_cell_state else results[0]
+        return (results[0], results[1]) if has_cell_state else results[0]
 
     return kernel
 

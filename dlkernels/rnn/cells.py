@@ -1,9 +1,9 @@
 """RNNCell, LSTMCell and GRUCell: torch.nn's classes with another forward.
 
 A cell computes for only a few microseconds, so checks in Python would cost too much. If a call is a common one
-(batched, on the CPU, no transform), forward passes it unchecked to the operator, or to the autograd Function around the
-operator if a gradient is wanted; the operator refuses arguments that do not fit. All other calls and the refused ones
-go to the functional form, whose checks raise torch.nn's errors.
+(batched, on the CPU, no transform), forward passes it unchecked to the kernel, or to the autograd Function around the
+operator if a gradient is wanted; both refuse arguments that do not fit. All other calls and the refused ones go to the
+functional form, whose checks raise torch.nn's errors.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from dlkernels._core.extension import HAVE_NATIVE
 from dlkernels._core.private_torch import are_transforms_active, forward_ad, is_any_autocast_enabled, is_tracing
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer
 from dlkernels.rnn import functional
+from dlkernels.rnn.operators import direct
 from dlkernels.rnn.operators.arguments import CellConfig
-from dlkernels.rnn.operators.cell import Refused, eager_operators, unchecked_cell
+from dlkernels.rnn.operators.cell import Refused, unchecked_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -33,34 +34,30 @@ Weights = tuple[Any, Any, Any, Any]
 
 
 def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
-    """Runs the cell without checks and returns h', then c' for the lstm. Returns None if the call is not a common one
-    or the operator refuses it."""
-    if not HAVE_NATIVE or _is_compiling() or are_transforms_active() or is_any_autocast_enabled() or is_tracing():
-        return None
-    if forward_ad._current_level >= 0:  # the operator would drop the tangents
+    """Runs the cell without checks in Python and returns h', then c' for the lstm. Returns None if the call is not a
+    common one or the operator refuses it."""
+    if not HAVE_NATIVE or _is_compiling():
         return None
     weights: dict[str, Any] = cell._parameters
     try:
-        # The fields of CellInputs, then the operator's arguments `save` and `deterministic`.
-        arguments = (
-            x, h, c, weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"], False,
-            _is_deterministic(),
-        )  # fmt: skip
-        if not x.is_cpu:
+        given = (x, h, c, weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"])
+    except KeyError:  # a parametrized weight
+        return None
+    if not _is_grad_enabled():
+        return direct.cell(mode, *given)
+    try:
+        wants_gradient = given[4].requires_grad or any(t is not None and t.requires_grad for t in given)
+        if not wants_gradient:
+            return direct.cell(mode, *given)
+        if not x.is_cpu or are_transforms_active() or is_any_autocast_enabled() or is_tracing():
             return None
-        wants_gradient = _is_grad_enabled() and (
-            arguments[4].requires_grad or any(t is not None and t.requires_grad for t in arguments[:7])
-        )
-    except (AttributeError, KeyError):  # KeyError: a parametrized weight
+    except AttributeError:
+        return None
+    if forward_ad._current_level >= 0:  # the operator would drop the tangents
         return None
     try:
-        if wants_gradient:
-            return unchecked_cell(CellConfig(mode, arguments[-1]), arguments[:7])
+        return unchecked_cell(CellConfig(mode, _is_deterministic()), given)
     except Refused:
-        return None
-    try:
-        return eager_operators[mode](*arguments)
-    except (RuntimeError, TypeError, ValueError):
         return None
 
 

@@ -29,6 +29,7 @@ from dlkernels._core.private_torch import are_transforms_active, is_any_autocast
 from dlkernels.rnn import checks
 from dlkernels.rnn.dtypes import SAME, Types, recurrent_types
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
+from dlkernels.rnn.operators import direct
 from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceConfig, SequenceInputs
 from dlkernels.rnn.operators.cell import cell
 from dlkernels.rnn.operators.sequence import sequence
@@ -44,6 +45,9 @@ __all__ = [
 ]
 
 Pair = tuple[Tensor, Tensor]
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def lstm(
@@ -157,8 +161,37 @@ def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack
     if stack.batch_sizes is None and input.dim() == 2:
         y, h_n, c_n = _unbatched(kind, input, h0, c0, weights, stack)
     else:
-        y, h_n, c_n = arrange(kind, input, h0, c0, weights, stack).run()
+        y, h_n, c_n = _batched(kind, input, h0, c0, weights, stack)
     return y, (h_n, c_n) if kind.has_cell_state else h_n
+
+
+def _batched(
+    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
+) -> tuple[Tensor, Tensor, Tensor]:
+    if stack.dropout:
+        checks.dropout(stack.dropout)
+    found = None if _is_compiling() else run_directly(kind, x, h0, c0, weights, stack)
+    if found is None:
+        return arrange(kind, x, h0, c0, weights, stack).run()
+    return found[0], found[1], found[-1]
+
+
+def run_directly(
+    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
+) -> list[Tensor] | None:
+    """[y, h_n], followed by c_n for the lstm; None if `direct.layers` does not serve the call. The arguments need not
+    have been checked."""
+    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed = stack
+    if not x.is_cpu or bptt_steps or type(weights) not in (list, tuple):
+        return None
+    # Most calls that want a gradient are recognized by the first weight, before anything else is done.
+    if _is_grad_enabled() and weights and getattr(weights[0], "requires_grad", True):
+        return None
+    if dropout and training and num_layers != 1:
+        return None
+    return direct.layers(
+        kind.mode, x, h0, c0, weights, packed, batch_sizes, lengths, num_layers, bidirectional, batch_first
+    )
 
 
 def _unbatched(
@@ -169,7 +202,7 @@ def _unbatched(
     if stack.lengths is not None:
         raise ValueError("lengths: needs batched 3-D input, got 2-D input")
     h0, c0 = (None if state is None else state.unsqueeze(1) for state in (h0, c0))
-    y, h_n, c_n = arrange(kind, x.unsqueeze(1), h0, c0, weights, stack._replace(batch_first=False)).run()
+    y, h_n, c_n = _batched(kind, x.unsqueeze(1), h0, c0, weights, stack._replace(batch_first=False))
     return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if kind.has_cell_state else c_n
 
 

@@ -29,6 +29,7 @@ RECURRENT = "dlkernels/integrations/recurrent_operators.py"
 SWITCH_FILE = "dlkernels/integrations/switch.py"
 WATCH = ("tests/rnn/test_prepack.py -k 'visible or training or another or stack'", "tests/rnn/test_prepack.py")
 SWITCH = tuple(f"tests/integrations/test_sdpa_operator{part}.py" for part in ("", "_recomputed", "_compiled"))
+DIRECT = "dlkernels/rnn/operators/direct.py"
 ENABLE = ("tests/integrations/test_enable.py", "tests/integrations/test_enable_handles.py")
 FLAT = ("tests/rnn/test_flat_weights.py", "tests/rnn/test_prepack.py", "tests/rnn/test_layers.py")
 BATCHED = ("tests/integrations/test_contract.py -k batched", "tests/attention/test_autograd.py -k batched")
@@ -254,16 +255,17 @@ PYTHON: tuple[Mutant, ...] = (
     Mutant("operator-bound", OPERATOR, "if len(_draws) > _MOST_DRAWS:", "if len(_draws) > 2 * _MOST_DRAWS:",
            "the record of dropout masks grows beyond its bound", SWITCH),
     # enable().
-    Mutant("enable-off", RECURRENT, "        SWITCH.is_on\n        and type(x)", "        type(x)",
+    Mutant("enable-off", RECURRENT, "            and SWITCH.is_on\n", "",
            "calls are served after the switch is off", ENABLE),
-    Mutant("enable-deterministic", RECURRENT,
-           "batch_first, False,\n                    is_deterministic(),",
-           "batch_first, False,\n                    False,",
-           "torch.use_deterministic_algorithms does not reach the kernels", ENABLE),
-    Mutant("enable-autocast", RECURRENT, "        and not is_any_autocast_enabled()\n", "",
-           "calls without gradients ignore autocast", ENABLE),
-    Mutant("enable-gradient", RECURRENT, "_wants_gradient(x, h0, c0, *params)", "_wants_gradient(*params)",
-           "the gradient of an input is lost if the weights are frozen", ENABLE),
+    Mutant("enable-dropout", RECURRENT, "            and not (dropout and train and num_layers > 1)\n", "",
+           "calls that want no gradient ignore dropout", ENABLE),
+    Mutant("direct-autocast", DIRECT, "            is_any_autocast_enabled,\n", "",
+           "calls without gradients ignore autocast", ("tests/rnn/test_direct.py", *ENABLE)),
+    Mutant("direct-profiler", DIRECT, "            is_profiling,\n", "",
+           "a profiler does not see calls without gradients", ("tests/rnn/test_direct.py",)),
+    Mutant("functional-dropout", "dlkernels/rnn/functional.py",
+           "    if dropout and training and num_layers != 1:\n        return None\n", "",
+           "calls that want no gradient ignore dropout", ("tests/rnn/test_direct.py", "tests/rnn/test_functional.py")),
     Mutant("enable-torchs", "dlkernels/_core/private_torch.py",
            "return partial(overload._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd)",
            "return overload.decompose",

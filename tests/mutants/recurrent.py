@@ -17,6 +17,7 @@ PROJECTION = ("tests/rnn/test_grid.py -k 'grid and lstm_proj'", *GRID)
 CHUNKS = ("tests/rnn/test_interactions.py",)
 NAN = ("tests/rnn/test_nan.py",)
 SAME_BITS = ("tests/rnn/test_batch_invariance.py",)
+DIRECT = ("tests/rnn/test_direct.py", "tests/rnn/test_batch_invariance.py")
 MIXED = ("tests/rnn/test_autocast.py -k 'operators_take or cells_with'", "tests/rnn/test_autocast.py")
 REFUSALS = ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_bad_input.py", "tests/rnn/test_allocations.py")
 
@@ -240,4 +241,23 @@ RECURRENT: tuple[Mutant, ...] = (
            "the gradient of c has the dtype of h", ("tests/rnn/test_autocast.py -k gradients_of_a_cell", *MIXED)),
     Mutant("cell-step-stride", TORCH + "cell.cpp", "params.y = {results.back().data(), 0, shape.H, of_h};",
            "params.y = {results.back().data(), 0, shape.H, shape.dtype};", "h' has the dtype of the products", MIXED),
+    Mutant("direct-negative", TORCH + "direct.cpp",
+           "    require(!is_true(checked(PyObject_CallMethodNoArgs(tensor, torch_side.is_neg))));\n", "",
+           "negative views are read as if they were not", DIRECT),
+    Mutant("direct-gradient", TORCH + "direct.cpp",
+           "    require(!autograd_ || !is_true(checked(PyObject_GetAttr(tensor, torch_side.requires_grad))));\n", "",
+           "the gradient of an input is lost if the weights are frozen", DIRECT),
+    Mutant("direct-tangents", TORCH + "direct.cpp", "  require(PyLong_AsLong(level.get()) < 0);\n", "",
+           "forward-mode differentiation loses its tangents", DIRECT),
+    Mutant("direct-memory", TORCH + "direct.cpp", "      require(data || tensor.numel() == 0);\n", "",
+           "tensors without memory are read", DIRECT),
+    Mutant("direct-layers", TORCH + "direct.cpp", "layers_of(h0, layer * directions, directions)",
+           "layers_of(h0, layer, directions)", "the state of a layer is that of another one", DIRECT),
+    Mutant("direct-lock", TORCH + "direct.cpp",
+           "    PyThreadState* state = PyEval_SaveThread();\n    ~Release() { PyEval_RestoreThread(state); }\n", "",
+           "no other thread of Python runs while a kernel does", DIRECT),
+    Mutant("direct-deterministic", TORCH + "direct.cpp",
+           "a.deterministic = is_true(checked(PyObject_CallNoArgs(torch_side.is_deterministic)));\n    stack.",
+           "a.deterministic = false;\n    stack.", "torch.use_deterministic_algorithms does not reach the kernels",
+           DIRECT),
 )  # fmt: skip

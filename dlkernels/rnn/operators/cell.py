@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from dlkernels._core import batching, extension, legacy
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.gradients import differentiate, private
-from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrapper, unwrap_dead_wrappers, without_python
+from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrapper, unwrap_dead_wrappers
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind
@@ -20,7 +20,7 @@ from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, Wanted
 from dlkernels.rnn.operators.formulas import cell_gradients, run_cell
 from dlkernels.rnn.routing import route
 
-__all__ = ["Refused", "cell", "eager_operators", "unchecked_cell"]
+__all__ = ["Refused", "cell", "unchecked_cell"]
 
 
 def _forward(cfg: CellConfig, given: Sequence[Any], save: bool) -> list[Tensor]:
@@ -72,9 +72,6 @@ def _backward_fake(
 
 _operators = overloads("_cell", _fake, flops.cell)
 _backward_operators = overloads("_cell_backward", _backward_fake, flops.cell_backward)
-# The forward operators without the Python code around an overload, which costs about one of a cell's ten microseconds.
-# They cannot be traced.
-eager_operators: dict[str, Callable[..., list[Tensor]]] = {mode: without_python(op) for mode, op in _operators.items()}
 
 
 def cell(cfg: CellConfig, given: CellInputs) -> tuple[Tensor, ...] | list[Tensor]:

@@ -6,7 +6,7 @@ backward operator; the second exists so that the first can be differentiated twi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Tensors
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from dlkernels._core import batching, extension, legacy
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.gradients import differentiate, private
-from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrappers, without_python
+from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrappers
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind, sizes
@@ -126,8 +126,6 @@ def _backward_fake(
 
 _operators = overloads("", _fake, flops.sequence)
 _backward_operators = overloads("_backward", _backward_fake, flops.sequence_backward)
-# The forward operators without the Python code around an overload. They cannot be traced.
-eager_operators: dict[str, Callable[..., Any]] = {mode: without_python(op) for mode, op in _operators.items()}
 
 
 def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor, Tensor]:
