@@ -12,9 +12,11 @@ import torch
 
 from dlkernels.bench import plots
 from dlkernels.bench.cli import Command, Job, Part, attention_grid, layer_grid
-from dlkernels.bench.runner import AnyCase
+from dlkernels.bench.runner import AnyCase, Runner
+from dlkernels.bench.timing import Budget
 
-from . import charlm, targets
+from . import charlm, switched, targets
+from .models import MODELS
 
 
 def layer_targets(args: argparse.Namespace) -> Sequence[AnyCase]:
@@ -23,6 +25,10 @@ def layer_targets(args: argparse.Namespace) -> Sequence[AnyCase]:
 
 def attention_targets(args: argparse.Namespace) -> Sequence[AnyCase]:
     return targets.attention(args.threads or (1, 2))
+
+
+def models(args: argparse.Namespace) -> Sequence[Any]:
+    return switched.cases(tuple(MODELS), args.dtypes, args.threads or (torch.get_num_threads(),), 1.0)
 
 
 class ProjectCommand(Command):
@@ -34,6 +40,7 @@ class ProjectCommand(Command):
         "targets": (layer_targets, attention_targets),
         "attention-targets": (attention_targets,),
         "charlm": (),
+        "models": (models,),
         "all": (layer_grid, attention_grid, layer_targets, attention_targets),
     }
     suite_help = "main (the default) is charlm and grid, all adds targets"
@@ -47,6 +54,9 @@ class ProjectCommand(Command):
 
     def seconds(self, args: argparse.Namespace) -> float:
         return 2.0 if args.suite.endswith("targets") else super().seconds(args)
+
+    def runner(self, budget: Budget) -> Runner:
+        return switched.ModelRunner(budget)
 
     def draw(self, doc: dict[str, Any], path: Path) -> list[Path]:
         made = plots.draw(doc, path)

@@ -53,6 +53,9 @@ class Command:
         """The measuring time for each case if neither --seconds nor --quick is given."""
         return 1.0
 
+    def runner(self, budget: Budget) -> Runner:
+        return Runner(budget)
+
     def draw(self, doc: dict[str, Any], path: Path) -> list[Path]:
         return plots.draw(doc, path)
 
@@ -82,7 +85,7 @@ class Command:
         if not chosen and not jobs:
             print("no case matches", file=sys.stderr)
             return 2
-        runner = runner or Runner(self._budget(args))
+        runner = runner or self.runner(self._budget(args))
         host, root = machine.describe(), args.out or report.home()
         try:
             report.folder(root, host)

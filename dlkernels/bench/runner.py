@@ -184,13 +184,16 @@ class Runner:
         try:
             for case in cases:
                 torch.set_num_threads(case.threads)
-                if isinstance(case, AttentionCase):
-                    yield self._attention(case, checker)
-                else:
-                    yield self._layer(case, checker)
+                yield self.one(case, checker)
         finally:
             torch.set_num_threads(threads)
             torch.use_deterministic_algorithms(deterministic)
+
+    def one(self, case: Any, checker: Checker) -> Result:
+        """Checks and measures one case. Derived classes know other kinds of cases."""
+        if isinstance(case, AttentionCase):
+            return self._attention(case, checker)
+        return self._layer(case, checker)
 
     def _layer(self, case: LayerCase, checker: Checker) -> Result:
         inputs = Inputs.make(case)
@@ -199,7 +202,7 @@ class Runner:
             side = Workload(case, inputs, self.ours, deterministic=case.against == "default")
             return side, checker(case, inputs, side)
 
-        return self._one(case, lambda: self._peer(case, inputs), mine, machine.last_kernel)
+        return self.measure(case, lambda: self._peer(case, inputs), mine, machine.last_kernel)
 
     def _attention(self, case: AttentionCase, checker: Checker) -> Result:
         inputs = attention.make_inputs(case)
@@ -211,14 +214,16 @@ class Runner:
         def peer() -> AttentionWorkload:
             return AttentionWorkload(case, inputs, self.their_attention, padded=True)
 
-        return self._one(case, peer, mine, machine.last_attention_kernel)
+        return self.measure(case, peer, mine, machine.last_attention_kernel)
 
-    def _one(
-        self, case: AnyCase, make_peer: Callable[[], Side],
+    def measure(
+        self, case: Any, make_peer: Callable[[], Side],
         make_mine: Callable[[], tuple[Side, Agreement]], last_kernel: Callable[[], dict[str, Any]],
     ) -> Result:  # fmt: skip
+        """The result of a case whose sides these functions make; `last_kernel` is asked after a call of ours."""
         try:
             peer = make_peer()
+            peer.prepare()
             peer()
         except Exception as problem:  # a dtype or op that the peer lacks is reported, but is no failure of ours
             return Result(case, "no peer", _first_line(problem))
