@@ -231,6 +231,26 @@ def test_noncontiguous_tensors() -> None:
     torch.testing.assert_close(found, flat(layer(x, (h0.contiguous(), c0.contiguous()))))
 
 
+def test_deterministic_algorithms_reach_the_kernels() -> None:
+    """In this mode the results of a sequence do not depend, to the bit, on the batch that it is in."""
+    layer, cell, x = torch.nn.LSTM(64, 64), torch.nn.LSTMCell(64, 64), torch.randn(3, 40, 64)
+    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.no_grad():
+            together, states = call(layer, x), direct.cell("lstm", x[0], None, None, *weights)
+            assert together is not None
+            assert states is not None
+            for b in range(40):
+                alone, state = call(layer, x[:, b : b + 1]), direct.cell("lstm", x[0, b : b + 1], None, None, *weights)
+                assert alone is not None
+                assert state is not None
+                assert torch.equal(alone[0], together[0][:, b : b + 1])
+                assert torch.equal(state[0], states[0][b : b + 1])
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_inference_mode_gives_inference_tensors() -> None:
     layer, x = layer_of("gru"), torch.randn(T, B, I)
     with torch.inference_mode():
