@@ -123,9 +123,9 @@ def test_the_environment_turns_it_on_at_import() -> None:
         layer, x = torch.nn.LSTM(4, 6), torch.randn(5, 3, 4)
         import dlkernels
         layer(x)
-        assert layer(x)[0].grad_fn.name() == {name!r}, layer(x)[0].grad_fn
+        assert type(layer(x)[0].grad_fn).__name__ == {name!r}, layer(x)[0].grad_fn
         dlkernels.disable()
-        assert layer(x)[0].grad_fn.name() != "SequenceBackward"
+        assert type(layer(x)[0].grad_fn).__name__ != "SequenceBackward"
     """
     run_python(code.format(name="SequenceBackward"), DLKERNELS_ENABLE="1")
 
@@ -148,10 +148,10 @@ def test_import_registers_nothing_and_forks_inherit() -> None:
                 layer(x)
             assert sum(inner.served.values()) == 1
             handle.disable()
-            assert layer(x)[0].grad_fn.name() != "SequenceBackward"
+            assert type(layer(x)[0].grad_fn).__name__ != "SequenceBackward"
         with dlkernels.enable() as handle:
             assert all(registered())
             in_forked_child(child)
-            assert layer(x)[0].grad_fn.name() == "SequenceBackward"
+            assert type(layer(x)[0].grad_fn).__name__ == "SequenceBackward"
         assert not any(registered())
     """)
