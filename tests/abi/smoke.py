@@ -12,6 +12,7 @@ from dlkernels._core import extension
 
 def results(layer: torch.nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
+    layer.zero_grad()
     y, state = layer(x)
     states = state if isinstance(state, tuple) else (state,)
     sum(t.double().square().sum() for t in (y, *states)).backward()
