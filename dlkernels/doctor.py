@@ -18,6 +18,7 @@ from dlkernels.info import cuda_mismatch
 __all__ = ["Finding", "examine"]
 
 _PACKAGE = Path(__file__).resolve().parent
+_SOURCES = (".cpp", ".cu", ".def", ".h")
 _REINSTALL = "pip install --force-reinstall --no-deps dlkernels, where g++ or clang++ is on PATH"
 
 
@@ -44,8 +45,9 @@ def _module() -> Iterator[Finding]:
     if sources.is_dir():
         built = Path(str(native.__file__)).stat().st_mtime
         newer = [
-            path for path in sources.rglob("*.[ch]*")
-            if path.stat().st_mtime > built and (extension.HAVE_CUDA_KERNELS or "cuda" not in path.parts)
+            path for path in sources.rglob("*")
+            if path.suffix in _SOURCES and path.stat().st_mtime > built
+            and (extension.HAVE_CUDA_KERNELS or "cuda" not in path.parts)
         ]  # fmt: skip
         if newer:
             yield Finding(f"the sources are newer than the compiled module: {newer[0]}", "make build")

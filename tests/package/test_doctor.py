@@ -68,8 +68,10 @@ def test_threads_a_stale_module_and_wrong_results(tmp_path: Path) -> None:
         torch.set_num_threads(1)
         package = Path({str(tmp_path)!r}) / "dlkernels"
         (package.parent / "csrc").mkdir()
-        (package.parent / "csrc" / "new.h").touch()
+        (package.parent / "csrc" / "setup.cpython-311.pyc").touch()
         doctor._PACKAGE = package
+        assert not any("newer than the compiled module" in finding.what for finding in doctor.examine())
+        (package.parent / "csrc" / "new.h").touch()
         assert any("newer than the compiled module" in finding.what for finding in doctor.examine())
         functional.attention = lambda q, k, v: 2 * q
         assert any(finding.what.startswith("attention differs") for finding in doctor.examine())
