@@ -7,6 +7,7 @@ ABI_TORCH_SPEC ?= torch==2.11.0
 # The oldest and the newest Triton with which the kernels are tested.
 TRITON_SPECS ?= triton==3.6.0 triton==3.9.0
 ARGS ?=
+DIST ?= dist
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -17,8 +18,8 @@ DEV_STAMP := $(VENV)/.dlkernels-dev
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-integrations test-install bench lint format native-test \
-	native-asan native-tsan cuda-test abi-check gpuless gpu-check mutants wheel clean
+.PHONY: help venv build build-O0 test test-O0 test-integrations test-install test-wheel bench lint format \
+	native-test native-asan native-tsan cuda-test abi-check gpuless gpu-check mutants wheel sdist docs clean
 
 help:
 	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
@@ -35,6 +36,9 @@ help:
 	@echo "make gpuless      Triton kernels interpreted and compiled, and cuda-test: GPU code without a GPU (minutes)"
 	@echo "make gpu-check    on a machine with an NVIDIA GPU: build, measure, test; ARGS='--out DIR --part NAME --resume'"
 	@echo "make wheel        dist/*.whl, built against the torch of $(VENV)"
+	@echo "make sdist        dist/*.tar.gz, from which pip builds"
+	@echo "make test-wheel   wheel and sdist, and the wheel installed where there is no compiler (minutes)"
+	@echo "make docs         the documentation as a site in build/site"
 
 venv: $(ENV_STAMP)
 
@@ -47,8 +51,9 @@ $(ENV_STAMP): pyproject.toml setup.py
 	DLKERNELS_NO_NATIVE=1 $(PIP) install --no-build-isolation -e '.[bench,test]'
 	rm -f $(VENV)/.dlkernels-torch* && touch $@
 
+# What `docs` needs is installed here too, because pip must not exchange the package while .ci/run tests it.
 $(DEV_STAMP): $(ENV_STAMP)
-	DLKERNELS_NO_NATIVE=1 $(PIP) install --no-build-isolation -e '.[dev]'
+	DLKERNELS_NO_NATIVE=1 $(PIP) install --no-build-isolation -e '.[dev,docs]'
 	touch $@
 
 build: $(ENV_STAMP)
@@ -70,7 +75,10 @@ test-integrations: build
 	$(PY) -m pytest tests/integrations/test_transformers.py tests/integrations/test_onnx.py $(ARGS)
 
 test-install: $(ENV_STAMP)
-	$(PY) tests/install/check.py '$(TORCH_SPEC)'
+	$(PY) -m tests.install.check '$(TORCH_SPEC)'
+
+test-wheel: $(ENV_STAMP)
+	$(PY) -m tests.install.check_wheel '$(TORCH_SPEC)'
 
 bench: build
 	$(PY) -m benchmarks $(ARGS)
@@ -113,8 +121,16 @@ gpuless: build
 gpu-check:
 	$(PYTHON) tests/gpu/check.py $(ARGS)
 
+# The wheel is for the Python of $(VENV) and for every torch >= 2.11 (docs/install.md).
 wheel: $(ENV_STAMP)
-	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir $(DIST) .
+
+sdist: $(ENV_STAMP)
+	PYTHONPATH=csrc/setup $(PY) -c "import backend; print('$(DIST)/' + backend.build_sdist('$(DIST)'))"
+
+# With --quiet, --strict would not see the warnings.
+docs: $(DEV_STAMP)
+	$(PY) -m mkdocs build --strict --config-file .mkdocs.yml
 
 clean:
 	rm -rf build dist *.egg-info dlkernels/_C.*.so

@@ -56,6 +56,30 @@ def test_the_examples_run(page: Path) -> None:
     run_python("\n".join([names, *blocks(page)]), OMP_NUM_THREADS="2")
 
 
+def test_the_site_lists_every_page() -> None:
+    """`make docs` reports the same, but needs MkDocs."""
+    listed = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / ".mkdocs.yml").read_text(), re.MULTILINE)
+    pages = {*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")}
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT)) for page in pages)
+
+
+# What only one of GitHub and the site renders as it is meant.
+ONLY_IN_THE_SITE = re.compile(r"^(?:!!!|\?\?\?|===) |\{: ?[.#]|^--8<--", re.MULTILINE)
+ONLY_ON_GITHUB = re.compile(r"^[^-#|>\s`<\d].*\n(?:- |1\. )|\\\|", re.MULTILINE)
+
+
+def test_pages_are_plain_markdown() -> None:
+    """The site begins a list only after an empty line, and prints the backslash of an escaped bar in code."""
+    assert ONLY_IN_THE_SITE.search("text\n!!! note\n") and ONLY_IN_THE_SITE.search("# Title {: #name}")
+    assert ONLY_ON_GITHUB.search("text:\n- item\n") and ONLY_ON_GITHUB.search("| `a\\|b` |")
+    assert not ONLY_ON_GITHUB.search("text:\n\n- item\n- item\n  and more\n- item\n")
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for pattern in (ONLY_IN_THE_SITE, ONLY_ON_GITHUB):
+            found = pattern.search(text)
+            assert found is None, f"{page.name}: {found[0]}"
+
+
 def test_links_between_pages() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
