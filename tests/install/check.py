@@ -1,6 +1,6 @@
 """Tests that pip installs dlkernels with its usual build isolation without downloading a second torch.
 
-    python tests/install/check.py torch==2.13.0
+    python -m tests.install.check torch==2.13.0
 
 Three installations are timed and each is followed by the smoke test with the compiled module: into a virtual
 environment that has torch, the same as an editable installation, and into a virtual environment on top of a Python that
@@ -9,31 +9,21 @@ has torch. This takes minutes and 3 GB under /tmp.
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-SMOKE = ROOT / "tests" / "abi" / "smoke.py"
-LEAVE_OUT = shutil.ignore_patterns(
-    ".*_cache", ".git", ".venv*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "results"
+from tests.install.environments import (
+    LEAVE_OUT,
+    ROOT,
+    SMOKE,
+    check_that_no_torch_was_fetched,
+    new_environment,
+    run,
 )
-
-
-def run(*command: str | Path, **environment: str) -> str:
-    words = [str(word) for word in command]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "DLKERNELS_"))}
-    done = subprocess.run(
-        words, env={**inherited, **environment}, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(words)}\n{done.stdout}\nfailed with {done.returncode}")
-    return done.stdout
 
 
 def processor_seconds() -> float:
@@ -45,11 +35,7 @@ def install(name: str, python: Path, *what: str) -> None:
     begin, processor = time.monotonic(), processor_seconds()
     log = run(python, "-m", "pip", "install", "-v", *what)
     seconds, processor = time.monotonic() - begin, processor_seconds() - processor
-    if "Requirement already satisfied: torch" not in log:
-        raise SystemExit(f"{name}: pip did not settle for the torch that is there:\n{log}")
-    fetched = [line for line in log.splitlines() if line.strip().startswith(("Collecting torch", "Downloading torch"))]
-    if fetched:
-        raise SystemExit(f"{name}: torch was fetched again: {fetched}")
+    check_that_no_torch_was_fetched(name, log)
     print(
         f"{name}: pip install took {seconds:.0f} s ({processor:.0f} s of processor time), no torch fetched", flush=True
     )
@@ -75,9 +61,7 @@ def main() -> int:
     spec = sys.argv[1] if len(sys.argv) > 1 else "torch==2.13.0"
     with tempfile.TemporaryDirectory(prefix="dlkernels-install-") as name:
         folder = Path(name)
-        run(sys.executable, "-m", "venv", folder / "env")
-        python = folder / "env" / "bin" / "python"
-        run(python, "-m", "pip", "install", spec, "numpy")
+        python = new_environment(folder / "env", spec, "numpy")
         install("plain", python, source(folder, "plain"))
         run(python, "-m", "pip", "uninstall", "-y", "dlkernels")
         install("editable", python, "-e", source(folder, "editable"))
