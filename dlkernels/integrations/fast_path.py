@@ -99,12 +99,14 @@ def _why_not(
     reason = SWITCH.why_not(query)
     if reason is not None:
         return reason
+    if need_weights:
+        return "the attention weights are asked for"
+    if _is_small(query, embed_dim, weights.heads):
+        return "faster in torch, as it is small"
     if not extension.HAVE_NATIVE:
         return extension.why_not
     if extension.only_scalar():
         return "only scalar kernels exist for this processor"
-    if need_weights:
-        return "the attention weights are asked for"
     if query is not key or key is not value:
         return "no self-attention"
     if query.dtype not in KERNEL_DTYPES:
@@ -115,17 +117,17 @@ def _why_not(
     of_layer = [(3 * embed_dim, embed_dim), (3 * embed_dim,), (embed_dim, embed_dim), (embed_dim,)]
     if query.dim() != 3 or shapes != of_layer or weights.heads <= 0 or embed_dim % weights.heads:
         return "refused: the input and the weights are not those of a layer"
-    if not query.numel():
-        return "without elements"
-    return "faster in torch, as it is small" if _is_small(query, embed_dim, weights.heads) else None
+    return None if query.numel() else "without elements"
 
 
 def _is_small(x: Tensor, features: int, heads: int) -> bool:
-    """Of several sequences that are nested torch's kernel masks each by itself, so there ours is always faster."""
-    if x.is_nested and x.size(0) > 1:
+    """Whether torch is faster. Leaving a call to torch takes some microseconds as well, so this is asked early. torch
+    computes the softmax of each nested sequence by itself, so for more than one ours is faster at any size."""
+    if x.dim() != 3 or features <= 0 or (x.is_nested and x.size(0) > 1):
         return False
     rows = x.numel() // features
-    return heads * rows * rows < x.size(0) * (LEAST_SCORES_16_BIT if x.itemsize == 2 else LEAST_SCORES)
+    least = LEAST_SCORES_16_BIT if x.itemsize == 2 and not x.is_nested else LEAST_SCORES
+    return heads * rows * rows < x.size(0) * least
 
 
 def _dense(x: Tensor, mask: Tensor | None, mask_type: int | None, weights: _Weights) -> Tensor | str:
