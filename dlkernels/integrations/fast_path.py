@@ -140,11 +140,13 @@ def _dense(x: Tensor, mask: Tensor | None, mask_type: int | None, weights: _Weig
         if isinstance(of_scores, str):
             return of_scores
         mask = of_scores
-    qkv = linear(x, weights.qkv_weight, weights.qkv_bias).view(batch, steps, 3, weights.heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    # Matrices, because torch multiplies each sequence by itself if x is not contiguous, which takes many times as long.
+    qkv = linear(x.reshape(-1, features), weights.qkv_weight, weights.qkv_bias)
+    q, k, v = qkv.view(batch, steps, 3, weights.heads, -1).permute(2, 0, 3, 1, 4).unbind()
     cfg = AttentionConfig(0, 0, 1 / math.sqrt(q.shape[-1]))
     o = run_forward(AttentionInputs(q, k, v, mask), cfg)[0]
-    return linear(o.transpose(1, 2).flatten(2), weights.out_weight, weights.out_bias)
+    rows = o.transpose(1, 2).reshape(-1, features)
+    return linear(rows, weights.out_weight, weights.out_bias).view(batch, steps, features)
 
 
 def _nested(x: Tensor, mask: Tensor | None, weights: _Weights) -> Tensor | str:

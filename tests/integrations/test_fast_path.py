@@ -74,6 +74,9 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any], int]] = {
     "attention, causal": (*of_attention(attn_mask=CAUSAL), 1),
     "attention, a mask of each head": (*of_attention(attn_mask=EACH_HEAD), 1),
     "attention, both masks": (*of_attention(attn_mask=CAUSAL, key_padding_mask=PADDING), 1),
+    "attention, not contiguous": (
+        attention, lambda m, x: m(y := x.mT.contiguous().mT, y, y, need_weights=False), 1
+    ),
     "attention, nested": (attention, lambda m, x: m(y := nested(x), y, y, need_weights=False), 1),
     "layer": (layer, lambda m, x: m(x), 1),
     "layer, norm first, gelu": (lambda: layer(norm_first=True, activation="gelu"), lambda m, x: m(x), 1),
