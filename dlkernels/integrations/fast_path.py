@@ -37,7 +37,9 @@ _torchs: dict[str, Any] = {}
 _torch_has_warned = False
 # Below so many scores, torch's kernel takes less time than ours and the Python code around it.
 LEAST_SCORES, LEAST_SCORES_16_BIT = 2**14, 2**12
+# torch's numbers for masks [B, T] and [B, H, T, T]; 0 is [T, T].
 _PADDING, _OF_EACH_HEAD = 1, 2
+_UNFIT = "refused: the input and the weights are not those of a layer"
 
 
 class _Weights(NamedTuple):
@@ -116,7 +118,7 @@ def _why_not(
     shapes = [tuple(x.shape) for x in weights[1:]]
     of_layer = [(3 * embed_dim, embed_dim), (3 * embed_dim,), (embed_dim, embed_dim), (embed_dim,)]
     if query.dim() != 3 or shapes != of_layer or weights.heads <= 0 or embed_dim % weights.heads:
-        return "refused: the input and the weights are not those of a layer"
+        return _UNFIT
     return None if query.numel() else "without elements"
 
 
@@ -134,7 +136,7 @@ def _dense(x: Tensor, mask: Tensor | None, mask_type: int | None, weights: _Weig
     """The result for a tensor [B, T, E], or why the call is left to torch."""
     batch, steps, features = x.shape
     if features != weights.out_bias.shape[0]:
-        return "refused: the input and the weights are not those of a layer"
+        return _UNFIT
     if mask is not None:
         of_scores = _visible(mask, mask_type, batch, weights.heads, steps)
         if isinstance(of_scores, str):
@@ -159,7 +161,7 @@ def _nested(x: Tensor, mask: Tensor | None, weights: _Weights) -> Tensor | str:
         return "refused: the sequences of the nested tensor differ in their features"
     rows = ragged.rows
     if rows.shape[1] != weights.out_bias.shape[0]:
-        return "refused: the input and the weights are not those of a layer"
+        return _UNFIT
     q, k, v = linear(rows, weights.qkv_weight, weights.qkv_bias).view(len(rows), 3, weights.heads, -1).unbind(1)
     cfg = AttentionConfig(ragged.max_seqlen, ragged.max_seqlen, 1 / math.sqrt(q.shape[-1]))
     given = AttentionInputs(q, k, v, cu_seqlens_q=ragged.cu_seqlens, cu_seqlens_k=ragged.cu_seqlens)
