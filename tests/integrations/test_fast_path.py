@@ -246,6 +246,31 @@ def test_training_takes_the_other_path() -> None:
     assert served(handle) == {"scaled_dot_product_attention": 1}
 
 
+def test_a_processor_without_vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_path.extension, "only_scalar", lambda: True)
+    module = layer()
+    with torch.no_grad():
+        expected = module(X)
+        with dlkernels.enable(recurrent=False) as handle:
+            assert torch.equal(module(X), expected)
+    assert list(handle.left) == [(OPERATOR, "only scalar kernels exist for this processor")] and not handle.served
+
+
+def test_handles_in_any_order() -> None:
+    module = layer()
+
+    def is_served() -> bool:
+        with dlkernels.enable(recurrent=False, attention=False) as counter, torch.no_grad():
+            module(X)
+        return bool(counter.served)
+
+    first, second = dlkernels.enable(), dlkernels.enable(recurrent=False)
+    first.disable()
+    assert is_served()
+    second.disable()
+    assert not is_served()
+
+
 def test_only_with_attention() -> None:
     with torch.no_grad(), dlkernels.enable(attention=False) as handle:
         layer()(X)
