@@ -6,14 +6,14 @@ import contextlib
 import threading
 from types import TracebackType
 
-from dlkernels.integrations import recurrent_operators, sdpa_operator
+from dlkernels.integrations import fast_path, recurrent_operators, sdpa_operator
 from dlkernels.integrations.compile_settings import recurrent_layers_allowed
 from dlkernels.integrations.counts import Counts, Pairs, counts, report
 from dlkernels.integrations.switch import Switch
 
 __all__ = ["Enabled", "disable", "enable"]
 
-_ATTENTION = "scaled_dot_product_attention"
+_ATTENTION = ("scaled_dot_product_attention", fast_path.NAME)
 _NO_ATTENTION = (
     "no call of F.scaled_dot_product_attention: a model that computes its attention by itself, as transformers does "
     'with attn_implementation="eager", is not reached'
@@ -68,7 +68,7 @@ class Enabled:
         """`served` and `left` as a table, and a note if no call of attention came."""
         found = self._counts()
         lines = [report(found)]
-        reached = any(_ATTENTION in operator for operator, _ in (*found.served, *found.left))
+        reached = any(operator in _ATTENTION for operator, _ in (*found.served, *found.left))
         if self._attention and not reached:
             lines.append(_NO_ATTENTION)
         return "\n".join(lines)
@@ -90,7 +90,7 @@ def enable(recurrent: bool = True, attention: bool = True, *, compile: bool = Fa
 
     recurrent: what torch.nn.RNN, LSTM, GRU and their cells call, padded and packed.
     attention: torch.nn.functional.scaled_dot_product_attention, which nn.MultiheadAttention and the Transformer layers
-        call as well.
+        call as well, and the operator that these call instead on their fast path for inference.
     compile: lets torch.compile put a recurrent layer of torch.nn into its graph (`torch._dynamo.config.allow_rnn`, in
         this thread), where otherwise the graph breaks. Compile while the switch is on, in the thread that turned it on.
 
@@ -98,7 +98,9 @@ def enable(recurrent: bool = True, attention: bool = True, *, compile: bool = Fa
     gradients, under autocast and in recomputation. What our kernels do not serve runs in torch as if the switch were
     off; `handle.report()` tells what was served and what was left, and why. Calls nest and may be undone in any order.
     """
-    switches = [recurrent_operators.SWITCH] * bool(recurrent) + [sdpa_operator.SWITCH] * bool(attention)
+    switches = [recurrent_operators.SWITCH] if recurrent else []
+    if attention:
+        switches += [sdpa_operator.SWITCH, fast_path.SWITCH]
     return Enabled(switches, compile)
 
 

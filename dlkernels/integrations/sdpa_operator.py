@@ -23,7 +23,7 @@ from dlkernels.attention.sdpa import Call, arrange, run, scaled_dot_product_atte
 from dlkernels.integrations import counts
 from dlkernels.integrations.switch import Kernels, Switch
 
-__all__ = ["SWITCH", "AttentionPatch", "patch_attention"]
+__all__ = ["SWITCH", "AttentionPatch", "kernel_name", "patch_attention"]
 
 _NAME = "scaled_dot_product_attention"
 _torchs = composite(torch.ops.aten.scaled_dot_product_attention.default)
@@ -97,12 +97,12 @@ def _kernel(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     isa = extension.native.isa() if query.is_cpu else ""  # type: ignore[union-attr]
-    counts.count_served(_NAME, _kernel_name(isa, query.dtype))
+    counts.count_served(_NAME, kernel_name(isa, query.dtype))
     return run(call)
 
 
 @functools.cache
-def _kernel_name(isa: str, dtype: torch.dtype) -> str:
+def kernel_name(isa: str, dtype: torch.dtype) -> str:
     """Of the kernel that large calls take; `isa` is the instruction set in force, empty on CUDA."""
     if not isa:
         return "cuda/triton/attention"

@@ -1,16 +1,18 @@
 """A switch that puts our kernels in the place of torch's operators in the dispatcher, and takes them out again.
 
-A kernel under a backend's key precedes torch's composite one. So it serves calls from every thread, from C++ and
-TorchScript, and from the recomputation that torch.utils.checkpoint does during a backward.
+A kernel under a backend's key precedes torch's composite one, or takes the place of torch's for that backend. So it
+serves calls from every thread, from C++ and TorchScript, and from the recomputation that torch.utils.checkpoint does
+during a backward.
 """
 
 from __future__ import annotations
 
 import _thread
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ from dlkernels._core.private_torch import unregister
 
 __all__ = ["OFF", "OTHER_THREAD", "Kernels", "Switch"]
 
-# Both the keys with and without autograd are needed, because inference mode skips the autograd keys.
+# Of operators that consist of others. Both the keys with and without autograd are needed, because inference mode skips
+# the autograd keys.
 _KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
 
 # Why a call is left to torch. Calls are not counted while the switch is off.
@@ -31,14 +34,21 @@ OTHER_THREAD = "traced in a thread that has not turned the switch on"
 
 class Kernels:
     """Kernels in Python for operators of torch, {"lstm.input": kernel}, until `remove` is called. They ask their switch
-    whether it is on."""
+    whether it is on.
 
-    def __init__(self, kernels: Mapping[str, Callable[..., Any]]) -> None:
+    keys: the dispatch keys under which each kernel is registered.
+    with_keyset: gives the kernels the set of keys of a call as their first argument.
+    """
+
+    def __init__(
+        self, kernels: Mapping[str, Callable[..., Any]], keys: Sequence[str] = _KEYS, with_keyset: bool = False
+    ) -> None:
         self._library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+        impl: Callable[..., None] = functools.partial(self._library.impl, with_keyset=with_keyset)
         try:
             for name, kernel in kernels.items():
-                for key in _KEYS:
-                    self._library.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+                for key in keys:
+                    impl(name, kernel, key)
         except BaseException:
             self.remove()
             raise

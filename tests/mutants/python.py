@@ -26,11 +26,13 @@ SDPA = (
 TEXTS = ("tests/rnn/test_error_texts.py", "tests/rnn/test_bad_input.py")
 OPERATOR = "dlkernels/integrations/sdpa_operator.py"
 RECURRENT = "dlkernels/integrations/recurrent_operators.py"
+FAST_PATH_FILE = "dlkernels/integrations/fast_path.py"
 SWITCH_FILE = "dlkernels/integrations/switch.py"
 WATCH = ("tests/rnn/test_prepack.py -k 'visible or training or another or stack'", "tests/rnn/test_prepack.py")
 SWITCH = tuple(f"tests/integrations/test_sdpa_operator{part}.py" for part in ("", "_recomputed", "_compiled"))
 DIRECT = "dlkernels/rnn/operators/direct.py"
 ENABLE = ("tests/integrations/test_enable.py", "tests/integrations/test_enable_handles.py")
+FAST_PATH = ("tests/integrations/test_fast_path.py",)
 FLAT = ("tests/rnn/test_flat_weights.py", "tests/rnn/test_prepack.py", "tests/rnn/test_layers.py")
 BATCHED = ("tests/integrations/test_contract.py -k batched", "tests/attention/test_autograd.py -k batched")
 COMPILED = ("tests/integrations/test_contract_compiled.py",)
@@ -270,6 +272,23 @@ PYTHON: tuple[Mutant, ...] = (
            "return partial(overload._op_dk, torch._C.DispatchKey.CompositeImplicitAutograd)",
            "return overload.decompose",
            "calls that are left to torch run in Python", ENABLE),
+    # enable() and torch's fast path for inference.
+    Mutant("fast-path-heads", FAST_PATH_FILE, ".view(batch, steps, 3, weights.heads, -1)",
+           ".view(batch, steps, weights.heads, 3, -1).transpose(2, 3)",
+           "the heads are taken from the wrong columns of the projection", FAST_PATH),
+    Mutant("fast-path-nested", FAST_PATH_FILE, "cu_seqlens_q=ragged.cu_seqlens, cu_seqlens_k=ragged.cu_seqlens",
+           "cu_seqlens_q=ragged.cu_seqlens[[0, -1]], cu_seqlens_k=ragged.cu_seqlens[[0, -1]]",
+           "nested sequences attend to each other", FAST_PATH),
+    Mutant("fast-path-numbers", FAST_PATH_FILE, "unexpanded(mask) == 0", "unexpanded(mask) > -0.5",
+           "small numbers in a mask do not hide a key", FAST_PATH),
+    Mutant("fast-path-nan", FAST_PATH_FILE, "if not visible.any(-1).all():", "if False:",
+           "a query that may attend to nothing gives no NaN, as torch does", FAST_PATH),
+    Mutant("fast-path-weights", FAST_PATH_FILE, "    if need_weights:\n", "    if False:\n",
+           "the attention weights that were asked for are missing", FAST_PATH),
+    Mutant("fast-path-small", FAST_PATH_FILE, "return heads * rows * rows < x.size(0) * least", "return False",
+           "short calls are served although torch is faster", FAST_PATH),
+    Mutant("fast-path-off", "dlkernels/integrations/enable.py", "[sdpa_operator.SWITCH, fast_path.SWITCH]",
+           "[sdpa_operator.SWITCH]", "the fast path is not served at all", FAST_PATH),
     Mutant("compile-cache", "dlkernels/_core/devices.py", "        compile_cache.add()\n", "",
            "programs compiled with another release are taken from the cache",
            ("tests/integrations/test_compile_cache.py",)),

@@ -12,39 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, module_db
+from torch.testing._internal.common_modules import ModuleInput
 
 import dlkernels.nn
 from dlkernels.testing import within_rule
 from tests.support.instruction_sets import use_isa
 from tests.support.layer_cases import acceptable_nearby
-from tests.support.module_samples import Nearby, build, errors_nearby, evaluate, tensors
+from tests.support.module_samples import RECURRENT, Nearby, build, errors_nearby, evaluate, samples, tensors
 
 pytestmark = pytest.mark.layers_only
 
-NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-INFOS = {
-    info.module_cls.__name__: info for info in module_db if info.module_cls in {getattr(torch.nn, n) for n in NAMES}
-}
-
-
-def samples(info: ModuleInfo, dtype: torch.dtype, training: bool) -> Iterator[ModuleInput]:
-    # torch yields its packed samples only with this flag, which its own device tests set.
-    packed = {"with_packed_sequence": True} if info.module_cls.__name__ in ("RNN", "GRU") else {}
-    torch.manual_seed(0)
-    yield from info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training, **packed)
-
 
 def test_every_entry_is_there() -> None:
-    assert sorted(INFOS) == sorted(NAMES)
-    for info in INFOS.values():
-        assert len(list(samples(info, torch.float32, True))) >= 2
+    for name in RECURRENT:
+        assert len(list(samples(name, torch.float32, True))) >= 2
 
 
 @functools.cache
 def of_torch(name: str, dtype: torch.dtype, training: bool, number: int) -> tuple[torch.nn.Module, Any, Any]:
     """Returns torch's module for a sample, its results and those in float64, computed once for all ISAs."""
-    sample = next(itertools.islice(samples(INFOS[name], dtype, training), number, None))
+    sample = next(itertools.islice(samples(name, dtype, training), number, None))
     module = build(torch.nn, name, sample, dtype, training)
     ref = evaluate(copy.deepcopy(module).double(), sample, torch.float64)
     return module, evaluate(module, sample, dtype), ref
@@ -52,9 +39,9 @@ def of_torch(name: str, dtype: torch.dtype, training: bool, number: int) -> tupl
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECURRENT)
 def test_outputs_and_gradients(name: str, dtype: torch.dtype, training: bool, isa: str) -> None:
-    for number, sample in enumerate(samples(INFOS[name], dtype, training)):
+    for number, sample in enumerate(samples(name, dtype, training)):
         ours = build(dlkernels.nn, name, sample, dtype, training)
         theirs, *expected = of_torch(name, dtype, training, number)
         ours.load_state_dict(theirs.state_dict())
@@ -71,7 +58,7 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype, training: bool, is
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECURRENT)
 def test_structure_of_the_result(name: str, training: bool, isa: str) -> None:
     """Results have torch's nesting, types and shapes for every form of input."""
 
@@ -82,7 +69,7 @@ def test_structure_of_the_result(name: str, training: bool, isa: str) -> None:
             return None
         return type(value).__name__, [describe(item) for item in value]
 
-    for sample in samples(INFOS[name], torch.float32, training):
+    for sample in samples(name, torch.float32, training):
         args, kwargs = sample.forward_input.args, sample.forward_input.kwargs
         ours, theirs = (build(package, name, sample, torch.float32, training) for package in (dlkernels.nn, torch.nn))
         assert describe(ours(*args, **kwargs)) == describe(theirs(*args, **kwargs))
@@ -101,7 +88,7 @@ def with_new_pairs(given: Iterator[ModuleInput]) -> Iterator[ModuleInput]:
 
 
 def grad_check(name: str, second_order: bool, fast: bool) -> None:
-    every = samples(INFOS[name], torch.float64, True)
+    every = samples(name, torch.float64, True)
     for sample in with_new_pairs(every) if second_order else every:
         module = build(dlkernels.nn, name, sample, torch.float64, True)
         names, parameters = zip(*module.named_parameters(), strict=True)
@@ -131,7 +118,7 @@ def grad_check(name: str, second_order: bool, fast: bool) -> None:
         assert check(call, flat, fast_mode=fast)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECURRENT)
 def test_gradcheck(name: str, isa: str, best_isa: str) -> None:
     # The full Jacobian is checked on the best ISA, and a random projection of it on the others.
     grad_check(name, second_order=False, fast=isa != best_isa)
@@ -139,7 +126,7 @@ def test_gradcheck(name: str, isa: str, best_isa: str) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.o0_skip(reason="slow, and the second derivative is the reference's")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECURRENT)
 def test_gradgradcheck(name: str, best_isa: str) -> None:
     with use_isa(best_isa):
         grad_check(name, second_order=True, fast=True)

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import FunctionInput, ModuleInput
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dlkernels
 from dlkernels.attention import functional
+from dlkernels.attention import operators as attention_operators
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.testing import FACTOR_GRAD, within_rule
 from tests.support.layer_cases import acceptable_nearby
 from tests.support.module_samples import errors_nearby, evaluate
+
+OF_FUNCTION = next(op for op in op_db if op.name == "nn.functional.multi_head_attention_forward")
 
 
 def twin(theirs: nn.Module) -> nn.Module:
@@ -40,6 +45,33 @@ class Repeated(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*(args[place] for place in self.places), **kwargs)
+
+
+class Seeded(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        torch.manual_seed(3)
+        return self.module(*args, **kwargs)
+
+
+def holder(sample: Any, dtype: torch.dtype) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Returns torch's module with the weights of a functional sample, and the other arguments of the sample."""
+    (key, value, embed, heads, in_weight, in_bias, bias_k, bias_v, zero_attn, dropout, out_weight, out_bias) = (
+        sample.args
+    )
+    kwargs = dict(sample.kwargs)
+    module = nn.MultiheadAttention(embed, heads, dropout, add_bias_kv=True, add_zero_attn=zero_attn, dtype=dtype)
+    module.train(kwargs.pop("training"))
+    module._qkv_same_embed_dim = not kwargs.pop("use_separate_proj_weight")
+    weights = {"in_proj_weight": in_weight, "in_proj_bias": in_bias, "bias_k": bias_k, "bias_v": bias_v}
+    weights |= {f"{name}_proj_weight": kwargs.pop(f"{name}_proj_weight") for name in "qkv"}
+    for name, weight in weights.items():
+        setattr(module, name, None if weight is None else nn.Parameter(weight.detach().clone()))
+    module.out_proj.weight, module.out_proj.bias = nn.Parameter(out_weight.detach()), nn.Parameter(out_bias.detach())
+    return module, (sample.input, key, value), kwargs
 
 
 def check(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype, *args: Any, **kwargs: Any) -> None:
@@ -80,20 +112,20 @@ def check(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype, *args: Any, **
 
 @contextmanager
 def largest_logit() -> Iterator[list[float]]:
-    """Yields a list of one number: the largest scaled product of query and key in calls of `functional.attention`."""
-    found, original = [0.0], functional.attention
+    """Yields a list of one number: the largest scaled product of query and key in the calls of our attention."""
+    found, original = [0.0], attention_operators.attention
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    def attention(cfg: AttentionConfig, given: AttentionInputs) -> Any:
         with torch.no_grad():
-            a, b = (x.transpose(0, 1) if x.dim() == 3 else x for x in (q.double(), k.double()))
-            found[0] = max(found[0], (a @ b.mT).abs().max().item() / q.size(-1) ** 0.5)
-        return original(q, k, v, **options)
+            a, b = (x.transpose(0, 1) if x.dim() == 3 else x for x in (given.q.double(), given.k.double()))
+            found[0] = max(found[0], (a @ b.mT).abs().max().item() * cfg.softmax_scale)
+        return original(cfg, given)
 
-    functional.attention = attention  # type: ignore[assignment]
+    attention_operators.attention = attention
     try:
         yield found
     finally:
-        functional.attention = original  # type: ignore[assignment]
+        attention_operators.attention = original
 
 
 def error_of(call: Callable[[], Any]) -> type[BaseException] | None:

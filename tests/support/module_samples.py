@@ -4,18 +4,36 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.testing._internal.common_modules import FunctionInput, ModuleInput
+from torch.testing._internal.common_modules import FunctionInput, ModuleInfo, ModuleInput, module_db
 
 from dlkernels.testing import error
 from tests.support.layer_cases import NEIGHBOURS, neighbour
 
 Nearby = list[list[tuple[float, float]]]
+
+RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+ATTENTION = ("MultiheadAttention", "TransformerEncoderLayer", "TransformerDecoderLayer")
+STACKS = ("TransformerEncoder", "Transformer")
+INFOS: dict[str, ModuleInfo] = {
+    info.module_cls.__name__: info
+    for info in module_db
+    if info.module_cls in {getattr(nn, name) for name in (*RECURRENT, *ATTENTION, *STACKS)}
+}
+
+
+def samples(name: str, dtype: torch.dtype, training: bool) -> Iterator[ModuleInput]:
+    """torch's own samples of a module of torch.nn."""
+    # torch yields its packed samples only with this flag, which its own device tests set.
+    packed = {"with_packed_sequence": True} if name in ("RNN", "GRU") else {}
+    info = INFOS[name]
+    torch.manual_seed(0)
+    yield from info.module_inputs_func(info, device="cpu", dtype=dtype, requires_grad=True, training=training, **packed)
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -54,6 +72,13 @@ def build(package: Any, name: str, sample: ModuleInput, dtype: torch.dtype, trai
         *sample.constructor_input.args, **sample.constructor_input.kwargs, dtype=torch.float32
     )
     return module.to(dtype).train(training)
+
+
+def build_theirs(name: str, sample: ModuleInput, dtype: torch.dtype, training: bool) -> torch.nn.Module:
+    if name != "TransformerEncoder":
+        return build(nn, name, sample, dtype, training)
+    encoder = nn.TransformerEncoder(*sample.constructor_input.args, **sample.constructor_input.kwargs)
+    return encoder.to(dtype).train(training)
 
 
 def evaluate(module: torch.nn.Module, sample: ModuleInput, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
