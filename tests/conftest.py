@@ -19,6 +19,7 @@ if not ALLOW_REFERENCE:
 import torch  # noqa: E402
 
 from dlkernels._core import extension  # noqa: E402
+from dlkernels.integrations import fast_path, sdpa_operator  # noqa: E402
 from tests.support.instruction_sets import available_isas, isas_to_test, optimised  # noqa: E402
 
 # Time limit of one test in seconds, including its fixtures. `--timeout` and the marker `timeout` override it.
@@ -153,6 +154,14 @@ def poison() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def serve_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets small attention reach our kernels, which leave it to torch because of the time that the call takes."""
+    monkeypatch.setattr(sdpa_operator, "LEAST_SCORES", sdpa_operator.Least(0, 0, 0))
+    monkeypatch.setattr(fast_path, "LEAST_SCORES", 0)
+    monkeypatch.setattr(fast_path, "LEAST_SCORES_16_BIT", 0)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from dlkernels.attention.nested import from_rows, to_rows
 from dlkernels.attention.operators import run_forward
 from dlkernels.integrations import counts
 from dlkernels.integrations.sdpa_operator import kernel_name
-from dlkernels.integrations.switch import Kernels, Switch
+from dlkernels.integrations.switch import SMALL, Kernels, Switch
 
 __all__ = ["NAME", "SWITCH"]
 
@@ -104,7 +104,7 @@ def _why_not(
     if need_weights:
         return "the attention weights are asked for"
     if _is_small(query, embed_dim, weights.heads):
-        return "faster in torch, as it is small"
+        return SMALL
     if not extension.HAVE_NATIVE:
         return extension.why_not
     if extension.only_scalar():

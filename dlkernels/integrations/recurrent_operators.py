@@ -27,6 +27,7 @@ from dlkernels.rnn.routing import route
 __all__ = ["SWITCH"]
 
 _is_grad_enabled = torch.is_grad_enabled
+_PLAIN = (Tensor, torch.nn.Parameter)
 _REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -148,7 +149,7 @@ def _layer_of_data(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
 
 def _cell(of: _Operator) -> Callable[..., Any]:
     kind, mode, has_cell_state = of.kind, of.kind.mode, of.kind.has_cell_state
-    run_directly = direct.cell if _has_kernels() else None
+    has_kernels = _has_kernels()
 
     def kernel(
         x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
@@ -157,11 +158,11 @@ def _cell(of: _Operator) -> Callable[..., Any]:
         if has_cell_state:
             fits = len(hx) == 2
             h, c = hx if fits else (None, None)
-        if run_directly is not None and SWITCH.is_on and fits and not (_is_grad_enabled() and w_hh.requires_grad):
-            found = run_directly(mode, x, h, c, w_ih, w_hh, b_ih, b_hh)
+        if has_kernels and SWITCH.is_on and fits and type(x) in _PLAIN:
+            found = cell.plain_cell(mode, (x, h, c, w_ih, w_hh, b_ih, b_hh))
             if found is not None:
                 of.count_served(x)
-                return tuple(found) if has_cell_state else found[0]
+                return (found[0], found[1]) if has_cell_state else found[0]
 
         def arrange() -> Callable[[], Any]:
             if not fits:

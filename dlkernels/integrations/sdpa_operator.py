@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from dlkernels._core.private_torch import (
 )
 from dlkernels.attention.sdpa import Call, arrange, run, scaled_dot_product_attention
 from dlkernels.integrations import counts
-from dlkernels.integrations.switch import Kernels, Switch
+from dlkernels.integrations.switch import SMALL, Kernels, Switch
 
 __all__ = ["SWITCH", "AttentionPatch", "kernel_name", "patch_attention"]
 
@@ -29,6 +29,21 @@ _NAME = "scaled_dot_product_attention"
 _torchs = composite(torch.ops.aten.scaled_dot_product_attention.default)
 # The most draws that are remembered, at 100 bytes each. No model has as many calls that wait for their backward.
 _MOST_DRAWS = 2**16
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Least(NamedTuple):
+    """How many scores a call on the CPU has to have: of float32 and float64, and of 16-bit tensors without and with a
+    gradient. With fewer, torch computes it in less time than the Python code around our kernel takes. Measured at width
+    64 on AVX-512, where torch is level at 2^13 scores of float32."""
+
+    wide: int
+    narrow: int
+    narrow_training: int
+
+
+LEAST_SCORES = Least(2**13, 2**12, 2**11)
 
 # What is known of the dropout mask that was drawn from a state of the random number generator (hashed). False: our
 # kernel drew it, and no backward has drawn it again. True: a backward has drawn it again. None: torch also drew a mask
@@ -89,6 +104,8 @@ def _kernel(
     is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     call: Call | str | None = _why_not(query, dropout_p)
+    if call is None and _is_small(query, key, dropout_p):
+        call = SMALL
     if call is None:
         call = arrange(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if isinstance(call, str):
@@ -110,13 +127,31 @@ def kernel_name(isa: str, dtype: torch.dtype) -> str:
     return str(plan["kernel"]).removesuffix("/tiles")
 
 
+def _is_small(query: Tensor, key: Tensor, dropout_p: float) -> bool:
+    """Whether torch is faster. With dropout it takes its slowest path."""
+    if (
+        dropout_p
+        or type(query) not in _PLAIN
+        or not query.is_cpu
+        or query.is_nested
+        or query.dim() < 2
+        or key.dim() < 2
+    ):
+        return False
+    least = LEAST_SCORES.wide
+    if query.itemsize == 2:
+        training = torch.is_grad_enabled() and query.requires_grad
+        least = LEAST_SCORES.narrow_training if training else LEAST_SCORES.narrow
+    return query.numel() // max(query.shape[-1], 1) * key.shape[-2] < least
+
+
 def _why_not(query: Tensor, dropout_p: float) -> str | None:
     """Why a call is left to torch; None if our kernels may serve it."""
     # A torch.func transform that has reached this level of dispatch can no longer handle an autograd.Function.
     if are_transforms_active():
         return "inside a torch.func transform"
     reason = SWITCH.why_not(query)
-    if dropout_p <= 0 or type(query) not in (Tensor, torch.nn.Parameter):
+    if dropout_p <= 0 or type(query) not in _PLAIN:
         return reason
     if is_in_backward():
         return None if _was_ours() else "recomputes a call that torch served"

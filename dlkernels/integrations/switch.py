@@ -21,7 +21,7 @@ from torch import Tensor
 from dlkernels._core import compile_cache
 from dlkernels._core.private_torch import unregister
 
-__all__ = ["OFF", "OTHER_THREAD", "Kernels", "Switch"]
+__all__ = ["OFF", "OTHER_THREAD", "SMALL", "Kernels", "Switch"]
 
 # Of operators that consist of others. Both the keys with and without autograd are needed, because inference mode skips
 # the autograd keys.
@@ -29,6 +29,7 @@ _KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
 
 # Why a call is left to torch. Calls are not counted while the switch is off.
 OFF = ""
+SMALL = "faster in torch, as it is small"
 OTHER_THREAD = "traced in a thread that has not turned the switch on"
 
 

@@ -16,18 +16,14 @@ import torch
 from torch import Tensor
 
 from dlkernels._core.extension import HAVE_NATIVE
-from dlkernels._core.private_torch import are_transforms_active, forward_ad, is_any_autocast_enabled, is_tracing
+from dlkernels._core.private_torch import is_tracing
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer
 from dlkernels.rnn import functional
-from dlkernels.rnn.operators import direct
-from dlkernels.rnn.operators.arguments import CellConfig
-from dlkernels.rnn.operators.cell import Refused, unchecked_cell
+from dlkernels.rnn.operators.cell import plain_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
 _is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_is_deterministic = torch.are_deterministic_algorithms_enabled
 _ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 
 Weights = tuple[Any, Any, Any, Any]
@@ -43,22 +39,7 @@ def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) ->
         given = (x, h, c, weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"])
     except KeyError:  # a parametrized weight
         return None
-    if not _is_grad_enabled():
-        return direct.cell(mode, *given)
-    try:
-        wants_gradient = given[4].requires_grad or any(t is not None and t.requires_grad for t in given)
-        if not wants_gradient:
-            return direct.cell(mode, *given)
-        if not x.is_cpu or are_transforms_active() or is_any_autocast_enabled() or is_tracing():
-            return None
-    except AttributeError:
-        return None
-    if forward_ad._current_level >= 0:  # the operator would drop the tangents
-        return None
-    try:
-        return unchecked_cell(CellConfig(mode, _is_deterministic()), given)
-    except Refused:
-        return None
+    return plain_cell(mode, given)
 
 
 def _weights(cell: torch.nn.RNNCellBase) -> Weights:

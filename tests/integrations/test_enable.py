@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 
 import dlkernels
 from dlkernels._core import extension
+from dlkernels.integrations import sdpa_operator
 from tests.support.enabled_calls import CALLS, LAYERS, MARKS, ROW, B, H, I, Q, T, X, assert_close, flat, served
 from tests.support.enabled_calls import off_again as off_again
 
@@ -284,3 +286,21 @@ def test_compiled(mode: str, grad: bool) -> None:
     ours = [str(node.target) for node in forward.graph.nodes if "dlkernels" in str(node.target)]
     assert ours.count(f"dlkernels.{mode}.default") == layer.num_layers
     assert len(others) <= 1  # the backward
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_small_calls_are_left_to_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, training: bool) -> None:
+    monkeypatch.setattr(sdpa_operator, "LEAST_SCORES", sdpa_operator.Least(40, 30, 20))
+    scores = 40 if dtype == torch.float32 else 20 if training else 30
+    small, enough = (torch.randn(1, 2, n // 10, 8, dtype=dtype, requires_grad=training) for n in (scores - 10, scores))
+    kv = torch.randn(1, 2, 5, 8, dtype=dtype)
+    with dlkernels.enable() as handle:
+        found = F.scaled_dot_product_attention(small, kv, kv)
+        assert sum(handle.left.values()) == 1
+        assert sum(handle.served.values()) == 0
+        F.scaled_dot_product_attention(small, kv, kv, dropout_p=0.5)
+        F.scaled_dot_product_attention(enough, kv, kv)
+        assert sum(handle.left.values()) == 1
+        assert sum(handle.served.values()) == 2
+    assert torch.equal(found, F.scaled_dot_product_attention(small, kv, kv))

@@ -37,12 +37,6 @@ CAUSAL = torch.ones(T, T, dtype=torch.bool).triu(1)
 EACH_HEAD = (torch.rand(B * H, T, T) > 0.6).index_fill(2, torch.tensor(0), False)
 
 
-@pytest.fixture(autouse=True)
-def serve_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_path, "LEAST_SCORES", 0)
-    monkeypatch.setattr(fast_path, "LEAST_SCORES_16_BIT", 0)
-
-
 def attention() -> nn.Module:
     return nn.MultiheadAttention(E, H, batch_first=True).eval()
 

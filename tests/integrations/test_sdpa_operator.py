@@ -178,7 +178,7 @@ from dlkernels.integrations import sdpa_operator
 from tests.support.regions_and_forks import in_forked_child
 
 def grad_kernel():
-    q = torch.ones(1, 1, 2, 4, requires_grad=True)
+    q = torch.ones(1, 1, 96, 4, requires_grad=True)
     return F.scaled_dot_product_attention(q, q, q).grad_fn.name()
 
 def child():

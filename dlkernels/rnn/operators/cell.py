@@ -11,16 +11,27 @@ from torch import Tensor
 from dlkernels._core import batching, extension, legacy
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.gradients import differentiate, private
-from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrapper, unwrap_dead_wrappers
+from dlkernels._core.private_torch import (
+    are_transforms_active,
+    cpp_apply,
+    forward_ad,
+    is_any_autocast_enabled,
+    is_tracing,
+    unwrap_dead_wrapper,
+    unwrap_dead_wrappers,
+)
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind
-from dlkernels.rnn.operators import overloads, per_sample
+from dlkernels.rnn.operators import direct, overloads, per_sample
 from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, Wanted
 from dlkernels.rnn.operators.formulas import cell_gradients, run_cell
 from dlkernels.rnn.routing import route
 
-__all__ = ["Refused", "cell", "unchecked_cell"]
+__all__ = ["cell", "plain_cell"]
+
+_is_grad_enabled = torch.is_grad_enabled
+_is_deterministic = torch.are_deterministic_algorithms_enabled
 
 
 def _forward(cfg: CellConfig, given: Sequence[Any], save: bool) -> list[Tensor]:
@@ -212,7 +223,7 @@ def _grouped_gradients(
 
 
 class Refused(Exception):
-    """The operator refused the arguments of `unchecked_cell`."""
+    """The operator refused the arguments of `UncheckedCell`."""
 
 
 class UncheckedCell(Cell):
@@ -227,13 +238,26 @@ class UncheckedCell(Cell):
             raise Refused from error
 
 
-def unchecked_cell(cfg: CellConfig, given: Sequence[Any]) -> Sequence[Tensor]:
-    """`cell` for a call whose path is known to be "eager", with no checks but the operator's. Raises `Refused`."""
+def plain_cell(mode: str, given: Sequence[Any]) -> Sequence[Tensor] | None:
+    """Runs a cell without checks in Python and returns h', then c' for the lstm. Returns None if the call is not a
+    common one (batched, on the CPU, no transform, no autocast) or the operator refuses it. `given` holds the fields of
+    CellInputs, of any type."""
+    if not _is_grad_enabled():
+        return direct.cell(mode, *given)
     try:
+        if not (given[4].requires_grad or any(t is not None and t.requires_grad for t in given)):
+            return direct.cell(mode, *given)
+        if not given[0].is_cpu or are_transforms_active() or is_any_autocast_enabled() or is_tracing():
+            return None
+        if forward_ad._current_level >= 0:  # the operator would drop the tangents
+            return None
         tensors = [t if t is None else unwrap_dead_wrapper(t) for t in given]
-    except TypeError as error:
-        raise Refused from error
-    return _apply_unchecked(cfg, *tensors)  # type: ignore[no-any-return]
+    except (AttributeError, TypeError):  # not tensors
+        return None
+    try:
+        return _apply_unchecked(CellConfig(mode, _is_deterministic()), *tensors)  # type: ignore[no-any-return]
+    except Refused:
+        return None
 
 
 _apply = cpp_apply(Cell)
