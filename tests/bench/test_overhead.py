@@ -48,3 +48,10 @@ def test_summary_takes_the_median_of_the_rounds() -> None:
     rounds = [{"on/off": ratio, "off/off": 1.0, "off_us": 2.0, "on_us": 2.0 * ratio} for ratio in (1.0, 1.3, 1.1)]
     row = overhead.summary(rounds)
     assert row["on/off"] == 1.1 and row["rounds"]["on/off"] == [1.0, 1.3, 1.1]
+
+
+def test_interval_of_a_median() -> None:
+    assert overhead.interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
+    assert overhead.interval([float(value) for value in range(6)]) == (0.0, 5.0)
+    # The probability that at most 5 of 20 throws are heads is 0.0207, that at most 6 are 0.0577.
+    assert overhead.interval([float(value) for value in range(20)]) == (5.0, 14.0)
