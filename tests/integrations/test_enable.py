@@ -164,22 +164,6 @@ def test_attention_is_served() -> None:
     assert served(handle) == {"scaled_dot_product_attention": 1}
 
 
-def test_the_fast_path_of_a_transformer_layer_is_not_reached() -> None:
-    """In inference torch replaces the layer by an operator of its own, unless the fast path is turned off."""
-    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
-    with torch.no_grad(), dlkernels.enable() as handle:
-        expected = layer(x)
-        assert not handle.served and not handle.left
-        assert torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            found = layer(x)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(True)
-    assert [operator for operator, _ in handle.served] == ["scaled_dot_product_attention"]
-    torch.testing.assert_close(found, expected)
-
-
 def test_each_family_alone() -> None:
     layer = nn.LSTM(I, H)
 
