@@ -18,8 +18,8 @@ DEV_STAMP := $(VENV)/.dlkernels-dev
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-integrations test-install test-wheel bench lint format \
-	native-test native-asan native-tsan cuda-test abi-check gpuless gpu-check mutants wheel sdist docs clean
+.PHONY: help venv build build-O0 test test-O0 test-integrations test-thirdparty test-install test-wheel bench lint \
+	format native-test native-asan native-tsan cuda-test abi-check gpuless gpu-check mutants wheel sdist docs clean
 
 help:
 	@echo "make bench        the main job: our layers against torch.nn, as a table, JSON and pictures"
@@ -31,6 +31,7 @@ help:
 	@echo "make mutants      plants bugs one at a time: the tests have to notice (hours; ARGS='--only gru' narrows it)"
 	@echo "make test-O0      what the optimiser can change, on an -O0 build of the kernels"
 	@echo "make test-integrations  the tests that need transformers, onnxscript and onnxruntime, which it installs"
+	@echo "make test-thirdparty  programs of ten other projects with dlkernels.enable() on: installs them, minutes"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
 	@echo "make gpuless      Triton kernels interpreted and compiled, and cuda-test: GPU code without a GPU (minutes)"
@@ -73,6 +74,10 @@ test-O0: build-O0
 test-integrations: build
 	$(PIP) install transformers onnx onnxscript onnxruntime
 	$(PY) -m pytest tests/integrations/test_transformers.py tests/integrations/test_onnx.py $(ARGS)
+
+# ARGS='timm espnet' selects users, ARGS='--write docs/thirdparty.md' renews the page.
+test-thirdparty: build
+	$(PY) -m tests.thirdparty.run $(ARGS)
 
 test-install: $(ENV_STAMP)
 	$(PY) -m tests.install.check '$(TORCH_SPEC)'
