@@ -34,4 +34,4 @@ def relative(dtype: torch.dtype) -> Step:
 @case("AttentionPoolLatent", ATTENTION)
 def pool(dtype: torch.dtype) -> Step:
     model = decided(AttentionPoolLatent(64, num_heads=4))
-    return training(model, model, torch.randn(4, 50, 64), dtype=dtype)
+    return training(model, model, torch.randn(32, 128, 64), dtype=dtype)
