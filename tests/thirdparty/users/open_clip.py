@@ -9,8 +9,9 @@ from torch import nn
 
 from tests.thirdparty.case import Step, case, decided, inference, training
 
+# Our kernels leave small calls to torch. A batch of 16 is larger.
 ATTENTION = "scaled_dot_product_attention"
-TEXTS = torch.arange(4 * 16).reshape(4, 16) * 11 % 60 + 1
+TEXTS = torch.arange(16 * 16).reshape(16, 16) * 11 % 60 + 1
 VISION = CLIPVisionCfg(layers=2, width=64, head_width=16, patch_size=8, image_size=32)
 
 
@@ -22,12 +23,11 @@ def _clip() -> nn.Module:
 @case("CLIP", ATTENTION)
 def clip(dtype: torch.dtype) -> Step:
     model = _clip()
-    return training(model, lambda images: model(images, TEXTS), torch.randn(4, 3, 32, 32), dtype=dtype)
+    return training(model, lambda images: model(images, TEXTS), torch.randn(16, 3, 32, 32), dtype=dtype)
 
 
 @case("CLIP, inference: images by the fast path", ATTENTION, "_native_multi_head_attention")
 def clip_inference(dtype: torch.dtype) -> Step:
-    """More images, because our kernels leave small calls of the fast path to torch."""
     model = _clip()
     return inference(model, lambda images: model(images, TEXTS), torch.randn(16, 3, 32, 32), dtype=dtype)
 
@@ -51,4 +51,4 @@ def coca(dtype: torch.dtype) -> Step:
     ):  # which CoCa leaves uninitialized
         nn.init.normal_(weight, std=0.1)
     decided(model)
-    return training(model, lambda images: model(images, TEXTS), torch.randn(4, 3, 32, 32), dtype=dtype)
+    return training(model, lambda images: model(images, TEXTS), torch.randn(16, 3, 32, 32), dtype=dtype)
