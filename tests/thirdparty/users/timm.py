@@ -10,6 +10,7 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from tests.thirdparty.case import Step, case, decided, inference, training
 
 SIZES = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 10}
+# Our kernels leave small calls to torch. These are larger.
 ATTENTION = "scaled_dot_product_attention"
 
 
@@ -34,4 +35,4 @@ def relative(dtype: torch.dtype) -> Step:
 @case("AttentionPoolLatent", ATTENTION)
 def pool(dtype: torch.dtype) -> Step:
     model = decided(AttentionPoolLatent(64, num_heads=4))
-    return training(model, model, torch.randn(32, 128, 64), dtype=dtype)
+    return training(model, model, torch.randn(64, 50, 64), dtype=dtype)
