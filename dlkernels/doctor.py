@@ -19,7 +19,6 @@ __all__ = ["Finding", "examine"]
 
 _PACKAGE = Path(__file__).resolve().parent
 _SOURCES = (".cpp", ".cu", ".def", ".h")
-_REINSTALL = "pip install --force-reinstall --no-deps dlkernels, where g++ or clang++ is on PATH"
 
 
 class Finding(NamedTuple):
@@ -35,8 +34,7 @@ def examine() -> list[Finding]:
 def _module() -> Iterator[Finding]:
     native = extension.native
     if native is None:
-        unset = "unset DLKERNELS_NO_NATIVE" if extension.flag("DLKERNELS_NO_NATIVE") else _REINSTALL
-        yield Finding(f"no compiled module, so all calls run on plain PyTorch: {extension.why_not}", unset)
+        yield Finding(f"no compiled module, so all calls run on plain PyTorch: {extension.why_not}", extension.remedy)
         return
     if os.environ.get("DLKERNELS_NATIVE"):
         yield Finding(f"DLKERNELS_NATIVE loads another module: {native.__file__}", "unset DLKERNELS_NATIVE")
@@ -133,7 +131,7 @@ def _results() -> Iterator[Finding]:
         worst = float((mine - other).abs().max())
         if not worst < 1e-5:
             yield Finding(
-                f"{name} differs from torch's by {worst:g}", f"report it with the output of `info`; {_REINSTALL}"
+                f"{name} differs from torch's by {worst:g}", "report it with the output of `python -m dlkernels info`"
             )
 
 

@@ -1,6 +1,7 @@
 """Loads the compiled module `_C` once, or records why there is none.
 
-`native` is the module or None, `HAVE_NATIVE` tells whether it was loaded, and `why_not` is the reason if it was not.
+`native` is the module or None, `HAVE_NATIVE` tells whether it was loaded. If it was not, `why_not` is the reason and
+`remedy` says what to do about it.
 `HAVE_CUDA_KERNELS` and `why_no_cuda` tell the same about its CUDA kernels. `announce_reference()` warns the user at the
 first call that runs on the reference path for lack of a compiled module.
 
@@ -26,6 +27,7 @@ from dlkernels._core.private_torch import operator_names
 _MODULE = "dlkernels._C"
 _PACKAGE = Path(__file__).resolve().parents[1]
 _NAMESPACE = "dlkernels"
+_REINSTALL = "reinstall dlkernels where there is a C++ compiler (g++ or clang++)"
 # The loaded file's name is stored as this attribute of torch.ops.dlkernels, which stays when the package is removed
 # from sys.modules. A second copy of the package reads it to name the first in its error.
 _FILE_ATTRIBUTE = "native_file"
@@ -35,25 +37,38 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
 
 
-def _locate() -> tuple[Path | None, str]:
-    """The file to load, or None and the reason."""
+def _file_in(folder: Path) -> Path | None:
+    files = (folder / f"_C{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _locate() -> tuple[Path | None, str, str]:
+    """The file to load, or None, the reason and what to do about it."""
     if flag("DLKERNELS_NO_NATIVE"):
-        return None, "DLKERNELS_NO_NATIVE is set"
+        return None, "DLKERNELS_NO_NATIVE is set", "unset DLKERNELS_NO_NATIVE"
     override = os.environ.get("DLKERNELS_NATIVE")
     if override:
         file = Path(override).resolve()
         if not file.is_file():
             raise ImportError(f"DLKERNELS_NATIVE={override}: there is no such file")
-        return file, ""
-    folder = _PACKAGE
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = folder / f"_C{suffix}"
-        if file.is_file():
-            return file, ""
-    others = ", ".join(sorted(file.name for file in folder.glob("_C.*.so")))
+        return file, "", ""
+    found = _file_in(_PACKAGE)
+    if found is not None:
+        return found, "", ""
+    # In a checkout Python imports the sources that lie there, also where the package has been installed.
+    is_checkout = (_PACKAGE.parent / "csrc").is_dir()
+    places = (Path(entry or ".").resolve() / _PACKAGE.name for entry in sys.path)
+    installed = next((place for place in places if is_checkout and place != _PACKAGE and _file_in(place)), None)
+    if installed is not None:
+        reason = f"{_PACKAGE} is a checkout that was not compiled, and hides the installed {installed}"
+        return None, reason, f"start Python in another directory than {_PACKAGE.parent}"
+    others = ", ".join(sorted(file.name for file in _PACKAGE.glob("_C.*.so")))
     if others:
-        return None, f"{folder} holds only {others}, built for another Python than {sys.version.split()[0]}"
-    return None, f"{folder} holds no compiled module: dlkernels was installed without a C++ compiler"
+        reason = f"{_PACKAGE} holds only {others}, built for another Python than {sys.version.split()[0]}"
+        return None, reason, "reinstall dlkernels with this Python"
+    if is_checkout:
+        return None, f"{_PACKAGE} is a checkout that was not compiled", f"`pip install -e .` in {_PACKAGE.parent}"
+    return None, f"{_PACKAGE} holds no compiled module: dlkernels was installed without a C++ compiler", _REINSTALL
 
 
 def _registered() -> bool:
@@ -67,7 +82,12 @@ def _refuse_second_copy(file: Path | None) -> None:
         return
     first = getattr(torch.ops.dlkernels, _FILE_ATTRIBUTE, None)
     if first is not None and file is not None and os.path.samefile(first, file):
-        return
+        if "native" in globals():  # importlib.reload
+            return
+        raise ImportError(
+            "dlkernels was imported before in this process and then removed from sys.modules, but its operators can be "
+            "registered only once: restart Python (in a notebook, the kernel)"
+        )
     raise ImportError(
         f"two copies of dlkernels in one process: its operators are already registered by "
         f"{first or 'a library loaded earlier, of unknown path'}, and this import would use "
@@ -75,13 +95,15 @@ def _refuse_second_copy(file: Path | None) -> None:
     )
 
 
-def _load() -> tuple[ModuleType | None, str]:
-    file, reason = _locate()
+def _load() -> tuple[ModuleType | None, str, str]:
+    file, reason, remedy = _locate()
     _refuse_second_copy(file)
     if file is None:
         if flag("DLKERNELS_REQUIRE_NATIVE"):
-            raise ImportError(f"DLKERNELS_REQUIRE_NATIVE is set and dlkernels has no compiled module: {reason}")
-        return None, reason
+            raise ImportError(
+                f"DLKERNELS_REQUIRE_NATIVE is set and dlkernels has no compiled module: {reason}. To mend it: {remedy}"
+            )
+        return None, reason, remedy
     loader = importlib.machinery.ExtensionFileLoader(_MODULE, str(file))
     spec = importlib.util.spec_from_file_location(_MODULE, str(file), loader=loader)
     assert spec is not None
@@ -98,7 +120,7 @@ def _load() -> tuple[ModuleType | None, str]:
     setattr(torch.ops.dlkernels, _FILE_ATTRIBUTE, str(file))
     if os.environ.get("DLKERNELS_CPU_ISA"):
         module.isa()  # raises ValueError if the variable names no instruction set
-    return module, ""
+    return module, "", ""
 
 
 def _runs_as_command() -> bool:
@@ -110,7 +132,7 @@ def _runs_as_command() -> bool:
     return module.partition(".")[0] == "dlkernels"
 
 
-def _load_or_exit() -> tuple[ModuleType | None, str]:
+def _load_or_exit() -> tuple[ModuleType | None, str, str]:
     try:
         return _load()
     except (ImportError, ValueError) as error:
@@ -120,7 +142,7 @@ def _load_or_exit() -> tuple[ModuleType | None, str]:
         raise SystemExit(2) from None
 
 
-native, why_not = _load_or_exit()
+native, why_not, remedy = _load_or_exit()
 HAVE_NATIVE: bool = native is not None
 HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
 why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not
@@ -140,8 +162,7 @@ def announce_reference() -> None:
         return
     _announced = True
     warnings.warn(
-        f"dlkernels runs on its PyTorch reference path, which is slow: {why_not}. "
-        f"Install a C++ compiler (g++ or clang++) and reinstall dlkernels.",
+        f"dlkernels runs on its PyTorch reference path, which is slow: {why_not}. To mend it: {remedy}.",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -255,6 +255,43 @@ import dlkernels
     assert first in last and str(second) in last
 
 
+def test_a_second_import_of_the_same_copy_says_what_to_do() -> None:
+    script = """
+import importlib, sys
+import dlkernels
+from dlkernels._core import extension
+importlib.reload(extension)
+importlib.reload(dlkernels)
+for name in [name for name in sys.modules if name.partition(".")[0] == "dlkernels"]:
+    del sys.modules[name]
+import dlkernels
+"""
+    run = python("-c", script, DLKERNELS_NATIVE=extension.native.__file__)
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 1 and last.startswith("ImportError: dlkernels was imported before"), run.stderr
+    assert "restart Python" in last
+
+
+def test_a_checkout_that_was_not_compiled(tmp_path: Path) -> None:
+    """After `pip install .` Python imports the checkout as long as it is started there."""
+    checkout, installed = tmp_path / "checkout", tmp_path / "installed"
+    shutil.copytree(PACKAGE, checkout / "dlkernels", ignore=shutil.ignore_patterns("__pycache__", "_C.*"))
+    (checkout / "csrc").mkdir()
+    (installed / "dlkernels").mkdir(parents=True)
+    shutil.copy(extension.native.__file__, installed / "dlkernels" / f"_C{EXTENSION_SUFFIXES[0]}")
+    show = "from dlkernels._core import extension as e; print(e.why_not); print(e.remedy)"
+    alone = python("-c", show, PYTHONPATH=str(checkout))
+    assert alone.stdout.splitlines() == [
+        f"{checkout / 'dlkernels'} is a checkout that was not compiled", f"`pip install -e .` in {checkout}",
+    ], alone.stderr  # fmt: skip
+    both = python("-c", show, cwd=checkout, PYTHONPATH=str(installed))
+    reason, remedy = both.stdout.splitlines()
+    assert reason.endswith(f"hides the installed {installed / 'dlkernels'}"), both.stderr
+    assert remedy == f"start Python in another directory than {checkout}"
+    said = python("-m", "dlkernels", "doctor", cwd=checkout, PYTHONPATH=str(installed))
+    assert said.returncode == 1 and f"{reason}\n   -> {remedy}" in said.stdout, said.stderr
+
+
 def test_a_module_that_does_not_load_is_an_error(tmp_path: Path) -> None:
     broken = tmp_path / "_C.so"
     broken.write_bytes(b"not a library")
