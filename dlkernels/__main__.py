@@ -10,6 +10,7 @@ commands:
   info [--json]   what this machine has, and which kernel serves which operator
   doctor          what is wrong with the installation, and what to do about it
   bench           our layers against torch.nn on this machine (--help lists its options)
+  --version       the version of dlkernels
 """
 
 
@@ -27,7 +28,14 @@ def main(argv: list[str]) -> int:
         from dlkernels.bench.cli import Command
 
         return Command().run(rest)
+    if command in ("-V", "--version"):
+        from dlkernels import __version__
+
+        print(f"dlkernels {__version__}")
+        return 0
     asked = command in ("-h", "--help", "help")
+    if command and not asked:
+        print(f"there is no command {command!r}", file=sys.stderr)
     print(USAGE, end="", file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from dlkernels._core.explanation import Explanation, LayerExplanation, describe
 from dlkernels.attention import explain as of_attention
+from dlkernels.integrations import recurrent_operators, sdpa_operator
+from dlkernels.integrations.switch import Switch
 from dlkernels.rnn import explain as of_rnn
 
 __all__ = ["Explanation", "LayerExplanation", "explain"]
@@ -30,11 +32,34 @@ def explain(target: Any, *args: Any, **kwargs: Any) -> Explanation:
     """
     if any(target is function for function in of_attention.FUNCTIONS):
         return of_attention.explain_function(target, *args, **kwargs)
+    if not isinstance(target, _OF_TORCH):
+        _refuse(target)
+    if not args and not kwargs:
+        raise TypeError(f"explain(): the input of the call is missing: explain({type(target).__name__}(...), input)")
     if isinstance(target, of_attention.LAYERS):
         return of_attention.explain_layer(target, *args, **kwargs)
-    if isinstance(target, _ATTENTION_OF_TORCH) and args:
-        return _not_ours(target, args[0])
+    if isinstance(target, _ATTENTION_OF_TORCH):
+        return _not_ours(target, next(iter((*args, *kwargs.values()))))
     return _layer(target, *args, **kwargs)
+
+
+def _refuse(target: Any) -> NoReturn:
+    got = type(target).__name__
+    if isinstance(target, Module):
+        inside = [(name, module) for name, module in target.named_modules() if isinstance(module, _OF_TORCH)]
+        layers = ", ".join(f"{name} ({type(module).__name__})" for name, module in inside[:3])
+        if layers:
+            got += f"; explain one of the layers in it, with that layer's input: {layers}{', ...' * (len(inside) > 3)}"
+    raise TypeError(
+        f"explain: expected a recurrent layer or cell, an attention layer or an attention function, got {got}"
+    )
+
+
+def _switches(layer: Module) -> list[Switch]:
+    """Those that serve the operators that a layer of torch.nn calls."""
+    if isinstance(layer, _ATTENTION_OF_TORCH):
+        return [sdpa_operator.SWITCH]
+    return [recurrent_operators.SWITCH]
 
 
 def _layer(
@@ -48,13 +73,10 @@ def _layer(
 
 
 def _not_ours(layer: Module, input: Any) -> Explanation:
-    if not isinstance(layer, _OF_TORCH):
-        raise TypeError(
-            f"explain: expected a recurrent layer or cell, an attention layer or an attention function, got "
-            f"{type(layer).__name__}"
-        )
     of_torch = type(layer).__module__.startswith("torch.")
     reason = "torch.nn layer: not patched" if of_torch else "not a layer of dlkernels"
+    if any(switch.is_on for switch in _switches(layer)):
+        reason += "; dlkernels.enable() is on, and handle.report() tells which of its calls our kernels served"
     data = input.data if isinstance(input, PackedSequence) else input
     only = LayerExplanation("whole module", "torch", reason, grad=False)
     return Explanation(repr(layer), describe("input", data), (only,))

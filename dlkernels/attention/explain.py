@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def explain_function(function: Any, *args: Any, **kwargs: Any) -> Explanation:
     """What `function(*args, **kwargs)` would run. `F.scaled_dot_product_attention` is explained as it is inside of
     `dlkernels.patch_attention()`. A mistake raises the error of the call itself, except in calls of
     scaled_dot_product_attention, which are left to torch then."""
+    inspect.signature(functional.attention if function not in _SDPA else _SDPA[0]).bind(*args, **kwargs)
     if function in _SDPA:
         query, only = _explain_sdpa(*args, **kwargs)
         return Explanation("scaled_dot_product_attention", f"{describe('query', query)}, {settings(query)}", (only,))

@@ -104,8 +104,14 @@ def test_mistakes_raise_what_the_call_raises() -> None:
         dlkernels.explain(torch.nn.Linear(8, 16), q)
     with pytest.raises(TypeError, match="explain"):
         dlkernels.explain(torch.softmax, q)
+    with pytest.raises(TypeError, match="missing a required argument: 'k'"):
+        dlkernels.explain(attention, q)
+    with pytest.raises(TypeError, match="missing a required argument: 'key'"):
+        dlkernels.explain(torch.nn.functional.scaled_dot_product_attention, q)
 
 
 def test_a_layer_of_torch() -> None:
     found = dlkernels.explain(torch.nn.MultiheadAttention(8, 2), torch.randn(3, 1, 8))
     assert found.kernel == "torch" and "not patched" in found.layers[0].reason
+    x = torch.randn(3, 1, 8)
+    assert dlkernels.explain(torch.nn.MultiheadAttention(8, 2), query=x, key=x, value=x).kernel == "torch"

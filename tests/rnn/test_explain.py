@@ -136,6 +136,24 @@ def test_layers_of_torch_and_other_modules() -> None:
         dlkernels.explain(nn.Linear(8, 16), x)
 
 
+def test_what_is_missing_is_named() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.GRU(8, 16), nn.MultiheadAttention(8, 2)), torch.randn(5, 3, 8)
+    with pytest.raises(TypeError, match=r"with that layer's input: 1 \(GRU\), 2 \(MultiheadAttention\)$"):
+        dlkernels.explain(model, x)
+    for layer in (model[1], dlkernels.nn.GRU(8, 16), dlkernels.nn.LSTMCell(8, 16)):
+        with pytest.raises(TypeError, match="the input of the call is missing"):
+            dlkernels.explain(layer)
+
+
+def test_a_layer_of_torch_while_enable_is_on() -> None:
+    x = torch.randn(5, 3, 8)
+    for layer in (nn.GRU(8, 16), nn.MultiheadAttention(8, 2)):
+        with dlkernels.enable():
+            assert "enable() is on" in str(dlkernels.explain(layer, x))
+        with dlkernels.enable(recurrent=isinstance(layer, nn.MultiheadAttention), attention=isinstance(layer, nn.GRU)):
+            assert "enable()" not in str(dlkernels.explain(layer, x))
+
+
 def test_later_layers_are_planned_for_the_width_of_the_one_below(isa: str, threads: Callable[[int], None]) -> None:
     threads(2)
     for batch, steps, hidden in itertools.product((1, 4, 64), (1, 5), (16, 64)):
@@ -242,6 +260,9 @@ def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["versions"]["torch"] == torch.__version__
     assert main(["--help"]) == 0
+    capsys.readouterr()
+    assert main(["--version"]) == 0 and capsys.readouterr().out == f"dlkernels {dlkernels.__version__}\n"
+    assert main(["doctr"]) == 2 and "there is no command 'doctr'" in capsys.readouterr().err
     for wrong in ([], ["nonsense"], ["info", "--nonsense"]):
         capsys.readouterr()
         assert main(wrong) == 2
