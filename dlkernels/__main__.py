@@ -1,4 +1,4 @@
-"""`python -m dlkernels info | doctor | bench`."""
+"""`python -m dlkernels info | doctor | bench | run`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ commands:
   info [--json]   what this machine has, and which kernel serves which operator
   doctor          what is wrong with the installation, and what to do about it
   bench           our layers against torch.nn on this machine (--help lists its options)
+  run FILE ...    runs a Python program with dlkernels.enable() on (-m MODULE: runs a module)
   --version       the version of dlkernels
 """
 
@@ -28,6 +29,10 @@ def main(argv: list[str]) -> int:
         from dlkernels.bench.cli import Command
 
         return Command().run(rest)
+    if command == "run":
+        from dlkernels.integrations.program import main as run_program
+
+        return run_program(rest)
     if command in ("-V", "--version"):
         from dlkernels import __version__
 
