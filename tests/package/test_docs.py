@@ -20,11 +20,6 @@ import torch
 from torch import nn
 import dlkernels
 
-class Attend(nn.Module):
-    def forward(self, x):
-        x = x if x.dim() == 3 else x.squeeze(0)
-        return nn.functional.scaled_dot_product_attention(x, x, x)
-
 class Result(tuple):
     loss = property(lambda self: self[0])
 
@@ -41,7 +36,7 @@ cu, sinks = torch.tensor([0, 4, 9], dtype=torch.int32), torch.randn(4)
 src, padding, batch = torch.randn(2, 5, 512), torch.zeros(2, 5, dtype=torch.bool), torch.randn(4, 3, 8)
 model = {model}
 """
-MODELS = {"README.md": "Attend()", "attention.md": "Trained()", "tools.md": "Trained()"}
+MODELS = {"attention.md": "Trained()", "tools.md": "Trained()"}
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
