@@ -9,7 +9,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
-PATTERNS = ("*.md", "LICENSE", "docs/*.md", "examples/*.py", "benchmarks/results/*.md", "benchmarks/results/*/*.png")
+PATTERNS = (
+    "*.md", "LICENSE", "docs/*.md", "docs/*.css", "examples/*.py", "benchmarks/results/*.md",
+    "benchmarks/results/*/*.png",
+)  # fmt: skip
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
