@@ -218,6 +218,11 @@ def values_for_reference(
     return sizes, lengths
 
 
+def cell_rank(name: str, x: Tensor) -> None:
+    if x.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x.dim()}D instead")
+
+
 def cell(name: str, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, gates: int) -> None:
     """Checks the sizes of one step. x is 2-D: unbatched calls have been given a batch dimension before."""
     batch, features = x.shape

@@ -13,7 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 from dlkernels._core import extension
 from dlkernels._core.autocast import autocast_dtype
 from dlkernels._core.explanation import Explanation, LayerExplanation, describe, settings
+from dlkernels.rnn import checks
 from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
+from dlkernels.rnn.kinds import KINDS
 from dlkernels.rnn.layers import RecurrentLayer
 from dlkernels.rnn.routing import route
 
@@ -37,7 +39,8 @@ class _Call:
 def explain_layer(
     layer: Module, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, bptt_steps: int
 ) -> Explanation:  # fmt: skip
-    """Tells what a call of one of LAYERS with these arguments would run."""
+    """Tells what a call of one of LAYERS with these arguments would run. An input of another size, dtype or device than
+    the layer's raises the error of the call itself."""
     if isinstance(layer, RecurrentLayer):
         call = _layer_call(layer, input, hx, lengths, bptt_steps)
         layers = _explain_stack(layer, call)
@@ -60,8 +63,7 @@ def _layer_call(
         text = f"packed {describe('input', input.data)} of {batch} sequences, up to {steps} steps"
         data = input.data
     else:
-        if input.dim() not in (2, 3):
-            raise ValueError(f"explain: expected input to be 2D or 3D, got {input.dim()}D")
+        checks.rank(type(layer).__name__, input, False)
         data = input
         time, rows = (1, 0) if layer.batch_first and input.dim() == 3 else (0, 1)
         steps, batch = input.size(time), input.size(rows) if input.dim() == 3 else 1
@@ -84,6 +86,8 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
 
 def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation, ...]:
     weights = layer.weight_list()
+    checks.same_kind(call.input, call.states, weights, mixed=autocast_dtype(call.input) is not None)
+    checks.input_size(call.input, weights[0])
     prepacked = layer._prepacked
     packed = prepacked.why_not(weights) or "used" if prepacked is not None else ""
     per_layer = len(weights) // layer.num_layers
@@ -103,10 +107,16 @@ def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation
 
 def _explain_cell(cell: Any, call: _Call) -> LayerExplanation:
     mode = next((mode for base, mode in _CELL_MODES.items() if isinstance(cell, base)), None)
-    weights = [cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh]
-    tensors = [call.input, *call.states, *(weight for weight in weights if weight is not None)]
+    mode = mode or f"rnn_{cell.nonlinearity}"
+    weights = [w for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh) if w is not None]
+    checks.same_kind(call.input, call.states, weights, RuntimeError, autocast_dtype(call.input) is not None)
+    checks.cell_rank(type(cell).__name__, call.input)
+    given = [tensor if tensor.dim() != 1 else tensor[None] for tensor in (call.input, *call.states)]
+    h, c = [*given[1:], None, None][:2]
+    checks.cell(type(cell).__name__, given[0], h, c, cell.weight_ih, cell.weight_hh, KINDS[mode].gates)
+    tensors = [call.input, *call.states, *weights]
     sizes = {"I": cell.input_size, "H": cell.hidden_size, "P": 0, "D": 1}
-    return _explain_one("cell", mode or f"rnn_{cell.nonlinearity}", call, tensors, sizes, "")
+    return _explain_one("cell", mode, call, tensors, sizes, "")
 
 
 def _explain_one(

@@ -332,8 +332,7 @@ def _cell(
         if optional is not None:
             checks.tensor(function, argument, optional)
     if x.dim() != 2:
-        if x.dim() != 1:
-            raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x.dim()}D instead")
+        checks.cell_rank(name, x)
         h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
         states = h if not kind.has_cell_state or h is None else (h, c)
         out = _cell(kind, x.unsqueeze(0), states, w_ih, w_hh, b_ih, b_hh)

@@ -122,8 +122,6 @@ def test_reference_path_says_why() -> None:
     assert explanation.kernel == "reference"
     assert not explanation.native
     assert explanation.layers[0].reason
-    complex_layer = dlkernels.nn.RNN(8, 16, dtype=torch.complex64)
-    assert dlkernels.explain(complex_layer, torch.randn(5, 3, 8, dtype=torch.complex64)).kernel == "reference"
 
 
 def test_layers_of_torch_and_other_modules() -> None:
@@ -143,6 +141,26 @@ def test_what_is_missing_is_named() -> None:
     for layer in (model[1], dlkernels.nn.GRU(8, 16), dlkernels.nn.LSTMCell(8, 16)):
         with pytest.raises(TypeError, match="the input of the call is missing"):
             dlkernels.explain(layer)
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_mistakes_raise_what_the_call_raises(name: str) -> None:
+    module, x = make(name)
+    complex_module, _ = make(name, dtype=torch.complex64)
+    mistakes = [
+        (module, x[None, None]),
+        (module, x[..., :5]),
+        (module, x.double()),
+        (module, x.long()),
+        (module, x.to("meta")),
+    ]
+    for wrong, input in [*mistakes, (complex_module, x.to(torch.complex64))]:
+        with pytest.raises((RuntimeError, ValueError)) as called:
+            wrong(input)
+        with pytest.raises(called.type, match=re.escape(str(called.value))):
+            dlkernels.explain(wrong, input)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dlkernels.explain(module, x.bfloat16()).native
 
 
 def test_a_layer_of_torch_while_enable_is_on() -> None:
