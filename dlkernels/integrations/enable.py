@@ -15,8 +15,8 @@ __all__ = ["Enabled", "disable", "enable"]
 
 _ATTENTION = ("scaled_dot_product_attention", fast_path.NAME)
 _NO_ATTENTION = (
-    "no call of F.scaled_dot_product_attention came: the model has no attention, or it computes it by itself, as "
-    'transformers does with attn_implementation="eager"; such attention is not reached'
+    "no attention was reached: the model has none, or computes it by itself, as transformers does with "
+    'attn_implementation="eager"'
 )
 _handles: list[Enabled] = []
 
