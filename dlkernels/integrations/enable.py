@@ -15,8 +15,8 @@ __all__ = ["Enabled", "disable", "enable"]
 
 _ATTENTION = ("scaled_dot_product_attention", fast_path.NAME)
 _NO_ATTENTION = (
-    "no attention was reached: the model has none, or computes it by itself, as transformers does with "
-    'attn_implementation="eager"'
+    "no attention was reached: the model has none or computes its own, "
+    'as transformers\' attn_implementation="eager" does'
 )
 _handles: list[Enabled] = []
 
