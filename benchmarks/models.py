@@ -161,8 +161,10 @@ class VisionTransformer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """nn.TransformerEncoder as torch ships it (Vaswani et al. 2017, base), for sequences of different lengths. With ReLU
-    in place of GELU, roundings that turn a unit on or off would make most of the errors of both sides."""
+    """nn.TransformerEncoder as torch ships it (Vaswani et al. 2017, base), for sequences of different lengths.
+
+    With ReLU in place of GELU, roundings that turn a unit on or off would make most of the errors of both sides.
+    """
 
     def __init__(self) -> None:
         super().__init__()
