@@ -63,7 +63,8 @@ def _layer_call(
         text = f"packed {describe('input', input.data)} of {batch} sequences, up to {steps} steps"
         data = input.data
     else:
-        checks.rank(type(layer).__name__, input, False)
+        if input.dim() not in (2, 3):
+            raise ValueError(f"explain: expected input to be 2D or 3D, got {input.dim()}D")
         data = input
         time, rows = (1, 0) if layer.batch_first and input.dim() == 3 else (0, 1)
         steps, batch = input.size(time), input.size(rows) if input.dim() == 3 else 1
