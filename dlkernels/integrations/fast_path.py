@@ -26,7 +26,7 @@ from dlkernels.attention.nested import from_rows, to_rows
 from dlkernels.attention.operators import run_forward
 from dlkernels.integrations import counts
 from dlkernels.integrations.sdpa_operator import kernel_name
-from dlkernels.integrations.switch import SMALL, Kernels, Switch
+from dlkernels.integrations.switch import ONLY_SCALAR, SMALL, Kernels, Switch
 
 __all__ = ["NAME", "SWITCH"]
 
@@ -108,7 +108,7 @@ def _why_not(
     if not extension.HAVE_NATIVE:
         return extension.why_not
     if extension.only_scalar():
-        return "only scalar kernels exist for this processor"
+        return ONLY_SCALAR
     if query is not key or key is not value:
         return "no self-attention"
     if query.dtype not in KERNEL_DTYPES:

@@ -18,7 +18,7 @@ from torch import Tensor
 from dlkernels._core import extension
 from dlkernels._core.private_torch import are_transforms_active, composite, skip_in_dynamo
 from dlkernels.integrations import counts
-from dlkernels.integrations.switch import Kernels, Switch
+from dlkernels.integrations.switch import ONLY_SCALAR, PLAIN, Kernels, Switch
 from dlkernels.rnn import functional
 from dlkernels.rnn.kinds import KINDS, Kind
 from dlkernels.rnn.operators import cell, direct
@@ -26,8 +26,6 @@ from dlkernels.rnn.routing import route
 
 __all__ = ["SWITCH"]
 
-_is_grad_enabled = torch.is_grad_enabled
-_PLAIN = (Tensor, torch.nn.Parameter)
 _REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
@@ -44,7 +42,7 @@ def _why_not(x: Tensor, projected: bool) -> str | None:
     if are_transforms_active():
         return "inside a torch.func transform"
     if not _has_kernels():
-        return "only scalar kernels exist for this processor" if extension.HAVE_NATIVE else extension.why_not
+        return ONLY_SCALAR if extension.HAVE_NATIVE else extension.why_not
     try:
         decided = route(x, projected=projected)
     except NotImplementedError:
@@ -92,7 +90,7 @@ class _Operator:
 def _layer(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
     """The kernel of a layer, which takes the arguments of aten's `input` overload and `batch_sizes`."""
     kind, mode, has_cell_state = of.kind, of.kind.mode, of.kind.has_cell_state
-    run_directly = direct.layers if _has_kernels() else None
+    has_kernels = _has_kernels()
 
     def layer(
         given: Sequence[Any], x: Tensor, batch_sizes: Tensor | None, hx: Any, params: list[Tensor], has_biases: bool,
@@ -104,15 +102,9 @@ def _layer(of: _Operator) -> Callable[..., tuple[Tensor, ...]]:
             h0, c0 = hx if fits else (None, None)
         count, rest = divmod(len(params), max(num_layers, 1) * (1 + bidirectional))
         fits = fits and not rest and has_biases == (count >= 4)
-        if (
-            run_directly is not None
-            and SWITCH.is_on
-            and fits
-            and not (_is_grad_enabled() and params[0].requires_grad)
-            and not (dropout and train and num_layers > 1)
-        ):
-            found = run_directly(
-                mode, x, h0, c0, params, None, batch_sizes, None, num_layers, bidirectional, batch_first
+        if has_kernels and SWITCH.is_on and fits:
+            found = direct.layers_without_gradients(
+                mode, x, h0, c0, params, None, batch_sizes, None, num_layers, bidirectional, batch_first, dropout, train
             )
             if found is not None:
                 of.count_served(x)
@@ -158,7 +150,7 @@ def _cell(of: _Operator) -> Callable[..., Any]:
         if has_cell_state:
             fits = len(hx) == 2
             h, c = hx if fits else (None, None)
-        if has_kernels and SWITCH.is_on and fits and type(x) in _PLAIN:
+        if has_kernels and SWITCH.is_on and fits and type(x) in PLAIN:
             found = cell.plain_cell(mode, (x, h, c, w_ih, w_hh, b_ih, b_hh))
             if found is not None:
                 of.count_served(x)

@@ -21,7 +21,7 @@ from dlkernels._core.private_torch import (
 )
 from dlkernels.attention.sdpa import Call, arrange, run, scaled_dot_product_attention
 from dlkernels.integrations import counts
-from dlkernels.integrations.switch import SMALL, Kernels, Switch
+from dlkernels.integrations.switch import PLAIN, SMALL, Kernels, Switch
 
 __all__ = ["SWITCH", "AttentionPatch", "kernel_name", "patch_attention"]
 
@@ -29,8 +29,6 @@ _NAME = "scaled_dot_product_attention"
 _torchs = composite(torch.ops.aten.scaled_dot_product_attention.default)
 # The most draws that are remembered, at 100 bytes each. No model has as many calls that wait for their backward.
 _MOST_DRAWS = 2**16
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Least(NamedTuple):
@@ -129,14 +127,7 @@ def kernel_name(isa: str, dtype: torch.dtype) -> str:
 
 def _is_small(query: Tensor, key: Tensor, dropout_p: float) -> bool:
     """Whether torch is faster. With dropout it takes its slowest path."""
-    if (
-        dropout_p
-        or type(query) not in _PLAIN
-        or not query.is_cpu
-        or query.is_nested
-        or query.dim() < 2
-        or key.dim() < 2
-    ):
+    if dropout_p or type(query) not in PLAIN or not query.is_cpu or query.is_nested or query.dim() < 2 or key.dim() < 2:
         return False
     least = LEAST_SCORES.wide
     if query.itemsize == 2:
@@ -151,7 +142,7 @@ def _why_not(query: Tensor, dropout_p: float) -> str | None:
     if are_transforms_active():
         return "inside a torch.func transform"
     reason = SWITCH.why_not(query)
-    if dropout_p <= 0 or type(query) not in _PLAIN:
+    if dropout_p <= 0 or type(query) not in PLAIN:
         return reason
     if is_in_backward():
         return None if _was_ours() else "recomputes a call that torch served"

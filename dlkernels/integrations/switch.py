@@ -21,14 +21,18 @@ from torch import Tensor
 from dlkernels._core import compile_cache
 from dlkernels._core.private_torch import unregister
 
-__all__ = ["OFF", "OTHER_THREAD", "SMALL", "Kernels", "Switch"]
+__all__ = ["OFF", "ONLY_SCALAR", "OTHER_THREAD", "PLAIN", "SMALL", "Kernels", "Switch"]
 
 # Of operators that consist of others. Both the keys with and without autograd are needed, because inference mode skips
 # the autograd keys.
 _KEYS = ("AutogradCPU", "CPU", "AutogradCUDA", "CUDA")
 
+# Tensors of these types are not traced.
+PLAIN = (Tensor, torch.nn.Parameter)
+
 # Why a call is left to torch. Calls are not counted while the switch is off.
 OFF = ""
+ONLY_SCALAR = "only scalar kernels exist for this processor"
 SMALL = "faster in torch, as it is small"
 OTHER_THREAD = "traced in a thread that has not turned the switch on"
 
@@ -113,7 +117,7 @@ class Switch:
         """Why a call with this tensor is left to torch; None if it is ours to serve. A traced call is ours only in a
         thread that turned the switch on, because its result may be cached under a key that has the tag of that thread.
         """
-        if type(tensor) in (Tensor, torch.nn.Parameter):
+        if type(tensor) in PLAIN:
             return None if self.is_on else OFF
         if not self.is_on:
             compile_cache.remove(self.name)  # another thread left the block that this one entered

@@ -47,7 +47,6 @@ __all__ = [
 Pair = tuple[Tensor, Tensor]
 
 _is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
 
 
 def lstm(
@@ -168,30 +167,18 @@ def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack
 def _batched(
     kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if stack.dropout:
-        checks.dropout(stack.dropout)
-    found = None if _is_compiling() else run_directly(kind, x, h0, c0, weights, stack)
+    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed = stack
+    found = None
+    if not bptt_steps and not _is_compiling():
+        found = direct.layers_without_gradients(
+            kind.mode, x, h0, c0, weights, packed, batch_sizes, lengths, num_layers, bidirectional, batch_first,
+            dropout, training,
+        )  # fmt: skip
     if found is None:
         return arrange(kind, x, h0, c0, weights, stack).run()
+    if dropout:
+        checks.dropout(dropout)
     return found[0], found[1], found[-1]
-
-
-def run_directly(
-    kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
-) -> list[Tensor] | None:
-    """[y, h_n], followed by c_n for the lstm; None if `direct.layers` does not serve the call. The arguments need not
-    have been checked."""
-    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed = stack
-    if not x.is_cpu or bptt_steps or type(weights) not in (list, tuple):
-        return None
-    # Most calls that want a gradient are recognized by the first weight, before anything else is done.
-    if _is_grad_enabled() and weights and getattr(weights[0], "requires_grad", True):
-        return None
-    if dropout and training and num_layers != 1:
-        return None
-    return direct.layers(
-        kind.mode, x, h0, c0, weights, packed, batch_sizes, lengths, num_layers, bidirectional, batch_first
-    )
 
 
 def _unbatched(

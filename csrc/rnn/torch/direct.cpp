@@ -22,14 +22,9 @@ class Object {
  public:
   explicit Object(PyObject* object = nullptr) : object_(object) {}
   Object(Object&& other) noexcept : object_(other.release()) {}
-  Object& operator=(Object&& other) noexcept {
-    std::swap(object_, other.object_);
-    return *this;
-  }
   ~Object() { Py_XDECREF(object_); }
   PyObject* get() const { return object_; }
   PyObject* release() { return std::exchange(object_, nullptr); }
-  explicit operator bool() const { return object_ != nullptr; }
 
  private:
   PyObject* object_;

@@ -26,7 +26,9 @@ from dlkernels._core.private_torch import (
     tensors_of_handles,
 )
 
-__all__ = ["cell", "layers"]
+__all__ = ["cell", "layers", "layers_without_gradients"]
+
+_is_grad_enabled = torch.is_grad_enabled
 
 
 def _not_served(*arguments: Any) -> None:
@@ -57,3 +59,18 @@ if extension.native is not None:
         ),
     )
     layers, cell = extension.native.layers, extension.native.cell
+
+
+def layers_without_gradients(
+    mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Any, packed: Any, batch_sizes: Tensor | None,
+    lengths: Tensor | None, num_layers: int, bidirectional: bool, batch_first: bool, dropout: float, training: bool,
+) -> list[Tensor] | None:  # fmt: skip
+    """`layers`, unless dropout has to be drawn. The arguments need not have been checked."""
+    if not x.is_cpu or type(weights) not in (list, tuple):
+        return None
+    # Most calls that want a gradient are recognized by the first weight, before anything else is done.
+    if _is_grad_enabled() and weights and getattr(weights[0], "requires_grad", True):
+        return None
+    if dropout and training and num_layers != 1:
+        return None
+    return layers(mode, x, h0, c0, weights, packed, batch_sizes, lengths, num_layers, bidirectional, batch_first)
