@@ -14,6 +14,8 @@ DLK_ISA_BEGIN
 constexpr int kBlockRows = 384;
 constexpr int kTransposedRows = 192;  // both multiples of every tile height and vector size
 constexpr int64_t kPanelDepth = 1024;
+static_assert(!kTiles || (kBlockRows % kMaxRows == 0 && kTransposedRows % kMaxRows == 0), "tiles are written whole");
+static_assert(kPanelDepth % kDepthItems == 0);
 
 // A source of blocks of A's rows: here rows that are used in place. `rows(m, count, out)`
 // writes the addresses of `count` rows of operands, valid until the next call.
@@ -81,11 +83,17 @@ struct TransposedRows {
   }
 };
 
-// The stride of a block's rows of K elements: it leaves room to store whole vectors over the end of each row.
+// The stride of rows of K elements: it leaves room to store whole vectors over the end of each row.
 template <class C>
 DLK_INLINE int64_t block_ld(int64_t K) {
   constexpr int64_t kLanes = Vec<C>::size;
   return (K + kLanes - 1) / kLanes * kLanes + kLanes;
+}
+
+// The stride, in values, of rows of operands of n values, whose products read up to the end of the last item.
+template <class C>
+DLK_INLINE int64_t operand_ld(int64_t n) {
+  return block_ld<C>(item_count(n)) * kItemValues;
 }
 
 // One vector of columns of the right-hand side.
@@ -112,13 +120,14 @@ DLK_INLINE void gemm(int64_t m0, int64_t m1, int64_t p0, int64_t p1, const Rows&
     for (int64_t p = p0; p < p1; ++p) {
       const Panel<C> panel = b.at(p);
       const int vectors = panel.vectors, width = vectors * V::size;
-      const bool whole = direct && shape.valid(p, vectors - 1) == V::size;
+      const bool whole_panel = direct && shape.valid(p, vectors - 1) == V::size;
       Ahead<C> ahead;
       if (p + 1 < p1) ahead = b.ahead(p + 1, p + 2, block_rows);
       for (int64_t k = 0; k == 0 || k < shape.K; k += kPanelDepth) {  // once for K = 0 too: the results are zeros
         const int64_t depth = shape.K - k < kPanelDepth ? shape.K - k : kPanelDepth;
         for (int r = 0, rows; r < block_rows; r += rows) {
           rows = next_tile(block_rows - r, vectors);
+          const bool whole = whole_panel && rows % kRowUnit == 0;  // a matrix unit would write the rows that follow too
           C* sum = whole                    ? direct + (m + r) * ld + shape.column(p, 0)
                    : shape.K <= kPanelDepth ? sums
                                             : sums + r * width;

@@ -1,6 +1,8 @@
 // Converts rows of a tensor of any dtype to operands of products.
 #pragma once
 
+#include <algorithm>
+
 #include "gemm/tile.h"
 
 DLK_ISA_BEGIN
@@ -16,10 +18,16 @@ template <class C>
 DLK_INLINE void load_operands(DType dtype, const void* p, int64_t n, C* out) {
   constexpr int kSize = Vec<C>::size;
   if constexpr (kPairs) {
-    if (dtype == DType::bf16) return load_row<C>(DType::f32, p, item_count(n), out);
+    const int64_t values = item_count(n) * kItemValues;
+    const auto left = [&](int64_t j, int most) { return static_cast<int>(std::clamp<int64_t>(n - j, 0, most)); };
+    if (dtype == DType::bf16) {
+      const bf16* const from = static_cast<const bf16*>(p);
+      for (int64_t j = 0; j < values; j += 2 * kSize)
+        Unit<C>::pairs(from + j, left(j, 2 * kSize)).store(out + j / 2);
+      return;
+    }
     bf16* to = reinterpret_cast<bf16*>(out);
-    for (int64_t j = 0; j < n; j += kSize)
-      Unit<C>::round(load_any<C>(dtype, p, j, static_cast<int>(n - j < kSize ? n - j : kSize)), to + j);
+    for (int64_t j = 0; j < values; j += kSize) Unit<C>::round(load_any<C>(dtype, p, j, left(j, kSize)), to + j);
   } else {
     load_row<C>(dtype, p, n, out);
   }

@@ -9,15 +9,19 @@
 DLK_ISA_BEGIN
 
 struct PanelShape {
-  int64_t K;    // length of the products, in items (tile.h)
-  int64_t N;    // columns; of one gate for gate panels
-  int gates;    // 0: plain columns, else vector v of a panel belongs to gate v
-  int lanes;    // Vec::size
-  int vectors;  // per full panel
+  int64_t K;        // length of the products, in items (tile.h)
+  int64_t segment;  // values of one segment: K is one or more segments, each filled up with zeros to whole items
+  int64_t N;        // columns; of one gate for gate panels
+  int gates;        // 0: plain columns, else vector v of a panel belongs to gate v
+  int lanes;        // Vec::size
+  int vectors;      // per full panel
 
-  static PanelShape plain(int64_t K, int64_t N, int lanes) { return {K, N, 0, lanes, kMaxVectors}; }
-  static PanelShape gated(int64_t K, int64_t H, int gates, int lanes) {
-    return gates == 1 ? plain(K, H, lanes) : PanelShape{K, H, gates, lanes, gates};
+  // In products of `values` values, or of `segments` times as many.
+  static PanelShape plain(int64_t values, int64_t N, int lanes, int segments = 1) {
+    return {item_count(values) * segments, values, N, 0, lanes, kMaxVectors};
+  }
+  static PanelShape gated(int64_t values, int64_t H, int gates, int lanes) {
+    return gates == 1 ? plain(values, H, lanes) : PanelShape{item_count(values), values, H, gates, lanes, gates};
   }
   int64_t units_per_panel() const { return gates ? lanes : static_cast<int64_t>(lanes) * vectors; }
   int64_t count() const { return (N + units_per_panel() - 1) / units_per_panel(); }
@@ -59,35 +63,46 @@ struct PanelShape {
   }
 };
 
-// Packs panel p from w [columns][K], k contiguous, by transposing blocks. A pair of bf16 values is moved as one float.
+// Packs panel p from w [columns][values], of one segment, by transposing blocks. A pair of bf16 values is moved as one
+// float.
 template <class C>
 DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
   constexpr int kLanes = Vec<C>::size;
   const int vectors = shape.vectors_in(p);
-  const int64_t K = shape.K, width = int64_t{strip_vectors(vectors)} * kLanes;
+  const int64_t K = shape.K, values = shape.segment, width = int64_t{strip_vectors(vectors)} * kLanes;
   alignas(64) C block[kLanes * kLanes];
   for (int v = 0; v < vectors; ++v) {
-    const int64_t first = shape.column(p, v) * K;
+    const int64_t first = shape.column(p, v) * values;
     const int rows = shape.valid(p, v);
     for (int64_t k = 0; k < K; k += kLanes) {
       const int columns = static_cast<int>(K - k < kLanes ? K - k : kLanes);
+      const int64_t at = k * kItemValues, left = std::min<int64_t>(values - at, columns * kItemValues);
       C* to = panel + shape.element(vectors, k, v);
-      if (is_operand_type<C>(dtype)) {
-        transpose_block(static_cast<const C*>(w) + first + k, K, rows, columns, to, width);
+      if (is_operand_type<C>(dtype) && values % kItemValues == 0 && left == columns * kItemValues) {
+        transpose_block(static_cast<const C*>(advance(w, dtype, first + at)), values / kItemValues, rows, columns, to,
+                        width);
       } else {
-        for (int r = 0; r < rows; ++r)
-          load_operands<C>(dtype, advance(w, dtype, (first + r * K + k) * kItemValues), columns * kItemValues,
-                           block + r * kLanes);
-        transpose_block(block, kLanes, rows, columns, to, width);
+        for (int r = 0; r < rows && left > 0; ++r)
+          load_operands<C>(dtype, advance(w, dtype, first + r * values + at), left, block + r * kLanes);
+        transpose_block(block, kLanes, left > 0 ? rows : 0, columns, to, width);
       }
     }
   }
 }
 
-// Packs panel p from `rows` rows of N columns, one for each value along K; row(k) returns the address of row k. Plain
-// panels only.
+// Calls act(k, row, n) for each item k along K: it consists of the n values from `row` on, 0 to kItemValues.
+template <class Act>
+DLK_INLINE void each_item(const PanelShape& shape, Act act) {
+  const int64_t items = item_count(shape.segment);
+  for (int64_t k = 0, row = 0; k < shape.K; k += items, row += shape.segment)
+    for (int64_t i = 0; i < items; ++i)
+      act(k + i, row + i * kItemValues, std::min<int64_t>(shape.segment - i * kItemValues, kItemValues));
+}
+
+// Packs panel p from rows of N columns, one for each value along K; row(k) returns the address of row k. Plain panels
+// only.
 template <class C, class RowAt>
-DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, int64_t rows, RowAt row, C* panel) {
+DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype, RowAt row, C* panel) {
   const int vectors = shape.vectors_in(p);
   const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
   C* to[kMaxVectors];
@@ -98,50 +113,49 @@ DLK_INLINE void pack_panel_rows(const PanelShape& shape, int64_t p, DType dtype,
     column[v] = shape.column(p, v);
     valid[v] = shape.valid(p, v);
   }
-  for (int64_t k = 0; k < shape.K; ++k) {
-    const void* from = row(k * kItemValues);
+  each_item(shape, [&](int64_t k, int64_t at, int64_t count) __attribute__((always_inline)) {
     if constexpr (kPairs) {
-      const bool both = 2 * k + 1 < rows;
-      const void* odd = both ? row(2 * k + 1) : from;
+      const void* even = row(count > 0 ? at : 0);
+      const void* odd = count > 1 ? row(at + 1) : even;
       for (int v = 0; v < vectors; ++v) {
-        const int n = both ? valid[v] : 0;
+        const int n = count > 0 ? valid[v] : 0, m = count > 1 ? valid[v] : 0;
         if (dtype == DType::bf16) {
-          Unit<C>::pairs(static_cast<const bf16*>(from) + column[v], valid[v],
-                         static_cast<const bf16*>(odd) + column[v], n)
+          Unit<C>::pairs(static_cast<const bf16*>(even) + column[v], n, static_cast<const bf16*>(odd) + column[v], m)
               .store(to[v] + k * width);
         } else {
-          Unit<C>::pairs(load_any<C>(dtype, from, column[v], valid[v]), load_any<C>(dtype, odd, column[v], n))
+          Unit<C>::pairs(load_any<C>(dtype, even, column[v], n), load_any<C>(dtype, odd, column[v], m))
               .store(to[v] + k * width);
         }
       }
     } else {
+      const void* from = row(at);
       for (int v = 0; v < vectors; ++v) load_any<C>(dtype, from, column[v], valid[v]).store(to[v] + k * width);
     }
-  }
+  });
 }
 
 // The same from rows that are computed: value(k, column, n) returns n values of row k.
 template <class C, class Value>
-DLK_INLINE void pack_panel_values(const PanelShape& shape, int64_t p, int64_t rows, Value value, C* panel) {
+DLK_INLINE void pack_panel_values(const PanelShape& shape, int64_t p, Value value, C* panel) {
   const int vectors = shape.vectors_in(p);
   const int64_t width = int64_t{strip_vectors(vectors)} * Vec<C>::size;
   for (int v = 0; v < vectors; ++v) {
     C* const to = panel + shape.element(vectors, 0, v);
     const int64_t column = shape.column(p, v);
     const int n = shape.valid(p, v);
-    for (int64_t k = 0; k < shape.K; ++k) {
+    each_item(shape, [&](int64_t k, int64_t at, int64_t count) __attribute__((always_inline)) {
       if constexpr (kPairs) {
-        const Vec<C> even = value(2 * k, column, n);
-        const Vec<C> odd = 2 * k + 1 < rows ? value(2 * k + 1, column, n) : Vec<C>::zero();
+        const Vec<C> even = count > 0 ? value(at, column, n) : Vec<C>::zero();
+        const Vec<C> odd = count > 1 ? value(at + 1, column, n) : Vec<C>::zero();
         Unit<C>::pairs(even, odd).store(to + k * width);
       } else {
-        value(k, column, n).store(to + k * width);
+        value(at, column, n).store(to + k * width);
       }
-    }
+    });
   }
 }
 
-// Packs panel p from w [K][N], n contiguous.
+// Packs panel p from w [values][N], n contiguous.
 template <class C>
 DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel) {
   constexpr int64_t kAhead = 8;  // the hardware's prefetchers do not follow rows that are far apart
@@ -151,7 +165,7 @@ DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dt
     for (int64_t x = 0; x < width; x += 64) __builtin_prefetch(columns + (k + kAhead) * row + x);
     return advance(w, dtype, k * shape.N);
   };
-  pack_panel_rows<C>(shape, p, dtype, shape.K * kItemValues, at, panel);
+  pack_panel_rows<C>(shape, p, dtype, at, panel);
 }
 
 // The panels of a right-hand side. Weights that serve many products are packed beforehand. For a single product each

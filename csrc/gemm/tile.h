@@ -6,7 +6,8 @@
 // same for every shape of the tile, so a row's result does not depend on the rows beside it.
 //
 // With kPairs an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
-// values, and each multiply-add adds two products.
+// values, and each multiply-add adds two products. With kTiles a matrix unit makes the products (matrix_tile below): K is
+// a whole number of its depths, and operands are filled up with zeros.
 #pragma once
 
 #include <type_traits>
@@ -25,8 +26,12 @@ template <class C>
 DLK_INLINE const C* items_of(const Operand<C>* row) {
   return reinterpret_cast<const C*>(row);
 }
-// How many items n values are.
-DLK_INLINE int64_t item_count(int64_t n) { return (n + kItemValues - 1) / kItemValues; }
+// The items that the product of n values takes; those beyond the values are 0.
+constexpr int64_t kDepthItems = kTiles ? 16 : 1;
+DLK_INLINE int64_t item_count(int64_t n) {
+  constexpr int64_t kWhole = kDepthItems * kItemValues;
+  return (n + kWhole - 1) / kWhole * kDepthItems;
+}
 
 // Bf16Unit as a name that depends on C, so that its members are looked up only in code that is instantiated.
 template <class C>
@@ -54,8 +59,14 @@ constexpr int64_t slice_of(int64_t K) { return K > 128 && K <= 512 ? 64 : 128; }
 // strip after the other, because a tall tile reads less of b for the same work; tiles of few
 // rows take both at once, because they need that many independent sums.
 constexpr int kMaxVectors = 4;
-constexpr int kMaxRows = 12;
+constexpr int kMaxRows = kTiles ? 32 : 12;
 constexpr int strip_vectors(int vectors) { return vectors == 4 ? 2 : vectors; }
+
+// A matrix unit reads and writes kRowUnit rows at a time, of which those beyond the last one hold anything. Memory with
+// rows of operands has kSpareRows more of them.
+constexpr int kRowUnit = kTiles ? 16 : 1;
+constexpr int kSpareRows = kTiles ? kMaxRows - 1 : 0;
+constexpr int whole_rows(int rows) { return (rows + kRowUnit - 1) / kRowUnit * kRowUnit; }
 
 // The tallest tile of a strip: its sums take three quarters of the registers and leave the others to operands.
 constexpr int rows_for(int vectors) {
@@ -63,12 +74,11 @@ constexpr int rows_for(int vectors) {
   return rows > kMaxRows ? kMaxRows : rows;
 }
 
-// The rows of the tallest tile of a panel with `vectors` vectors.
-constexpr int tile_rows(int vectors) { return rows_for(strip_vectors(vectors)); }
-
-// The height of the next tile, if n rows are left; all tiles get nearly equal heights.
+// The height of the next tile of a panel with `vectors` vectors, if n rows are left; all tiles get nearly equal heights,
+// but those of a matrix unit are filled.
 DLK_INLINE int next_tile(int64_t n, int vectors) {
-  const int height = tile_rows(vectors);
+  if (kTiles) return static_cast<int>(n < kMaxRows ? n : kMaxRows);
+  const int height = rows_for(strip_vectors(vectors));
   const int64_t tiles = (n + height - 1) / height;
   return static_cast<int>((n + tiles - 1) / tiles);
 }
@@ -168,11 +178,19 @@ struct Ahead {
   }
 };
 
-// out [rows][ldo] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of the work: it may
-// prefetch a few lines of the operands that the epilogue will combine with the results.
+// The tile of a matrix unit. The rows of `a` have equal distances, and the rows from `rows` on up to a whole number of
+// kRowUnit are read from `a` and written to `out` too.
+template <class C>
+DLK_INLINE void matrix_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
+                            bool accumulate, const C* ahead) {
+  const int64_t lda = rows > 1 ? (a[1] - a[0]) * kItemValues : 0;
+  const auto* const values = reinterpret_cast<const Operand<C>*>(a[0]);
+  Unit<C>::multiply_panel(rows, panel.vectors, K, values, lda, panel.data, panel.next, out, ldo, accumulate, ahead);
+}
+
 template <class C, class Before>
-DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
-                         bool accumulate, Ahead<C>& ahead, Before before) {
+DLK_INLINE void register_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
+                              bool accumulate, Ahead<C>& ahead, Before before) {
   if (panel.vectors == 4 && rows > rows_for(4)) {
     for (int part = 0; part < 2; ++part, out += 2 * Vec<C>::size) {
       before(part, 2);
@@ -201,6 +219,19 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
   fn(a, K, panel.data, panel.next, bring, out, ldo, accumulate);
 }
 
+// out [rows][ldo] (+)= a [rows][K] times the panel. before(part, parts) is called before each part of the work: it may
+// prefetch a few lines of the operands that the epilogue will combine with the results.
+template <class C, class Before>
+DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
+                         bool accumulate, Ahead<C>& ahead, Before before) {
+  if constexpr (kTiles) {
+    before(0, 1);
+    matrix_tile(rows, a, K, panel, out, ldo, accumulate, ahead.take(K));
+  } else {
+    register_tile(rows, a, K, panel, out, ldo, accumulate, ahead, before);
+  }
+}
+
 // The same with rows of out that follow each other without a gap.
 template <class C, class Before>
 DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
@@ -218,7 +249,8 @@ DLK_INLINE void collect(int rows, const C* const* a, int64_t K) {
       static_cast<void>(*static_cast<const volatile C*>(a[r] + k));
 }
 
-// Holds the results of a tile between the product and the code that uses them: 3 KB, which stay in L1.
+// Holds the results of a tile between the product and the code that uses them: 3 KB, which stay in L1 (8 KB of a
+// matrix unit).
 template <class C>
 struct alignas(64) TileBuffer {
   C data[kMaxRows * kMaxVectors * Vec<C>::size];

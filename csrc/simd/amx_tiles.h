@@ -123,8 +123,10 @@ struct TileRegisters {
   static DLK_INLINE void multiply_add() {
     if constexpr (kSums == 0) _tile_dpbf16ps(0, 4, 6);
     if constexpr (kSums == 1) _tile_dpbf16ps(1, 4, 7);
-    if constexpr (kSums == 2) _tile_dpbf16ps(2, 5, 6);
-    if constexpr (kSums == 3) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (kSums == 2 && kRows == 5) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (kSums == 3 && kRows == 5) _tile_dpbf16ps(3, 5, 7);
+    if constexpr (kSums == 2 && kRows == 4) _tile_dpbf16ps(2, 4, 5);
+    if constexpr (kSums == 3 && kRows == 4) _tile_dpbf16ps(3, 4, 6);
   }
 };
 
@@ -208,6 +210,35 @@ struct Bf16Unit : Bf16Pairs {
       }
   }
 
+  // out [rows][vectors * kSize] (+)= a b for up to 32 rows and one panel of gemm/tile.h: b has one or two strips, `next`
+  // apart, of K pairs, a whole number of depths. Whole tiles of rows are read and written. K cache lines from `ahead` on
+  // are prefetched into L2, if it is not null.
+  static DLK_NOINLINE void multiply_panel(int rows, int vectors, int64_t K, const bf16* a, int64_t lda, const float* b,
+                                          int64_t next, float* out, int64_t ldo, bool accumulate, const float* ahead) {
+    if (rows <= kRows) {  // one sum alone would wait for the latency of its last product
+      switch (vectors) {
+        case 1:
+          return multiply_row<1>(K, a, lda, b, next, out, ldo, accumulate, ahead);
+        case 2:
+          return multiply_row<2>(K, a, lda, b, next, out, ldo, accumulate, ahead);
+        case 3:
+          return multiply_row<3>(K, a, lda, b, next, out, ldo, accumulate, ahead);
+        default:
+          return multiply_row<4>(K, a, lda, b, next, out, ldo, accumulate, ahead);
+      }
+    }
+    const int strip = vectors == 4 ? 2 : vectors;
+    for (int v = 0; v < vectors; v += 2, out += 2 * kSize) {
+      const float* from = strip == 2 ? b + v / 2 * next : b + v * kSize;
+      if (vectors - v >= 2) {
+        multiply_block<2, 2>(kPairsToDepth * K, a, lda, from, strip * kSize, out, ldo, accumulate, ahead);
+      } else {
+        multiply_block<2, 1>(kPairsToDepth * K, a, lda, from, strip * kSize, out, ldo, accumulate, ahead);
+      }
+      ahead = nullptr;
+    }
+  }
+
   // Returns for each lane the sum of a(x) b(x) over x < width, in the order of multiply(): the diagonal of the product
   // of the lanes of a and those of b. a and b return vectors of bf16 values.
   template <class A, class B>
@@ -231,9 +262,52 @@ struct Bf16Unit : Bf16Pairs {
   }
 
  private:
+  static constexpr int64_t kPairsToDepth = 2;
+
+  // Prefetches the kRows lines of one step along K.
+  static DLK_INLINE void bring(const float*& ahead) {
+    if (!ahead) return;
+    for (int line = 0; line < kRows; ++line) __builtin_prefetch(ahead + line * kSize, 0, 2);
+    ahead += kRows * kSize;
+  }
+
+  // One tile of rows by kVectors vectors, whose sums are in tiles 0 to 3.
+  template <int kVectors>
+  static DLK_INLINE void multiply_row(int64_t K, const bf16* a, int64_t lda, const float* b, int64_t next, float* out,
+                                      int64_t ldo, bool accumulate, const float* ahead) {
+    constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
+    constexpr int kStrip = kVectors == 4 ? 2 : kVectors;
+    constexpr int64_t kWidth = kStrip * kSize;
+    const float* const third = kVectors == 4 ? b + next : b + 2 * kSize;
+    const auto each_sum = [&](auto act) {
+      act(std::integral_constant<int, 0>());
+      if constexpr (kVectors > 1) act(std::integral_constant<int, 1>());
+      if constexpr (kVectors > 2) act(std::integral_constant<int, 2>());
+      if constexpr (kVectors > 3) act(std::integral_constant<int, 3>());
+    };
+    if (accumulate) {
+      each_sum([&](auto v) { TileRegisters::load<v>(out + v * kSize, ldo * kItem); });
+    } else {
+      each_sum([&](auto v) { TileRegisters::zero<v>(); });
+    }
+    for (int64_t k = 0; k < K; k += kRows) {
+      bring(ahead);
+      TileRegisters::load<4>(a + kPairsToDepth * k, lda * kHalf);
+      TileRegisters::load<6>(b + k * kWidth, kWidth * kItem);
+      if constexpr (kVectors > 1) TileRegisters::load<7>(b + k * kWidth + kSize, kWidth * kItem);
+      TileRegisters::multiply_add<0, 4, 6>();
+      if constexpr (kVectors > 2) TileRegisters::load<5>(third + k * kWidth, kWidth * kItem);
+      if constexpr (kVectors > 1) TileRegisters::multiply_add<1, 4, 7>();
+      if constexpr (kVectors > 3) TileRegisters::load<6>(third + k * kWidth + kSize, kWidth * kItem);
+      if constexpr (kVectors > 2) TileRegisters::multiply_add<2, 4, 5>();
+      if constexpr (kVectors > 3) TileRegisters::multiply_add<3, 4, 6>();
+    }
+    each_sum([&](auto v) { TileRegisters::store<v>(out + v * kSize, ldo * kItem); });
+  }
+
   template <int kI, int kJ>
   static DLK_INLINE void multiply_block(int64_t depth, const bf16* a, int64_t lda, const float* b, int64_t ldb,
-                                        float* out, int64_t ldo, bool accumulate) {
+                                        float* out, int64_t ldo, bool accumulate, const float* ahead = nullptr) {
     constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
     if (accumulate) {
       load_sums<kI, kJ>(out, ldo * kItem);
@@ -241,6 +315,7 @@ struct Bf16Unit : Bf16Pairs {
       zero_sums<kI, kJ>();
     }
     for (; depth > 0; depth -= kDepth, a += kDepth, b += kDepth / 2 * ldb) {
+      bring(ahead);
       load_rows<kI>(a, lda * kHalf);
       load_columns<kJ>(b, ldb * kItem);
       multiply_add<kI, kJ>();

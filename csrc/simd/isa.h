@@ -29,7 +29,7 @@
 // Translation units that define a template differently (with and without DLK_PAIRS) must not share a namespace, because
 // the linker keeps only one of the definitions.
 #ifndef DLK_ISA_NAMESPACE
-#if defined(DLK_PAIRS) && DLK_ISA_NUMBER == DLK_NUMBER_avx512_bf16
+#if defined(DLK_PAIRS) && DLK_ISA_NUMBER >= DLK_NUMBER_avx512_bf16
 #define DLK_ISA_NAMESPACE DLK_JOIN(DLK_ISA, _pairs)
 #else
 #define DLK_ISA_NAMESPACE DLK_ISA
@@ -51,11 +51,12 @@
 namespace dlk::DLK_ISA_NAMESPACE {
 constexpr Isa kIsa = Isa::DLK_ISA;
 static_assert(DLK_ISA_NUMBER == static_cast<int>(kIsa) + 1, "numbers are positions in core/isas.def, from 1");
-// Whether the operands of all products are pairs of bfloat16. They are in recurrent layers, if the instruction set has
-// dot products of bfloat16.
+// Whether the operands of all products are pairs of bfloat16, and whether a matrix unit multiplies them. They are in
+// recurrent layers, if the instruction set multiplies bfloat16.
 #ifdef DLK_PAIRS
-constexpr bool kPairs = bf16_products(kIsa) == Bf16Products::dots;
+constexpr bool kPairs = bf16_products(kIsa) != Bf16Products::as_float;
+constexpr bool kTiles = bf16_products(kIsa) == Bf16Products::tiles;
 #else
-constexpr bool kPairs = false;
+constexpr bool kPairs = false, kTiles = false;
 #endif
 }  // namespace dlk::DLK_ISA_NAMESPACE

@@ -40,11 +40,13 @@ class Backward {
         chunk_rows_(chunk_ * s_.B),
         buffer_rows_(chunk_rows_ + s_.B),
         ld_gates_(block_ld<C>(kSlots * s_.H)),
+        slot_(item_count(s_.H) * kItemValues),
+        ld_operand_(kPairs ? operand_ld<C>(kSlots * slot_) : ld_gates_),
         ld_unit_(block_ld<C>(s_.H)),
         ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
-        hh_(PanelShape::plain(item_count(G_), O_, V::size)),
-        ih_(PanelShape::plain(item_count(G_), s_.I, V::size)),
-        hr_(PanelShape::plain(item_count(s_.P), s_.H, V::size)),
+        hh_(PanelShape::plain(s_.H, O_, V::size, Cell::kGates)),
+        ih_(PanelShape::plain(s_.H, s_.I, V::size, Cell::kGates)),
+        hr_(PanelShape::plain(s_.P, s_.H, V::size)),
         fresh_(layout.steps() <= 1),
         record_(s_) {}
 
@@ -57,7 +59,7 @@ class Backward {
       dir.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
       dir.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
       dir.gates = scratch.take<C>(buffer_rows_ * ld_gates_);
-      dir.rounded = scratch.take<Operand<C>>(kPairs ? buffer_rows_ * ld_gates_ : 0);
+      dir.rounded = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + kSpareRows) * ld_operand_ : 0);
       dir.proj = scratch.take<C>(buffer_rows_ * ld_proj_);
       dir.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
       dir.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
@@ -89,6 +91,7 @@ class Backward {
   void begin() { std::fill_n(zeros_, zero_count(), C(0)); }
 
   void run(const Member& team, int worker, int d) {
+    const Bf16Unit::Session session;
     prepare(team, d);
     const bool by_rows = plan_.split == Plan::rows;
     Walk walk{*this,
@@ -167,7 +170,7 @@ class Backward {
     C* dx;                                // the second direction's part of dx
   };
 
-  int64_t zero_count() const { return block_ld<C>(kSlots * s_.H); }
+  int64_t zero_count() const { return ld_operand_; }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
   // Time of the nth step in the order of the backward.
   int64_t time(int d, int64_t nth) const { return d == 0 ? layout_.steps() - 1 - nth : nth; }
@@ -176,9 +179,11 @@ class Backward {
   // The first row of the current chunk in the buffers.
   int64_t buffer_row(int d, int64_t parity) const { return parity ? buffer_rows_ - direction_[d].row_count : 0; }
   C* gates(int d, int64_t parity) const { return direction_[d].gates + buffer_row(d, parity) * ld_gates_; }
-  Operand<C>* rounded(int d, int64_t parity) const { return direction_[d].rounded + buffer_row(d, parity) * ld_gates_; }
-  // Gate gradients as operands of products, in rows of ld_gates_ values: operand() as items (tile.h), for products
-  // that sum over the gates, operand_values() as single values.
+  Operand<C>* rounded(int d, int64_t parity) const {
+    return direction_[d].rounded + buffer_row(d, parity) * ld_operand_;
+  }
+  // Gate gradients as operands of products, in rows of ld_operand_ values with slots of slot_ values: operand() as items
+  // (tile.h), for products that sum over the gates, operand_values() as single values.
   const C* operand(int d, int64_t parity) const { return items_of<C>(operand_values(d, parity)); }
   const Operand<C>* operand_values(int d, int64_t parity) const {
     if constexpr (kPairs) {
@@ -201,6 +206,13 @@ class Backward {
       pack(hh_, w.w_hh, dir.hh);
       if (p_.dx.data) pack(ih_, w.w_ih, dir.ih);
       if (s_.P) pack(hr_, w.w_hr, dir.hr);
+    }
+    if constexpr (kPairs) {  // operands are 0 from the last unit of a slot on
+      int64_t begin, end;
+      team.share(slot_ > s_.H ? buffer_rows_ : 0, 1, &begin, &end);
+      for (int64_t row = begin; row < end; ++row)
+        for (int k = 0; k < kSlots; ++k)
+          std::fill_n(dir.rounded + row * ld_operand_ + k * slot_ + s_.H, slot_ - s_.H, Operand<C>{});
     }
     if (!wants_weights() || layout_.steps() > 0) return;  // if there are steps, the first chunk overwrites the sums
     const auto clear = [&](C* sum, int64_t n) {
@@ -251,7 +263,7 @@ class Backward {
   const LayerShape& s_;
   const Plan& plan_;
   const SequenceLayout& layout_;
-  const int64_t O_, G_, chunk_, chunk_rows_, buffer_rows_, ld_gates_, ld_unit_, ld_proj_;
+  const int64_t O_, G_, chunk_, chunk_rows_, buffer_rows_, ld_gates_, slot_, ld_operand_, ld_unit_, ld_proj_;
   const PanelShape hh_, ih_, hr_;
   C* zeros_ = nullptr;
   Direction direction_[2] = {};

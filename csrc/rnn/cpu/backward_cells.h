@@ -34,7 +34,7 @@ struct Backward<C, Cell>::Walk::CellRow {
                                : nullptr),
         carry(walk.carry(i)),
         gates(backward.gates(walk.d, parity) + row * backward.ld_gates_),
-        rounded(kPairs ? backward.rounded(walk.d, parity) + row * backward.ld_gates_ : nullptr) {}
+        rounded(kPairs ? backward.rounded(walk.d, parity) + row * backward.ld_operand_ : nullptr) {}
 
   // The part of dh that does not come through W_hh: dy, and dh_n or the gru's direct path from the next step.
   DLK_INLINE V incoming(int64_t j, int n) const {
@@ -75,7 +75,7 @@ struct Backward<C, Cell>::Walk::CellRow {
     }
     for (int k = 0; k < kSlots; ++k) store_part(gates + k * H + j, dgates[k], n);
     if constexpr (kPairs)
-      for (int k = 0; k < kSlots; ++k) store_as(rounded + k * H + j, dgates[k], n);
+      for (int k = 0; k < kSlots; ++k) store_as(rounded + k * backward.slot_ + j, dgates[k], n);
   }
 };
 

@@ -15,7 +15,7 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   copy_gate_grads(team, d, parity, rows);
   if (p_.dx.data) {
     const C* operands = operand(d, parity);
-    const auto row = [&](int64_t r) { return operands + r * item_count(ld_gates_); };
+    const auto row = [&](int64_t r) { return operands + r * (ld_operand_ / kItemValues); };
     const GemmShare share(team, rows, ih_, fresh_);
     const auto out = [&](int64_t r, GemmColumn at) -> const void* {
       const Row& to = dir.rows[r];
@@ -35,32 +35,31 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   }
   if (!wants_weights()) return;
 
-  const int64_t K = item_count(rows);
-  const PanelShape xs = PanelShape::plain(K, s_.I, V::size), hs = PanelShape::plain(K, O_, V::size),
-                   os = PanelShape::plain(s_.P ? K : 0, H, V::size);
+  const PanelShape xs = PanelShape::plain(rows, s_.I, V::size), hs = PanelShape::plain(rows, O_, V::size),
+                   os = PanelShape::plain(s_.P ? rows : 0, H, V::size);
   int64_t task = 0;
   const auto mine = [&] { return task++ % team.size == team.rank; };
   for (int64_t p = 0; p < xs.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
-          xs, p, p_.x.dtype, rows, [&](int64_t r) { return x_row(dir.rows[r]); }, dir.x_panels + xs.offset(p));
+          xs, p, p_.x.dtype, [&](int64_t r) { return x_row(dir.rows[r]); }, dir.x_panels + xs.offset(p));
   for (int64_t p = 0; p < hs.count(); ++p)
     if (mine())
       pack_panel_values<C>(
-          hs, p, rows, [&](int64_t r, int64_t j, int n) { return past_h(d, dir.rows[r], j, n); },
+          hs, p, [&](int64_t r, int64_t j, int n) { return past_h(d, dir.rows[r], j, n); },
           dir.h_panels + hs.offset(p));
   for (int64_t p = 0; s_.P && p < os.count(); ++p)
     if (mine())
       pack_panel_rows<C>(
-          os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32, rows,
+          os, p, std::is_same_v<C, double> ? DType::f64 : DType::f32,
           [&](int64_t r) -> const void* { return dir.cell_out + r * ld_unit_; }, dir.out_panels + os.offset(p));
   team.sync();
 
   const auto add = [&](const Operand<C>* left, int64_t left_ld, int64_t M, const PanelShape& shape, const C* packed,
                        C* sum) {
     int64_t begin, end;
-    team.share(M, 24, &begin, &end);
-    const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(K), block_[worker]};
+    team.share(M, kTiles ? kMaxRows : 24, &begin, &end);
+    const TransposedRows<C> a{left, left_ld, rows, block_ld<C>(item_count(rows)), block_[worker]};
     gemm(
         begin, end, 0, shape.count(), a, Panels<C>(shape, packed),
         [&](int64_t m, GemmColumn at) -> const void* { return sum + m * shape.N + at.column; },
@@ -70,14 +69,19 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
         },
         first ? sum : nullptr, shape.N);
   };
-  const Operand<C>* values = operand_values(d, parity);
-  add(values, ld_gates_, G_, xs, dir.x_panels, dir.dw_ih);
+  // The share of `gates` gates from slot `from` on.
+  const auto add_gates = [&](int from, int gates, const PanelShape& shape, const C* packed, C* sum) {
+    const Operand<C>* const left = operand_values(d, parity) + from * slot_;
+    if (slot_ == H) return add(left, ld_operand_, gates * H, shape, packed, sum);
+    for (int g = 0; g < gates; ++g) add(left + g * slot_, ld_operand_, H, shape, packed, sum + g * H * shape.N);
+  };
+  add_gates(0, Cell::kGates, xs, dir.x_panels, dir.dw_ih);
   if constexpr (Cell::kHasPartedGate) {
     constexpr int kGate = Cell::kPartedGate;
-    add(values, ld_gates_, kGate * H, hs, dir.h_panels, dir.dw_hh);
-    add(values + Cell::kGates * H, ld_gates_, H, hs, dir.h_panels, dir.dw_hh + kGate * H * O_);
+    add_gates(0, kGate, hs, dir.h_panels, dir.dw_hh);
+    add_gates(Cell::kGates, 1, hs, dir.h_panels, dir.dw_hh + kGate * H * O_);
   } else {
-    add(values, ld_gates_, G_, hs, dir.h_panels, dir.dw_hh);
+    add_gates(0, Cell::kGates, hs, dir.h_panels, dir.dw_hh);
   }
   if constexpr (!kPairs)
     if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, dir.out_panels, dir.dw_hr);

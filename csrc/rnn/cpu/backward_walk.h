@@ -73,7 +73,7 @@ struct Backward<C, Cell>::Walk {
       recurrent(t, alive, first, parity,
                 [&](const CellRow& row, int64_t j, int n, V dh) { row.cell(j, n, dh + row.incoming(j, n)); });
     }
-    next_gates = backward.operand(d, parity) + first * item_count(backward.ld_gates_);
+    next_gates = backward.operand(d, parity) + first * (backward.ld_operand_ / kItemValues);
     next_alive = alive;
     reverse_panels = !reverse_panels;
     step_rows = nullptr;
@@ -101,8 +101,9 @@ struct Backward<C, Cell>::Walk {
   DLK_INLINE void products(int64_t begin, int64_t end, Skip skip, Sink sink) const {
     const PanelShape& shape = backward.hh_;
     const Panels<C> panels = backward.panels(shape, dir.hh, d, backward.p_.weights[d].w_hh, panel_buffer);
-    const int64_t H = s().H, head = item_count(Cell::kHasPartedGate ? Cell::kPartedGate * H : backward.G_),
-                  ld = item_count(backward.ld_gates_);
+    // Of the operands, in items.
+    const int64_t slot = item_count(s().H), head = slot * (Cell::kHasPartedGate ? Cell::kPartedGate : Cell::kGates),
+                  ld = backward.ld_operand_ / kItemValues;
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
@@ -116,14 +117,15 @@ struct Backward<C, Cell>::Walk {
       for (int64_t i0 = begin; i0 < end; i0 += rows) {
         rows = next_tile(end - i0, vectors);
         const C *a[kMaxRows], *tail[kMaxRows];
-        bool any = false;
+        bool skipped[kMaxRows], any = false;
         for (int r = 0; r < rows; ++r) {
-          const bool zero = skip(i0 + r);
-          any |= !zero;
-          a[r] = zero ? backward.zeros_ : next_gates + in_step(i0 + r) * ld;
-          tail[r] = zero ? backward.zeros_ : a[r] + item_count(Cell::kGates * H);
+          skipped[r] = skip(i0 + r);
+          any |= !skipped[r];
+          // A matrix unit wants rows with equal distances.
+          a[r] = skipped[r] && !kTiles ? backward.zeros_ : next_gates + in_step(i0 + r) * ld;
+          tail[r] = skipped[r] && !kTiles ? backward.zeros_ : a[r] + Cell::kGates * slot;
         }
-        if (turn == p0 && member.size > 1) collect(rows, a, item_count(kSlots * H));
+        if (any && turn == p0 && member.size > 1) collect(rows, a, kSlots * slot);
         if (any) {
           if (!panel.data) panel = panels.at(p);
           run_tile(rows, a, head, panel, out.data, false, ahead, [&](int part, int parts) {
@@ -131,7 +133,9 @@ struct Backward<C, Cell>::Walk {
           });
           // For the gru the product above covers r and z; this one adds n's hidden half, stored behind its input half.
           if constexpr (Cell::kHasPartedGate)
-            run_tile(rows, tail, item_count(H), panel.from(head), out.data, true, ahead, [](int, int) {});
+            run_tile(rows, tail, slot, panel.from(head), out.data, true, ahead, [](int, int) {});
+          for (int r = 0; kTiles && r < rows; ++r)
+            if (skipped[r]) std::fill_n(out.data + r * width, width, C(0));
         } else {
           std::fill_n(out.data, rows * width, C(0));
         }

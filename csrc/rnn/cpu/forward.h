@@ -45,7 +45,7 @@ class Forward {
         chunk_(std::max<int64_t>(1, std::min(plan.chunk_steps, layout.steps()))),
         // When the batch is split, every thread has slots for ceil(B / threads) sequences.
         chunk_rows_(chunk_ * (s_.B + (plan.split == Plan::rows ? plan.threads : 0))),
-        ld_h_(block_ld<C>(O_)),
+        ld_h_(operand_ld<C>(O_)),
         ld_unit_(block_ld<C>(s_.H)),
         blocks_((s_.H + V::size - 1) / V::size),
         record_(s_),
@@ -58,10 +58,10 @@ class Forward {
       weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
       products_[d] = in_place_ || fused_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
       h_[d] = scratch.take<C>(kKeepsH ? 2 * rows * ld_h_ : 0);
-      rounded_[d] = scratch.take<Operand<C>>(kPairs ? 2 * rows * ld_h_ : 0);
+      rounded_[d] = scratch.take<Operand<C>>(kPairs ? (2 * rows + kSpareRows) * ld_h_ : 0);
       c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
       cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_unit_) : nullptr;
-      x_rows_[d] = scratch.take<C>(copies_x() && fused_ ? rows * block_ld<C>(weights_.ih.K) : 0);
+      x_rows_[d] = scratch.take<C>(copies_x() && fused_ ? (rows + kSpareRows) * block_ld<C>(weights_.ih.K) : 0);
     }
     for (int m = 0; m < plan_.threads; ++m) {
       tables_[m].x = scratch.take<const void*>(chunk_rows_);
@@ -80,6 +80,7 @@ class Forward {
 
   // Runs direction d with the threads of `team`; `worker` is this thread's number among those of all directions.
   void run(const Member& team, int worker, int d) {
+    const Bf16Unit::Session session;
     if (!p_.packed) {
       pack_weights<C, Cell>(team, s_, p_.weights[d], weights_, weight_memory_[d]);
       team.sync();
@@ -116,10 +117,13 @@ class Forward {
   };
 
   // Rows of x are copied if they must be converted, if their stride would put the rows of a tile into the same set of
-  // the cache, or if pairs of bf16 are not aligned to the size of the float that they are loaded as.
+  // the cache, if pairs of bf16 are not whole or not aligned to the size of the float that they are loaded as, and for a
+  // matrix unit, which wants rows with equal distances, filled up with zeros.
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
-    if (kPairs && (stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C))) return true;
+    if (kTiles) return true;
+    if (kPairs && (s_.I % 2 || stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C)))
+      return true;
     return !is_operand_type<C>(p_.x.dtype) || collides<C>(stride / kItemValues);
   }
   int64_t slots() const { return s_.B + plan_.threads; }

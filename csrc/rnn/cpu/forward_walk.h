@@ -32,9 +32,16 @@ struct Forward<C, Cell>::Walk {
     if constexpr (kPairs) return items_of<C>(rounded(parity, i));
     return h(parity, i);
   }
-  DLK_INLINE void put_h(int64_t parity, int64_t i, int64_t j, V value) const {
+  // Stores n values of h from unit j on. As an operand h must be 0 from the last unit on (begin_states).
+  DLK_INLINE void put_h(int64_t parity, int64_t i, int64_t j, int n, V value) const {
     if constexpr (kKeepsH) value.store(h(parity, i) + j);
-    if constexpr (kPairs) Unit<C>::round(value, rounded(parity, i) + j);
+    if constexpr (kPairs) {
+      if (n == V::size) {
+        Unit<C>::round(value, rounded(parity, i) + j);
+      } else {
+        store_as(rounded(parity, i) + j, value, n);
+      }
+    }
   }
   // c of the units from j on; j is a multiple of Vec::size.
   C* c(int64_t i, int64_t j) const { return forward.c_[d] + j * forward.slots() + (slot + i) * V::size; }
@@ -71,9 +78,12 @@ struct Forward<C, Cell>::Walk {
     member.share(subset.count, 1, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
       const bool empty = subset.length(i) == 0;
+      if constexpr (kPairs)
+        for (int parity = 0; parity < 2; ++parity)
+          std::fill_n(rounded(parity, i) + forward.O_, forward.ld_h_ - forward.O_, Operand<C>{});
       each_vector(forward.O_, [&](int64_t j, int n) {
         const V value = load_state<C>(forward.p_.h0, state(i, forward.O_) + j, n);
-        for (int parity = 0; parity < 2; ++parity) put_h(parity, i, j, value);
+        for (int parity = 0; parity < 2; ++parity) put_h(parity, i, j, n, value);
         if (empty) store_state<C>(forward.p_.h_n, state(i, forward.O_) + j, value, n);
       });
       if constexpr (Cell::kCellState)
@@ -222,7 +232,8 @@ struct Forward<C, Cell>::Walk {
     // With few rows the buffer has room for the tiles of several panels: the products then read
     // the weights without interruption, and the long dependency chains of the cells overlap.
     // Panels that are packed on the fly share one buffer, so each is used before the next.
-    const int64_t together = forward.fresh_ ? 1 : kTurn / std::min<int64_t>(kTurn, std::max<int64_t>(1, alive));
+    const int64_t most = kTiles ? kMaxRows / kRowUnit : kTurn, height = (alive + kRowUnit - 1) / kRowUnit,
+                  together = forward.fresh_ ? 1 : most / std::clamp<int64_t>(height, 1, most);
     for (int64_t turn = p0; turn < p1; turn += together) {
       const int count = static_cast<int>(std::min(together, p1 - turn));
       // The order of the panels alternates, so that a step begins with those that the last step left in the cache.
@@ -246,7 +257,8 @@ struct Forward<C, Cell>::Walk {
         for (int r = 0; r < rows && forward.fused_; ++r) x[r] = x_operand(first, i0 + r);
         if (turn == p0 && member.size > 1) collect(rows, a, shape.K);
         C* tile = out.data;
-        for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
+        const int64_t size = whole_rows(rows) * kMaxVectors * V::size;
+        for (int k = 0; k < count; ++k, tile += size) {
           if (forward.fused_) run_tile(rows, x, x_shape.K, x_panel[k], tile, false, x_ahead, [](int, int) {});
           run_tile(rows, a, shape.K, panel[k], tile, forward.fused_, ahead, [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
@@ -254,7 +266,7 @@ struct Forward<C, Cell>::Walk {
         }
         tile = out.data;
         Pending pending(*this, t, parity);
-        for (int k = 0; k < count; ++k, tile += rows * kMaxVectors * V::size) {
+        for (int k = 0; k < count; ++k, tile += size) {
           const int vectors = shape.vectors_in(p + k);
           for (int r = 0; r < rows; ++r) {
             // Prefetched a second time, because reading the panel may have evicted what was fetched before the product.
@@ -375,7 +387,7 @@ struct Forward<C, Cell>::Walk {
 
   // Stores n outputs from j on: as h for the next step, in y, and in h_n at a sequence's last step.
   DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
-    put_h(1 - parity, i, j, out);
+    put_h(1 - parity, i, j, n, out);
     if (forward.p_.y.data) store_any<C>(forward.p_.y.dtype, forward.p_.y.data, table.y[row] + j, out, n);
     if (forward.p_.h_n && is_last(i, t)) store_state<C>(forward.p_.h_n, state(i, forward.O_) + j, out, n);
   }

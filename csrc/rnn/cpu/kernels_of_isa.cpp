@@ -1,12 +1,11 @@
 // The recurrent kernels of one instruction set. The build compiles this file once for each row of core/isas.def, with
 // DLK_ISA as its name.
-#define DLK_PAIRS  // with an instruction set that has bfloat16 dot products, all products take pairs (simd/isa.h)
+#define DLK_PAIRS  // with an instruction set that multiplies bfloat16, all products take pairs (simd/isa.h)
 
 #include "rnn/cpu/table.h"
 #include "simd/isa.h"
 
-// There are no layer kernels for the matrix unit (AMX): rnn_plan chooses those of float32 instead.
-#if DLK_ISA_IS_COMPILED && DLK_ISA_NUMBER != DLK_NUMBER_amx
+#if DLK_ISA_IS_COMPILED
 #include "rnn/cpu/entry.h"
 
 namespace dlk {

@@ -31,10 +31,8 @@ constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roug
 }  // namespace
 
 Isa layer_isa(const LayerShape& shape, Isa isa) {
-  // Not where there are tiles too: Intel's processors multiply pairs at half the rate of float32. On an Emerald Rapids
-  // LSTM training (B 64, T 100, H 512, 2 threads) took 599 ms with pairs and 326 ms in float32.
-  const bool pairs = shape.dtype == DType::bf16 && shape.I % 2 == 0 && shape.H % 2 == 0 && shape.P == 0;
-  return pairs && bf16_products(isa) == Bf16Products::dots ? isa : vector_isa(isa);
+  const bool own_products = shape.dtype == DType::bf16 && shape.P == 0;
+  return own_products && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
 }
 
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
@@ -51,7 +49,7 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   // Packing the weights costs about as much as the products of a few rows with them.
   plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
   plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
-  const int64_t item = shape.dtype == DType::f64 ? 8 : bf16_products(plan.isa) == Bf16Products::dots ? 2 : 4;
+  const int64_t item = shape.dtype == DType::f64 ? 8 : bf16_products(plan.isa) != Bf16Products::as_float ? 2 : 4;
   const int64_t weight_bytes = gates * shape.H * outputs * item;
   // Not for the gru, whose n needs the two products separately, and not if a sequence's result must be independent of
   // the batch size.

@@ -18,9 +18,9 @@ struct WeightLayout {
   WeightLayout(const LayerShape& shape, int lanes, bool with_panels) : panels(with_panels) {
     const int gates = gate_count(shape.cell);
     const auto whole = [&](int64_t n) { return (n + lanes - 1) / lanes * lanes; };
-    ih = PanelShape::gated(item_count(shape.I), shape.H, gates, lanes);
-    hh = PanelShape::gated(item_count(shape.outputs()), shape.H, gates, lanes);
-    hr = PanelShape::plain(item_count(shape.H), shape.P, lanes);
+    ih = PanelShape::gated(shape.I, shape.H, gates, lanes);
+    hh = PanelShape::gated(shape.outputs(), shape.H, gates, lanes);
+    hr = PanelShape::plain(shape.H, shape.P, lanes);
     bias_at = 0;
     hidden_bias_at = bias_at + whole(gates * shape.H);
     ih_at = hidden_bias_at + whole(shape.H);
