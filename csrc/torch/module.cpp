@@ -5,6 +5,7 @@
 #include "boxing.h"
 #include "core/isa.h"
 #include "core/patience.h"
+#include "core/plan_constants.h"
 #include "rnn/torch/ops.h"
 #include "rnn/cpu/plan_reason.h"
 #include "threads.h"
@@ -167,6 +168,21 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name").none(true));
+  m.def(
+      "plan_constants",
+      [] {
+        py::dict dict;
+        for (const auto& [name, number] : dlk::named_plan_constants(dlk::current_isa())) dict[name.c_str()] = number;
+        return dict;
+      },
+      "The numbers by which plans choose under the instruction set in force (core/plan_constants.def).");
+  m.def(
+      "override_plan_constants",
+      [](const std::map<std::string, int64_t>& numbers) {
+        dlk::override_plan_constants(dlk::current_isa(), {numbers.begin(), numbers.end()});
+      },
+      "Changes them for this process, to these and otherwise those of the table. For tests and measurements.",
+      py::arg("numbers"));
   m.def("set_poison", &dlk::set_poison, py::arg("on"));
   m.def("set_least_patience", &dlk::set_least_patience,
         "Microseconds that teams of threads wait for their members at least; 0: as planned. For tests.", py::arg("us"));

@@ -109,8 +109,8 @@ ATTENTION: tuple[Mutant, ...] = (
     Mutant("dropout-gradient", CPU + "gradients.h", "(V::load(ds + at) * kept).store(ds + at);", "",
            "dropped elements have a gradient", VALUES),
     # Plan, torch boundary.
-    Mutant("plan-kernel", CPU + "plan.cpp", "rows <= kDotRows ? AttentionPlan::dot",
-           "M <= kDotRows ? AttentionPlan::dot", "the plan counts queries without the heads of a group",
+    Mutant("plan-kernel", CPU + "plan.cpp", "rows <= measured.attention_dot_rows ? AttentionPlan::dot",
+           "M <= measured.attention_dot_rows ? AttentionPlan::dot", "the plan counts queries without the heads of a group",
            ("tests/attention/test_operators.py",)),
     Mutant("plan-splits-threads", CPU + "plan.cpp", "std::min((wanted + tasks - 1) / tasks, most)",
            "std::min((wanted + tasks - 1) / tasks * plan.threads, most)",

@@ -1,30 +1,12 @@
 // Decides before anything runs how a call of attention is carried out. The kernels follow this plan.
 #include <algorithm>
 
+#include "core/plan_constants.h"
 #include "tasks.h"
 
 namespace dlk {
-namespace {
-
-// Below this many multiply-adds in all, waking a thread takes more time than it saves.
-constexpr double kSerialWork = 200e3;
-// Rows of a task: enough to use keys and values many times once they are in the cache.
-constexpr int64_t kBlockRows = 192;
-// The forward takes more rows if each task converts keys and values to float, or packs them.
-constexpr int64_t kConvertedBlockRows = 336;
-// Keys multiplied at once: a panel's scores stay in L1, and no sum over keys has more products.
-constexpr int64_t kBlockKeys = 128;
-// Up to this many rows, of all heads that share keys, are multiplied by dot products instead of tiles.
-constexpr int64_t kDotRows = 8;
-// If there are fewer tasks than this, the keys are split too, unless the parts become shorter than kSplitKeys.
-constexpr int64_t kTasks = 32, kBackwardTasks = 16, kSplitKeys = 512, kBackwardSplitKeys = 256;
-// In the backward each part has a dq of its own. So all parts have at most kPartElements elements of dq together, but
-// kParts parts are always allowed.
-constexpr int64_t kPartElements = 8 << 20, kParts = 8;
-
-}  // namespace
-
 AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bool backward, bool mask_gradient) {
+  const PlanConstants& measured = plan_constants(isa);
   const AttentionShape& s = in.shape;
   int64_t M = 0, N = 0;  // of the longest sequence
   double pairs = 0;
@@ -38,23 +20,25 @@ AttentionPlan attention_plan(const AttentionInputs& in, Isa isa, int threads, bo
   const double work = pairs * static_cast<double>(s.H) * static_cast<double>(s.D + s.Dv) * (backward ? 2.5 : 1);
 
   AttentionPlan plan{};
-  plan.threads = work < kSerialWork ? 1 : std::min(std::max(threads, 1), kMaxMembers);
-  plan.kernel = rows <= kDotRows ? AttentionPlan::dot : AttentionPlan::tiles;
+  plan.threads = work < measured.attention_serial_work ? 1 : std::min(std::max(threads, 1), kMaxMembers);
+  plan.kernel = rows <= measured.attention_dot_rows ? AttentionPlan::dot : AttentionPlan::tiles;
   // Units that multiply bf16 are only for tiles: products of few rows wait for the memory anyway.
   const bool units = s.dtype == DType::bf16 && plan.kernel == AttentionPlan::tiles;
   plan.isa = units ? isa : vector_isa(isa);
   const bool converted = !backward && (s.dtype == DType::bf16 || s.dtype == DType::f16);
-  plan.block_m = std::min(converted ? kConvertedBlockRows : kBlockRows, (rows + 15) / 16 * 16);
-  plan.block_n = kBlockKeys;
-  const int64_t wanted = backward ? kBackwardTasks : kTasks;
+  plan.block_m = std::min(converted ? measured.attention_converted_block_rows : measured.attention_block_rows,
+                          (rows + 15) / 16 * 16);
+  plan.block_n = measured.attention_block_keys;
+  const int64_t wanted = backward ? measured.attention_backward_tasks : measured.attention_tasks;
   int64_t tasks, most;
   if (backward) {
     const int64_t dq = std::max<int64_t>(1, in.cu_q ? s.H * s.M * s.D : s.B * s.H * s.M * s.D);
     tasks = AttentionTasks::of_keys(in, mask_gradient).groups();
-    most = std::min(N / kBackwardSplitKeys, std::max(kParts, kPartElements / dq));
+    most = std::min(N / measured.attention_backward_split_keys,
+                    std::max(measured.attention_parts, measured.attention_part_elements / dq));
   } else {
     tasks = s.B * s.Hkv * ((rows + plan.block_m - 1) / plan.block_m);
-    most = N / kSplitKeys;
+    most = N / measured.attention_split_keys;
   }
   tasks = std::max<int64_t>(1, tasks);
   plan.splits = std::max<int64_t>(1, std::min((wanted + tasks - 1) / tasks, most));

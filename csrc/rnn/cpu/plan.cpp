@@ -1,41 +1,17 @@
 // Decides how a call is carried out, before anything runs. The kernels follow the plan.
 #include <algorithm>
 
+#include "core/plan_constants.h"
 #include "rnn/cpu/table.h"
 
 namespace dlk {
-namespace {
-
-// In a call of fewer multiply-adds, waking a thread costs more time than it saves.
-constexpr double kSerialWork = 200e3;
-// A step that is split over hidden units ends in a barrier of about half a microsecond. The split pays
-// if it saves each core this many multiply-adds, of the step and its input product.
-constexpr double kUnitsWorkSaved = 20e3;
-// If the batch is split, no core waits for another, but each reads all of W_hh at every step. A W_hh of up to
-// kPrivateCacheBytes is read from the core's own cache, and kOwnRows sequences per core are enough. A larger one is
-// read from the shared cache, and it takes kOwnRowsBeyond sequences per core to hide the time of reading.
-constexpr int64_t kPrivateCacheBytes = 1 << 20;
-constexpr int64_t kOwnRows = 8, kOwnRowsBeyond = 32;
-// In a call of one step, a split batch would also make each core pack all weights for itself: with this many hidden
-// units per core, the units are split instead.
-constexpr int64_t kOwnUnits = 128;
-// Rows per GEMM of a chunk: enough to use each panel of weights many times.
-constexpr int64_t kChunkRows = 384;
-// With at least kFusedRows rows per step, W_ih is read at every step like W_hh, provided that both stay in the caches
-// (kFusedBytes): the products of x then need not be written to memory and read back.
-constexpr int64_t kFusedRows = 8, kFusedBytes = 16 << 20;
-// Up to this many rows are multiplied with the unpacked weights.
-constexpr int64_t kDotRows = 8;
-constexpr double kWorkPerMicrosecond = 20e3;  // multiply-adds of one core, roughly
-
-}  // namespace
-
 Isa layer_isa(const LayerShape& shape, Isa isa) {
   const bool own_products = shape.dtype == DType::bf16 && shape.P == 0;
   return own_products && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
 }
 
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
+  const PlanConstants& measured = plan_constants(isa);
   const int64_t gates = gate_count(shape.cell), outputs = shape.outputs();
   const double rows = static_cast<double>(std::max<int64_t>(1, shape.rows));
   const double recurrent = static_cast<double>(gates * shape.H) * outputs + static_cast<double>(shape.P) * shape.H;
@@ -47,7 +23,8 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   plan.threads = std::min(std::max(threads, 1), kMaxMembers);
   plan.split = Plan::serial;
   // Packing the weights costs about as much as the products of a few rows with them.
-  plan.recurrence = !backward && !deterministic && !packed_weights && shape.rows <= kDotRows ? Plan::dot : Plan::tiles;
+  plan.recurrence =
+      !backward && !deterministic && !packed_weights && shape.rows <= measured.rnn_dot_rows ? Plan::dot : Plan::tiles;
   plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
   const int64_t item = shape.dtype == DType::f64 ? 8 : bf16_products(plan.isa) != Bf16Products::as_float ? 2 : 4;
   const int64_t weight_bytes = gates * shape.H * outputs * item;
@@ -55,12 +32,12 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   // the batch size.
   const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles &&
                      cell_traits(shape.cell).parted_gate == kNone && shape.T > 1 &&
-                     shape.rows >= kFusedRows * shape.T &&
-                     weight_bytes + gates * shape.H * shape.I * item <= kFusedBytes;
-  plan.chunk_steps = fused ? 0 : std::max<int64_t>(1, kChunkRows / std::max<int64_t>(1, shape.B));
-  plan.patience_us =
-      std::min<int64_t>(2000, std::max<int64_t>(20, static_cast<int64_t>(work / kWorkPerMicrosecond / 4)));
-  if (plan.threads == 1 || work < kSerialWork) {
+                     shape.rows >= measured.rnn_fused_rows * shape.T &&
+                     weight_bytes + gates * shape.H * shape.I * item <= measured.rnn_fused_bytes;
+  plan.chunk_steps = fused ? 0 : std::max<int64_t>(1, measured.rnn_chunk_rows / std::max<int64_t>(1, shape.B));
+  plan.patience_us = std::min<int64_t>(
+      2000, std::max<int64_t>(20, static_cast<int64_t>(work / measured.rnn_work_per_microsecond / 4)));
+  if (plan.threads == 1 || work < measured.rnn_serial_work) {
     plan.threads = 1;
     return plan;
   }
@@ -69,10 +46,12 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const int per_direction = shape.D == 2 ? (plan.threads + 1) / 2 : plan.threads;
   if (per_direction == 1) {
     plan.split = Plan::rows;  // one thread per direction
-  } else if ((shape.T > 1 || shape.H < per_direction * kOwnUnits) &&
-             shape.B >= per_direction * (weight_bytes <= kPrivateCacheBytes ? kOwnRows : kOwnRowsBeyond)) {
+  } else if ((shape.T > 1 || shape.H < per_direction * measured.rnn_own_units) &&
+             shape.B >= per_direction * (weight_bytes <= measured.rnn_private_cache_bytes
+                                             ? measured.rnn_own_rows
+                                             : measured.rnn_own_rows_beyond)) {
     plan.split = Plan::rows;
-  } else if (work_per_step * (1 - 1.0 / per_direction) >= kUnitsWorkSaved) {
+  } else if (work_per_step * (1 - 1.0 / per_direction) >= measured.rnn_units_work_saved) {
     plan.split = Plan::units;
   } else if (shape.B >= per_direction) {
     plan.split = Plan::rows;
