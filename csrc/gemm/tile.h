@@ -182,10 +182,10 @@ struct Ahead {
 // kRowUnit are read from `a` and written to `out` too.
 template <class C>
 DLK_INLINE void matrix_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
-                            bool accumulate, const C* ahead) {
+                            bool accumulate) {
   const int64_t lda = rows > 1 ? (a[1] - a[0]) * kItemValues : 0;
   const auto* const values = reinterpret_cast<const Operand<C>*>(a[0]);
-  Unit<C>::multiply_panel(rows, panel.vectors, K, values, lda, panel.data, panel.next, out, ldo, accumulate, ahead);
+  Unit<C>::multiply_panel(rows, panel.vectors, K, values, lda, panel.data, panel.next, out, ldo, accumulate);
 }
 
 template <class C, class Before>
@@ -226,7 +226,7 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
                          bool accumulate, Ahead<C>& ahead, Before before) {
   if constexpr (kTiles) {
     before(0, 1);
-    matrix_tile(rows, a, K, panel, out, ldo, accumulate, ahead.take(K));
+    matrix_tile(rows, a, K, panel, out, ldo, accumulate);
   } else {
     register_tile(rows, a, K, panel, out, ldo, accumulate, ahead, before);
   }

@@ -5,13 +5,14 @@
 #include "rnn/cpu/table.h"
 
 namespace dlk {
+
 Isa layer_isa(const LayerShape& shape, Isa isa) {
   const bool own_products = shape.dtype == DType::bf16 && shape.P == 0;
   return own_products && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
 }
 
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
-  const PlanConstants& measured = plan_constants(isa);
+  const PlanConstants& measured = plan_constants(layer_isa(shape, isa));
   const int64_t gates = gate_count(shape.cell), outputs = shape.outputs();
   const double rows = static_cast<double>(std::max<int64_t>(1, shape.rows));
   const double recurrent = static_cast<double>(gates * shape.H) * outputs + static_cast<double>(shape.P) * shape.H;
