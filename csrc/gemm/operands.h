@@ -22,8 +22,7 @@ DLK_INLINE void load_operands(DType dtype, const void* p, int64_t n, C* out) {
     const auto left = [&](int64_t j, int most) { return static_cast<int>(std::clamp<int64_t>(n - j, 0, most)); };
     if (dtype == DType::bf16) {
       const bf16* const from = static_cast<const bf16*>(p);
-      for (int64_t j = 0; j < values; j += 2 * kSize)
-        Unit<C>::pairs(from + j, left(j, 2 * kSize)).store(out + j / 2);
+      for (int64_t j = 0; j < values; j += 2 * kSize) Unit<C>::pairs(from + j, left(j, 2 * kSize)).store(out + j / 2);
       return;
     }
     bf16* to = reinterpret_cast<bf16*>(out);

@@ -6,8 +6,8 @@
 // same for every shape of the tile, so a row's result does not depend on the rows beside it.
 //
 // With kPairs an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
-// values, and each multiply-add adds two products. With kTiles a matrix unit makes the products (matrix_tile below): K is
-// a whole number of its depths, and operands are filled up with zeros.
+// values, and each multiply-add adds two products. With kTiles a matrix unit makes the products (factors_of below): K
+// is a whole number of its depths, and operands are filled up with zeros.
 #pragma once
 
 #include <type_traits>
@@ -74,8 +74,8 @@ constexpr int rows_for(int vectors) {
   return rows > kMaxRows ? kMaxRows : rows;
 }
 
-// The height of the next tile of a panel with `vectors` vectors, if n rows are left; all tiles get nearly equal heights,
-// but those of a matrix unit are filled.
+// The height of the next tile of a panel with `vectors` vectors, if n rows are left; all tiles get nearly equal
+// heights, but those of a matrix unit are filled.
 DLK_INLINE int next_tile(int64_t n, int vectors) {
   if (kTiles) return static_cast<int>(n < kMaxRows ? n : kMaxRows);
   const int height = rows_for(strip_vectors(vectors));
@@ -178,14 +178,12 @@ struct Ahead {
   }
 };
 
-// The tile of a matrix unit. The rows of `a` have equal distances, and the rows from `rows` on up to a whole number of
-// kRowUnit are read from `a` and written to `out` too.
+// What a matrix unit multiplies: rows with equal distances, of which those from the last one on up to a whole number of
+// kRowUnit are read (and written to `out`) too.
 template <class C>
-DLK_INLINE void matrix_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
-                            bool accumulate) {
+DLK_INLINE auto factors_of(int rows, const C* const* a, int64_t K, const Panel<C>& panel) {
   const int64_t lda = rows > 1 ? (a[1] - a[0]) * kItemValues : 0;
-  const auto* const values = reinterpret_cast<const Operand<C>*>(a[0]);
-  Unit<C>::multiply_panel(rows, panel.vectors, K, values, lda, panel.data, panel.next, out, ldo, accumulate);
+  return typename Unit<C>::Factors{reinterpret_cast<const Operand<C>*>(a[0]), lda, panel.data, panel.next, K};
 }
 
 template <class C, class Before>
@@ -226,7 +224,8 @@ DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>&
                          bool accumulate, Ahead<C>& ahead, Before before) {
   if constexpr (kTiles) {
     before(0, 1);
-    matrix_tile(rows, a, K, panel, out, ldo, accumulate);
+    const auto factors = factors_of(rows, a, K, panel);
+    Unit<C>::multiply_panel(rows, panel.vectors, &factors, 1, out, ldo, accumulate);
   } else {
     register_tile(rows, a, K, panel, out, ldo, accumulate, ahead, before);
   }
@@ -237,6 +236,21 @@ template <class C, class Before>
 DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, bool accumulate,
                          Ahead<C>& ahead, Before before) {
   run_tile(rows, a, K, panel, out, int64_t{panel.vectors} * Vec<C>::size, accumulate, ahead, before);
+}
+
+// out = x times x_panel + a times panel: rows that follow each other without a gap.
+template <class C, class Before>
+DLK_INLINE void run_two_tiles(int rows, const C* const* x, int64_t x_K, const Panel<C>& x_panel, Ahead<C>& x_ahead,
+                              const C* const* a, int64_t K, const Panel<C>& panel, Ahead<C>& ahead, C* out,
+                              Before before) {
+  if constexpr (kTiles) {
+    before(0, 1);
+    const typename Unit<C>::Factors both[] = {factors_of(rows, x, x_K, x_panel), factors_of(rows, a, K, panel)};
+    Unit<C>::multiply_panel(rows, panel.vectors, both, 2, out, int64_t{panel.vectors} * Vec<C>::size, false);
+  } else {
+    run_tile(rows, x, x_K, x_panel, out, false, x_ahead, [](int, int) {});
+    run_tile(rows, a, K, panel, out, true, ahead, before);
+  }
 }
 
 // Brings rows of `a` that other cores have just written into the cache of this core. Plain loads fetch many lines at

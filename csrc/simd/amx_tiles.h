@@ -134,6 +134,12 @@ struct TileRegisters {
 
 struct Bf16Unit : Bf16Pairs {
   static constexpr bool kPresent = true;
+#ifndef DLK_EMULATE_BF16
+  // The products take denormal operands as 0, which these are already.
+  static DLK_INLINE void round(Vec<float> a, bf16* to) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(a.v));
+  }
+#endif
   static constexpr int kRows = 16, kDepth = 32;  // of a tile of rows; a tile of columns has kRows columns
 
   // Configures the tiles' shapes for the calling thread; nothing else may configure them while a Session exists. Its
@@ -210,30 +216,46 @@ struct Bf16Unit : Bf16Pairs {
       }
   }
 
-  // out [rows][vectors * kSize] (+)= a b for up to 32 rows and one panel of gemm/tile.h: b has one or two strips, `next`
-  // apart, of K pairs, a whole number of depths. Whole tiles of rows are read and written. Nothing is prefetched: reading
-  // 4 MB of panels took 1 to 10 % longer with prefetches into L2 on a Xeon, where L3 gives 25 GB/s with and without.
-  static DLK_NOINLINE void multiply_panel(int rows, int vectors, int64_t K, const bf16* a, int64_t lda, const float* b,
-                                          int64_t next, float* out, int64_t ldo, bool accumulate) {
+  // Up to 32 rows of a, lda values apart, and one panel of gemm/tile.h, which has one or two strips, `next` apart, of K
+  // pairs: a whole number of depths.
+  struct Factors {
+    const bf16* a;
+    int64_t lda;
+    const float* b;
+    int64_t next, K;
+  };
+
+  // out [rows][vectors * kSize] (+)= the sum of `count` products of such factors. Whole tiles of rows are read and
+  // written. Nothing is prefetched: reading 4 MB of panels took 1 to 10 % longer with prefetches into L2 on a Xeon,
+  // where L3 gives 25 GB/s with and without.
+  static DLK_NOINLINE void multiply_panel(int rows, int vectors, const Factors* factors, int count, float* out,
+                                          int64_t ldo, bool accumulate) {
     if (rows <= kRows) {  // one sum alone would wait for the latency of its last product
       switch (vectors) {
         case 1:
-          return multiply_row<1>(K, a, lda, b, next, out, ldo, accumulate);
+          return multiply_row<1>(factors, count, out, ldo, accumulate);
         case 2:
-          return multiply_row<2>(K, a, lda, b, next, out, ldo, accumulate);
+          return multiply_row<2>(factors, count, out, ldo, accumulate);
         case 3:
-          return multiply_row<3>(K, a, lda, b, next, out, ldo, accumulate);
+          return multiply_row<3>(factors, count, out, ldo, accumulate);
         default:
-          return multiply_row<4>(K, a, lda, b, next, out, ldo, accumulate);
+          return multiply_row<4>(factors, count, out, ldo, accumulate);
       }
     }
     const int strip = vectors == 4 ? 2 : vectors;
-    for (int v = 0; v < vectors; v += 2, out += 2 * kSize) {
-      const float* from = strip == 2 ? b + v / 2 * next : b + v * kSize;
+    for (int v = 0; v < vectors; v += 2) {
+      const auto block = [&](auto columns) __attribute__((always_inline)) {
+        begin_sums<2, columns>(out + v * kSize, ldo, accumulate);
+        for (int f = 0; f < count; ++f) {
+          const float* from = factors[f].b + (strip == 2 ? v / 2 * factors[f].next : v * kSize);
+          add_products<2, columns>(2 * factors[f].K, factors[f].a, factors[f].lda, from, strip * kSize);
+        }
+        store_sums<2, columns>(out + v * kSize, ldo * static_cast<int64_t>(sizeof(float)));
+      };
       if (vectors - v >= 2) {
-        multiply_block<2, 2>(kPairsToDepth * K, a, lda, from, strip * kSize, out, ldo, accumulate);
+        block(std::integral_constant<int, 2>());
       } else {
-        multiply_block<2, 1>(kPairsToDepth * K, a, lda, from, strip * kSize, out, ldo, accumulate);
+        block(std::integral_constant<int, 1>());
       }
     }
   }
@@ -261,56 +283,66 @@ struct Bf16Unit : Bf16Pairs {
   }
 
  private:
-  static constexpr int64_t kPairsToDepth = 2;
-
   // One tile of rows by kVectors vectors, whose sums are in tiles 0 to 3.
   template <int kVectors>
-  static DLK_INLINE void multiply_row(int64_t K, const bf16* a, int64_t lda, const float* b, int64_t next, float* out,
-                                      int64_t ldo, bool accumulate) {
+  static DLK_INLINE void multiply_row(const Factors* factors, int count, float* out, int64_t ldo, bool accumulate) {
     constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
-    constexpr int kStrip = kVectors == 4 ? 2 : kVectors;
-    constexpr int64_t kWidth = kStrip * kSize;
-    const float* const third = kVectors == 4 ? b + next : b + 2 * kSize;
-    const auto each_sum = [&](auto act) {
+    constexpr int64_t kWidth = (kVectors == 4 ? 2 : kVectors) * kSize;
+    const auto each_sum = [&](auto act) __attribute__((always_inline)) {
       act(std::integral_constant<int, 0>());
       if constexpr (kVectors > 1) act(std::integral_constant<int, 1>());
       if constexpr (kVectors > 2) act(std::integral_constant<int, 2>());
       if constexpr (kVectors > 3) act(std::integral_constant<int, 3>());
     };
-    if (accumulate) {
-      each_sum([&](auto v) { TileRegisters::load<v>(out + v * kSize, ldo * kItem); });
-    } else {
-      each_sum([&](auto v) { TileRegisters::zero<v>(); });
+    each_sum([&](auto v) __attribute__((always_inline)) {
+      if (accumulate) {
+        TileRegisters::load<v>(out + v * kSize, ldo * kItem);
+      } else {
+        TileRegisters::zero<v>();
+      }
+    });
+    for (int f = 0; f < count; ++f) {
+      const bf16* a = factors[f].a;
+      const float *b = factors[f].b, *third = b + (kVectors == 4 ? factors[f].next : 2 * kSize);
+      const int64_t lda = factors[f].lda * kHalf;
+      for (int64_t k = 0; k < factors[f].K; k += kRows) {
+        TileRegisters::load<4>(a + 2 * k, lda);
+        TileRegisters::load<6>(b + k * kWidth, kWidth * kItem);
+        if constexpr (kVectors > 1) TileRegisters::load<7>(b + k * kWidth + kSize, kWidth * kItem);
+        TileRegisters::multiply_add<0, 4, 6>();
+        if constexpr (kVectors > 2) TileRegisters::load<5>(third + k * kWidth, kWidth * kItem);
+        if constexpr (kVectors > 1) TileRegisters::multiply_add<1, 4, 7>();
+        if constexpr (kVectors > 3) TileRegisters::load<6>(third + k * kWidth + kSize, kWidth * kItem);
+        if constexpr (kVectors > 2) TileRegisters::multiply_add<2, 4, 5>();
+        if constexpr (kVectors > 3) TileRegisters::multiply_add<3, 4, 6>();
+      }
     }
-    for (int64_t k = 0; k < K; k += kRows) {
-      TileRegisters::load<4>(a + kPairsToDepth * k, lda * kHalf);
-      TileRegisters::load<6>(b + k * kWidth, kWidth * kItem);
-      if constexpr (kVectors > 1) TileRegisters::load<7>(b + k * kWidth + kSize, kWidth * kItem);
-      TileRegisters::multiply_add<0, 4, 6>();
-      if constexpr (kVectors > 2) TileRegisters::load<5>(third + k * kWidth, kWidth * kItem);
-      if constexpr (kVectors > 1) TileRegisters::multiply_add<1, 4, 7>();
-      if constexpr (kVectors > 3) TileRegisters::load<6>(third + k * kWidth + kSize, kWidth * kItem);
-      if constexpr (kVectors > 2) TileRegisters::multiply_add<2, 4, 5>();
-      if constexpr (kVectors > 3) TileRegisters::multiply_add<3, 4, 6>();
-    }
-    each_sum([&](auto v) { TileRegisters::store<v>(out + v * kSize, ldo * kItem); });
+    each_sum([&](auto v) __attribute__((always_inline)) { TileRegisters::store<v>(out + v * kSize, ldo * kItem); });
   }
 
   template <int kI, int kJ>
   static DLK_INLINE void multiply_block(int64_t depth, const bf16* a, int64_t lda, const float* b, int64_t ldb,
                                         float* out, int64_t ldo, bool accumulate) {
-    constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
+    begin_sums<kI, kJ>(out, ldo, accumulate);
+    add_products<kI, kJ>(depth, a, lda, b, ldb);
+    store_sums<kI, kJ>(out, ldo * static_cast<int64_t>(sizeof(float)));
+  }
+  template <int kI, int kJ>
+  static DLK_INLINE void begin_sums(const float* out, int64_t ldo, bool accumulate) {
     if (accumulate) {
-      load_sums<kI, kJ>(out, ldo * kItem);
+      load_sums<kI, kJ>(out, ldo * static_cast<int64_t>(sizeof(float)));
     } else {
       zero_sums<kI, kJ>();
     }
+  }
+  template <int kI, int kJ>
+  static DLK_INLINE void add_products(int64_t depth, const bf16* a, int64_t lda, const float* b, int64_t ldb) {
+    constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
     for (; depth > 0; depth -= kDepth, a += kDepth, b += kDepth / 2 * ldb) {
       load_rows<kI>(a, lda * kHalf);
       load_columns<kJ>(b, ldb * kItem);
       multiply_add<kI, kJ>();
     }
-    store_sums<kI, kJ>(out, ldo * kItem);
   }
 
   template <class S>

@@ -68,6 +68,10 @@ DLK_INLINE Vec<float> reciprocal(Vec<float> b) {
   return {_mm512_mask_fmadd_ps(r, normal, _mm512_fnmadd_ps(b.v, r, _mm512_set1_ps(1.0f)), r)};
 }
 DLK_INLINE Vec<double> reciprocal(Vec<double> b) { return Vec<double>::set1(1) / b; }
+DLK_INLINE Vec<float> reciprocal_of_normal(Vec<float> b) {  // where 1 / b is a normal number
+  const __m512 r = _mm512_rcp14_ps(b.v);
+  return {_mm512_fmadd_ps(r, _mm512_fnmadd_ps(b.v, r, _mm512_set1_ps(1.0f)), r)};
+}
 DLK_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
   const __m512 r = _mm512_rcp14_ps(b.v);
   const __m512 better = _mm512_fmadd_ps(r, _mm512_fnmadd_ps(b.v, r, _mm512_set1_ps(1.0f)), r);
@@ -215,6 +219,12 @@ DLK_INLINE Vec<float> exponent_from_bits(Vec<float> t) {
 DLK_INLINE Vec<double> exponent_from_bits(Vec<double> t) {
   return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t.v), 52))};
 }
+
+// y - floor(y), and x 2^floor(y).
+DLK_INLINE Vec<float> above_floor(Vec<float> y) {
+  return {_mm512_reduce_ps(y.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+}
+DLK_INLINE Vec<float> scale_by_floor(Vec<float> x, Vec<float> y) { return {_mm512_scalef_ps(x.v, y.v)}; }
 
 DLK_INLINE __m256i load16(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 DLK_INLINE __m256i load16(const void* p, int n) { return _mm256_maskz_loadu_epi16(lanes16(n), p); }

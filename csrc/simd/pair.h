@@ -86,6 +86,18 @@ DLK_INLINE Pair<V> copysign(Pair<V> x, Pair<V> y) {
   return {copysign(x.a, y.a), copysign(x.b, y.b)};
 }
 template <class V>
+DLK_INLINE Pair<V> reciprocal_of_normal(Pair<V> x) {
+  return {reciprocal_of_normal(x.a), reciprocal_of_normal(x.b)};
+}
+template <class V>
+DLK_INLINE Pair<V> above_floor(Pair<V> x) {
+  return {above_floor(x.a), above_floor(x.b)};
+}
+template <class V>
+DLK_INLINE Pair<V> scale_by_floor(Pair<V> x, Pair<V> y) {
+  return {scale_by_floor(x.a, y.a), scale_by_floor(x.b, y.b)};
+}
+template <class V>
 DLK_INLINE Pair<V> exponent_from_bits(Pair<V> x) {
   return {exponent_from_bits(x.a), exponent_from_bits(x.b)};
 }

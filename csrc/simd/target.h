@@ -47,7 +47,7 @@
 #define DLK_TARGET_DOTS "avx512bf16," DLK_TARGET_avx512
 #endif
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
-#define DLK_TARGET_TILES "amx-tile,amx-bf16," DLK_TARGET_avx512
+#define DLK_TARGET_TILES "amx-tile,amx-bf16,avx512bf16," DLK_TARGET_avx512
 #endif
 #endif
 #if defined(DLK_EMULATE_BF16)

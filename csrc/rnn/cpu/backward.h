@@ -182,8 +182,8 @@ class Backward {
   Operand<C>* rounded(int d, int64_t parity) const {
     return direction_[d].rounded + buffer_row(d, parity) * ld_operand_;
   }
-  // Gate gradients as operands of products, in rows of ld_operand_ values with slots of slot_ values: operand() as items
-  // (tile.h), for products that sum over the gates, operand_values() as single values.
+  // Gate gradients as operands of products, in rows of ld_operand_ values with slots of slot_ values: operand() as
+  // items (tile.h), for products that sum over the gates, operand_values() as single values.
   const C* operand(int d, int64_t parity) const { return items_of<C>(operand_values(d, parity)); }
   const Operand<C>* operand_values(int d, int64_t parity) const {
     if constexpr (kPairs) {

@@ -41,8 +41,7 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   const auto mine = [&] { return task++ % team.size == team.rank; };
   for (int64_t p = 0; p < xs.count(); ++p)
     if (mine())
-      pack_panel_rows<C>(
-          xs, p, p_.x.dtype, [&](int64_t r) { return x_row(dir.rows[r]); }, dir.x_panels + xs.offset(p));
+      pack_panel_rows<C>(xs, p, p_.x.dtype, [&](int64_t r) { return x_row(dir.rows[r]); }, dir.x_panels + xs.offset(p));
   for (int64_t p = 0; p < hs.count(); ++p)
     if (mine())
       pack_panel_values<C>(

@@ -117,8 +117,8 @@ class Forward {
   };
 
   // Rows of x are copied if they must be converted, if their stride would put the rows of a tile into the same set of
-  // the cache, if pairs of bf16 are not whole or not aligned to the size of the float that they are loaded as, and for a
-  // matrix unit, which wants rows with equal distances, filled up with zeros.
+  // the cache, if pairs of bf16 are not whole or not aligned to the size of the float that they are loaded as, and for
+  // a matrix unit, which wants rows with equal distances, filled up with zeros.
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
     if (kTiles) return true;

@@ -259,10 +259,14 @@ struct Forward<C, Cell>::Walk {
         C* tile = out.data;
         const int64_t size = whole_rows(rows) * kMaxVectors * V::size;
         for (int k = 0; k < count; ++k, tile += size) {
-          if (forward.fused_) run_tile(rows, x, x_shape.K, x_panel[k], tile, false, x_ahead, [](int, int) {});
-          run_tile(rows, a, shape.K, panel[k], tile, forward.fused_, ahead, [&](int part, int parts) {
+          const auto before = [&](int part, int parts) {
             for (int r = part; r < rows; r += parts) fetch(p + k, first + i0 + r, i0 + r, parity);
-          });
+          };
+          if (forward.fused_) {
+            run_two_tiles(rows, x, x_shape.K, x_panel[k], x_ahead, a, shape.K, panel[k], ahead, tile, before);
+          } else {
+            run_tile(rows, a, shape.K, panel[k], tile, false, ahead, before);
+          }
         }
         tile = out.data;
         Pending pending(*this, t, parity);
@@ -388,8 +392,19 @@ struct Forward<C, Cell>::Walk {
   // Stores n outputs from j on: as h for the next step, in y, and in h_n at a sequence's last step.
   DLK_INLINE void emit(int64_t t, int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
     put_h(1 - parity, i, j, n, out);
-    if (forward.p_.y.data) store_any<C>(forward.p_.y.dtype, forward.p_.y.data, table.y[row] + j, out, n);
+    if (forward.p_.y.data) store_output(parity, row, i, j, n, out);
     if (forward.p_.h_n && is_last(i, t)) store_state<C>(forward.p_.h_n, state(i, forward.O_) + j, out, n);
+  }
+
+  DLK_INLINE void store_output(int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
+    if constexpr (kPairs) {
+      if (forward.p_.y.dtype == DType::bf16) {  // put_h has rounded it
+        std::memcpy(static_cast<bf16*>(forward.p_.y.data) + table.y[row] + j, rounded(1 - parity, i) + j,
+                    static_cast<size_t>(n) * sizeof(bf16));
+        return;
+      }
+    }
+    store_any<C>(forward.p_.y.dtype, forward.p_.y.data, table.y[row] + j, out, n);
   }
 
   // h = cell output times W_hr^T (Sak et al. 2014).
