@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 from dlkernels._core import extension  # noqa: E402
 from dlkernels.integrations import fast_path, sdpa_operator  # noqa: E402
-from tests.support.instruction_sets import available_isas, isas_to_test, optimised  # noqa: E402
+from tests.support.instruction_sets import available_isas, optimised  # noqa: E402
 
 # Time limit of one test in seconds, including its fixtures. `--timeout` and the marker `timeout` override it.
 LIMIT, HEAVY_LIMIT = 300.0, 900.0
@@ -54,9 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "o0_skip(reason): would say no more in an -O0 build than in the other; DLKERNELS_TEST_O0_ALL=1 runs it",
-    )
-    config.addinivalue_line(
-        "markers", "layers_only: the fixture `isa` leaves out the instruction sets without kernels for recurrent layers"
     )
 
 
@@ -107,13 +104,9 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs a test with the fixture `isa` once for each instruction set of this machine.
-
-    The marker `layers_only` leaves out those that have no kernels for recurrent layers.
-    """
+    """Runs a test with the fixture `isa` once for each instruction set of this machine."""
     if "isa" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("layers_only")
-        metafunc.parametrize("isa", isas_to_test(layers_only=marker is not None), indirect=True)
+        metafunc.parametrize("isa", available_isas(), indirect=True)
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import instruction_sets
-from tests.support.instruction_sets import BEST_ISA_LAST, WITHOUT_LAYERS, isas_to_test
+from tests.support.instruction_sets import available_isas
 
 pytestmark = pytest.mark.o0_skip(reason="it is about pytest alone")
 
@@ -39,20 +38,10 @@ def test_every_isa_runs_every_test_that_asks_for_one(request: pytest.FixtureRequ
     """Each collected test has the same number of cases for every instruction set that it must run on."""
     if request.config.getoption("keyword"):
         pytest.skip("-k leaves tests out")
-    counts: dict[tuple[str, bool], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for item in request.session.items:
         if isinstance(item, pytest.Function) and "isa" in item.fixturenames:
-            layers_only = item.get_closest_marker("layers_only") is not None
-            counts[item.nodeid.partition("[")[0], layers_only][item.callspec.params["isa"]] += 1
-    for (test, layers_only), found in counts.items():
-        assert set(found) == set(isas_to_test(layers_only=layers_only)), test
+            counts[item.nodeid.partition("[")[0]][item.callspec.params["isa"]] += 1
+    for test, found in counts.items():
+        assert set(found) == set(available_isas()), test
         assert len(set(found.values())) == 1, f"{test}: {found}"
-        assert not layers_only or test.startswith("tests/rnn/"), f"{test}: the marker is for recurrent layers"
-
-
-def test_only_the_marker_leaves_out_an_isa(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pretends that the machine has every instruction set and checks which ones the marker removes."""
-    monkeypatch.setattr(instruction_sets, "available_isas", lambda: list(BEST_ISA_LAST))
-    assert isas_to_test(layers_only=False) == list(BEST_ISA_LAST)
-    assert isas_to_test(layers_only=True) == [isa for isa in BEST_ISA_LAST if isa not in WITHOUT_LAYERS]
-    assert set(WITHOUT_LAYERS) == {"amx"}

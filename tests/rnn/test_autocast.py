@@ -21,8 +21,6 @@ from tests.support.contract_entries import outcome, tensors
 from tests.support.layer_cases import CELL_MODES, MODES
 from tests.support.rnn_op_calls import op
 
-pytestmark = pytest.mark.layers_only
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "LSTM": (nn.LSTM, {}), "LSTM projected": (nn.LSTM, {"proj_size": 2}), "GRU": (nn.GRU, {}), "RNN": (nn.RNN, {}),

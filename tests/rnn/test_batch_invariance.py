@@ -18,7 +18,7 @@ from tests.support.layer_cases import (
 )
 from tests.support.settings import num_threads
 
-pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.layers_only]
+pytestmark = pytest.mark.usefixtures("isa")
 
 # (T, B, I, H, P) of a small shape with remainders, of more rows than a tile, of more hidden units than a block, and of
 # many steps.

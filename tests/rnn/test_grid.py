@@ -9,10 +9,7 @@ import pytest
 import torch
 
 import dlkernels.nn
-from tests.support.instruction_sets import whole_pairs
 from tests.support.layer_cases import DTYPES, MODES, Case, check_case, disagreements, expected, run_layer
-
-pytestmark = pytest.mark.layers_only
 
 T, B = 6, 4
 LENGTHS = (3, 6, 1, 5)
@@ -23,7 +20,7 @@ def combination(mode: str, dtype: torch.dtype, index: int, packed: bool = False)
     bias, bidirectional, batch_first, contiguous, lengths, layers = COMBINATIONS[index]
     # The sizes are not multiples of a vector or of each other.
     return Case(
-        mode, T=T, B=B, I=whole_pairs(5), H=whole_pairs(11), P=3 if mode == "lstm_proj" else 0, layers=layers,
+        mode, T=T, B=B, I=5, H=11, P=3 if mode == "lstm_proj" else 0, layers=layers,
         bias=bias, bidirectional=bidirectional, batch_first=batch_first, contiguous=contiguous, lengths=lengths,
         packed=packed, hx=index % 3 != 0, dtype=dtype, seed=index,
     )  # fmt: skip

@@ -28,8 +28,6 @@ from tests.support.layer_cases import (
     run_layer,
 )  # fmt: skip
 
-pytestmark = pytest.mark.layers_only
-
 # (T, B). Threads split the rows of the first shape and the hidden units of the second. A chunk has up to 384 rows; the
 # last chunk of these two is shorter than the others and has an odd number of rows. A step of the third has more rows
 # than that, so each of its chunks is one step.

@@ -20,8 +20,6 @@ from tests.support.instruction_sets import use_isa
 from tests.support.layer_cases import acceptable_nearby
 from tests.support.module_samples import RECURRENT, Nearby, build, errors_nearby, evaluate, samples, tensors
 
-pytestmark = pytest.mark.layers_only
-
 
 def test_every_entry_is_there() -> None:
     for name in RECURRENT:

@@ -13,8 +13,6 @@ import dlkernels.nn
 from dlkernels import functional
 from tests.support.layer_cases import MODES, OP_MODES
 
-pytestmark = pytest.mark.layers_only
-
 LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}), "lstm_proj": ("LSTM", {"proj_size": 3}), "gru": ("GRU", {}), "rnn_tanh": ("RNN", {}),
     "rnn_relu": ("RNN", {"nonlinearity": "relu"}),

@@ -9,7 +9,6 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import dlkernels.nn
-from tests.support.instruction_sets import whole_pairs
 from tests.support.layer_cases import (
     DTYPES,
     MODES,
@@ -22,7 +21,7 @@ from tests.support.layer_cases import (
     torch_results,
 )
 
-pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.layers_only]
+pytestmark = pytest.mark.usefixtures("isa")
 
 LENGTHS = {
     "sorted": (7, 6, 4, 4, 1),
@@ -38,7 +37,7 @@ LENGTHS = {
 
 
 def case_for(mode: str, lengths: tuple[int, ...], **more) -> Case:
-    I, H = whole_pairs(5), whole_pairs(13)
+    I, H = 5, 13
     return Case(mode, T=7, B=len(lengths), I=I, H=H, P=4 if mode == "lstm_proj" else 0, lengths=lengths, **more)
 
 

@@ -27,8 +27,6 @@ from tests.support.layer_cases import (
     torch_results,
 )
 
-pytestmark = pytest.mark.layers_only
-
 
 def case_for(mode: str, **more) -> Case:
     options = {"T": 6, "B": 9, "I": 10, "H": 37, "layers": 2, "bidirectional": True}

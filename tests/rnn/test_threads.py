@@ -13,8 +13,6 @@ from tests.support.fresh_python import run_python
 from tests.support.layer_cases import MODES, assert_bit_equal, check_case, make_data, run_layer
 from tests.support.threaded_cases import cases_of
 
-pytestmark = pytest.mark.layers_only
-
 ROW_RESULTS = ("y", "h_n", "c_n", "dx", "dh0", "dc0")
 
 

@@ -10,8 +10,6 @@ import torch
 from dlkernels._core import extension
 
 BEST_ISA_LAST = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-# These have kernels for attention only.
-WITHOUT_LAYERS = ("amx",)
 
 
 def available_isas() -> list[str]:
@@ -29,11 +27,6 @@ def optimised() -> bool:
     return "-O0" not in flags
 
 
-def isas_to_test(*, layers_only: bool) -> list[str]:
-    """Returns the instruction sets on which a test with the fixture `isa` runs; `layers_only` is its marker."""
-    return [isa for isa in available_isas() if not (layers_only and isa in WITHOUT_LAYERS)]
-
-
 @contextmanager
 def use_isa(name: str) -> Iterator[None]:
     if not extension.HAVE_NATIVE:
@@ -49,16 +42,8 @@ def use_isa(name: str) -> Iterator[None]:
 def kernels_of(
     isa: str, *, attention: torch.dtype | None = None, layer: torch.dtype | None = None, dot: bool = False
 ) -> str:
-    """Returns the instruction set whose kernels serve `isa` for attention, or for a layer of even sizes without a
-    projection, in that dtype. The sets that multiply bfloat16 have kernels for no other dtype, and amx has none for
-    layers."""
+    """Returns the instruction set whose kernels serve `isa` for attention, or for a layer without a projection,
+    in that dtype. The sets that multiply bfloat16 have kernels for no other dtype."""
     if isa not in ("avx512_bf16", "amx"):
         return isa
-    if attention == torch.bfloat16 and not dot:
-        return isa
-    return isa if isa == "avx512_bf16" and layer == torch.bfloat16 and not dot else "avx512"
-
-
-def whole_pairs(n: int) -> int:
-    """Returns n, rounded up to an even number under avx512_bf16, whose kernels multiply pairs and need even sizes."""
-    return n + n % 2 if extension.native is not None and extension.native.isa() == "avx512_bf16" else n
+    return isa if torch.bfloat16 in (attention, layer) and not dot else "avx512"
