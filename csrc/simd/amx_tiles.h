@@ -134,8 +134,10 @@ struct TileRegisters {
 
 struct Bf16Unit : Bf16Pairs {
   static constexpr bool kPresent = true;
-#ifndef DLK_EMULATE_BF16
-  // The products take denormal operands as 0, which these are already.
+  // Denormal numbers become 0, as which products take them anyway.
+#ifdef DLK_EMULATE_BF16
+  static DLK_NOINLINE void round(Vec<float> a, bf16* to) { narrow(to, normal(a)); }
+#else
   static DLK_INLINE void round(Vec<float> a, bf16* to) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(a.v));
   }

@@ -135,12 +135,6 @@ struct Bf16Unit : Bf16Pairs {
       }
     }
   }
-
-#ifdef DLK_EMULATE_BF16
-  static Vec<float> normal(Vec<float> a) {
-    return select_lt(abs(a), Vec<float>::set1(std::numeric_limits<float>::min()), copysign(Vec<float>::zero(), a), a);
-  }
-#endif
 };
 
 DLK_ISA_END

@@ -51,6 +51,12 @@ struct Bf16Pairs {
   static DLK_INLINE void store(Vec<float> pairs, bf16* to) { _mm512_storeu_ps(to, pairs.v); }
   static DLK_INLINE void round(Vec<float> a, bf16* to) { narrow(to, a); }
 
+#ifdef DLK_EMULATE_BF16
+  static Vec<float> normal(Vec<float> a) {
+    return select_lt(abs(a), Vec<float>::set1(std::numeric_limits<float>::min()), copysign(Vec<float>::zero(), a), a);
+  }
+#endif
+
  private:
   static DLK_INLINE __m512i rounded_bits(Vec<float> a) {  // in the upper half of each lane
     const __m512i bits = _mm512_castps_si512(a.v);

@@ -249,6 +249,20 @@ DLK_INLINE __m512 _mm512_rcp14_ps(__m512 a) {
       [](__m256 x) __attribute__((always_inline)) { return avx512_emulation::rough_reciprocal(x); }, a);
 }
 
+DLK_INLINE __m512 _mm512_reduce_ps(__m512 a, int) {  // only towards the floor, to no bits after the point
+  return avx512_emulation::by_halves<__m256>(
+      [](__m256 x) __attribute__((always_inline)) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }, a);
+}
+DLK_INLINE __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
+  avx512_emulation::Parts<float, __m512> x(a);
+  const avx512_emulation::Parts<float, __m512> y(b);
+  for (int i = 0; i < 16; ++i) {
+    const float power = std::fmin(std::fmax(std::floor(y.part[i]), -400.0f), 400.0f);
+    x.part[i] = y.part[i] != y.part[i] ? y.part[i] : std::ldexp(x.part[i], static_cast<int>(power));
+  }
+  return x.whole();
+}
+
 DLK_INLINE __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int predicate) {
   const avx512_emulation::Parts<__m256, __m512> x(a), y(b);
   int mask = 0;

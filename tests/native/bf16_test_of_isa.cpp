@@ -2,6 +2,10 @@
 // for DLK_ISA amx and avx512_bf16, each once with the machine's instructions and once with their emulation in plain C++
 // (DLK_EMULATE_BF16).
 
+#include <limits>
+#include <random>
+#include <vector>
+
 #include "bf16_oracle.h"
 #include "check.h"
 #include "simd/bf16_unit.h"
@@ -10,6 +14,7 @@
 
 DLK_ISA_BEGIN
 
+// `flushes`: whether rounding to pairs takes denormal numbers as 0, as rounding alone does.
 inline void test_pairs(const char* kind, bool flushes, std::mt19937& random) {
   bf16 a[32], b[16];
   for (bf16& x : a) x.bits = any_value(random);
@@ -38,11 +43,71 @@ inline void test_pairs(const char* kind, bool flushes, std::mt19937& random) {
   for (int i = 0; i < 16; ++i) {
     CHECK(got[2 * i].bits == rounded(wide_a[i]) && got[2 * i + 1].bits == rounded(wide_b[i]),
           "%s rounding of %.9g and %.9g", kind, double(wide_a[i]), double(wide_b[i]));
-    CHECK(one[i].bits == rounded(wide_a[i]), "%s rounding of %.9g", kind, double(wide_a[i]));
+    CHECK(one[i].bits == to_bf16(flushed(wide_a[i])).bits, "%s rounding of %.9g", kind, double(wide_a[i]));
+  }
+}
+
+// The rough sigmoid and tanh against double: their relative error, and what no error may be seen in.
+inline void test_rough(const char* kind, std::mt19937& random) {
+  using V = Vec<float>;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity(), kNan = std::numeric_limits<float>::quiet_NaN();
+  std::uniform_real_distribution<float> exponent(-30, 7);
+  alignas(64) float x[16], sigmoids[16], tanhs[16];
+  for (int round = 0; round < 20000; ++round) {
+    for (float& value : x) value = std::exp2(exponent(random)) * (random() % 2 ? 1.0f : -1.0f);
+    if (round == 0) x[0] = 0, x[1] = -0.0f, x[2] = kInfinity, x[3] = -kInfinity, x[4] = kNan, x[5] = 1e-42f;
+    const Pair<V> both = rough_sigmoid(Pair<V>{V::load(x), V::load(x)});
+    both.b.store(sigmoids);
+    rough_tanh(V::load(x)).store(tanhs);
+    for (int i = 0; i < 16; ++i) {
+      const double s = 1 / (1 + std::exp(-double(x[i]))), t = std::tanh(double(x[i]));
+      const bool is_nan = x[i] != x[i];
+      CHECK(is_nan ? sigmoids[i] != sigmoids[i]
+                   : std::fabs(sigmoids[i] - s) <= (3.2e-6 + 1.2e-7 * std::fmin(std::fabs(x[i]), 100.0f)) * s + 2e-38,
+            "%s sigmoid(%.9g) = %.9g, want %.9g", kind, double(x[i]), double(sigmoids[i]), s);
+      CHECK(is_nan ? tanhs[i] != tanhs[i] : std::fabs(tanhs[i] - t) <= 7e-6 * std::fabs(t) + 1e-44,
+            "%s tanh(%.9g) = %.9g, want %.9g", kind, double(x[i]), double(tanhs[i]), t);
+    }
   }
 }
 
 #if DLK_ISA_NUMBER == DLK_NUMBER_amx
+
+// A panel of 1 to 4 vectors by 1 to 32 rows, as one product or as the sum of two, with and without sums from before.
+inline void test_panel(const char* kind, std::mt19937& random) {
+  const int vectors = 1 + int(random() % 4), rows = 1 + int(random() % 32), count = 1 + int(random() % 2);
+  const int strip = vectors == 4 ? 2 : vectors, width = strip * 16, whole = (rows + 15) / 16 * 16;
+  std::vector<bf16> a[2];
+  std::vector<float> b[2], out(static_cast<size_t>(32) * vectors * 16 + 16), before;
+  Bf16Unit::Factors factors[2];
+  const auto small = [&] { return to_bf16(static_cast<float>(int(random() % 17) - 8)); };
+  for (int f = 0; f < count; ++f) {
+    const int64_t K = 16 * (1 + int64_t(random() % 3)), lda = 2 * K + 32, next = K * width;
+    a[f].resize(static_cast<size_t>(32 * lda)), b[f].resize(static_cast<size_t>(K * vectors * 16));
+    for (bf16& value : a[f]) value = small();
+    for (float& pair : b[f]) pair = bits_float(uint32_t{small().bits} | uint32_t{small().bits} << 16);
+    factors[f] = {a[f].data(), lda, b[f].data(), next, K};
+  }
+  for (float& value : out) value = static_cast<float>(int(random() % 100));
+  before = out;
+  const bool accumulate = random() % 2;
+  Bf16Unit::multiply_panel(rows, vectors, factors, count, out.data(), vectors * 16, accumulate);
+  for (int r = 0; r < 32; ++r)
+    for (int c = 0; c < vectors * 16; ++c) {
+      const size_t at = static_cast<size_t>(r * vectors * 16 + c);
+      double want = accumulate ? double(before[at]) : 0;
+      for (int f = 0; f < count; ++f)
+        for (int64_t k = 0; k < factors[f].K; ++k) {
+          const float pair = b[f][static_cast<size_t>(c / width * factors[f].next + k * width + c % width)];
+          const bf16* row = factors[f].a + r * factors[f].lda + 2 * k;
+          want += double(to_float(row[0])) * to_float(bf16{uint16_t(float_bits(pair))}) +
+                  double(to_float(row[1])) * to_float(bf16{uint16_t(float_bits(pair) >> 16)});
+        }
+      if (r >= whole) want = double(before[at]);
+      CHECK(double(out[at]) == want, "%s panel of %d vectors, %d rows, %d products: [%d][%d] is %.9g, want %.9g", kind,
+            vectors, rows, count, r, c, double(out[at]), want);
+    }
+}
 
 template <int kI, int kJ>
 void test_product(const char* kind, std::mt19937& random) {
@@ -104,7 +169,9 @@ inline void test_tiles(const char* kind) {
     test_product<2, 1>(kind, random);
     test_product<2, 2>(kind, random);
     test_pairs(kind, false, random);
+    test_panel(kind, random);
   }
+  test_rough(kind, random);
 }
 
 #else
@@ -176,6 +243,7 @@ inline void test_dots(const char* kind) {
     test_diagonal(kind, random);
     test_pairs(kind, true, random);
   }
+  test_rough(kind, random);
 }
 
 #endif
