@@ -63,8 +63,9 @@ class PeerCase(LayerCase):
 
 def at(step: int) -> tuple[str, int, int, int, int]:
     """Mode, B, T, I and H of a step of a walk through all sizes. Nine steps that begin at a multiple of nine have each
-    pair of mode, T and kind of I once, and all B and H. No two of the first 42 steps have both B and H in common."""
-    H = HIDDEN[(step + step // 6) % 6]
+    pair of mode, T and kind of I once, and all B and H. The first 27 have also each pair of mode or T with B or H, and
+    no pair of B and H twice."""
+    H = HIDDEN[(step + step // 9) % 6]
     I = WIDTHS[(step + step // 3 + step // 9) % 3](H)
     return MODES[step % 3], BATCHES[step % 7], STEPS[step // 3 % 3], I, H
 
@@ -202,12 +203,15 @@ class Outcome:
 class PeerResult(Result):
     """`sample` has the best peer and ours. plain: the best peer's time divided by that of our plain layer."""
 
+    case: PeerCase
     sides: Mapping[str, Outcome] = dataclasses.field(default_factory=dict)
     best: str = ""
     plain: float | None = None
 
     def as_json(self) -> dict[str, Any]:
-        entry = super().as_json() | {"best": self.best}
+        entry = super().as_json()
+        if self.best:
+            entry["best"] = self.best
         if self.plain is not None:
             entry["speedup_plain"] = round(self.plain, 4)
         return entry | {"sides": {name: outcome.as_json() for name, outcome in self.sides.items()}}

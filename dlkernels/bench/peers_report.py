@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .engines import versions
-from .peers import OURS, PeerResult
+from .peers import OURS, WALKS, PeerResult, grid
 from .report import align, geometric_mean, kernel_text, milliseconds
 from .runner import Result
 
@@ -20,7 +20,12 @@ class Goal:
     mean: float
     least: float
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        return PEERS if self.over == "best" else PEERS[:1]
 
+
+PEERS = ("torch", "ONNX Runtime", "OpenVINO")
 GOALS = {
     ("f32", False): Goal("best", 1.25, 0.97),
     ("f32", True): Goal("torch", 2.2, 1.0),
@@ -28,7 +33,6 @@ GOALS = {
     ("bf16", True): Goal("torch", 3.2, 1.0),
     ("int8", False): Goal("torch", 1.3, 1.0),
 }
-PEERS = ("torch", "ONNX Runtime", "OpenVINO")
 _MARKS = {"disagree": "disagrees", "error": "none", "not available": "none"}
 
 
@@ -49,7 +53,7 @@ def _groups(results: Sequence[PeerResult]) -> list[tuple[tuple[str, bool, int], 
     """The results by precision, use and thread count, in the order of GOALS."""
     groups: dict[tuple[str, bool, int], list[PeerResult]] = {}
     for result in results:
-        case: Any = result.case
+        case = result.case
         groups.setdefault((case.precision, case.training, case.threads), []).append(result)
     order = list(GOALS)
     return sorted(groups.items(), key=lambda item: (order.index(item[0][:2]), item[0][2]))
@@ -67,13 +71,16 @@ def _class(precision: str, training: bool, threads: int, results: Sequence[PeerR
     judged = over_best if goal.over == "best" else over_torch
     worst = min(judged, key=lambda name: judged[name], default="")
     mean = geometric_mean(list(judged.values()))
+    # A cell in which every peer of the target computes something else cannot be judged and is no gap.
+    void = sum(all(_status(r, name) == "disagree" for name in goal.needed) for r in results)
+    complete = len(judged) + void == size(precision, training)
     return {
         "precision": precision,
         "training": training,
         "threads": threads,
-        "ours": results[0].case.ours,  # type: ignore[union-attr]
+        "ours": results[0].case.ours,
         "over": goal.over,
-        "cells": len(results),
+        "cells": size(precision, training),
         "timed": len(judged),
         "mean": _rounded(mean),
         "worst": _rounded(judged.get(worst)),
@@ -82,24 +89,32 @@ def _class(precision: str, training: bool, threads: int, results: Sequence[PeerR
         "mean_over_best": _rounded(geometric_mean(list(over_best.values()))),
         "mean_over_torch": _rounded(geometric_mean(list(over_torch.values()))),
         "goal": dataclasses.asdict(goal),
-        "verdict": _verdict(goal, results, mean, judged.get(worst)),
+        "verdict": _verdict(goal, results, mean, judged.get(worst), complete),
     }
 
 
-def _verdict(goal: Goal, results: Sequence[PeerResult], mean: float | None, worst: float | None) -> str:
-    """A class whose cells were not all measured beside every peer of its target is never "met"."""
+def size(precision: str, training: bool) -> int:
+    """The number of cells of a class in the whole grid."""
+    whole = grid((1,), tuple(dtype for dtype, _ in WALKS))
+    return sum(case.precision == precision and case.training == training for case in whole)
+
+
+def _verdict(goal: Goal, results: Sequence[PeerResult], mean: float | None, worst: float | None, complete: bool) -> str:
+    """A class is "met" only if all its cells were measured beside every peer of its target."""
     if any(r.wrong for r in results):
         return "missed"
     if mean is None or worst is None:
         return "not measured"
     if mean < goal.mean or worst < goal.least:
         return "missed"
-    needed = PEERS if goal.over == "best" else ("torch",)
-    absent = {name for r in results for name in needed if name not in r.sides or r.sides[name].status in
-              ("error", "not available")}  # fmt: skip
+    absent = {name for r in results for name in goal.needed if _status(r, name) not in ("ok", "disagree")}
     if absent:
         return f"open: {', '.join(sorted(absent))} missing"
-    return "met" if all(r.status == "ok" for r in results) else "open: cells missing"
+    return "met" if complete else "open: cells missing"
+
+
+def _status(result: PeerResult, side: str) -> str:
+    return result.sides[side].status if side in result.sides else "not available"
 
 
 def _ratio(result: PeerResult, side: str) -> float | None:
@@ -129,13 +144,13 @@ def table(results: Sequence[Result]) -> str:
     for (precision, training, threads), group in _groups(of_peers(results)):
         named = class_name({"precision": precision, "training": training, "threads": threads})
         shown = [side for side in (*OURS, *PEERS) if any(side in r.sides for r in group)]
-        head = ["cell, ms", *shown, "best peer", *(["of plain"] if OURS[1] in shown and OURS[0] in shown else [])]
-        head += ["best / ours", "of rounds", "error", "torch's", "kernel"]
-        parts.append(named + "\n" + align([head, *(_row(r, shown, head) for r in group)]))
+        head = ["cell, ms", *shown, "best peer", *(f"best / {side}" for side in OURS if side in shown)]
+        head += ["of rounds", "error", "torch's", "kernel"]
+        parts.append(named + "\n" + align([head, *(_row(r, shown) for r in group)]))
     return "\n\n".join(parts)
 
 
-def _row(result: PeerResult, shown: Sequence[str], head: Sequence[str]) -> list[str]:
+def _row(result: PeerResult, shown: Sequence[str]) -> list[str]:
     cells = [result.case.name]
     for side in shown:
         outcome = result.sides.get(side)
@@ -144,10 +159,9 @@ def _row(result: PeerResult, shown: Sequence[str], head: Sequence[str]) -> list[
         else:
             cells.append(_MARKS.get(outcome.status, "-") if outcome.seconds is None else milliseconds(outcome.seconds))
     cells.append(result.best or "-")
-    if "of plain" in head:
-        cells.append(_times(result.plain))
+    cells += [_times(result.plain if side == OURS[0] else result.speedup) for side in OURS if side in shown]
     spread = result.spread
-    cells += [_times(result.speedup), f"{spread[0]:.2f}..{spread[1]:.2f}" if spread else ""]
+    cells += [f"{spread[0]:.2f}..{spread[1]:.2f}" if spread else ""]
     check = result.agreement
     cells += [f"{check.ours:.1e}", f"{check.theirs:.1e}"] if check else ["-", "-"]
     text = {"disagree": "results disagree: "}.get(result.status, f"{result.status}: ") + result.message
@@ -162,7 +176,7 @@ def summary_text(found: Mapping[str, Any]) -> str:
     """The classes, and below them who was left out and why."""
     if not found:
         return ""
-    rows = [["class", "ours", "over", "cells", "mean", "worst", "of plain", "over torch", "target", "verdict"]]
+    rows = [["class", "ours", "over", "cells", "mean", "worst", "best / plain", "torch / ours", "target", "verdict"]]
     for entry in found["classes"]:
         goal = entry["goal"]
         rows.append([
@@ -170,7 +184,7 @@ def summary_text(found: Mapping[str, Any]) -> str:
             _times(entry["mean"]), _times(entry["worst"]), _times(entry["mean_of_plain"]),
             _times(entry["mean_over_torch"]), f"{goal['mean']:.2f}x, {goal['least']:.2f}x", entry["verdict"],
         ])  # fmt: skip
-    lines = ["geometric means and worst cells; over is the peer of the target", align(rows)]
+    lines = ["geometric mean and worst cell of each class over the peer of its target", align(rows)]
     for entry in found["left_out"]:
         cells = entry["cells"]
         where = cells[0] if len(cells) == 1 else f"{len(cells)} cells"
