@@ -30,7 +30,7 @@ help:
 	@echo "make cuda-test    the CUDA kernels without a GPU: emulation, sanitizers, nvcc"
 	@echo "make mutants      plants bugs one at a time: the tests have to notice (hours; ARGS='--only gru' narrows it)"
 	@echo "make test-O0      what the optimiser can change, on an -O0 build of the kernels"
-	@echo "make test-integrations  the tests that need transformers, onnxscript and onnxruntime, which it installs"
+	@echo "make test-integrations  the tests that need transformers, onnxscript, onnxruntime and openvino, which it installs"
 	@echo "make test-thirdparty  programs of ten other projects with dlkernels.enable() on: installs them, minutes"
 	@echo "make test-install pip install, plain, editable and on top of another environment (minutes)"
 	@echo "make abi-check    the same compiled module under $(ABI_TORCH_SPEC) (gigabytes)"
@@ -72,8 +72,9 @@ test-O0: build-O0
 	DLKERNELS_NATIVE=$(O0_NATIVE) $(PY) -m pytest $(O0_TESTS) $(ARGS)
 
 test-integrations: build
-	$(PIP) install transformers onnx onnxscript onnxruntime
-	$(PY) -m pytest tests/integrations/test_transformers.py tests/integrations/test_onnx.py $(ARGS)
+	$(PIP) install transformers onnx onnxscript onnxruntime openvino
+	$(PY) -m pytest tests/integrations/test_transformers.py tests/integrations/test_onnx.py tests/bench/test_peers.py \
+	  $(ARGS)
 
 # ARGS='timm espnet' selects users, ARGS='--write docs/thirdparty.md' renews the page.
 test-thirdparty: build

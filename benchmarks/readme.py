@@ -3,7 +3,8 @@
     python -m benchmarks.readme benchmarks/results/<machine>/<file>.json ...
     python -m benchmarks.readme --check
 
-The block lists its files. `--check` fails if the block differs from what they give.
+The block lists its files. It begins with those of the suites `peers` and `models`. `--check` fails if the block differs
+from what they give.
 """
 
 from __future__ import annotations
@@ -17,21 +18,29 @@ from typing import Any
 
 from dlkernels.bench.cases import REGIMES, SHORT_DTYPE
 from dlkernels.bench.machine import headline
-from dlkernels.bench.report import geometric_mean
+from dlkernels.bench.peers_report import class_name
+from dlkernels.bench.report import geometric_mean, milliseconds
 
 from . import result_files
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 _SOURCES = re.compile(r"<!-- from: (.*?) -->")
+_FIRST = ("peers", "models")
+# How many cells of the suite `peers` are shown at each end.
+_ENDS = 4
 _OP_ORDER = ("lstm", "gru", "rnn", "lstmcell", "grucell", "rnncell", "attention")
 
 
 def render(docs: dict[str, dict[str, Any]]) -> str:
     """The text between the markers, made from {path: result file}."""
     parts = [f"<!-- from: {' '.join(docs)} -->"]
-    for doc in docs.values():
+    for doc in sorted(docs.values(), key=lambda doc: (*_FIRST, doc["suite"]).index(doc["suite"])):
         parts.append(f"{headline(doc['machine'], doc['versions'])} ({doc['date'][:10]}).")
-        if doc["suite"].endswith("targets"):
+        if doc["suite"] == "peers":
+            parts.append(_peers(doc))
+        elif doc["suite"] == "models":
+            parts.append(_models(doc))
+        elif doc["suite"].endswith("targets"):
             parts.append(_targets(doc))
         elif doc["results"]:
             parts.append(_regimes(doc))
@@ -48,6 +57,56 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def _peers(doc: dict[str, Any]) -> str:
+    """A row for each class of cells, and the cells at both ends."""
+    rows = [["class", "cells", "ours over", "geometric mean", "worst cell", "target"]]
+    for entry in doc["summary"]["classes"]:
+        goal = entry["goal"]
+        over = "the best peer of each cell" if entry["over"] == "best" else "torch"
+        cells = f"{entry['timed']} of {entry['cells']}"
+        target = f"{_times(goal['mean'])}, no cell under {_times(goal['least'])}: {entry['verdict']}"
+        rows.append([class_name(entry), cells, over, _times(entry["mean"]), _times(entry["worst"]), target])
+    libraries = ", ".join(f"{name} {version}" for name, version in doc["summary"]["peer_versions"].items())
+    text = (
+        "Recurrent layers beside torch, ONNX Runtime, OpenVINO and torch's int8 layers: the peer's time divided by "
+        f"ours (inference with prepacked weights, which a server would use; {libraries})."
+    )
+    left_out = [
+        f"- {entry['side']}, {len(entry['cells'])} cell{'s' * (len(entry['cells']) > 1)}: {entry['reason']}"
+        for entry in doc["summary"]["left_out"]
+    ]
+    tail = "\n\nLeft out:\n\n" + "\n".join(left_out) if left_out else ""
+    return f"{text}\n\n{_table(rows)}\n\n{_cells(doc)}{tail}"
+
+
+def _cells(doc: dict[str, Any]) -> str:
+    """The cells in which ours is furthest behind and ahead of the best peer."""
+    rated = sorted((e for e in doc["results"] if "speedup" in e), key=lambda e: e["speedup"])
+    ends = rated if len(rated) <= 2 * _ENDS else rated[:_ENDS] + rated[-_ENDS:]
+    rows = [["cell", "ours, ms", "best peer", "its ms", "best peer / ours"]]
+    for e in ends:
+        ours, theirs = (milliseconds(e[key] / 1e3) for key in ("ours_ms", "theirs_ms"))
+        rows.append([f"`{e['name']}`", ours, e["best"], theirs, _times(e["speedup"])])
+    return f"The cells at both ends:\n\n{_table(rows)}"
+
+
+def _models(doc: dict[str, Any]) -> str:
+    """A row for each model, a column for each dtype and thread count."""
+    cells: dict[str, dict[tuple[str, int], str]] = {}
+    for e in doc["results"]:
+        case = e["case"]
+        column = (SHORT_DTYPE[case["dtype"]], case["threads"])
+        mark = "" if e.get("reached", True) else f" (target {case['target']:.2f})"
+        cells.setdefault(case["model"], {})[column] = (_times(e["speedup"]) if "speedup" in e else e["status"]) + mark
+    order = sorted({column for found in cells.values() for column in found}, key=lambda c: (c[0] != "f32", c))
+    titles = [f"{dtype}, {n} thread{'s' * (n > 1)}" for dtype, n in order]
+    rows = [["model", *titles]]
+    rows += [[model, *(found.get(column, "") for column in order)] for model, found in cells.items()]
+    overall = doc["summary"]["overall"]
+    tail = f"\n\nGeometric mean: {_times(overall['speedup'])}." if overall else ""
+    return f"Training steps of whole models, `dlkernels.enable()` off / on:\n\n{_table(rows)}{tail}"
 
 
 def _regimes(doc: dict[str, Any]) -> str:

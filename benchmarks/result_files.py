@@ -14,10 +14,14 @@ _TOP |= dict.fromkeys(("machine", "versions", "summary"), dict) | dict.fromkeys(
 _ENTRY: _Schema = {"name": str, "case": dict, "regime": str, "status": str, "message": str, "kernel": dict}
 _TIMED: _Schema = dict.fromkeys(("theirs_ms", "ours_ms", "speedup", "ratio_of_all"), float)
 _TIMED |= dict.fromkeys(("spread", "quartiles", "calls"), list) | {"pairs": int}
+# A side of a cell of the suite `peers`.
+_SIDE: _Schema = {"status": str, "reason": str}
+_SIDE_CLAIM: _Schema = {"error": float, "limit": float}
 _CHARLM: _Schema = {"mode": str, "config": dict, "threads": int, "steps": int}
 _CHARLM |= {"seconds": dict, "losses": dict, "validation": dict, "agree": bool, "message": str}
 # Fields that only a case whose results agree may have.
 _CLAIMS = {"speedup": "a speed-up", "spread": "a spread", "ours_ms": "a time of ours", "ratio_of_all": "a ratio"}
+_CLAIMS |= {"ms": "a time", "ratio": "a ratio", "speedup_plain": "a speed-up", "best": "a best peer"}
 _CHARLM_CLAIM: _Schema = {"speedup": float, "spread": list}
 
 
@@ -30,6 +34,9 @@ def problems(doc: dict[str, Any]) -> list[str]:
         return [f"schema {doc['schema']}, expected {SCHEMA}"]
     for entry in doc["results"]:
         found += _judge(entry, entry.get("name", "?"), _ENTRY, _TIMED, entry.get("status") == "ok")
+        for side, outcome in entry.get("sides", {}).items():
+            name = f"{entry.get('name', '?')}, {side}"
+            found += _judge(outcome, name, _SIDE, _SIDE_CLAIM, outcome.get("status") == "ok")
     for entry in doc["charlm"]:
         found += _judge(entry, f"charlm {entry.get('mode', '?')}", _CHARLM, _CHARLM_CLAIM, entry.get("agree") is True)
     return found

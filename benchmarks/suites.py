@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlkernels.bench import plots
-from dlkernels.bench.cli import Command, Job, Part, attention_grid, layer_grid
+from dlkernels.bench.cli import Command, Job, Part, attention_grid, layer_grid, peer_grid
 from dlkernels.bench.runner import AnyCase, Runner
 from dlkernels.bench.timing import Budget
 
@@ -41,6 +41,7 @@ class ProjectCommand(Command):
         "attention-targets": (attention_targets,),
         "charlm": (),
         "models": (models,),
+        "peers": (peer_grid,),
         "all": (layer_grid, attention_grid, layer_targets, attention_targets),
     }
     suite_help = "main (the default) is charlm and grid, all adds targets"

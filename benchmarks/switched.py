@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 import dlkernels
 from dlkernels.bench.cases import SHORT_DTYPE
-from dlkernels.bench.runner import Agreement, Result, Runner
+from dlkernels.bench.peers import PeerRunner
+from dlkernels.bench.runner import Agreement, Result
 from dlkernels.testing import FACTOR_GRAD
 
 from .models import MODELS, Batch
@@ -121,8 +122,8 @@ def agreement(case: ModelCase, off: Step, on: Step) -> Agreement:
     return Agreement(ok, worst, *figures)
 
 
-class ModelRunner(Runner):
-    """Measures ModelCase too."""
+class ModelRunner(PeerRunner):
+    """Measures ModelCase and PeerCase too."""
 
     def one(self, case: Any, checker: Any) -> Result:
         if not isinstance(case, ModelCase):

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from . import attention, cases, layers, machine, plots, report
+from . import attention, cases, layers, machine, peers, peers_report, plots, report
 from .runner import AnyCase, Result, Runner
 from .timing import Budget
 
@@ -36,6 +36,10 @@ def attention_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
     return attention.grid(_threads(args), args.dtypes, args.quick)
 
 
+def peer_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
+    return peers.grid(args.threads or (1, 2), args.dtypes, args.quick)
+
+
 class Command:
     """`python -m dlkernels bench`. benchmarks/ derives a class from it that adds suites, jobs and their pictures."""
 
@@ -43,18 +47,19 @@ class Command:
     suites: Mapping[str, Sequence[Part]] = {  # the first is the default
         "grid": (layer_grid, attention_grid),
         "attention": (attention_grid,),
+        "peers": (peer_grid,),
     }
-    suite_help = "grid (the default) is layers and attention"
+    suite_help = "grid (the default) is layers and attention; peers needs dlkernels[peers]"
 
     def jobs(self, args: argparse.Namespace) -> list[Job]:
         return []
 
     def seconds(self, args: argparse.Namespace) -> float:
         """The measuring time for each case if neither --seconds nor --quick is given."""
-        return 1.0
+        return peers.SECONDS if args.suite == "peers" else 1.0
 
     def runner(self, budget: Budget) -> Runner:
-        return Runner(budget)
+        return peers.PeerRunner(budget)
 
     def draw(self, doc: dict[str, Any], path: Path) -> list[Path]:
         return plots.draw(doc, path)
@@ -97,8 +102,12 @@ class Command:
         trained = [job() for job in jobs]
         measured = _measure(chosen, runner, deadline)
         doc = report.document(("quick-" if args.quick else "") + args.suite, measured, trained, host)
+        beside_peers = peers_report.summary(measured)
+        doc["summary"] |= beside_peers
+        parts = [report.results_table(measured), peers_report.table(measured)]
+        parts += [report.summary_text(doc["summary"]), peers_report.summary_text(beside_peers)]
         if measured:
-            print("\n" + report.results_table(measured) + "\n\n" + report.summary_text(doc["summary"]))
+            print("\n" + "\n\n".join(part for part in parts if part))
         path = report.write(doc, root)
         print(f"\nresults: {path}")
         if not args.no_plot:
@@ -107,7 +116,7 @@ class Command:
             return 1
         if len(measured) < len(chosen) and not args.quick:
             return 130  # the shell's status of a program ended by Ctrl-C
-        return 2 if any(r.reached is False for r in measured) else 0
+        return 2 if any(r.reached is False for r in measured) or peers_report.missed(beside_peers) else 0
 
     def _budget(self, args: argparse.Namespace) -> Budget:
         if args.quick:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from .layers import Inputs, LayerCase, Workload
 from .timing import Budget, Sample, Side, alternate
 
 AnyCase = LayerCase | AttentionCase
-Status = Literal["ok", "disagree", "error", "no peer"]
+Status = Literal["ok", "disagree", "error", "no peer", "not available"]
+Rule = Callable[[Tensor, Tensor, Tensor, torch.dtype, bool], Verdict]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Agreement:
         return f"{self.worst}: error {self.ours:.2e}, torch's {self.theirs:.2e}, limit {self.limit:.2e}"
 
 
+class Checked(Side, Protocol):
+    """A side whose results can be checked."""
+
+    def results(self) -> dict[str, Tensor]: ...
+
+
 class Checker:
     """Compares results with the float64 reference, with torch's error as the measure. It keeps the reference and
     torch's results of the last workload, because cases that differ only in their thread count follow each other."""
@@ -45,13 +52,13 @@ class Checker:
         self._reference: dict[str, Tensor] = {}
         self._measure: dict[str, Tensor] = {}
 
-    def __call__(self, case: LayerCase, inputs: Inputs, ours: Workload) -> Agreement:
+    def __call__(self, case: LayerCase, inputs: Inputs, ours: Checked, rule: Rule = within_rule) -> Agreement:
         if case.workload != self._key:
             plain = dataclasses.replace(case, against="torch")
             self._reference = Workload(plain, inputs, self.theirs, dtype=torch.float64).results()
             self._measure = Workload(plain, inputs, self.theirs).results()
             self._key = case.workload
-        return compare(ours.results(), self._measure, self._reference, getattr(torch, case.dtype))
+        return compare(ours.results(), self._measure, self._reference, getattr(torch, case.dtype), rule)
 
     def attention(self, case: AttentionCase, inputs: Tensors, ours: AttentionWorkload) -> Agreement:
         if case.workload != self._key:
@@ -65,8 +72,9 @@ class Checker:
 
 
 def compare(
-    ours: dict[str, Tensor], theirs: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype
-) -> Agreement:
+    ours: dict[str, Tensor], theirs: dict[str, Tensor], reference: dict[str, Tensor], dtype: torch.dtype,
+    rule: Rule = within_rule,
+) -> Agreement:  # fmt: skip
     if ours.keys() != reference.keys():
         missing = ", ".join(sorted(ours.keys() ^ reference.keys()))
         return _refusal(f"not in both: {missing}")
@@ -75,8 +83,7 @@ def compare(
     for name, ref in reference.items():
         if problem := _unusable(ours[name], ref, dtype):
             return _refusal(f"{name} ({problem})")
-        one = within_rule(ours[name], theirs[name], ref, dtype, grad=name.startswith("d"))
-        one = _bounded(one, ref)
+        one = _bounded(rule(ours[name], theirs[name], ref, dtype, name.startswith("d")), ref)
         part = one.ours / one.limit if one.limit > 0 else (0.0 if one.ours == 0 else float("inf"))
         if part > share:
             worst, verdict, share = name, one, part
@@ -226,7 +233,7 @@ class Runner:
             peer.prepare()
             peer()
         except Exception as problem:  # a dtype or op that the peer lacks is reported, but is no failure of ours
-            return Result(case, "no peer", _first_line(problem))
+            return Result(case, "no peer", first_line(problem))
         try:
             mine, agreement = make_mine()
             if not agreement.ok:
@@ -236,7 +243,7 @@ class Runner:
             kernel = last_kernel()
             return Result(case, "ok", sample=alternate(peer, mine, self.budget), agreement=agreement, kernel=kernel)
         except Exception as problem:
-            return Result(case, "error", _first_line(problem))
+            return Result(case, "error", first_line(problem))
 
     def _peer(self, case: LayerCase, inputs: Inputs) -> Workload:
         if case.against == "torch":
@@ -247,5 +254,5 @@ class Runner:
         return Workload(case, inputs, self.ours)
 
 
-def _first_line(problem: Exception) -> str:
+def first_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {problem}".splitlines()[0][:200]

@@ -1,4 +1,4 @@
-"""Times two sides in alternating blocks, for machines on which other programs run as well.
+"""Times two or more sides in alternating blocks, for machines on which other programs run as well.
 
 A long block of one side followed by a long block of the other would measure how the load of other programs changes.
 Here short blocks alternate (theirs, ours, theirs, ours, ...), the first calls after each switch are discarded (they
@@ -6,11 +6,14 @@ suffer from the caches and the spinning threads of the other side), and each pai
 of medians. The result is the median of those ratios: a load that comes and goes affects both blocks of a pair, whereas
 medians over all calls would compare one side's quiet time with the other's busy time. The range of the ratios shows the
 size of the noise.
+
+More than two sides take turns in rounds (`rotate`), and each round gives one ratio for each pair of sides.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -86,18 +89,47 @@ def calls_per_block(seconds_per_call: float, block_seconds: float) -> int:
 
 
 def alternate(theirs: Side, ours: Side, budget: Budget, clock: Clock = time.perf_counter) -> Sample:
-    sides = (theirs, ours)
-    for side in sides:
-        run_block(side, 1, 0.0, clock)
-    calls = [
-        calls_per_block(min(run_block(side, 2, budget.discard_seconds, clock)), budget.block_seconds) for side in sides
-    ]
-    blocks: tuple[list[list[float]], list[list[float]]] = ([], [])
+    return summarize(*rotate((theirs, ours), budget, clock))
+
+
+def rotate(
+    sides: Sequence[Side], budget: Budget, clock: Clock = time.perf_counter, settle: Callable[[], None] = lambda: None
+) -> list[list[list[float]]]:
+    """The blocks of each side, one per round. `settle` is called before each block."""
+    warm = [run_block(side, 1, 0.0, clock)[0] for side in sides]
+    calls = []
+    for side, seconds in zip(sides, warm, strict=True):
+        # Slow calls are not measured again: a block has the least number of them anyway.
+        if seconds < budget.block_seconds:
+            seconds = min(run_block(side, 2, budget.discard_seconds, clock))
+        calls.append(calls_per_block(seconds, budget.block_seconds))
+    blocks: list[list[list[float]]] = [[] for _ in sides]
+    turns = orders(len(sides))
     start = clock()
     while budget.wants_more(len(blocks[0]), clock() - start):
-        for side, count, kept in zip(sides, calls, blocks, strict=True):
-            kept.append(run_block(side, count, budget.discard_seconds, clock))
-    return summarize(*blocks)
+        for at in turns[len(blocks[0]) % len(turns)]:
+            settle()
+            blocks[at].append(run_block(sides[at], calls[at], budget.discard_seconds, clock))
+    return blocks
+
+
+def orders(count: int) -> list[list[int]]:
+    """The orders in which the sides take turns, one for each round until they repeat. A block suffers from what the
+    side before it left behind, so each order has another stride: of five sides each follows each other one equally
+    often."""
+    strides = [stride for stride in range(1, count) if math.gcd(stride, count) == 1]
+    return [[at * stride % count for at in range(count)] for stride in strides or [1]]
+
+
+def until_quiet(limit: float = 0.1) -> None:
+    """Waits until the threads of this process sleep, but no longer than `limit` seconds. Threads spin after a call,
+    those of ONNX Runtime for 20 ms and those of OpenMP for 4, and would take a core from the next side."""
+    end = time.perf_counter() + limit
+    while time.perf_counter() < end:
+        used = time.process_time()
+        time.sleep(0.001)
+        if time.process_time() - used < 0.0003:
+            return
 
 
 def summarize(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> Sample:
