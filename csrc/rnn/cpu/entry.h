@@ -6,7 +6,7 @@
 #include "rnn/cells/lstm.h"
 #include "rnn/cpu/backward_cells.h"
 #include "rnn/cpu/backward_products.h"
-#include "rnn/cpu/forward_walk.h"
+#include "rnn/cpu/forward_dot.h"
 #include "rnn/cpu/table.h"
 
 DLK_ISA_BEGIN

@@ -119,25 +119,6 @@ struct Forward<C, Cell>::Walk {
     table.first[count] = row;
   }
 
-  // Computes the products of x with the unpacked W_ih (Plan::dot), and adds the biases.
-  void project_dot(int64_t rows) const {
-    const C* bias = forward.weight_memory_[d] + forward.weights_.bias_at;
-    int64_t begin, end;
-    member.share(s().H, V::size, &begin, &end);
-    for (int64_t r = 0; r < rows; ++r) {
-      const C* x = static_cast<const C*>(table.x[r]);
-      if (!is_compute_type<C>(forward.p_.x.dtype))
-        load_row<C>(forward.p_.x.dtype, table.x[r], s().I, table.block), x = table.block;
-      for (int g = 0; g < Cell::kGates; ++g)
-        for (int64_t j = begin; j < end; j += V::size) {
-          const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-          const int64_t column = g * s().H + j;
-          put_product(r, j, g, dot(x, s().I, weights().dtype, weights().w_ih, column, n) + V::load(bias + column, n),
-                      n);
-        }
-    }
-  }
-
   // Computes the products of x with W_ih for the first `rows` rows of the chunk, and adds the biases.
   void project(int64_t rows) const {
     const C* bias = forward.weight_memory_[d] + forward.weights_.bias_at;
@@ -192,21 +173,10 @@ struct Forward<C, Cell>::Walk {
     int n;
   };
 
-  void step_dot(int64_t t, int64_t parity, int64_t first, int64_t alive) {
-    alignas(64) C hidden[kTogether][Cell::kGates * V::size];
-    Pending pending(*this, t, parity);
-    int64_t begin, end;
-    member.share(s().H, V::size, &begin, &end);
-    for (int64_t i = 0; i < alive; ++i) {
-      for (int64_t j = begin; j < end; j += V::size) {
-        const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-        C* to = hidden[pending.count];
-        for (int g = 0; g < Cell::kGates; ++g)
-          dot(h(parity, i), forward.O_, weights().dtype, weights().w_hh, g * s().H + j, n).store(to + g * V::size);
-        pending.add({to, first + i, i, j, n});
-      }
-    }
-  }
+  // forward_dot.h
+  void project_dot(int64_t rows) const;
+  void step_dot(int64_t t, int64_t parity, int64_t first, int64_t alive);
+  void project_outputs(int64_t t, int64_t parity, int64_t first, int64_t alive) const;
 
   // x of the step's i-th sequence; the step begins with row `first` of the chunk.
   const C* x_operand(int64_t first, int64_t i) const {
@@ -405,31 +375,6 @@ struct Forward<C, Cell>::Walk {
       }
     }
     store_any<C>(forward.p_.y.dtype, forward.p_.y.data, table.y[row] + j, out, n);
-  }
-
-  // h = cell output times W_hr^T (Sak et al. 2014).
-  void project_outputs(int64_t t, int64_t parity, int64_t first, int64_t alive) const {
-    if (forward.plan_.recurrence == Plan::dot) {
-      int64_t begin, end;
-      member.share(s().P, V::size, &begin, &end);
-      for (int64_t i = 0; i < alive; ++i)
-        for (int64_t j = begin; j < end; j += V::size) {
-          const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
-          emit_projected(t, parity, first + i, i, j, n, dot(cell_out(i), s().H, weights().dtype, weights().w_hr, j, n));
-        }
-      return;
-    }
-    const PanelShape& shape = forward.weights_.hr;
-    int64_t p0, p1;
-    member.share(shape.count(), 1, &p0, &p1);
-    const auto out_row = [&](int64_t i) { return cell_out(i); };
-    gemm(
-        0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row},
-        forward.panels(shape, forward.weights_.hr_at, forward.p_.weights[d].w_hr, d, table),
-        [&](int64_t i, GemmColumn at) -> const void* { return h(1 - parity, i) + at.column; },
-        [&](int64_t i, GemmColumn at, V value, int n) {
-          emit_projected(t, parity, first + i, i, at.column, n, value);
-        });
   }
 
   // A projected h cannot be computed from the other saved values, so it is saved too.
