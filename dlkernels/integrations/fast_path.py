@@ -20,13 +20,14 @@ from torch.nn.functional import linear
 from dlkernels._core import extension
 from dlkernels._core.dtypes import KERNEL_DTYPES
 from dlkernels._core.private_torch import skip_in_dynamo
+from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.functional import unexpanded
 from dlkernels.attention.nested import from_rows, to_rows
 from dlkernels.attention.operators import run_forward
 from dlkernels.integrations import counts
 from dlkernels.integrations.sdpa_operator import kernel_name
-from dlkernels.integrations.switch import ONLY_SCALAR, SMALL, Kernels, Switch
+from dlkernels.integrations.switch import SMALL, Kernels, Switch
 
 __all__ = ["NAME", "SWITCH"]
 
@@ -107,7 +108,7 @@ def _why_not(
         return SMALL
     if not extension.HAVE_NATIVE:
         return extension.why_not
-    if extension.only_scalar():
+    if extension.prefers_torch:
         return ONLY_SCALAR
     if query is not key or key is not value:
         return "no self-attention"

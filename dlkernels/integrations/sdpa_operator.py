@@ -19,6 +19,7 @@ from dlkernels._core.private_torch import (
     is_in_backward,
     skip_in_dynamo,
 )
+from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels.attention.sdpa import Call, arrange, run, scaled_dot_product_attention
 from dlkernels.integrations import counts
 from dlkernels.integrations.switch import PLAIN, SMALL, Kernels, Switch
@@ -142,6 +143,8 @@ def _why_not(query: Tensor, dropout_p: float) -> str | None:
     if are_transforms_active():
         return "inside a torch.func transform"
     reason = SWITCH.why_not(query)
+    if reason is None and extension.prefers_torch and query.is_cpu:
+        reason = ONLY_SCALAR
     if dropout_p <= 0 or type(query) not in PLAIN:
         return reason
     if is_in_backward():

@@ -110,8 +110,8 @@ ATTENTION: tuple[Mutant, ...] = (
            "dropped elements have a gradient", VALUES),
     # Plan, torch boundary.
     Mutant("plan-kernel", CPU + "plan.cpp", "rows <= measured.attention_dot_rows ? AttentionPlan::dot",
-           "M <= measured.attention_dot_rows ? AttentionPlan::dot", "the plan counts queries without the heads of a group",
-           ("tests/attention/test_operators.py",)),
+           "M <= measured.attention_dot_rows ? AttentionPlan::dot",
+           "the plan counts queries without the heads of a group", ("tests/attention/test_operators.py",)),
     Mutant("plan-splits-threads", CPU + "plan.cpp", "std::min((wanted + tasks - 1) / tasks, most)",
            "std::min((wanted + tasks - 1) / tasks * plan.threads, most)",
            "the bits of a result depend on the number of threads", BITS),
