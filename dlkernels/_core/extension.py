@@ -163,6 +163,11 @@ def choose_isa(name: str | None) -> None:
     prefers_torch = native.prefers_torch()
 
 
+def plan_constant(name: str) -> int:
+    """A number of csrc/core/plan_constants.def, for the instruction set in force; 0 without the compiled module."""
+    return 0 if native is None else int(native.plan_constants()[name])
+
+
 def announce_reference() -> None:
     """Warns, once per process, that calls run on plain PyTorch because there is no compiled module."""
     if not HAVE_NATIVE:
