@@ -90,7 +90,7 @@ def test_it_changes_nothing(native: Any, monkeypatch: pytest.MonkeyPatch, capsys
     layer = functools.partial(dlkernels.nn.LSTM(4, 4), torch.randn(1, 2, 4))
     cases = [
         Crossover("rnn_dot_rows", "dot / tiles", {"rnn_dot_rows": 9}, {"rnn_dot_rows": 1}, [Point(2, lambda: layer)]),
-        Best("rnn_chunk_rows", "an LSTM", (96, 384), lambda: layer),
+        Best("rnn_chunk_rows", "an LSTM", (384, 96), lambda: layer),
     ]
     monkeypatch.setattr(calibrate_cases, "cases", lambda threads: cases)
     monkeypatch.setattr(calibrate_cases, "speed", lambda: 12345)

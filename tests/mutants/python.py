@@ -59,7 +59,8 @@ PYTHON: tuple[Mutant, ...] = (
     Mutant("torch-asked-for", CORE + "extension.py", "    prefers_torch = native.prefers_torch()\n", "",
            "who asks for the scalar kernels gets torch's operators", SCALAR_MACHINE),
     Mutant("calibrate-restores", BENCH + "calibrate.py", "    finally:\n        override({})",
-           "    finally:\n        pass", "the last constants of a measurement stay in force", ("tests/bench/test_calibrate.py",)),
+           "    finally:\n        pass", "the last constants of a measurement stay in force",
+           ("tests/bench/test_calibrate.py",)),
     # The benchmark's check of results.
     Mutant("gate-finite", BENCH + "runner.py", "if not bool(tensor.isfinite().all()):",
            "if bool(tensor.isnan().any()):", "an infinite result passes where the reference is infinite too",
