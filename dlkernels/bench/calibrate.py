@@ -17,6 +17,7 @@ import torch
 
 from .._core import extension
 from ..integrations import fast_path, sdpa_operator
+from ..integrations.enable import enable
 from . import machine
 from .timing import Budget, alternate
 
@@ -147,7 +148,7 @@ def findings(cases: Sequence[Crossover | Best], budget: Budget = BUDGET) -> Iter
     assert native is not None
     table = dict(native.plan_constants())
     for case in cases:
-        with torch.no_grad():
+        with torch.no_grad(), enable():
             yield measure(case, table[case.constant], budget)
 
 
@@ -163,6 +164,8 @@ def main() -> int:
     print(machine.headline(host, machine.versions()))
     caches = ", ".join(f"{name} {size}" for name, size in host["caches"].items())
     print(f"{torch.get_num_threads()} threads; caches {caches or 'unknown'}; column {native.isa()} of the table")
+    if host["environment"]:
+        print("Set: " + ", ".join(f"{name}={value}" for name, value in host["environment"].items()))
     if host["load_average"] and host["load_average"][0] > 0.3:
         print(f"The load average is {host['load_average'][0]}: other programs run, and will show in the numbers.")
     print("Behind each size: time of the way below the constant / time of the way above it. Behind each number of a")

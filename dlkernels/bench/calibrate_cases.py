@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-import dlkernels
-
 from .. import functional, nn
 from .calibrate import NEVER, Best, Call, Crossover, Point
 
@@ -115,13 +113,9 @@ def _of_attention(threads: int) -> list[Crossover | Best]:
 
 
 def _sdpa(M: int, dtype: torch.dtype) -> Call:
-    """torch's function under `enable`, which leaves calls of few scores to torch."""
+    """torch's function: `enable` is on, and leaves calls of few scores to torch."""
     q, k, v = (torch.randn(1, 2, M, 64, dtype=dtype) for _ in range(3))
-
-    def call() -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-    return _enabled(call)
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 def _training(M: int) -> Call:
@@ -132,20 +126,12 @@ def _training(M: int) -> Call:
             o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
             return torch.autograd.grad(o, (q, k, v), o)
 
-    return _enabled(call)
+    return call
 
 
 def _fast_path(T: int, dtype: torch.dtype) -> Call:
     layer, x = torch.nn.MultiheadAttention(64, 4, batch_first=True, dtype=dtype).eval(), torch.randn(1, T, 64).to(dtype)
-    return _enabled(functools.partial(layer, x, x, x, need_weights=False))
-
-
-def _enabled(call: Call) -> Call:
-    def enabled() -> Any:
-        with dlkernels.enable():
-            return [call() for _ in range(10)]
-
-    return enabled
+    return functools.partial(layer, x, x, x, need_weights=False)
 
 
 def _of_switches() -> list[Crossover | Best]:
