@@ -13,6 +13,7 @@ import torch
 
 from dlkernels._core import extension
 from dlkernels._core.processor import usable_cpus
+from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels.attention import triton
 from dlkernels.info import cuda_mismatch
 
@@ -60,10 +61,10 @@ def _processor() -> Iterator[Finding]:
     if cap:
         yield Finding(f"DLKERNELS_CPU_ISA={cap} caps the kernels' instruction set", "unset DLKERNELS_CPU_ISA")
         return
-    if extension.only_scalar():
+    if extension.prefers_torch:
         yield Finding(
-            "only scalar kernels exist for this processor, and they are slower than torch",
-            "patch no model here; dlkernels.enable() leaves recurrent layers to torch by itself",
+            f"{ONLY_SCALAR}, so calls run on torch's operators wherever these have what a call asks for",
+            "none is needed: a patched model is as fast as torch's; DLKERNELS_CPU_ISA=scalar runs the kernels",
         )
     features = native.cpu_features()
     if features.get("amx_tile") and not features.get("amx_granted"):

@@ -15,6 +15,7 @@ import torch
 from dlkernels._core import extension
 from dlkernels._core.dtypes import CUDA_KERNEL_DTYPES
 from dlkernels._core.processor import cpu_model, usable_cpus
+from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels._version import __version__
 from dlkernels.attention import triton
 from dlkernels.rnn.kinds import MODES
@@ -84,7 +85,9 @@ def _isa() -> dict[str, Any]:
     in_force, available = native.isa(), list(native.available_isas())
     cap = os.environ.get("DLKERNELS_CPU_ISA")
     compiled = list(native.build_info().get("isas", []))
-    if cap:
+    if extension.prefers_torch:
+        reason = f"{ONLY_SCALAR}: torch's operators run what they can serve"
+    elif cap:
         reason = f"DLKERNELS_CPU_ISA={cap} caps the choice"
     elif compiled and in_force == compiled[-1]:
         reason = "the best that was compiled"
@@ -130,7 +133,7 @@ def _on_cpu(family: str, op: str, plan: Callable[[Any, str], dict[str, Any]]) ->
     return [
         {
             "family": family, "op": op, "device": "cpu", "kernel": kernel, "dtypes": ", ".join(served),
-            "reason": extension.why_not,
+            "reason": "for what torch's operators lack" if extension.prefers_torch else extension.why_not,
         }
         for kernel, served in dtypes.items()
     ]  # fmt: skip

@@ -114,12 +114,26 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "reference":
         yield request.param
         return
-    extension.native.set_isa(request.param)
+    extension.choose_isa(request.param)
     try:
         assert extension.native.isa() == request.param
         yield request.param
     finally:
-        extension.native.set_isa(None)
+        extension.choose_isa(None)
+
+
+@pytest.fixture
+def scalar_machine(native: Any) -> Iterator[None]:
+    """Makes the process take the machine for one without vector kernels, as any ARM is today."""
+    if os.environ.get("DLKERNELS_CPU_ISA") == "scalar":
+        pytest.skip("DLKERNELS_CPU_ISA asks for the scalar kernels")
+    native.pretend_scalar_machine(True)
+    extension.choose_isa(None)
+    try:
+        yield
+    finally:
+        native.pretend_scalar_machine(False)
+        extension.choose_isa(None)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ namespace dlk {
 namespace {
 
 std::atomic<bool> g_poison{false};
+std::atomic<bool> g_scalar_machine{false};  // set by tests
 
 // What an instruction set may need from the processor and the operating system, as bits.
 enum Feature : unsigned {
@@ -145,14 +146,22 @@ const Cpu& cpu() {
   return found;
 }
 
-bool runs_here(const Row& row) { return row.compiled && (row.features & ~cpu().features) == 0; }
+bool runs_here(const Row& row) {
+  const unsigned features = g_scalar_machine.load(std::memory_order_relaxed) ? 0 : cpu().features;
+  return row.compiled && (row.features & ~features) == 0;
+}
+
+const char* asked_by_environment() {
+  const char* name = std::getenv("DLKERNELS_CPU_ISA");
+  return name && *name ? name : nullptr;
+}
 
 // The last row that this process may use: the processor runs it, and it is not behind the row that DLKERNELS_CPU_ISA
 // names.
 Isa find_best_allowed() {
-  const char* name = std::getenv("DLKERNELS_CPU_ISA");
+  const char* name = asked_by_environment();
   Isa cap = kRows[std::size(kRows) - 1].isa;
-  if (name && *name) {
+  if (name) {
     try {
       cap = isa_from_name(name);
     } catch (const std::invalid_argument& error) {
@@ -169,7 +178,7 @@ Isa find_best_allowed() {
 // The environment is read once, unless it holds an error: then each call reads it again and throws.
 Isa best_allowed() {
   static const Isa best = find_best_allowed();
-  return best;
+  return g_scalar_machine.load(std::memory_order_relaxed) ? Isa::scalar : best;
 }
 
 constexpr int kAutomatic = -1;
@@ -224,5 +233,13 @@ void set_isa(Isa isa) {
 }
 
 void reset_isa() { g_override.store(kAutomatic, std::memory_order_relaxed); }
+
+bool prefers_torch() {
+  if (best_allowed() != Isa::scalar || g_override.load(std::memory_order_relaxed) != kAutomatic) return false;
+  const char* name = asked_by_environment();
+  return !name || std::strcmp(name, isa_name(Isa::scalar)) != 0;
+}
+
+void pretend_scalar_machine(bool on) { g_scalar_machine.store(on, std::memory_order_relaxed); }
 
 }  // namespace dlk

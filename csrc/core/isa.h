@@ -27,4 +27,11 @@ Isa current_isa();
 void set_isa(Isa isa);  // throws std::invalid_argument also if `isa` is not available
 void reset_isa();       // back to the choice by environment and CPU
 
+// Whether the machine leaves this process only the scalar kernels, and nobody asked for them, by DLKERNELS_CPU_ISA or
+// set_isa(). torch has vector instructions on such a machine too, so calls that its operators can serve are left to it.
+bool prefers_torch();
+
+// Makes the process take the machine for one without vector kernels. For tests.
+void pretend_scalar_machine(bool on);
+
 }  // namespace dlk

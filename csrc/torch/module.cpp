@@ -168,6 +168,10 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       py::arg("name").none(true));
+  m.def("prefers_torch", &dlk::prefers_torch,
+        "Whether calls that torch's operators serve are left to them: there are only scalar kernels for this machine.");
+  m.def("pretend_scalar_machine", &dlk::pretend_scalar_machine,
+        "Makes the process take the machine for one without vector kernels. For tests.", py::arg("on"));
   m.def(
       "plan_constants",
       [] {

@@ -22,11 +22,11 @@ _DETAILS = (
 class LayerExplanation:
     """How one layer of the stack, the cell, or one call of attention would run.
 
-    path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (not a layer of dlkernels) or
-    "nothing" (an empty batch). `forward` and `backward` are the plans of the native path. They hold kernel, isa,
-    threads, split and reason. Plans of recurrent layers also hold recurrence (dot or tiles), chunk_steps and
-    directions_side_by_side, or on CUDA kind (cluster, grid, steps or cell), blocks, slices, units, groups, tile,
-    columns and shared_bytes. Plans of attention also hold block_m and block_n.
+    path: "native" (a compiled kernel), "reference" (PyTorch operations), "torch" (torch's operator, which is faster
+    here, or not a layer of dlkernels) or "nothing" (an empty batch). `forward` and `backward` are the plans of the
+    native path. They hold kernel, isa, threads, split and reason. Plans of recurrent layers also hold recurrence (dot
+    or tiles), chunk_steps and directions_side_by_side, or on CUDA kind (cluster, grid, steps or cell), blocks, slices,
+    units, groups, tile, columns and shared_bytes. Plans of attention also hold block_m and block_n.
     """
 
     name: str

@@ -3,7 +3,8 @@
 `native` is the module or None, `HAVE_NATIVE` tells whether it was loaded. If it was not, `why_not` is the reason and
 `remedy` says what to do about it.
 `HAVE_CUDA_KERNELS` and `why_no_cuda` tell the same about its CUDA kernels. `announce_reference()` warns the user at the
-first call that runs on the reference path for lack of a compiled module.
+first call that runs on the reference path for lack of a compiled module, `announce_torch()` at the first that torch
+serves for lack of vector kernels.
 
 Environment variables: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` loads none, and
 `DLKERNELS_REQUIRE_NATIVE=1` turns its absence into an ImportError.
@@ -11,7 +12,6 @@ Environment variables: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLK
 
 from __future__ import annotations
 
-import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -149,20 +149,41 @@ why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None
 _announced = False
 
 
-@functools.cache
-def only_scalar() -> bool:
-    """Whether the processor runs none of the vector kernels."""
-    return native is not None and list(native.available_isas()) == ["scalar"]
+# Whether calls on the CPU that torch's operators can serve are left to them: only scalar kernels exist for this
+# processor, and neither DLKERNELS_CPU_ISA nor `choose_isa` asked for those. A variable, because every call reads it;
+# `routing.is_for_torch` decides about a call.
+prefers_torch: bool = native is not None and native.prefers_torch()
+
+
+def choose_isa(name: str | None) -> None:
+    """Makes the kernels use an instruction set; None: the best that this machine and DLKERNELS_CPU_ISA allow."""
+    global prefers_torch
+    assert native is not None
+    native.set_isa(name)
+    prefers_torch = native.prefers_torch()
+
+
+def plan_constant(name: str) -> int:
+    """A number of csrc/core/plan_constants.def, for the instruction set in force; 0 without the compiled module."""
+    return 0 if native is None else int(native.plan_constants()[name])
 
 
 def announce_reference() -> None:
     """Warns, once per process, that calls run on plain PyTorch because there is no compiled module."""
-    global _announced
-    if _announced or HAVE_NATIVE:
-        return
-    _announced = True
-    warnings.warn(
-        f"dlkernels runs on its PyTorch reference path, which is slow: {why_not}. To mend it: {remedy}.",
-        RuntimeWarning,
-        stacklevel=3,
+    if not HAVE_NATIVE:
+        _announce(f"dlkernels runs on its PyTorch reference path, which is slow: {why_not}. To mend it: {remedy}.")
+
+
+def announce_torch() -> None:
+    """Warns, once per process, that calls run on torch's operators because there are only scalar kernels."""
+    _announce(
+        "dlkernels leaves layers and attention to torch's operators: only scalar kernels exist for this processor, and "
+        "they are slower. DLKERNELS_CPU_ISA=scalar runs them nevertheless."
     )
+
+
+def _announce(text: str) -> None:
+    global _announced
+    if not _announced:
+        _announced = True
+        warnings.warn(text, RuntimeWarning, stacklevel=4)

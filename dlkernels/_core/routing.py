@@ -8,21 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dlkernels._core import extension
 from dlkernels._core.private_torch import are_transforms_active, forward_ad, is_tracing
 
-__all__ = ["Route", "no_kernel", "with_kernel"]
+__all__ = ["ONLY_SCALAR", "Route", "is_for_torch", "no_kernel", "or_torch", "with_kernel"]
 
 
 class Route(NamedTuple):
     """path: "op" (the operator alone), "eager" (the Function by its C++ apply), "function" (the Function by its Python
-    apply, for functorch and Dynamo) or "reference" (PyTorch operations)."""
+    apply, for functorch and Dynamo), "reference" (PyTorch operations) or "torch" (torch's own operator)."""
 
     path: str
     reason: str
 
     @property
     def native(self) -> bool:
-        return self.path != "reference"
+        return self.path not in ("reference", "torch")
 
 
 OP = Route("op", "no gradient is wanted: the operator is called directly")
@@ -32,6 +33,9 @@ TRANSFORMED = Route("function", "inside a torch.func transform: autograd Functio
 COMPILED_TRANSFORM = Route(
     "reference", "a torch.func transform inside torch.compile: Dynamo would drop the Function's own backward"
 )
+
+ONLY_SCALAR = "only scalar kernels exist for this processor"
+TORCH = Route("torch", f"{ONLY_SCALAR}: torch's operator is faster")
 
 RECORDED = Route("reference", "torch.jit.trace records torch's operators: a saved file may hold them, with gradients")
 
@@ -58,6 +62,30 @@ def with_kernel(tensors: tuple[Tensor | None, ...]) -> Route:
             if tensor is not None and tensor.requires_grad:
                 return TRACED if compiling else EAGER
     return OP
+
+
+def is_for_torch(x: Tensor) -> bool:
+    """Whether a call with this input runs on torch's operator, if that does what the call asks for. It cannot be mapped
+    by vmap, and Dynamo leaves the graph for it, so what is traced or transformed stays with our operators."""
+    return (
+        extension.prefers_torch
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not is_tracing()
+        and not are_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def or_torch(decided: Route, x: Tensor, missing: str) -> Route:
+    """The route of a call for which torch has an operator too: torch's where that is faster, else `decided`, the route
+    of our operator. `missing` names what the call asks for and torch's operator does not have."""
+    if not decided.native or not x.is_cpu or not extension.prefers_torch:
+        return decided
+    if is_for_torch(x) and not missing:
+        return TORCH
+    why = f"torch's operator has no {missing}" if missing else "torch's operator cannot be traced or transformed"
+    return decided._replace(reason=f"{decided.reason}; {ONLY_SCALAR}, but {why}")
 
 
 def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:

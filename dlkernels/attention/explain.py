@@ -14,7 +14,7 @@ from dlkernels._core.explanation import Explanation, LayerExplanation, describe,
 from dlkernels.attention import functional, sdpa
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.explain_layers import LAYERS, attention_calls
-from dlkernels.attention.routing import route
+from dlkernels.attention.routing import route_of_call
 
 __all__ = ["FUNCTIONS", "LAYERS", "explain_function", "explain_layer"]
 
@@ -51,7 +51,7 @@ def explain_layer(layer: Module, *args: Any, **kwargs: Any) -> Explanation:
 
 def _explain_one(name: str, *args: Any, **options: Any) -> LayerExplanation:
     """A call of `functional.attention`."""
-    options.pop("return_lse", None)
+    return_lse = options.pop("return_lse", False)
     options.pop("deterministic", None)
     cu_q, cu_k = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
     if cu_q is not None and cu_k is not None and functional.has_own_mask(options.get("attn_mask")):
@@ -62,7 +62,7 @@ def _explain_one(name: str, *args: Any, **options: Any) -> LayerExplanation:
         mask = options["attn_mask"]
         options["attn_mask"] = mask[..., : q.shape[2], : k.shape[2]][-1:] if mask.dim() == 4 else mask
         name, args = f"{name}, for each of {cu_q.shape[0] - 1} sequences", (q, k, *rest)
-    return _explain(name, *functional.checked(*args, **options))
+    return _explain(name, *functional.checked(*args, **options), return_lse)
 
 
 def _explain_sdpa(
@@ -75,13 +75,15 @@ def _explain_sdpa(
     return query, _explain("call", call.cfg, call.given)
 
 
-def _explain(name: str, cfg: AttentionConfig, given: AttentionInputs) -> LayerExplanation:
+def _explain(
+    name: str, cfg: AttentionConfig, given: AttentionInputs, return_lse: bool = False
+) -> LayerExplanation:  # fmt: skip
     q = given.q
     tensors = given[:6]
-    decided = route(*tensors)
+    decided = route_of_call(cfg, given, return_lse)
     grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if not decided.native:
-        return LayerExplanation(name, "reference", decided.reason, grad)
+        return LayerExplanation(name, decided.path, decided.reason, grad)
     sizes = _sizes(given)
     if sizes["B"] * sizes["H"] * sizes["M"] == 0:
         return LayerExplanation(name, "nothing", "there is nothing to compute", grad)

@@ -88,6 +88,9 @@ class _Follower:
     embed_dim: int
     _dropout_p: Callable[[], float]
 
+    def _is_torchs(self, *inputs: Tensor) -> bool:
+        return False
+
     def _private(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return inputs
 

@@ -13,12 +13,13 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
+from dlkernels._core import extension
 from dlkernels._core.autocast import autocast_dtype, cast
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.private_torch import are_transforms_active
-from dlkernels.attention import checks, operators
+from dlkernels.attention import by_torch, checks, operators
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
-from dlkernels.attention.routing import route
+from dlkernels.attention.routing import route, route_of_call
 
 __all__ = ["attention", "attention_map"]
 
@@ -70,13 +71,18 @@ def attention(
             "softcap": softcap, "sinks": sinks, "enable_gqa": enable_gqa,
         }  # fmt: skip
         o, lse = _each_sequence(
-            q, k, v, attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options
-        )
-        return (o, lse) if return_lse else o
+            q, k, v, attn_mask, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options,
+            return_lse,
+        )  # fmt: skip
+        return o if lse is None else (o, lse)
     cfg, given = checked(
         q, k, v, attn_mask, causal, dropout_p, softmax_scale, window, alibi_slopes, softcap, sinks, cu_seqlens_q,
         cu_seqlens_k, max_seqlen_q, max_seqlen_k, enable_gqa,
     )  # fmt: skip
+    if extension.prefers_torch and route_of_call(cfg, given, return_lse).path == "torch":
+        found = by_torch.attention(cfg, given)
+        if found is not None:
+            return found
     if cfg.dropout_p:
         given = given._replace(rng=draw_seed())
     o, lse = operators.attention(cfg, given)
@@ -91,8 +97,9 @@ def has_own_mask(attn_mask: Any) -> TypeGuard[Tensor]:
 def _each_sequence(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, alibi_slopes: Tensor | None, cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None, max_seqlen_q: int | None, max_seqlen_k: int | None, options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o, lse) of packed sequences with a mask, by one call for each sequence."""
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """o of packed sequences with a mask, by one call for each sequence, and lse if it is wanted."""
     cfg, given = checked(
         q, k, v, None, options["causal"], options["dropout_p"], options["softmax_scale"], options["window"],
         alibi_slopes, options["softcap"], options["sinks"], cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -119,11 +126,15 @@ def _each_sequence(
         own = own[:, :, : q1 - q0 if mask.shape[2] > 1 else 1, : k1 - k0 if mask.shape[3] > 1 else 1]
         slopes = alibi_slopes[b] if per_batch and alibi_slopes is not None else alibi_slopes
         rows = (x[begin:end].transpose(0, 1)[None] for x, begin, end in ((q, q0, q1), (k, k0, k1), (v, k0, k1)))
-        o, lse = attention(*rows, attn_mask=own, alibi_slopes=slopes, return_lse=True, **options)
+        found = attention(*rows, attn_mask=own, alibi_slopes=slopes, return_lse=return_lse, **options)
+        o = found[0] if return_lse else found
         outputs.append(o[0].transpose(0, 1))
-        logs.append(lse[0])
+        if return_lse:
+            logs.append(found[1][0])
     rest = q.shape[0] - ends_q[-1]  # rows that belong to no sequence
     outputs.append(given.q.new_zeros((rest, q.shape[1], v.shape[-1])))
+    if not return_lse:
+        return torch.cat(outputs), None
     logs.append(given.q.new_full((q.shape[1], rest), -math.inf, dtype=compute_dtype(given.q.dtype)))
     return torch.cat(outputs), torch.cat(logs, 1)
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
 from torch.nn.functional import linear
 
+from dlkernels._core import extension
 from dlkernels._core.autocast import autocast_dtype
 from dlkernels._core.private_torch import safe_softmax
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer, is_tracing
-from dlkernels.attention import functional, masks
+from dlkernels.attention import by_torch, functional, masks
 from dlkernels.attention.nested import from_rows, to_rows
 
 __all__ = ["MultiheadAttention"]
@@ -43,13 +44,15 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """As in torch.nn. The fused kernels run with `need_weights=False`; with weights, PyTorch operations compute the
         M x N probabilities, and the output from them."""
-        if is_tracing():  # torch.jit.trace records torch's own operators
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
         for mask in (attn_mask, key_padding_mask):
             if mask is not None:
                 torch.is_floating_point(mask)  # raises TypeError if it is no tensor
+        given = (query, key, value, attn_mask, key_padding_mask)
+        # torch.jit.trace records torch's own operators.
+        if is_tracing() or (extension.prefers_torch and self._is_torchs(*given)):
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         attn_mask, key_padding_mask = masks.same_kind(
             attn_mask, "attn_mask", key_padding_mask, "key_padding_mask", query.dtype
         )
@@ -75,6 +78,15 @@ class MultiheadAttention(KnownLayer, torch.nn.MultiheadAttention):
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
+
+    def _is_torchs(self, query: Tensor, key: Tensor, value: Tensor, *masks: Tensor | None) -> bool:
+        """Whether torch.nn's forward runs the call. Not where its gradient is wanted: torch's fused kernel has no
+        second derivative. `dlkernels.explain` overrides this."""
+        if torch.is_grad_enabled() and (
+            query.requires_grad or key.requires_grad or value.requires_grad or self._trains_in_projection()
+        ):
+            return False
+        return by_torch.serves_layer(query, key, value, *masks)
 
     def _dense_forward(
         self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, need_weights: bool,

@@ -6,10 +6,11 @@ from torch import Tensor
 
 from dlkernels._core import extension
 from dlkernels._core.dtypes import KERNEL_DTYPES
-from dlkernels._core.routing import Route, no_kernel, with_kernel
+from dlkernels._core.routing import Route, no_kernel, or_torch, with_kernel
 from dlkernels.attention import triton
+from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 
-__all__ = ["route"]
+__all__ = ["route", "route_of_call"]
 
 
 def _why_no_kernel(q: Tensor, v: Tensor) -> str:
@@ -31,3 +32,24 @@ def route(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Route:
     """
     reason = _why_no_kernel(q, v)
     return no_kernel(reason) if reason else with_kernel((q, k, v, *others))
+
+
+def route_of_call(cfg: AttentionConfig, given: AttentionInputs, return_lse: bool = False) -> Route:
+    """How a whole call runs now: on our operators, as `route` says, or on F.scaled_dot_product_attention of torch."""
+    return or_torch(route(*given[:6]), given.q, _missing(cfg, given, return_lse))
+
+
+def _missing(cfg: AttentionConfig, given: AttentionInputs, return_lse: bool) -> str:
+    """What torch's function lacks of what the call asks for. A window and slopes could be given to it as a mask, but no
+    call may take memory for M x N elements that torch.nn would not take."""
+    if return_lse:
+        return "lse"
+    if cfg.softcap:
+        return "softcap"
+    if given.sinks is not None:
+        return "sinks"
+    if given.alibi_slopes is not None:
+        return "alibi_slopes"
+    if cfg.window_left >= 0 or cfg.window_right >= 0:
+        return "window"
+    return "" if all(x.numel() for x in given[:3]) else "defined result without elements"

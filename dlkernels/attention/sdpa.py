@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlkernels._core import extension
 from dlkernels._core.autocast import autocast_dtype, cast
 from dlkernels._core.private_torch import FakeTensor, FunctionalTensor, forward_ad
-from dlkernels.attention import operators
+from dlkernels.attention import by_torch, operators
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.checks import scale as scale_of
 from dlkernels.attention.functional import draw_seed, unexpanded
-from dlkernels.attention.routing import route
+from dlkernels.attention.routing import route, route_of_call
 
 __all__ = ["Call", "arrange", "run", "scaled_dot_product_attention"]
 
@@ -93,13 +94,22 @@ def arrange(
 
 
 def run(call: Call) -> Tensor:
-    given = call.given._replace(rng=draw_seed()) if call.cfg.dropout_p else call.given
-    o, _ = operators.attention(call.cfg, given)
+    o = _attend(call.cfg, call.given)
     if len(call.batch) == 1:
         return o
     if call.batch:
         return torch.unflatten(o, 0, call.batch)
     return o.squeeze(0) if call.has_heads else o.squeeze((0, 1))
+
+
+def _attend(cfg: AttentionConfig, given: AttentionInputs) -> Tensor:
+    if extension.prefers_torch and route_of_call(cfg, given).path == "torch":
+        found = by_torch.attention(cfg, given)
+        if found is not None:
+            return found
+    if cfg.dropout_p:
+        given = given._replace(rng=draw_seed())
+    return operators.attention(cfg, given)[0]
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float, enable_gqa: bool) -> bool:

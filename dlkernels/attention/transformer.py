@@ -14,12 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
+from dlkernels._core import extension
 from dlkernels._core.private_torch import has_global_forward_hooks
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer, is_tracing, mark_as_leaf
+from dlkernels.attention import by_torch
 from dlkernels.attention.layers import MultiheadAttention
 from dlkernels.attention.masks import additive, same_kind
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
+
+
+_PLAIN = (MultiheadAttention, torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Dropout)
 
 
 def _use_ours(attention: torch.nn.Module) -> None:
@@ -49,7 +54,8 @@ class TransformerEncoderLayer(KnownLayer, torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:  # fmt: skip
         """As in torch.nn; `is_causal` without `src_mask` is an error in inference too."""
-        if is_tracing():  # torch.jit.trace records torch's own operators
+        # torch.jit.trace records torch's own operators.
+        if is_tracing() or (extension.prefers_torch and _is_torchs(self, src, src_mask, src_key_padding_mask)):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         mask, padding = self._masks(src.dtype, src_mask, src_key_padding_mask)
         x = src
@@ -107,6 +113,17 @@ class TransformerDecoderLayer(KnownLayer, torch.nn.TransformerDecoderLayer):
         x = self.norm1(x + self._sa_block(x, *of_self))
         x = self.norm2(x + self._mha_block(x, *of_memory))
         return self.norm3(x + self._ff_block(x))  # type: ignore[no-any-return]
+
+
+def _is_torchs(layer: TransformerEncoderLayer, src: Tensor, *masks: Tensor | None) -> bool:
+    """Whether torch.nn's forward runs the call. Its fast path for inference calls no submodule unless there are hooks,
+    so the submodules have to be plain ones."""
+    return (
+        type(layer) is TransformerEncoderLayer
+        and not _may_look_at_masks(layer)
+        and all(type(child) in _PLAIN for child in layer.children())
+        and by_torch.serves_layer(src, src, src, *masks)
+    )
 
 
 def _may_look_at_masks(layer: TransformerEncoderLayer) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
-from . import attention, cases, layers, machine, peers, peers_report, plots, report
+from . import attention, calibrate, cases, layers, machine, peers, peers_report, plots, report
 from .runner import AnyCase, Result, Runner
 from .timing import Budget
 
@@ -76,12 +76,15 @@ class Command:
         add("--out", metavar="DIR", type=Path, help="where results go (default: benchmarks/results)")
         add("--no-plot", action="store_true", help="no pictures")
         add("--list", action="store_true", help="print the names of the cases and stop")
+        add("--calibrate", action="store_true", help="print the constants that this machine would want, and stop")
         return p
 
     def run(self, argv: Sequence[str] | None = None, runner: Runner | None = None) -> int:
         """Returns 0 (done), 1 (some result is wrong), 2 (a speed target is missed, or bad arguments) or 130
         (interrupted)."""
         args = self.parser().parse_args(argv)
+        if args.calibrate:
+            return calibrate.main()
         chosen = cases.select([case for part in self.suites[args.suite] for case in part(args)], args.only)
         if args.list:
             print("\n".join(case.name for case in chosen))

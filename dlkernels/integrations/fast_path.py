@@ -20,13 +20,14 @@ from torch.nn.functional import linear
 from dlkernels._core import extension
 from dlkernels._core.dtypes import KERNEL_DTYPES
 from dlkernels._core.private_torch import skip_in_dynamo
+from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.functional import unexpanded
 from dlkernels.attention.nested import from_rows, to_rows
 from dlkernels.attention.operators import run_forward
 from dlkernels.integrations import counts
 from dlkernels.integrations.sdpa_operator import kernel_name
-from dlkernels.integrations.switch import ONLY_SCALAR, SMALL, Kernels, Switch
+from dlkernels.integrations.switch import SMALL, Kernels, Switch
 
 __all__ = ["NAME", "SWITCH"]
 
@@ -35,8 +36,16 @@ _KEYS = ("CPU", "NestedTensorCPU")
 # torch's kernels, which are known while ours are registered.
 _torchs: dict[str, Any] = {}
 _torch_has_warned = False
-# Below so many scores, torch's kernel takes less time than ours and the Python code around it.
-LEAST_SCORES, LEAST_SCORES_16_BIT = 2**14, 2**12
+
+
+def least_scores() -> tuple[int, int]:
+    """Below so many scores of a sequence, of wide and of 16-bit tensors, torch's kernel takes less time than ours and
+    the Python code around it, as measured for the kind of machine (csrc/core/plan_constants.def)."""
+    wide, narrow = (extension.plan_constant(f"fast_path_least_scores{of}") for of in ("", "_16_bit"))
+    return wide, narrow
+
+
+LEAST_SCORES, LEAST_SCORES_16_BIT = least_scores()
 # torch's numbers for masks [B, T] and [B, H, T, T]; 0 is [T, T].
 _PADDING, _OF_EACH_HEAD = 1, 2
 _UNFIT = "refused: the input and the weights are not those of a layer"
@@ -107,7 +116,7 @@ def _why_not(
         return SMALL
     if not extension.HAVE_NATIVE:
         return extension.why_not
-    if extension.only_scalar():
+    if extension.prefers_torch:
         return ONLY_SCALAR
     if query is not key or key is not value:
         return "no self-attention"

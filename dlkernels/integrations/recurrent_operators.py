@@ -17,8 +17,9 @@ from torch import Tensor
 
 from dlkernels._core import extension
 from dlkernels._core.private_torch import are_transforms_active, composite, skip_in_dynamo
+from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels.integrations import counts
-from dlkernels.integrations.switch import ONLY_SCALAR, PLAIN, Kernels, Switch
+from dlkernels.integrations.switch import PLAIN, Kernels, Switch
 from dlkernels.rnn import functional
 from dlkernels.rnn.kinds import KINDS, Kind
 from dlkernels.rnn.operators import cell, direct
@@ -30,7 +31,7 @@ _REFUSALS = (IndexError, NotImplementedError, RuntimeError, TypeError, ValueErro
 
 
 def _has_kernels() -> bool:
-    return extension.HAVE_NATIVE and not extension.only_scalar()
+    return extension.HAVE_NATIVE and not extension.prefers_torch
 
 
 def _why_not(x: Tensor, projected: bool) -> str | None:

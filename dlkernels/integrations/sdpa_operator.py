@@ -19,6 +19,7 @@ from dlkernels._core.private_torch import (
     is_in_backward,
     skip_in_dynamo,
 )
+from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels.attention.sdpa import Call, arrange, run, scaled_dot_product_attention
 from dlkernels.integrations import counts
 from dlkernels.integrations.switch import PLAIN, SMALL, Kernels, Switch
@@ -33,15 +34,19 @@ _MOST_DRAWS = 2**16
 
 class Least(NamedTuple):
     """How many scores a call on the CPU has to have: of float32 and float64, and of 16-bit tensors without and with a
-    gradient. With fewer, torch computes it in less time than the Python code around our kernel takes. Measured at width
-    64 on AVX-512, where torch is level at 2^13 scores of float32."""
+    gradient. With fewer, torch computes it in less time than the Python code around our kernel takes."""
 
     wide: int
     narrow: int
     narrow_training: int
 
 
-LEAST_SCORES = Least(2**13, 2**12, 2**11)
+def least_scores() -> Least:
+    """As measured for the kind of machine (csrc/core/plan_constants.def)."""
+    return Least(*(extension.plan_constant(f"sdpa_least_scores{of}") for of in ("", "_16_bit", "_16_bit_training")))
+
+
+LEAST_SCORES = least_scores()
 
 # What is known of the dropout mask that was drawn from a state of the random number generator (hashed). False: our
 # kernel drew it, and no backward has drawn it again. True: a backward has drawn it again. None: torch also drew a mask
@@ -142,6 +147,8 @@ def _why_not(query: Tensor, dropout_p: float) -> str | None:
     if are_transforms_active():
         return "inside a torch.func transform"
     reason = SWITCH.why_not(query)
+    if reason is None and extension.prefers_torch and query.is_cpu:
+        reason = ONLY_SCALAR
     if dropout_p <= 0 or type(query) not in PLAIN:
         return reason
     if is_in_backward():

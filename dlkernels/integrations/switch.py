@@ -21,7 +21,7 @@ from torch import Tensor
 from dlkernels._core import compile_cache
 from dlkernels._core.private_torch import unregister
 
-__all__ = ["OFF", "ONLY_SCALAR", "OTHER_THREAD", "PLAIN", "SMALL", "Kernels", "Switch"]
+__all__ = ["OFF", "OTHER_THREAD", "PLAIN", "SMALL", "Kernels", "Switch"]
 
 # Of operators that consist of others. Both the keys with and without autograd are needed, because inference mode skips
 # the autograd keys.
@@ -32,7 +32,6 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 # Why a call is left to torch. Calls are not counted while the switch is off.
 OFF = ""
-ONLY_SCALAR = "only scalar kernels exist for this processor"
 SMALL = "faster in torch, as it is small"
 OTHER_THREAD = "traced in a thread that has not turned the switch on"
 

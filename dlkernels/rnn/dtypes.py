@@ -13,7 +13,7 @@ from dlkernels._core.dtypes import DTYPES
 from dlkernels._core.private_torch import HAS_ONEDNN, is_onednn_enabled, onednn_takes_bf16, onednn_takes_f16
 from dlkernels.rnn.kinds import kind_of
 
-__all__ = ["SAME", "Types", "dtype_of", "recurrent_types"]
+__all__ = ["SAME", "Types", "dtype_of", "recurrent_types", "torch_has_no_lstm"]
 
 # On the CPU torch runs an LSTM either by oneDNN, wholly in autocast's dtype, or step by step; then c has the dtype to
 # which autocast's dtype and the dtype of c promote. A torch without oneDNN lacks the operators that answer these
@@ -62,6 +62,13 @@ def recurrent_types(
     if of_h == of_c == dtype and all(t is None or t.dtype == dtype for t in (x, h, c, *weights)):
         return SAME
     return Types(*map(DTYPES.index, (dtype, of_h, of_c)))
+
+
+def torch_has_no_lstm(x: Tensor) -> bool:
+    """Whether torch raises for an LSTM with this input under autocast: it leaves the call to oneDNN, which does not
+    take autocast's dtype on every processor."""
+    dtype = autocast_dtype(x)
+    return dtype is not None and not (_ONEDNN_TAKES_BF16 if dtype == torch.bfloat16 else _ONEDNN_TAKES_F16)
 
 
 def _runs_by_onednn(x: Tensor, batch_sizes: Tensor | None) -> bool:

@@ -17,7 +17,7 @@ from dlkernels.rnn import checks
 from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
 from dlkernels.rnn.kinds import KINDS
 from dlkernels.rnn.layers import RecurrentLayer
-from dlkernels.rnn.routing import route
+from dlkernels.rnn.routing import route_of_call
 
 __all__ = ["LAYERS", "explain_layer"]
 
@@ -34,6 +34,8 @@ class _Call:
     states: list[Tensor]
     steps: int
     batch: int
+    lengths: Tensor | None = None
+    bptt_steps: int = 0
 
 
 def explain_layer(
@@ -71,7 +73,8 @@ def _layer_call(
         text = describe("input", input) + (", with lengths" if lengths is not None else "")
     if bptt_steps:
         text += f", gradients cut every {bptt_steps} steps"
-    return _Call(text + (", given hx" if states else ", hx zeros"), data, states, steps, batch)
+    text += ", given hx" if states else ", hx zeros"
+    return _Call(text, data, states, steps, batch, lengths, bptt_steps)
 
 
 def _cell_call(input: Any, hx: Any) -> _Call:
@@ -125,11 +128,13 @@ def _explain_one(
 ) -> LayerExplanation:  # fmt: skip
     dtype = _compute_dtype(call.input)
     probe = torch.empty(0, dtype=dtype, device=call.input.device)
-    decided = route(probe, *tensors, projected=sizes["P"] > 0)
+    decided = route_of_call(
+        mode, probe, *tensors, projected=sizes["P"] > 0, lengths=call.lengths, bptt_steps=call.bptt_steps
+    )
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not decided.native:
         packed = packed and "ignored: no kernel runs"
-        return LayerExplanation(name, "reference", decided.reason, grad, packed_weights=packed)
+        return LayerExplanation(name, decided.path, decided.reason, grad, packed_weights=packed)
     if call.batch == 0 or sizes["H"] == 0:
         return LayerExplanation(name, "nothing", "there is nothing to compute", grad)
     native = extension.native

@@ -23,17 +23,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as apply_dropout
 
+from dlkernels._core import extension
 from dlkernels._core.autocast import cast
 from dlkernels._core.dtypes import DTYPES
 from dlkernels._core.private_torch import are_transforms_active, is_any_autocast_enabled
 from dlkernels.rnn import checks
 from dlkernels.rnn.dtypes import SAME, Types, recurrent_types
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
-from dlkernels.rnn.operators import direct
+from dlkernels.rnn.operators import by_torch, direct
 from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceConfig, SequenceInputs
 from dlkernels.rnn.operators.cell import cell
 from dlkernels.rnn.operators.sequence import sequence
-from dlkernels.rnn.routing import route
+from dlkernels.rnn.routing import is_call_for_torch, route
 
 __all__ = [
     "gru",
@@ -200,11 +201,14 @@ class Call(NamedTuple):
     given: SequenceInputs
     num_layers: int
     dropout: float
+    training: bool
     packed: Sequence[Tensor] | None
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """(y, h_n, c_n)."""
-        cfg, given, num_layers, dropout, packed = self
+        cfg, given, num_layers, dropout, training, packed = self
+        if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x, given.lengths, cfg.bptt_steps):
+            return by_torch.layers(cfg, given, num_layers, dropout, training)
         if num_layers == 1:
             return sequence(cfg, given if packed is None else given._replace(packed=packed[0]))
         return _layer_by_layer(cfg, given, num_layers, dropout, packed)
@@ -258,7 +262,8 @@ def arrange(
         features = directions * outputs
         if layer == 0 and batch is not None:
             checks.state_sizes(h0, c0, num_layers * directions, batch, outputs, hidden)
-    if (lengths is not None or batch_sizes is not None) and x.is_cpu and _readable() and not route(x).native:
+    has_values = lengths is not None or batch_sizes is not None
+    if has_values and x.is_cpu and _readable() and (extension.prefers_torch or not route(x).native):
         batch_sizes, lengths = checks.values_for_reference(x, batch_sizes, lengths, steps)
 
     cfg = SequenceConfig(
@@ -266,7 +271,7 @@ def arrange(
         torch.are_deterministic_algorithms_enabled(), types,
     )  # fmt: skip
     given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights)
-    return Call(cfg, given, num_layers, dropout if training else 0.0, packed)
+    return Call(cfg, given, num_layers, dropout if training else 0.0, training, packed)
 
 
 def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -324,7 +329,10 @@ def _cell(
         states = h if not kind.has_cell_state or h is None else (h, c)
         out = _cell(kind, x.unsqueeze(0), states, w_ih, w_hh, b_ih, b_hh)
         return [state.squeeze(0) for state in out[: 2 if kind.has_cell_state else 1]]
-    return cell(*arrange_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh))
+    cfg, given = arrange_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x):
+        return by_torch.cell(cfg.mode, given)
+    return cell(cfg, given)
 
 
 def arrange_cell(

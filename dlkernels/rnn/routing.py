@@ -6,9 +6,10 @@ from torch import Tensor
 
 from dlkernels._core import extension
 from dlkernels._core.dtypes import CUDA_KERNEL_DTYPES, KERNEL_DTYPES
-from dlkernels._core.routing import Route, no_kernel, with_kernel
+from dlkernels._core.routing import Route, is_for_torch, no_kernel, or_torch, with_kernel
+from dlkernels.rnn.dtypes import torch_has_no_lstm
 
-__all__ = ["route"]
+__all__ = ["is_call_for_torch", "route", "route_of_call"]
 
 
 def _why_no_kernel(x: Tensor, projected: bool) -> str:
@@ -37,3 +38,27 @@ def route(*tensors: Tensor | None, projected: bool = False) -> Route:
         return no_kernel(f"no compiled kernels: {extension.why_not}")
     reason = _why_no_kernel(x, projected)
     return no_kernel(reason) if reason else with_kernel(tensors)
+
+
+def is_call_for_torch(mode: str, x: Tensor, lengths: Tensor | None = None, bptt_steps: int | None = 0) -> bool:
+    """Whether torch's operator runs a call of layers or of a cell with this input. It serves a whole stack at once."""
+    return is_for_torch(x) and not _missing(mode, x, lengths, bptt_steps)
+
+
+def route_of_call(
+    mode: str, *tensors: Tensor | None, projected: bool = False, lengths: Tensor | None = None,
+    bptt_steps: int | None = 0,
+) -> Route:  # fmt: skip
+    """The route of a whole call: that of our operators, as `route` says, or torch's operator."""
+    x = tensors[0]
+    assert x is not None
+    return or_torch(route(*tensors, projected=projected), x, _missing(mode, x, lengths, bptt_steps))
+
+
+def _missing(mode: str, x: Tensor, lengths: Tensor | None, bptt_steps: int | None) -> str:
+    """What torch's operator lacks of what the call asks for."""
+    if lengths is not None:
+        return "lengths="
+    if bptt_steps:
+        return "bptt_steps="
+    return "LSTM in autocast's dtype on this processor" if mode == "lstm" and torch_has_no_lstm(x) else ""

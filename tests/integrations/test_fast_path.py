@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dlkernels
-from dlkernels.integrations import fast_path
 from dlkernels.testing import assert_close_to_reference
 from tests.support.enabled_calls import MARKS, served
 from tests.support.enabled_calls import off_again as off_again
@@ -241,8 +240,8 @@ def test_training_takes_the_other_path() -> None:
     assert served(handle) == {"scaled_dot_product_attention": 1}
 
 
-def test_a_processor_without_vector_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_path.extension, "only_scalar", lambda: True)
+@pytest.mark.usefixtures("scalar_machine")
+def test_a_processor_without_vector_kernels() -> None:
     module = layer()
     with torch.no_grad():
         expected = module(X)

@@ -40,7 +40,27 @@ AUTOCAST = ("tests/rnn/test_autocast.py", "tests/integrations/test_contract.py -
 
 GPU_CHECK = ("tests/package/test_gpu_check.py -k 'not rehearsal'",)
 
+SCALAR_MACHINE = ("tests/package/test_scalar_machine.py -k 'not without_vector'",)
+
 PYTHON: tuple[Mutant, ...] = (
+    # torch's operators where only scalar kernels exist.
+    Mutant("torch-transforms", CORE + "routing.py", "        and not are_transforms_active()\n        and forward_ad",
+           "        and forward_ad", "vmap meets torch's operator, which it cannot map", SCALAR_MACHINE),
+    Mutant("torch-missing", CORE + "routing.py", "if is_for_torch(x) and not missing:", "if is_for_torch(x):",
+           "explain says that torch runs what torch does not have", SCALAR_MACHINE),
+    Mutant("torch-lengths", RNN + "routing.py", "    if lengths is not None:\n        return",
+           "    if lengths is False:\n        return", "torch's operator ignores lengths=", SCALAR_MACHINE),
+    Mutant("torch-hidden", ATTENTION + "by_torch.py",
+           "if (cfg.causal or given.mask is not None) and not _all_finite(*given[:3]):",
+           "if cfg.dropout_p and not _all_finite(*given[:3]):", "a hidden NaN reaches the results", SCALAR_MACHINE),
+    Mutant("torch-twice", ATTENTION + "by_torch.py", "        if torch.is_grad_enabled():\n            q, k",
+           "        if ctx.cfg is None:\n            q, k", "attention by torch has no second derivative",
+           SCALAR_MACHINE),
+    Mutant("torch-asked-for", CORE + "extension.py", "    prefers_torch = native.prefers_torch()\n", "",
+           "who asks for the scalar kernels gets torch's operators", SCALAR_MACHINE),
+    Mutant("calibrate-restores", BENCH + "calibrate.py", "    finally:\n        override({})",
+           "    finally:\n        pass", "the last constants of a measurement stay in force",
+           ("tests/bench/test_calibrate.py",)),
     # The benchmark's check of results.
     Mutant("gate-finite", BENCH + "runner.py", "if not bool(tensor.isfinite().all()):",
            "if bool(tensor.isnan().any()):", "an infinite result passes where the reference is infinite too",

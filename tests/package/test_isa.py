@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import dlkernels.nn
+from dlkernels._core import extension
 from tests.support.fresh_python import run_python
 from tests.support.instruction_sets import BEST_ISA_LAST, available_isas, kernels_of
 from tests.support.layer_cases import MODES, OP_MODES, Case, make_data, run_layer
@@ -40,7 +41,7 @@ def test_units_for_bf16_need_everything(name: str, native) -> None:
     assert (name in native.available_isas()) == (can and BEST_ISA_LAST.index(cap) >= BEST_ISA_LAST.index(name))
     if name not in native.available_isas():
         with pytest.raises((ValueError, RuntimeError), match=f"{name} is more than this machine"):
-            native.set_isa(name)
+            extension.choose_isa(name)
 
 
 def emulated(native) -> bool:
@@ -84,10 +85,10 @@ def test_set_isa(native) -> None:
     automatic = native.isa()
     try:
         for name in available_isas():
-            native.set_isa(name)
+            extension.choose_isa(name)
             assert native.isa() == name
     finally:
-        native.set_isa(None)
+        extension.choose_isa(None)
     assert native.isa() == automatic
 
 
@@ -95,7 +96,7 @@ def test_set_isa(native) -> None:
 def test_set_isa_refuses_nonsense(native, name: str) -> None:
     before = native.isa()
     with pytest.raises((ValueError, RuntimeError), match="scalar"):
-        native.set_isa(name)
+        extension.choose_isa(name)
     assert native.isa() == before
 
 

@@ -186,10 +186,10 @@ def test_another_isa_than_packed_for(mode: str, native) -> None:
     expected = infer(layer, case)
     try:
         for packed_for in isas:
-            native.set_isa(packed_for)
+            extension.choose_isa(packed_for)
             layer.prepack()
             for used_with in isas:
-                native.set_isa(used_with)
+                extension.choose_isa(used_with)
                 try:
                     actual = infer(layer, case)
                 except RuntimeError as error:
@@ -199,7 +199,7 @@ def test_another_isa_than_packed_for(mode: str, native) -> None:
                         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
             layer.unpack()
     finally:
-        native.set_isa(None)
+        extension.choose_isa(None)
 
 
 def test_a_foreign_buffer_is_refused(native) -> None:

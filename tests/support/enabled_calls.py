@@ -18,7 +18,7 @@ from dlkernels.integrations.enable import Enabled
 MARKS = [
     pytest.mark.usefixtures("native", "off_again"),
     pytest.mark.o0_skip(reason="Python and dispatch around kernels that other tests call as well"),
-    pytest.mark.skipif(extension.only_scalar(), reason="with scalar kernels alone enable() leaves layers to torch"),
+    pytest.mark.skipif(extension.prefers_torch, reason="enable() leaves calls to torch, as only scalar kernels exist"),
 ]
 
 

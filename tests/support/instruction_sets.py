@@ -32,11 +32,11 @@ def use_isa(name: str) -> Iterator[None]:
     if not extension.HAVE_NATIVE:
         yield
         return
-    extension.native.set_isa(name)
+    extension.choose_isa(name)
     try:
         yield
     finally:
-        extension.native.set_isa(None)
+        extension.choose_isa(None)
 
 
 def kernels_of(

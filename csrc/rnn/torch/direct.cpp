@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "boundary.h"
+#include "core/isa.h"
 #include "torch/module.h"
 
 namespace dlk {
@@ -247,7 +248,7 @@ struct Stack {
 // The weights of all layers are in one list; packed is None or a tuple with what `pack` returned for each layer.
 PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return served_or_none([&] {
-    require(count == 11 && torch_side.tensor);
+    require(count == 11 && torch_side.tensor && !prefers_torch());
     PyObject *x = args[1], *h0 = args[2], *c0 = args[3], *packed = args[5], *batch_sizes = args[6], *lengths = args[7];
     const Object weights = checked(PySequence_Tuple(args[4]));
     const Py_ssize_t number = PyTuple_GET_SIZE(weights.get());
@@ -287,7 +288,7 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh) -> [h'] or [h', c'] or None
 PyObject* cell(PyObject*, PyObject* const* args, Py_ssize_t count) {
   return served_or_none([&] {
-    require(count == 8 && torch_side.tensor);
+    require(count == 8 && torch_side.tensor && !prefers_torch());
     GivenTensors given;
     for (Py_ssize_t i : {4, 5, 1}) given.add(args[i]);
     for (Py_ssize_t i : {6, 7, 2, 3}) given.add_if(args[i]);

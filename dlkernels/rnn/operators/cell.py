@@ -23,7 +23,7 @@ from dlkernels._core.private_torch import (
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind
-from dlkernels.rnn.operators import direct, overloads, per_sample
+from dlkernels.rnn.operators import by_torch, direct, overloads, per_sample
 from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, Wanted
 from dlkernels.rnn.operators.formulas import cell_gradients, run_cell
 from dlkernels.rnn.routing import route
@@ -242,6 +242,8 @@ def plain_cell(mode: str, given: Sequence[Any]) -> Sequence[Tensor] | None:
     """Runs a cell without checks in Python and returns h', then c' for the lstm. Returns None if the call is not a
     common one (batched, on the CPU, no transform, no autocast) or the operator refuses it. `given` holds the fields of
     CellInputs, of any type."""
+    if extension.prefers_torch:
+        return by_torch.plain_cell(mode, given)
     if not _is_grad_enabled():
         return direct.cell(mode, *given)
     try:
