@@ -14,6 +14,7 @@ GRID = ("tests/rnn/test_grid.py", "tests/rnn/test_operators.py -k 'not opcheck'"
 GRU = ("tests/rnn/test_grid.py -k 'grid and gru'", *GRID)
 RNN = ("tests/rnn/test_grid.py -k 'grid and rnn_tanh'", *GRID)
 PROJECTION = ("tests/rnn/test_grid.py -k 'grid and lstm_proj'", *GRID)
+DOT = ("tests/rnn/test_few_rows.py",)
 CHUNKS = ("tests/rnn/test_interactions.py",)
 NAN = ("tests/rnn/test_nan.py",)
 SAME_BITS = ("tests/rnn/test_batch_invariance.py",)
@@ -55,8 +56,8 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("panel-vectors", GEMM + "panels.h", "return left < vectors ? static_cast<int>(left) : vectors;",
            "return vectors;", "the last panel is as wide as the others", GRID),
     Mutant("panel-values-column", GEMM + "panels.h",
-           "const int64_t column = shape.column(p, v);\n    const int n = shape.valid(p, v);\n    for",
-           "const int64_t column = shape.column(p, 0);\n    const int n = shape.valid(p, v);\n    for",
+           "const int64_t column = shape.column(p, v);\n    const int n = shape.valid(p, v);\n    each_item",
+           "const int64_t column = shape.column(p, 0);\n    const int n = shape.valid(p, v);\n    each_item",
            "all vectors of a panel of h are copies of the first", GRID),
     # Matrix products.
     Mutant("gemm-depth", GEMM + "gemm.h", "k > 0, ahead", "false, ahead",
@@ -142,8 +143,8 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("backward-first-direct", CPU + "backward_products.h", "first ? sum : nullptr, shape.N);",
            "sum, shape.N);", "whole panels of later chunks overwrite the weight gradient", CHUNKS),
     Mutant("backward-weights-early", CPU + "backward_products.h",
-           "  if (!wants_weights()) return;\n\n  const int64_t K",
-           "  if (!wants_weights() || rows % 2) return;\n\n  const int64_t K",
+           "  if (!wants_weights()) return;\n\n  const PanelShape xs",
+           "  if (!wants_weights() || rows % 2) return;\n\n  const PanelShape xs",
            "chunks with an odd number of rows are missing from the weight gradient",
            CHUNKS),
     Mutant("backward-past-h", CPU + "backward_products.h",
@@ -185,6 +186,11 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("plan-fused-deterministic", CPU + "plan.cpp", "const bool fused = !backward && !deterministic && plan",
            "const bool fused = !backward && plan",
            "in deterministic mode a sequence's bits depend on its batch", SAME_BITS),
+    Mutant("dot-held-back", CPU + "forward_dot.h", "i0 += kDotGroup, turn ^= 1)", "i0 += kDotGroup)",
+           "units that are held back read the products of the next group of rows", DOT),
+    Mutant("dot-rows", GEMM + "dot.h", "dot_of_rows<C, 2>(a + r, K, dtype, w, first_row, rows, out + r);",
+           "dot_of_rows<C, 2>(a, K, dtype, w, first_row, rows, out + r);",
+           "rows left over from groups of four are taken for the first ones", DOT),
     Mutant("plan-dot-deterministic", CPU + "plan.cpp", "!backward && !deterministic && !packed_weights && shape.rows",
            "!backward && !packed_weights && shape.rows",
            "in deterministic mode a sequence's bits depend on its batch", SAME_BITS),

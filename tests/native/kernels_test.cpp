@@ -242,11 +242,11 @@ int main(int argc, char** argv) {
   g_pool = Pool::one_each;
   for (CellKind cell : kCellKinds) {
     Random random(seed);
-    run_case(chunks_split_by_rows(cell, isas().front()), random);
+    run_case(chunks_split_by_rows(cell, available_isas().front()), random);
   }
   for (int i = 0; i < cases; ++i) {
     Random random(seed * 1000003 + static_cast<uint64_t>(i));
-    const Case c = random_case(random, isas());
+    const Case c = random_case(random, available_isas());
     g_pool = pick(random, {Pool::one_each, Pool::one_each, Pool::two_ranges, Pool::one_range, Pool::in_turn});
     set_poison(chance(random, 0.7));
     const int before = failures();

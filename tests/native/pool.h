@@ -36,11 +36,4 @@ inline void parallel(int64_t n, void (*fn)(void* ctx, int64_t begin, int64_t end
   for (std::thread& thread : threads) thread.join();
 }
 
-// The instruction sets with kernels for the recurrent layers, which do not use tiles.
-inline std::vector<Isa> isas() {
-  std::vector<Isa> found = available_isas();
-  if (bf16_products(found.back()) == Bf16Products::tiles) found.pop_back();
-  return found;
-}
-
 }  // namespace dlk
