@@ -51,7 +51,7 @@ class Prepacked:
                 return "the weights were written to after prepack()"
         if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
             return "gradients of the weights are wanted"
-        if is_any_autocast_enabled() and autocast_dtype(weights[0]) not in (None, weights[0].dtype):
+        if autocast_dtype(weights[0]) not in (None, weights[0].dtype):
             return "autocast computes in another dtype"
         return ""
 
