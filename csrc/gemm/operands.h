@@ -32,4 +32,18 @@ DLK_INLINE void load_operands(DType dtype, const void* p, int64_t n, C* out) {
   }
 }
 
+// Stores n values as operands. Without pairs the whole vector is stored.
+template <class C>
+DLK_INLINE void store_operands(Operand<C>* to, Vec<C> value, int n) {
+  if constexpr (kPairs) {
+    if (n == Vec<C>::size) {
+      Unit<C>::round(value, to);
+    } else {
+      store_as(to, value, n);
+    }
+  } else {
+    value.store(to);
+  }
+}
+
 DLK_ISA_END

@@ -118,8 +118,7 @@ struct Plan {
   int64_t patience_us;  // how long the first thread waits for the others
 };
 
-// The instruction set whose kernels and weight panels a layer uses. The bf16 dot products take pairs of values, so they
-// are chosen only for even sizes, and only without projection.
+// The instruction set whose kernels and weight panels a layer uses: only products of bfloat16 have their own.
 Isa layer_isa(const LayerShape& shape, Isa isa);
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights);
 

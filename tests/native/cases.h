@@ -149,11 +149,8 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
     if (s.P) s.P = 17;
   }
   c.isa = isas[random() % isas.size()];
-  // Shapes for which layer_isa() takes the kernels that multiply bf16.
-  if (bf16_products(c.isa) != Bf16Products::as_float && chance(random, 0.8)) {
-    s.dtype = DType::bf16, s.P = 0;
-    s.I += s.I % 2, s.H += s.H % 2;
-  }
+  // For which layer_isa() takes the kernels that multiply bf16.
+  if (bf16_products(c.isa) != Bf16Products::as_float && chance(random, 0.8)) s.dtype = DType::bf16;
   s.one_step = s.T == 1 && chance(random, 0.5);
   s.narrow = (s.dtype == DType::bf16 || s.dtype == DType::f16) && chance(random, 0.7);
   const bool mixed = s.dtype != DType::f64 && chance(random, 0.3);  // a dtype for each tensor, as under autocast

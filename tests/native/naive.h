@@ -63,6 +63,7 @@ struct Weights {
         b_hh(load_vector(w.b_hh, 0, gate_count(s.cell) * s.H, w.dtype)) {
     w_ih.values = operand(w_ih.values, pairs);
     w_hh.values = operand(w_hh.values, pairs);
+    w_hr.values = operand(w_hr.values, pairs);
   }
 };
 
@@ -235,7 +236,7 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
         }
         if (s.P) {
           h.assign(static_cast<size_t>(O), 0.0);
-          w.w_hr.add_product(raw, &h);
+          w.w_hr.add_product(operand(raw, pairs), &h);
         } else {
           h = raw;
         }
@@ -345,9 +346,10 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
           store_vector(p.proj_grads, (d * s.rows + row) * s.P, dh, compute);
           Vector raw(static_cast<size_t>(H));
           for (int64_t j = 0; j < H; ++j) raw[j] = saved[3 * H + j] * std::tanh(saved[4 * H + j]);
-          dw_hr.add_outer(dh, raw);
+          const Vector projected = operand(dh, pairs);
+          dw_hr.add_outer(projected, operand(raw, pairs));
           d_raw.assign(static_cast<size_t>(H), 0.0);
-          w.w_hr.add_transposed_product(dh, &d_raw);
+          w.w_hr.add_transposed_product(projected, &d_raw);
         }
         const StepGrads g = cell_step_backward(s, saved, y, c_prev, h_prev, d_raw, &dc);
         store_vector(p.gate_grads, (d * s.rows + row) * slots * H, g.slots, compute);

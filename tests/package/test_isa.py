@@ -165,7 +165,7 @@ def test_the_planned_kernel_ran(mode: str, dtype: torch.dtype, count: int, isa: 
                     plan = native.plan(op_mode, name, t, b, i, h, proj, case.D, count, backward, False, False)
                     assert run["backward"] == backward
                     assert {key: run[key] for key in PLAN_KEYS} == {key: plan[key] for key in PLAN_KEYS}
-                    served = kernels_of(isa, layer=None if proj else dtype, dot=plan["recurrence"] == "dot")
+                    served = kernels_of(isa, layer=dtype, dot=plan["recurrence"] == "dot")
                     assert plan["isa"] == served and plan["reason"]
                     assert plan["kernel"] == f"cpu/{served}/{op_mode}"
                     assert run["members"] <= run["threads"] <= count

@@ -42,8 +42,8 @@ def use_isa(name: str) -> Iterator[None]:
 def kernels_of(
     isa: str, *, attention: torch.dtype | None = None, layer: torch.dtype | None = None, dot: bool = False
 ) -> str:
-    """Returns the instruction set whose kernels serve `isa` for attention, or for a layer without a projection,
-    in that dtype. The sets that multiply bfloat16 have kernels for no other dtype."""
+    """Returns the instruction set whose kernels serve `isa` for attention, or for a layer, in that dtype. The sets
+    that multiply bfloat16 have kernels for no other dtype."""
     if isa not in ("avx512_bf16", "amx"):
         return isa
     return isa if torch.bfloat16 in (attention, layer) and not dot else "avx512"

@@ -43,7 +43,7 @@ class Backward {
         slot_(item_count(s_.H) * kItemValues),
         ld_operand_(kPairs ? operand_ld<C>(kSlots * slot_) : ld_gates_),
         ld_unit_(block_ld<C>(s_.H)),
-        ld_proj_(s_.P ? block_ld<C>(s_.P) : 0),
+        ld_proj_(s_.P ? operand_ld<C>(s_.P) : 0),
         hh_(PanelShape::plain(s_.H, O_, V::size, Cell::kGates)),
         ih_(PanelShape::plain(s_.H, s_.I, V::size, Cell::kGates)),
         hr_(PanelShape::plain(s_.P, s_.H, V::size)),
@@ -61,6 +61,7 @@ class Backward {
       dir.gates = scratch.take<C>(buffer_rows_ * ld_gates_);
       dir.rounded = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + kSpareRows) * ld_operand_ : 0);
       dir.proj = scratch.take<C>(buffer_rows_ * ld_proj_);
+      dir.rounded_proj = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + kSpareRows) * ld_proj_ : 0);
       dir.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
       dir.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
       dir.rows = scratch.take<Row>(chunk_rows_);
@@ -159,7 +160,7 @@ class Backward {
   struct Direction {
     C *hh, *ih, *hr;                      // panels of the weights
     C *gates, *proj;                      // gradients of a chunk's gates and of its projected h
-    Operand<C>* rounded;                  // gate gradients rounded to the operands of the products (kPairs only)
+    Operand<C>*rounded, *rounded_proj;    // these, rounded to the operands of the products (kPairs only)
     C* cell_out;                          // o * tanh(c') of a chunk, for dw_hr
     C* carry;                             // lstm: dc; gru: the part of dh that bypasses the gates
     Row* rows;                            // the rows of the chunk
@@ -193,6 +194,13 @@ class Backward {
     }
   }
   C* proj(int d, int64_t parity) const { return direction_[d].proj + buffer_row(d, parity) * ld_proj_; }
+  Operand<C>* proj_operands(int d, int64_t parity) const {
+    if constexpr (kPairs) {
+      return direction_[d].rounded_proj + buffer_row(d, parity) * ld_proj_;
+    } else {
+      return proj(d, parity);
+    }
+  }
 
   void prepare(const Member& team, int d) const {
     const Direction& dir = direction_[d];
@@ -209,10 +217,12 @@ class Backward {
     }
     if constexpr (kPairs) {  // operands are 0 from the last unit of a slot on
       int64_t begin, end;
-      team.share(slot_ > s_.H ? buffer_rows_ : 0, 1, &begin, &end);
-      for (int64_t row = begin; row < end; ++row)
+      team.share(slot_ > s_.H || s_.P ? buffer_rows_ : 0, 1, &begin, &end);
+      for (int64_t row = begin; row < end; ++row) {
         for (int k = 0; k < kSlots; ++k)
           std::fill_n(dir.rounded + row * ld_operand_ + k * slot_ + s_.H, slot_ - s_.H, Operand<C>{});
+        if (s_.P) std::fill_n(dir.rounded_proj + row * ld_proj_ + s_.P, ld_proj_ - s_.P, Operand<C>{});
+      }
     }
     if (!wants_weights() || layout_.steps() > 0) return;  // if there are steps, the first chunk overwrites the sums
     const auto clear = [&](C* sum, int64_t n) {

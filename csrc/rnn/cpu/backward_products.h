@@ -82,8 +82,7 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   } else {
     add_gates(0, Cell::kGates, hs, dir.h_panels, dir.dw_hh);
   }
-  if constexpr (!kPairs)
-    if (s_.P) add(proj(d, parity), ld_proj_, s_.P, os, dir.out_panels, dir.dw_hr);
+  if (s_.P) add(proj_operands(d, parity), ld_proj_, s_.P, os, dir.out_panels, dir.dw_hr);
 
   int64_t begin, end;
   team.share(kSlots * H, V::size, &begin, &end);

@@ -59,11 +59,13 @@ struct Backward<C, Cell>::Walk {
     const int64_t t = backward.time(d, nth), alive = subset.alive(t, next_alive), first = dir.first[k];
     finish_sequences(alive);
     step_rows = dir.rows + first;
-    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and layers with one take no pairs
+    if constexpr (Cell::kCellState) {  // only the lstm has projections
       if (s().P) {
         recurrent(t, alive, first, parity, [&](const CellRow& row, int64_t j, int n, V dh) {
           V total = dh + row.incoming(j, n);
           total.store(backward.proj(d, parity) + row.row * backward.ld_proj_ + j);
+          if constexpr (kPairs)
+            store_operands<C>(backward.proj_operands(d, parity) + row.row * backward.ld_proj_ + j, total, n);
         });
         member.sync();
         through_projection(alive, first, parity);
@@ -158,8 +160,8 @@ struct Backward<C, Cell>::Walk {
   }
 
   void through_projection(int64_t alive, int64_t first, int64_t parity) const {
-    const C* dproj = backward.proj(d, parity);
-    const auto row = [&](int64_t i) { return dproj + (first + in_step(i)) * backward.ld_proj_; };
+    const Operand<C>* dproj = backward.proj_operands(d, parity);
+    const auto row = [&](int64_t i) { return items_of<C>(dproj + (first + in_step(i)) * backward.ld_proj_); };
     int64_t p0, p1;
     member.share(backward.hr_.count(), 1, &p0, &p1);
     const C* dgates = backward.gates(d, parity);

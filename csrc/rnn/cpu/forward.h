@@ -46,7 +46,7 @@ class Forward {
         // When the batch is split, every thread has slots for ceil(B / threads) sequences.
         chunk_rows_(chunk_ * (s_.B + (plan.split == Plan::rows ? plan.threads : 0))),
         ld_h_(operand_ld<C>(O_)),
-        ld_unit_(block_ld<C>(s_.H)),
+        ld_cell_(operand_ld<C>(s_.H)),
         blocks_((s_.H + V::size - 1) / V::size),
         record_(s_),
         in_place_(params.saved && !record_.narrow),
@@ -60,7 +60,7 @@ class Forward {
       h_[d] = scratch.take<C>(kKeepsH ? 2 * rows * ld_h_ : 0);
       rounded_[d] = scratch.take<Operand<C>>(kPairs ? (2 * rows + kSpareRows) * ld_h_ : 0);
       c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
-      cell_out_[d] = s_.P ? scratch.take<C>(rows * ld_unit_) : nullptr;
+      cell_out_[d] = s_.P ? scratch.take<Operand<C>>((rows + kSpareRows) * ld_cell_) : nullptr;
       x_rows_[d] = scratch.take<C>(copies_x() && fused_ ? (rows + kSpareRows) * block_ld<C>(weights_.ih.K) : 0);
     }
     for (int m = 0; m < plan_.threads; ++m) {
@@ -140,12 +140,13 @@ class Forward {
   const SequenceLayout& layout_;
   const bool fresh_;  // weight panels are packed on the fly: with at most one step, packing all of them does not pay
   const WeightLayout weights_;
-  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_unit_, blocks_;
+  const int64_t O_, chunk_, chunk_rows_, ld_h_, ld_cell_, blocks_;
   const Record<C, Cell> record_;
   const bool in_place_, fused_;
-  C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {}, *cell_out_[2] = {};
-  C* x_rows_[2] = {};            // copies of a step's rows of x, if fused_ and copies_x()
-  Operand<C>* rounded_[2] = {};  // h rounded to the operands of the products (kPairs only)
+  C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {};
+  Operand<C>* cell_out_[2] = {};  // what is projected
+  C* x_rows_[2] = {};             // copies of a step's rows of x, if fused_ and copies_x()
+  Operand<C>* rounded_[2] = {};   // h rounded to the operands of the products (kPairs only)
   Tables tables_[kMaxMembers];
 };
 

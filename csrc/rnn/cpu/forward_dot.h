@@ -68,7 +68,7 @@ void Forward<C, Cell>::Walk::project_outputs(int64_t t, int64_t parity, int64_t 
       for (int64_t i0 = 0; i0 < alive; i0 += kDotGroup) {
         const int count = static_cast<int>(std::min<int64_t>(kDotGroup, alive - i0));
         const C* a[kDotGroup];
-        for (int r = 0; r < count; ++r) a[r] = cell_out(i0 + r);
+        for (int r = 0; r < count; ++r) a[r] = items_of<C>(cell_out(i0 + r));
         dot(count, a, s().H, weights().dtype, weights().w_hr, j, n, sums);
         for (int r = 0; r < count; ++r) emit_projected(t, parity, first + i0 + r, i0 + r, j, n, sums[r]);
       }
@@ -78,7 +78,7 @@ void Forward<C, Cell>::Walk::project_outputs(int64_t t, int64_t parity, int64_t 
   const PanelShape& shape = forward.weights_.hr;
   int64_t p0, p1;
   member.share(shape.count(), 1, &p0, &p1);
-  const auto out_row = [&](int64_t i) { return cell_out(i); };
+  const auto out_row = [&](int64_t i) { return items_of<C>(cell_out(i)); };
   gemm(
       0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row},
       forward.panels(shape, forward.weights_.hr_at, forward.p_.weights[d].w_hr, d, table),

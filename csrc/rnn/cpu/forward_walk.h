@@ -35,13 +35,7 @@ struct Forward<C, Cell>::Walk {
   // Stores n values of h from unit j on. As an operand h must be 0 from the last unit on (begin_states).
   DLK_INLINE void put_h(int64_t parity, int64_t i, int64_t j, int n, V value) const {
     if constexpr (kKeepsH) value.store(h(parity, i) + j);
-    if constexpr (kPairs) {
-      if (n == V::size) {
-        Unit<C>::round(value, rounded(parity, i) + j);
-      } else {
-        store_as(rounded(parity, i) + j, value, n);
-      }
-    }
+    if constexpr (kPairs) store_operands<C>(rounded(parity, i) + j, value, n);
   }
   // c of the units from j on; j is a multiple of Vec::size.
   C* c(int64_t i, int64_t j) const { return forward.c_[d] + j * forward.slots() + (slot + i) * V::size; }
@@ -50,7 +44,7 @@ struct Forward<C, Cell>::Walk {
     return forward.products_[d] + (j * forward.chunk_rows_ + (slot * forward.chunk_ + row) * V::size) * Cell::kGates +
            g * V::size;
   }
-  C* cell_out(int64_t i) const { return forward.cell_out_[d] + (slot + i) * forward.ld_unit_; }
+  Operand<C>* cell_out(int64_t i) const { return forward.cell_out_[d] + (slot + i) * forward.ld_cell_; }
   // Offset of sequence i in a [D, B, features] state.
   int64_t state(int64_t i, int64_t features) const { return (d * s().B + subset.sequence(i)) * features; }
   bool is_last(int64_t i, int64_t t) const { return ending && (d == 1 || t == subset.length(i) - 1); }
@@ -81,6 +75,7 @@ struct Forward<C, Cell>::Walk {
       if constexpr (kPairs)
         for (int parity = 0; parity < 2; ++parity)
           std::fill_n(rounded(parity, i) + forward.O_, forward.ld_h_ - forward.O_, Operand<C>{});
+      if (kPairs && s().P) std::fill_n(cell_out(i) + s().H, forward.ld_cell_ - s().H, Operand<C>{});
       each_vector(forward.O_, [&](int64_t j, int n) {
         const V value = load_state<C>(forward.p_.h0, state(i, forward.O_) + j, n);
         for (int parity = 0; parity < 2; ++parity) put_h(parity, i, j, n, value);
@@ -159,7 +154,7 @@ struct Forward<C, Cell>::Walk {
       if (forward.plan_.recurrence == Plan::dot) step_dot(t, parity, first, alive);
     }
     if (forward.plan_.recurrence == Plan::tiles) step_tiles(t, parity, first, alive);
-    if constexpr (Cell::kCellState && !kPairs) {  // only the lstm has projections, and layers with one take no pairs
+    if constexpr (Cell::kCellState) {  // only the lstm has projections
       if (!s().P) return;
       member.sync();
       project_outputs(t, parity, first, alive);
@@ -353,7 +348,7 @@ struct Forward<C, Cell>::Walk {
         store_state<C>(forward.p_.c_n, state(u.i, s().H) + u.j, saved[Cell::kStateSlot], u.n);
     }
     if (s().P) {
-      out.store(cell_out(u.i) + u.j);
+      store_operands<C>(cell_out(u.i) + u.j, out, u.n);
     } else {
       emit(t, parity, u.row, u.i, u.j, u.n, out);
     }

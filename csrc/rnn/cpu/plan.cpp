@@ -7,8 +7,7 @@
 namespace dlk {
 
 Isa layer_isa(const LayerShape& shape, Isa isa) {
-  const bool own_products = shape.dtype == DType::bf16 && shape.P == 0;
-  return own_products && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
+  return shape.dtype == DType::bf16 && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
 }
 
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
