@@ -11,7 +11,7 @@ Isa layer_isa(const LayerShape& shape, Isa isa) {
 }
 
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
-  const PlanConstants& measured = plan_constants(layer_isa(shape, isa));
+  const PlanConstants& measured = plan_constants(isa);
   const int64_t gates = gate_count(shape.cell), outputs = shape.outputs();
   const double rows = static_cast<double>(std::max<int64_t>(1, shape.rows));
   const double recurrent = static_cast<double>(gates * shape.H) * outputs + static_cast<double>(shape.P) * shape.H;
