@@ -72,6 +72,24 @@ def test_same_as_torch(mode: str, options: dict[str, Any], with_states: bool) ->
     assert found[0].stride() == expected[0].stride()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_states_that_are_views(mode: str) -> None:
+    """The states of a stack may begin anywhere in their storage and have any strides."""
+    layer = layer_of(mode, num_layers=2, bidirectional=True)
+    x, states = torch.randn(T, B, I), states_of(layer)
+    with torch.no_grad():
+        expected = call(layer, x, states)
+        assert expected is not None
+        for strided in (
+            lambda s: torch.cat([torch.full_like(s, float("nan")), s])[len(s) :],
+            lambda s: torch.stack([torch.full_like(s, float("nan")), s], -1)[..., 1],
+            lambda s: s.transpose(0, 1).contiguous().transpose(0, 1),
+        ):
+            found = call(layer, x, [strided(state) for state in states])
+            assert found is not None
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_projection_packed_data_and_lengths() -> None:
     layer = layer_of("lstm", proj=2, num_layers=2, bidirectional=True)
     x, lengths = torch.randn(T, B, I), torch.tensor(sorted(LENGTHS, reverse=True))

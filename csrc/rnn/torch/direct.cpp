@@ -180,10 +180,8 @@ CellKind cell_of(PyObject* mode) {
 OptionalTensor layers_of(const OptionalTensor& state, int64_t first, int64_t count) {
   const int64_t* strides = state.strides();
   const int64_t sizes[] = {count, state.size(1), state.size(2)};
-  int64_t offset = 0;
-  DLK_TORCH(aoti_torch_get_storage_offset, state.get(), &offset);
-  AtenTensorHandle handle = nullptr;
-  DLK_TORCH(aoti_torch__reinterpret_tensor, state.get(), 3, sizes, strides, offset + first * strides[0], &handle);
+  AtenTensorHandle handle = nullptr;  // torch counts the offset from where the state begins
+  DLK_TORCH(aoti_torch__reinterpret_tensor, state.get(), 3, sizes, strides, first * strides[0], &handle);
   return OptionalTensor(handle);
 }
 
