@@ -4,6 +4,7 @@ dlkernels.nn            RNN, LSTM, GRU and their cells, MultiheadAttention, Tran
 dlkernels.functional    the same as functions, which take the weights as arguments
 dlkernels.reference     the same in plain PyTorch, for tests
 dlkernels.patch         swaps the layers of a model, and `unpatch` swaps them back
+dlkernels.quantize      keeps the weights of a model's recurrent layers in fewer bits
 dlkernels.patch_attention  runs F.scaled_dot_product_attention on our kernels
 dlkernels.explain       tells which kernel runs for an input, and why
 """
@@ -21,6 +22,7 @@ from dlkernels.info import info
 from dlkernels.integrations import flash_registry, onnx
 from dlkernels.integrations.enable import disable, enable
 from dlkernels.integrations.patch import patch, patch_report, unpatch
+from dlkernels.integrations.quantize import quantize
 from dlkernels.integrations.sdpa_operator import patch_attention
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "patch",
     "patch_attention",
     "patch_report",
+    "quantize",
     "reference",
     "unpatch",
 ]

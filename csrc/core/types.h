@@ -11,6 +11,9 @@ enum class DType : int { f32, f64, bf16, f16 };
 // How an instruction set multiplies bfloat16: widened to float, by dot products of pairs, or by a matrix unit.
 enum class Bf16Products : int { as_float, dots, tiles };
 
+// The form in which a layer's packed weights are kept: in the dtype of the call, or in fewer bits.
+enum class Weights : int { given, bf16, int8 };
+
 enum class Isa : int {
 #define DLK_ISA_ROW(name, features, vectors, bf16) name,
 #include "core/isas.def"

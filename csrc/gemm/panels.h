@@ -5,6 +5,7 @@
 #pragma once
 
 #include "gemm/operands.h"
+#include "simd/storage.h"
 
 DLK_ISA_BEGIN
 
@@ -35,18 +36,18 @@ struct PanelShape {
   int64_t largest() const { return K * lanes * vectors; }
   // Panel p, which is stored at `data`.
   template <class C>
-  Panel<C> panel(const C* data, int64_t p) const {
+  Panel<C> panel(const Stored<C>* data, int64_t p) const {
     const int count = vectors_in(p);
     return {data, K * strip_vectors(count) * lanes, count};
   }
   // Panels [begin, end) as far as they exist, to be prefetched while `rows` rows are multiplied with as many other
   // panels. It is empty if the prefetch would displace the rows from L2.
   template <class C>
-  Ahead<C> ahead(const C* base, int64_t begin, int64_t end, int64_t rows) const {
+  Ahead<C> ahead(const Stored<C>* base, int64_t begin, int64_t end, int64_t rows) const {
     if (begin < 0) begin = 0;
     if (end > count()) end = count();
-    const int64_t elements = 2 * (offset(end) - offset(begin)) + rows * K;
-    if (elements * static_cast<int64_t>(sizeof(C)) > (int64_t{768} << 10)) return {};
+    const int64_t item = sizeof(C), stored = sizeof(Stored<C>);
+    if (2 * (offset(end) - offset(begin)) * stored + rows * K * item > (int64_t{768} << 10)) return {};
     return {base + offset(begin), base + offset(end)};
   }
   // Vector v of row k within a packed panel of `count` vectors.
@@ -86,6 +87,21 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
           load_operands<C>(dtype, advance(w, dtype, first + r * values + at), left, block + r * kLanes);
         transpose_block(block, kLanes, left > 0 ? rows : 0, columns, to, width);
       }
+    }
+  }
+}
+
+// The same from w [columns][values] of float32, to a panel of fewer bits. Prepacking is the only user, so it need not
+// be fast.
+template <class C>
+DLK_NOINLINE void pack_panel_narrow(const PanelShape& shape, int64_t p, const float* w, Stored<C>* panel) {
+  const int vectors = shape.vectors_in(p);
+  for (int v = 0; v < vectors; ++v) {
+    const float* const from = w + shape.column(p, v) * shape.segment;
+    const int columns = shape.valid(p, v);
+    for (int64_t k = 0; k < shape.K; ++k) {
+      Stored<C>* to = panel + shape.element(vectors, k, v);
+      for (int i = 0; i < shape.lanes; ++i) to[i] = i < columns ? to_bf16(from[i * shape.segment + k]) : bf16{0};
     }
   }
 }
@@ -174,30 +190,30 @@ DLK_NOINLINE void pack_panel_matrix(const PanelShape& shape, int64_t p, DType dt
 template <class C>
 class Panels {
  public:
-  using Pack = void (*)(const PanelShape& shape, int64_t p, DType dtype, const void* w, C* panel);
+  using Pack = void (*)(const PanelShape& shape, int64_t p, DType dtype, const void* w, Stored<C>* panel);
 
-  Panels(const PanelShape& shape, const C* packed) : shape_(shape), packed_(packed) {}
-  Panels(const PanelShape& shape, Pack pack, DType dtype, const void* w, C* buffer)
+  Panels(const PanelShape& shape, const Stored<C>* packed) : shape_(shape), packed_(packed) {}
+  Panels(const PanelShape& shape, Pack pack, DType dtype, const void* w, Stored<C>* buffer)
       : shape_(shape), pack_(pack), dtype_(dtype), weights_(w), buffer_(buffer) {}
 
   const PanelShape& shape() const { return shape_; }
   // Valid until the next panel is packed into the same buffer.
   Panel<C> at(int64_t p) const {
-    if (packed_) return shape_.panel(packed_ + shape_.offset(p), p);
+    if (packed_) return shape_.panel<C>(packed_ + shape_.offset(p), p);
     pack_(shape_, p, dtype_, weights_, buffer_);
     return shape_.panel<C>(buffer_, p);
   }
   Ahead<C> ahead(int64_t begin, int64_t end, int64_t rows) const {
-    return packed_ ? shape_.ahead(packed_, begin, end, rows) : Ahead<C>{};
+    return packed_ ? shape_.ahead<C>(packed_, begin, end, rows) : Ahead<C>{};
   }
 
  private:
   const PanelShape& shape_;
-  const C* packed_ = nullptr;
+  const Stored<C>* packed_ = nullptr;
   Pack pack_ = nullptr;
   DType dtype_ = DType::f32;
   const void* weights_ = nullptr;
-  C* buffer_ = nullptr;
+  Stored<C>* buffer_ = nullptr;
 };
 
 DLK_ISA_END

@@ -88,11 +88,11 @@ DLK_INLINE void store_row(DType dtype, void* p, int64_t n, const C* in) {
   }
 }
 
-// Calls f with a zero of the dtype's compute type. Instruction sets with a Bf16Unit run only calls on bf16, so they
-// need no code for double.
+// Calls f with a zero of the dtype's compute type. Instruction sets with a Bf16Unit run only calls on bf16, and only
+// layers of float32 have weights of fewer bits, so these need no code for double.
 template <class F>
 DLK_INLINE auto with_compute_type(DType dtype, F f) {
-  if constexpr (!Bf16Unit::kPresent) {
+  if constexpr (!Bf16Unit::kPresent && kWeights == Weights::given) {
     if (dtype == DType::f64) return f(double());
   }
   return f(float());

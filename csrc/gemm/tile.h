@@ -33,6 +33,10 @@ DLK_INLINE int64_t item_count(int64_t n) {
   return (n + kWhole - 1) / kWhole * kDepthItems;
 }
 
+// The type in which panels hold the items of a right-hand side.
+template <class C>
+using Stored = std::conditional_t<kWeights == Weights::bf16, bf16, C>;
+
 // Bf16Unit as a name that depends on C, so that its members are looked up only in code that is instantiated.
 template <class C>
 struct UnitOf {
@@ -86,18 +90,18 @@ DLK_INLINE int next_tile(int64_t n, int vectors) {
 // `next` is the distance to b's second strip, if the tile takes two. With kBring the tile also prefetches K cache lines
 // from `ahead` on into L2.
 template <class C>
-using TileFn = void (*)(const C* const* a, int64_t K, const C* b, int64_t next, const C* ahead, C* out, int64_t ldo,
-                        bool accumulate);
+using TileFn = void (*)(const C* const* a, int64_t K, const Stored<C>* b, int64_t next, const Stored<C>* ahead, C* out,
+                        int64_t ldo, bool accumulate);
 
 template <class C, int kRows, int kVectors, bool kBring>
-DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, const C* ahead, C* out, int64_t ldo,
-                       bool accumulate) {
+DLK_NOINLINE void tile(const C* const* a, int64_t K, const Stored<C>* b, int64_t next, const Stored<C>* ahead, C* out,
+                       int64_t ldo, bool accumulate) {
   using V = Vec<C>;
   constexpr int kStrip = strip_vectors(kVectors);
   // A tall tile has the time to prefetch its strips from L2 or beyond; a low one would only
   // load the same lines twice.
   constexpr bool kFetchAhead = kRows * kVectors >= 16 && V::size * sizeof(C) == 64;
-  constexpr int kAhead = 8 * kStrip * V::size, kLine = 64 / sizeof(C);
+  constexpr int kAhead = 8 * kStrip * V::size, kLine = 64 / sizeof(Stored<C>);
   const C* row[kRows];
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) row[r] = a[r];
@@ -118,8 +122,8 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const C* b, int64_t next, c
       V column[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const C* from = v < kStrip ? b + v * V::size : b + next + (v - kStrip) * V::size;
-        column[v] = V::load(from);
+        const Stored<C>* from = v < kStrip ? b + v * V::size : b + next + (v - kStrip) * V::size;
+        column[v] = load_as<C>(from);
         if constexpr (kFetchAhead) __builtin_prefetch(from + kAhead);
       }
 #pragma GCC unroll 12
@@ -159,7 +163,7 @@ DLK_INLINE TileFn<C> pick_tile(int rows, bool bring) {
 // One panel of a right-hand side, or what is left of it from row k on.
 template <class C>
 struct Panel {
-  const C* data;
+  const Stored<C>* data;
   int64_t next;  // from strip to strip
   int vectors;
   Panel from(int64_t k) const { return {data + k * strip_vectors(vectors) * Vec<C>::size, next, vectors}; }
@@ -168,12 +172,12 @@ struct Panel {
 // Memory that will be needed soon: tiles prefetch it into L2, K lines each, while they compute.
 template <class C>
 struct Ahead {
-  const C *at = nullptr, *end = nullptr;
+  const Stored<C>*at = nullptr, *end = nullptr;
   // Null when all of it has been taken.
-  const C* take(int64_t K) {
+  const Stored<C>* take(int64_t K) {
     if (at >= end) return nullptr;
-    const C* here = at;
-    at += K * (64 / static_cast<int64_t>(sizeof(C)));
+    const Stored<C>* here = at;
+    at += K * (64 / static_cast<int64_t>(sizeof(Stored<C>)));
     return here;
   }
 };
@@ -192,12 +196,12 @@ DLK_INLINE void register_tile(int rows, const C* const* a, int64_t K, const Pane
   if (panel.vectors == 4 && rows > rows_for(4)) {
     for (int part = 0; part < 2; ++part, out += 2 * Vec<C>::size) {
       before(part, 2);
-      const C* bring = ahead.take(K);
+      const Stored<C>* bring = ahead.take(K);
       pick_tile<C, 2>(rows, bring)(a, K, panel.data + part * panel.next, 0, bring, out, ldo, accumulate);
     }
     return;
   }
-  const C* bring = ahead.take(K);
+  const Stored<C>* bring = ahead.take(K);
   TileFn<C> fn;
   switch (panel.vectors) {
     case 1:

@@ -24,6 +24,7 @@ struct LayerShape {
   int D;
   int64_t rows;   // T * B when padded, the sum of the lengths when packed
   bool narrow;    // a record's bounded and narrow slots have 16 bits; `dtype` has 16 bits
+  Weights weights;  // of `packed`: fewer bits only in calls of float32 that save nothing
   bool one_step;  // the call of a cell: its records have no state slot where the backward can do without
   int64_t outputs() const { return P ? P : H; }
   bool keeps_state() const { return !one_step || !cell_traits(cell).state_follows; }
@@ -127,8 +128,11 @@ void rnn_backward(const BackwardParams& params, const Runtime& runtime);
 
 // Bytes that rnn_pack() writes for all directions, for this ISA. A header in front names ISA,
 // cell, dtype and sizes, which rnn_packed_matches() compares with a shape.
+// `shape.weights` decides in which form they are kept, and fewer bits take weights of float32.
 size_t rnn_packed_bytes(const LayerShape& shape, Isa isa);
 void rnn_pack(const LayerShape& shape, const DirectionWeights* weights, Isa isa, void* out);
+// The form of the weights that rnn_pack() wrote to `packed`, which rnn_packed_matches() must confirm.
+Weights rnn_packed_weights(const void* packed, size_t bytes);
 bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shape, Isa isa);
 
 // The last call of this thread: its plan, and how many threads took part.

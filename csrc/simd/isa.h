@@ -26,10 +26,12 @@
 
 #define DLK_ISA_IS_COMPILED DLK_JOIN(DLK_COMPILES_, DLK_ISA)
 
-// Translation units that define a template differently (with and without DLK_PAIRS) must not share a namespace, because
-// the linker keeps only one of the definitions.
+// Translation units that define a template differently (with and without DLK_PAIRS or DLK_BF16_PANELS) must not share a
+// namespace, because the linker keeps only one of the definitions.
 #ifndef DLK_ISA_NAMESPACE
-#if defined(DLK_PAIRS) && DLK_ISA_NUMBER >= DLK_NUMBER_avx512_bf16
+#if defined(DLK_BF16_PANELS)
+#define DLK_ISA_NAMESPACE DLK_JOIN(DLK_ISA, _bf16_panels)
+#elif defined(DLK_PAIRS) && DLK_ISA_NUMBER >= DLK_NUMBER_avx512_bf16
 #define DLK_ISA_NAMESPACE DLK_JOIN(DLK_ISA, _pairs)
 #else
 #define DLK_ISA_NAMESPACE DLK_ISA
@@ -58,5 +60,11 @@ constexpr bool kPairs = bf16_products(kIsa) != Bf16Products::as_float;
 constexpr bool kTiles = bf16_products(kIsa) == Bf16Products::tiles;
 #else
 constexpr bool kPairs = false, kTiles = false;
+#endif
+// The form of the packed weights. Those of fewer bits are widened as products load them.
+#ifdef DLK_BF16_PANELS
+constexpr Weights kWeights = Weights::bf16;
+#else
+constexpr Weights kWeights = Weights::given;
 #endif
 }  // namespace dlk::DLK_ISA_NAMESPACE

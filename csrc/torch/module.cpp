@@ -21,11 +21,12 @@ namespace dlk {
 namespace {
 
 LayerShape make_shape(const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H,
-                      int64_t P, int D, std::optional<int64_t> rows = std::nullopt) {
+                      int64_t P, int D, std::optional<int64_t> rows = std::nullopt, int64_t bits = 0) {
   if (T < 1 || B < 1 || I < 0 || H < 1 || P < 0 || D < 1 || D > 2) {
     throw std::invalid_argument("sizes must be positive, and D one or two");
   }
-  return {cell_from_mode(mode), dtype_from_name(py::str(dtype)), T, B, I, H, P, D, rows ? *rows : T * B, false};
+  const DType of = dtype_from_name(py::str(dtype));
+  return {cell_from_mode(mode), of, T, B, I, H, P, D, rows ? *rows : T * B, false, weights_of_bits(bits)};
 }
 
 py::dict plan_dict(const Plan& plan, const LayerShape& shape) {
@@ -196,16 +197,17 @@ PYBIND11_MODULE(_C, m) {
       "plan",
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
          std::optional<int> threads, bool backward, bool deterministic, bool packed_weights,
-         std::optional<int64_t> rows) {
-        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, I, H, P, D, rows);
+         std::optional<int64_t> rows, int64_t bits) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, I, H, P, D, rows, bits);
         const dlk::Plan plan = dlk::rnn_plan(shape, dlk::current_isa(), threads ? *threads : dlk::thread_count(),
                                              backward, deterministic, packed_weights);
         return dlk::plan_dict(plan, shape);
       },
-      "What would run for these sizes. threads=None: as many as torch uses now. rows: of packed data, else T * B.",
+      "What would run for these sizes. threads=None: as many as torch uses now. rows: of packed data, else T * B. "
+      "bits: of a packed weight, 0 for those of dtype.",
       py::arg("mode"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0,
       py::arg("D") = 1, py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
-      py::arg("packed_weights") = false, py::arg("rows") = py::none());
+      py::arg("packed_weights") = false, py::arg("rows") = py::none(), py::arg("bits") = 0);
   m.def(
       "cuda_plan",
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t H, int D, bool backward,
@@ -231,8 +233,10 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def(
       "packed_bytes",
-      [](const std::string& mode, const py::object& dtype, int64_t I, int64_t H, int64_t P, int D) {
-        return dlk::rnn_packed_bytes(dlk::make_shape(mode, dtype, 1, 1, I, H, P, D), dlk::current_isa());
+      [](const std::string& mode, const py::object& dtype, int64_t I, int64_t H, int64_t P, int D, int64_t bits) {
+        const dlk::LayerShape shape = dlk::make_shape(mode, dtype, 1, 1, I, H, P, D, std::nullopt, bits);
+        return dlk::rnn_packed_bytes(shape, dlk::current_isa());
       },
-      py::arg("mode"), py::arg("dtype"), py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("D") = 1);
+      py::arg("mode"), py::arg("dtype"), py::arg("I"), py::arg("H"), py::arg("P") = 0, py::arg("D") = 1,
+      py::arg("bits") = 0);
 }

@@ -120,16 +120,7 @@ def patch(model: M, *, copy: bool = False, verbose: bool = False) -> M:
     if copy:
         model = copylib.deepcopy(model)
     for module in model.modules():
-        target = _SWAPS.get(type_before_parametrizations(module))
-        if target is None or _obstacle(module):
-            continue
-        assigned = _assigned_weights(module)
-        for name in _CUDNN_STATE:
-            module.__dict__.pop(name, None)
-        _set_class(module, target)
-        module.__dict__[_MARK] = True
-        if assigned is not None:
-            module._flat_weights = assigned  # type: ignore[assignment]
+        _swap(module)
     report = patch_report(model)
     if report.skipped:
         skips = "; ".join(map(str, report.skipped))
@@ -224,6 +215,20 @@ def _assigned_weights(module: Module) -> list[Any] | None:
     flat: list[Any] = module._flat_weights
     same = len(flat) == len(named) and all(a is b for a, b in zip(flat, named, strict=True))
     return None if same or is_parametrized(module) else flat
+
+
+def _swap(module: Module) -> None:
+    """Swaps a layer of torch if it can be swapped, but not its children."""
+    target = _SWAPS.get(type_before_parametrizations(module))
+    if target is None or _obstacle(module):
+        return
+    assigned = _assigned_weights(module)
+    for name in _CUDNN_STATE:
+        module.__dict__.pop(name, None)
+    _set_class(module, target)
+    module.__dict__[_MARK] = True
+    if assigned is not None:
+        module._flat_weights = assigned  # type: ignore[assignment]
 
 
 def _set_class(module: Module, target: type[Module]) -> None:

@@ -19,7 +19,10 @@ from dlkernels._core.extension import HAVE_NATIVE
 from dlkernels._core.private_torch import is_tracing
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer
 from dlkernels.rnn import functional
+from dlkernels.rnn.kinds import KINDS, rnn_mode
+from dlkernels.rnn.operators import direct
 from dlkernels.rnn.operators.cell import plain_cell
+from dlkernels.rnn.prepacked import Packing, Prepackable
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -29,11 +32,13 @@ _ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 Weights = tuple[Any, Any, Any, Any]
 
 
-def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
+def _unchecked(mode: str, cell: _Cell, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
     """Runs the cell without checks in Python and returns h', then c' for the lstm. Returns None if the call is not a
     common one or the operator refuses it."""
     if not HAVE_NATIVE or _is_compiling():
         return None
+    if cell._prepacked is not None:
+        return _with_packed_weights(mode, cell, x, h, c)
     weights: dict[str, Any] = cell._parameters
     try:
         given = (x, h, c, weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"])
@@ -42,7 +47,22 @@ def _unchecked(mode: str, cell: torch.nn.RNNCellBase, x: Any, h: Any, c: Any) ->
     return plain_cell(mode, given)
 
 
-def _weights(cell: torch.nn.RNNCellBase) -> Weights:
+def _with_packed_weights(mode: str, cell: _Cell, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
+    """The same, as a layer of one step; None also for a call that does not use the packed weights."""
+    try:
+        packed = cell._packed(x, h, c) if x.dim() == 2 else None
+        if packed is None:
+            return None
+        h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
+        out = direct.layers(
+            mode, x.unsqueeze(0), h, c, cell.weight_list(), (packed,), None, None, 1, False, False
+        )  # fmt: skip
+    except (AttributeError, TypeError):  # not tensors
+        return None
+    return None if out is None else [state.squeeze(0) for state in out[1:]]
+
+
+def _weights(cell: Any) -> Weights:
     return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
@@ -65,7 +85,24 @@ def _check(name: str, input: Any, states: dict[str, Any], weights: Weights) -> N
         w_ih.size(0 if name == "RNNCell" else 1), w_hh.size(1)
 
 
-class _Cell(KnownLayer):
+class _Cell(KnownLayer, Prepackable):
+    _mode: str
+
+    def weight_list(self) -> list[Tensor]:
+        """The weights as they are now, those that exist."""
+        return [weight for weight in _weights(self) if weight is not None]
+
+    def _packing(self) -> Packing:
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        if any(name not in self._parameters for name in names):
+            raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
+        return Packing(self._mode, self.weight_list())
+
+    def _packed(self, *given: Any) -> Tensor | None:
+        """The packed weights if a call with the tensors `given` uses them."""
+        buffers = None if self._prepacked is None else self._usable_buffers(self.weight_list(), *given)
+        return None if buffers is None else buffers[0]
+
     def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
         """torch.nn.Module calls this only while torch.jit.trace runs. The trace then records the operator of torch.nn's
         own cell, unless a subclass has another forward."""
@@ -84,6 +121,10 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
     __module__ = PUBLIC_MODULE
 
+    @property
+    def _mode(self) -> str:  # type: ignore[override]
+        return KINDS[rnn_mode(self.nonlinearity)].mode
+
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         mode = _ELMAN_MODES.get(self.nonlinearity)
         if mode is not None:
@@ -94,13 +135,15 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         _check("RNNCell", input, {} if hx is None else {"hidden": hx}, weights)
         if mode is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity)
+        packed = self._packed(input, hx)
+        return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, packed=packed)
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
     """`torch.nn.GRUCell` on a fused kernel."""
 
     __module__ = PUBLIC_MODULE
+    _mode = "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         out = _unchecked("gru", self, input, hx, None)
@@ -108,13 +151,14 @@ class GRUCell(_Cell, torch.nn.GRUCell):
             return out[0]
         weights = _weights(self)
         _check("GRUCell", input, {} if hx is None else {"hidden": hx}, weights)
-        return functional.gru_cell(input, hx, *weights)
+        return functional.gru_cell(input, hx, *weights, packed=self._packed(input, hx))
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
     """`torch.nn.LSTMCell` on a fused kernel."""
 
     __module__ = PUBLIC_MODULE
+    _mode = "lstm"
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         h = c = None
@@ -130,7 +174,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         _check("LSTMCell", input, states, weights)
         if hx is not None and input.dim() == 1:
             hx = hx[0], hx[1]
-        return functional.lstm_cell(input, hx, *weights)
+        return functional.lstm_cell(input, hx, *weights, packed=self._packed(input, *(hx or ())))
 
 
 _RECORDED: dict[Any, Any] = {

@@ -17,6 +17,7 @@ from dlkernels.rnn import checks
 from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
 from dlkernels.rnn.kinds import KINDS
 from dlkernels.rnn.layers import RecurrentLayer
+from dlkernels.rnn.prepacked import BITS
 from dlkernels.rnn.routing import route_of_call
 
 __all__ = ["LAYERS", "explain_layer"]
@@ -92,8 +93,7 @@ def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation
     weights = layer.weight_list()
     checks.same_kind(call.input, call.states, weights, mixed=autocast_dtype(call.input) is not None)
     checks.input_size(call.input, weights[0])
-    prepacked = layer._prepacked
-    packed = prepacked.why_not(weights) or "used" if prepacked is not None else ""
+    packed = _packing(layer, call, weights)
     per_layer = len(weights) // layer.num_layers
     directions = 2 if layer.bidirectional else 1
     outputs = (layer.proj_size or layer.hidden_size) * directions
@@ -120,11 +120,33 @@ def _explain_cell(cell: Any, call: _Call) -> LayerExplanation:
     checks.cell(type(cell).__name__, given[0], h, c, cell.weight_ih, cell.weight_hh, KINDS[mode].gates)
     tensors = [call.input, *call.states, *weights]
     sizes = {"I": cell.input_size, "H": cell.hidden_size, "P": 0, "D": 1}
-    return _explain_one("cell", mode, call, tensors, sizes, "")
+    return _explain_one("cell", mode, call, tensors, sizes, _packing(cell, call, weights))
+
+
+@dataclass(frozen=True)
+class _Packing:
+    """Whether a call uses packed weights: `text` says it, and is empty without any. `bits` as for `operators.pack`."""
+
+    text: str = ""
+    used: bool = False
+    bits: int = 0
+
+
+def _packing(layer: Any, call: _Call, weights: list[Tensor]) -> _Packing:
+    prepacked = layer._prepacked
+    if prepacked is None:
+        return _Packing()
+    reason = prepacked.why_not(weights, [call.input, *call.states])
+    if reason:
+        return _Packing(f"ignored: {reason}")
+    if prepacked.dtype is None:
+        return _Packing("used", True)
+    name = str(prepacked.dtype).removeprefix("torch.")
+    return _Packing(f"used, weights {name}", True, BITS[prepacked.dtype])
 
 
 def _explain_one(
-    name: str, mode: str, call: _Call, tensors: list[Tensor], sizes: dict[str, int], packed: str
+    name: str, mode: str, call: _Call, tensors: list[Tensor], sizes: dict[str, int], packed: _Packing
 ) -> LayerExplanation:  # fmt: skip
     dtype = _compute_dtype(call.input)
     probe = torch.empty(0, dtype=dtype, device=call.input.device)
@@ -133,8 +155,8 @@ def _explain_one(
     )
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not decided.native:
-        packed = packed and "ignored: no kernel runs"
-        return LayerExplanation(name, decided.path, decided.reason, grad, packed_weights=packed)
+        ignored = "ignored: no kernel runs" if packed.text else ""
+        return LayerExplanation(name, decided.path, decided.reason, grad, packed_weights=ignored)
     if call.batch == 0 or sizes["H"] == 0:
         return LayerExplanation(name, "nothing", "there is nothing to compute", grad)
     native = extension.native
@@ -150,10 +172,8 @@ def _explain_one(
             ))  # fmt: skip
         return dict(native.plan(
             mode, dtype, call.steps, call.batch, *(sizes[key] for key in "IHPD"), torch.get_num_threads(), backward,
-            torch.are_deterministic_algorithms_enabled(), packed == "used" and not backward,
-            call.input.numel() // max(1, call.input.size(-1)),
+            torch.are_deterministic_algorithms_enabled(), packed.used and not backward,
+            call.input.numel() // max(1, call.input.size(-1)), 0 if backward else packed.bits,
         ))  # fmt: skip
 
-    if packed and packed != "used":
-        packed = f"ignored: {packed}"
-    return LayerExplanation(name, "native", decided.reason, grad, plan(False), plan(True) if grad else {}, packed)
+    return LayerExplanation(name, "native", decided.reason, grad, plan(False), plan(True) if grad else {}, packed.text)

@@ -117,26 +117,29 @@ def rnn(
 
 
 def lstm_cell(
-    input: Tensor, hx: Pair | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-) -> Pair:
-    """One step of `lstm`: input [B, I] or [I], hx = (h, c) [B, H] or [H] each or None for zeros -> (h', c')."""
-    out = _cell(KINDS["lstm"], input, hx, w_ih, w_hh, b_ih, b_hh)
+    input: Tensor, hx: Pair | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None, *, packed: Tensor | None = None,
+) -> Pair:  # fmt: skip
+    """One step of `lstm`: input [B, I] or [I], hx = (h, c) [B, H] or [H] each or None for zeros -> (h', c').
+    `packed` is a buffer of `dlkernels.rnn.operators.pack`, made of these weights."""
+    out = _cell(KINDS["lstm"], input, hx, w_ih, w_hh, b_ih, b_hh, packed)
     return out[0], out[1]
 
 
 def gru_cell(
-    input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
-) -> Tensor:
-    """One step of `gru`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'."""
-    return _cell(KINDS["gru"], input, hx, w_ih, w_hh, b_ih, b_hh)[0]
+    input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None, *, packed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """One step of `gru`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'. `packed` as for `lstm_cell`."""
+    return _cell(KINDS["gru"], input, hx, w_ih, w_hh, b_ih, b_hh, packed)[0]
 
 
 def rnn_cell(
     input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None, *, nonlinearity: str = "tanh",
+    b_hh: Tensor | None = None, *, nonlinearity: str = "tanh", packed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """One step of `rnn`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'."""
-    return _cell(KINDS[rnn_mode(nonlinearity)], input, hx, w_ih, w_hh, b_ih, b_hh)[0]
+    """One step of `rnn`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'. `packed` as for `lstm_cell`."""
+    return _cell(KINDS[rnn_mode(nonlinearity)], input, hx, w_ih, w_hh, b_ih, b_hh, packed)[0]
 
 
 class Stack(NamedTuple):
@@ -314,8 +317,9 @@ def _layer_by_layer(
 
 
 def _cell(
-    kind: Kind, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-) -> Sequence[Tensor]:
+    kind: Kind, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
+    packed: Tensor | None,
+) -> Sequence[Tensor]:  # fmt: skip
     function, name = f"{kind.function}_cell", f"{kind.layer}Cell"
     h, c = checks.states(kind, function, hx) if kind.has_cell_state else (hx, None)
     for argument, value in (("input", x), ("w_ih", w_ih), ("w_hh", w_hh)):
@@ -327,12 +331,21 @@ def _cell(
         checks.cell_rank(name, x)
         h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
         states = h if not kind.has_cell_state or h is None else (h, c)
-        out = _cell(kind, x.unsqueeze(0), states, w_ih, w_hh, b_ih, b_hh)
+        out = _cell(kind, x.unsqueeze(0), states, w_ih, w_hh, b_ih, b_hh, packed)
         return [state.squeeze(0) for state in out[: 2 if kind.has_cell_state else 1]]
     cfg, given = arrange_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh)
     if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x):
         return by_torch.cell(cfg.mode, given)
-    return cell(cfg, given)
+    if packed is None or cfg.types != SAME:
+        return cell(cfg, given)
+    # Only layers have operators that take packed weights; a cell is a layer of one step.
+    h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
+    weights = (w_ih, w_hh) if given.b_ih is None or given.b_hh is None else (w_ih, w_hh, given.b_ih, given.b_hh)
+    out = sequence(
+        SequenceConfig(kind.mode, deterministic=cfg.deterministic),
+        SequenceInputs(x.unsqueeze(0), h, c, packed, None, None, weights),
+    )
+    return [state.squeeze(0) for state in out[1 : 3 if kind.has_cell_state else 2]]
 
 
 def arrange_cell(

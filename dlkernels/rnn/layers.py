@@ -14,46 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module, RNNBase
 from torch.nn.utils.rnn import PackedSequence
-from typing_extensions import Self
 
 from dlkernels._core import extension
-from dlkernels._core.autocast import autocast_dtype
 from dlkernels._core.private_torch import is_any_autocast_enabled
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer, is_tracing
-from dlkernels.rnn import functional, operators
+from dlkernels.rnn import functional
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
+from dlkernels.rnn.prepacked import Packing, Prepackable
 from dlkernels.rnn.routing import is_call_for_torch
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
-
-# The attributes of an instance that are not part of its state.
-_NO_STATE = ("_prepacked", "_flat")
-_PACKABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Prepacked:
-    """The packed weights of a layer, one buffer for each entry of its stack, and which tensors they were made from."""
-
-    weights: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    buffers: tuple[Tensor, ...]
-
-    def why_not(self, weights: list[Tensor]) -> str:
-        """Why these buffers must not replace `weights` in a call made now; empty if they may."""
-        if torch.compiler.is_compiling():
-            return "compiled code could not notice that the weights were written to"
-        # A loop: with any() and map() this took 5 of the 25 us of a small call.
-        for now, then, version in zip(weights, self.weights, self.versions, strict=True):
-            if now is not then:
-                return "the weights are no longer the tensors that were packed"
-            if version >= 0 and now._version != version:
-                return "the weights were written to after prepack()"
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
-            return "gradients of the weights are wanted"
-        if autocast_dtype(weights[0]) not in (None, weights[0].dtype):
-            return "autocast computes in another dtype"
-        return ""
 
 
 @dataclass(frozen=True)
@@ -69,14 +39,10 @@ class FlatWeights:
         return all(now is None or then is None or now is then for now, then in pairs)
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors have no version counter
-
-
-class RecurrentLayer(KnownLayer, RNNBase):
+class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
     """The base of the three layers. `hx` is one tensor, or for the LSTM a pair."""
 
-    _prepacked: Prepacked | None = None
+    _NO_STATE = ("_prepacked", "_flat")
     _flat: FlatWeights | None = None
 
     @property
@@ -120,25 +86,8 @@ class RecurrentLayer(KnownLayer, RNNBase):
             self._flat.weights[self._flat_weights_names.index(attr)] = value
         Module.__setattr__(self, attr, value)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        self.unpack()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _replicate_for_data_parallel(self) -> Any:
-        replica = Module._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
-        for name in _NO_STATE:
-            replica.__dict__.pop(name, None)
-        return replica
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in _NO_STATE}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + (", prepacked=True" if self._prepacked is not None else "")
 
     def weight_list(self) -> list[Tensor]:
         """The weights as they are now, in the order of `_flat_weights_names`."""
@@ -149,39 +98,11 @@ class RecurrentLayer(KnownLayer, RNNBase):
             del self.__dict__["_flat"]
         return self._named_weights()
 
-    def prepack(self) -> Self:
-        """Packs the weights for inference on the CPU; calls that want no weight gradients then use the packed copy.
-
-        The copy is not part of the state: saving, copying, pickling and `to()` leave it out. Replacing a parameter or
-        writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) disables the
-        copy, but a write through `.data` or numpy is NOT noticed: call `prepack()` again after it, or `unpack()`.
-        Under torch.compile the copy is not used.
-        """
-        self.unpack()
+    def _packing(self) -> Packing:
         weights = self.weight_list()
         if self._flat is None and any(self._parameters.get(name) is None for name in self._flat_weights_names):
             raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
-        first = weights[0]
-        if first.device.type != "cpu" or first.dtype not in _PACKABLE:
-            raise RuntimeError(
-                f"prepack: expected weights of a floating dtype on the CPU, got {first.dtype} {first.device}"
-            )
-        if not extension.HAVE_NATIVE:
-            extension.announce_reference()
-            return self
-        per_layer = len(weights) // self.num_layers
-        with torch.no_grad():
-            buffers = tuple(
-                operators.pack(self.op_mode, weights[at : at + per_layer], bool(self.bidirectional))
-                for at in range(0, len(weights), per_layer)
-            )
-        self._prepacked = Prepacked(tuple(weights), tuple(map(_version, weights)), buffers)
-        return self
-
-    def unpack(self) -> Self:
-        """Discards the copy that `prepack()` made."""
-        self.__dict__.pop("_prepacked", None)
-        return self
+        return Packing(self.op_mode, weights, self.num_layers, bool(self.bidirectional))
 
     def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
         # `functional.run` does the checks. The calls on the arguments here, such as `dim()`, are those that torch.nn
@@ -208,10 +129,10 @@ class RecurrentLayer(KnownLayer, RNNBase):
                 self._check_states(input, hx)
         if not isinstance(self.bidirectional, bool):
             raise TypeError(f"bidirectional should be of type bool, got: {type(self.bidirectional).__name__}")
-        prepacked = self._prepacked
+        given = hx if isinstance(hx, (tuple, list)) else (hx,)
         stack = functional.Stack(
             self.num_layers, self.bidirectional, self.batch_first, self.dropout, self.training, lengths, batch_sizes,
-            bptt_steps, None if prepacked is None or prepacked.why_not(weights) else prepacked.buffers,
+            bptt_steps, self._usable_buffers(weights, input, *given),
         )  # fmt: skip
         output, hidden = functional.run(self._kind, input, hx, weights, stack)
         if not packed_input:

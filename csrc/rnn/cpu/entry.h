@@ -1,11 +1,10 @@
-// The kernel table of one instruction set: picks the template instance for the cell and dtype of a call.
+// The entries of the kernel table of one instruction set: they pick the template instance for the cell and dtype of a
+// call. backward_entry.h has that of the backward, which weights of fewer bits do without.
 #pragma once
 
 #include "rnn/cells/elman.h"
 #include "rnn/cells/gru.h"
 #include "rnn/cells/lstm.h"
-#include "rnn/cpu/backward_cells.h"
-#include "rnn/cpu/backward_products.h"
 #include "rnn/cpu/forward_dot.h"
 #include "rnn/cpu/table.h"
 
@@ -56,34 +55,12 @@ DLK_NOINLINE int forward_as(const ForwardParams& params, const void* panels, con
   return run_directions(params.shape, plan, runtime, work);
 }
 
-template <class C, class Cell>
-DLK_NOINLINE int backward_as(const BackwardParams& params, const Plan& plan, const Runtime& runtime,
-                             const SequenceLayout& layout) {
-  Scratch scratch;
-  Backward<C, Cell> work(params, plan, layout);
-  work.carve(scratch);
-  scratch.allocate();
-  work.carve(scratch);
-  work.begin();
-  return run_directions(params.shape, plan, runtime, work);
-}
-
 inline int forward_entry(const ForwardParams& params, const void* panels, const Plan& plan, const Runtime& runtime,
                          const SequenceLayout& layout) {
   return with_cell(params.shape.cell, [&](auto cell) {
     using Cell = decltype(cell);
     return with_compute_type(params.shape.dtype, [&](auto zero) {
       return forward_as<decltype(zero), Cell>(params, panels, plan, runtime, layout);
-    });
-  });
-}
-
-inline int backward_entry(const BackwardParams& params, const Plan& plan, const Runtime& runtime,
-                          const SequenceLayout& layout) {
-  return with_cell(params.shape.cell, [&](auto cell) {
-    using Cell = decltype(cell);
-    return with_compute_type(params.shape.dtype, [&](auto zero) {
-      return backward_as<decltype(zero), Cell>(params, plan, runtime, layout);
     });
   });
 }
@@ -112,9 +89,5 @@ inline void pack_entry(const LayerShape& shape, const DirectionWeights* weights,
                              [&](auto zero) { return pack_as<decltype(zero), Cell>(shape, weights, panels); });
   });
 }
-
-constexpr KernelTable kKernels = {
-    kIsa, forward_entry, backward_entry, panel_bytes_entry, pack_entry,
-};
 
 DLK_ISA_END

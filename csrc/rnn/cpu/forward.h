@@ -128,8 +128,10 @@ class Forward {
   }
   int64_t slots() const { return s_.B + plan_.threads; }
   Panels<C> panels(const PanelShape& shape, int64_t at, const void* weights, int d, const Tables& table) const {
-    if (fresh_) return Panels<C>(shape, pack_panel_transposed<C>, p_.weights[d].dtype, weights, table.panel);
-    return Panels<C>(shape, weight_memory_[d] + at);
+    if constexpr (kWeights == Weights::given) {
+      if (fresh_) return Panels<C>(shape, pack_panel_transposed<C>, p_.weights[d].dtype, weights, table.panel);
+    }
+    return Panels<C>(shape, stored_panels<C>(weight_memory_[d] + at));
   }
 
   struct Walk;  // forward_walk.h

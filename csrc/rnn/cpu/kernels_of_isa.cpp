@@ -6,10 +6,14 @@
 #include "simd/isa.h"
 
 #if DLK_ISA_IS_COMPILED
-#include "rnn/cpu/entry.h"
+#include "rnn/cpu/backward_entry.h"
 
 namespace dlk {
-const KernelTable DLK_JOIN(kLayers_, DLK_ISA) = DLK_ISA_NAMESPACE::kKernels;
+const KernelTable DLK_JOIN(kLayers_, DLK_ISA) = {
+    DLK_ISA_NAMESPACE::kIsa,           DLK_ISA_NAMESPACE::forward_entry,
+    DLK_ISA_NAMESPACE::backward_entry, DLK_ISA_NAMESPACE::panel_bytes_entry,
+    DLK_ISA_NAMESPACE::pack_entry,
+};
 }
 #else
 namespace dlk {

@@ -7,7 +7,8 @@
 namespace dlk {
 
 Isa layer_isa(const LayerShape& shape, Isa isa) {
-  return shape.dtype == DType::bf16 && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
+  const bool own_products = shape.dtype == DType::bf16 || shape.weights == Weights::bf16;
+  return own_products && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
 }
 
 Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool deterministic, bool packed_weights) {
@@ -26,7 +27,8 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   plan.recurrence =
       !backward && !deterministic && !packed_weights && shape.rows <= measured.rnn_dot_rows ? Plan::dot : Plan::tiles;
   plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
-  const int64_t item = shape.dtype == DType::f64 ? 8 : bf16_products(plan.isa) != Bf16Products::as_float ? 2 : 4;
+  const bool halves = shape.weights == Weights::bf16 || bf16_products(plan.isa) != Bf16Products::as_float;
+  const int64_t item = shape.dtype == DType::f64 ? 8 : halves ? 2 : 4;
   const int64_t weight_bytes = gates * shape.H * outputs * item;
   // Not for the gru, whose n needs the two products separately, and not if a sequence's result must be independent of
   // the batch size.

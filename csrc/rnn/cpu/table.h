@@ -15,10 +15,11 @@ struct KernelTable {
 };
 
 // One table for each row of core/isas.def (kernels_of_isa.cpp); empty if that instruction set has no layer kernels.
-#define DLK_ISA_ROW(name, features, vectors, bf16) extern const KernelTable kLayers_##name;
+// Those of bfloat16 weights (bf16_weights/kernels_of_isa.cpp) widen them; they have no backward.
+#define DLK_ISA_ROW(name, features, vectors, bf16) extern const KernelTable kLayers_##name, kBf16Weights_##name;
 #include "core/isas.def"
 #undef DLK_ISA_ROW
 
-const KernelTable& kernels(Isa isa);
+const KernelTable& kernels(Isa isa, Weights weights);
 
 }  // namespace dlk

@@ -1,6 +1,6 @@
 // The weights of one direction in the form the forward recurrence reads: panels of
 // W_ih, W_hh and W_hr, and the biases in the compute type. The same form serves one call
-// (in scratch) and prepacked layers (after a header, see kernels.cpp).
+// (in scratch) and prepacked layers (after a header, see kernels.cpp). Panels of fewer bits exist only prepacked.
 #pragma once
 
 #include "core/team.h"
@@ -13,7 +13,13 @@ DLK_ISA_BEGIN
 struct WeightLayout {
   PanelShape ih, hh, hr;
   bool panels;                                                  // false: the biases alone
-  int64_t bias_at, hidden_bias_at, ih_at, hh_at, hr_at, total;  // in elements
+  int64_t bias_at, hidden_bias_at, ih_at, hh_at, hr_at, total;  // in elements of the compute type
+
+  // The elements of the compute type that the panels of a matrix take; those of fewer bits belong to float.
+  static int64_t panel_room(const PanelShape& of) {
+    constexpr int64_t kInOne = sizeof(float) / sizeof(Stored<float>);
+    return (of.elements() + kInOne - 1) / kInOne;
+  }
 
   WeightLayout(const LayerShape& shape, int lanes, bool with_panels) : panels(with_panels) {
     const int gates = gate_count(shape.cell);
@@ -23,12 +29,19 @@ struct WeightLayout {
     hr = PanelShape::plain(shape.H, shape.P, lanes);
     bias_at = 0;
     hidden_bias_at = bias_at + whole(gates * shape.H);
+    const auto room = [&](const PanelShape& of) { return with_panels ? whole(panel_room(of)) : 0; };
     ih_at = hidden_bias_at + whole(shape.H);
-    hh_at = ih_at + (with_panels ? ih.elements() : 0);
-    hr_at = hh_at + (with_panels ? hh.elements() : 0);
-    total = hr_at + (with_panels ? hr.elements() : 0);
+    hh_at = ih_at + room(ih);
+    hr_at = hh_at + room(hh);
+    total = hr_at + room(hr);
   }
 };
+
+// The panels that begin at an element of the weights' memory.
+template <class C>
+DLK_INLINE Stored<C>* stored_panels(C* at) {
+  return reinterpret_cast<Stored<C>*>(at);
+}
 
 // Adds the two biases of each gate, except for the gru's n, whose hidden bias stays separate.
 template <class C, class Cell>
@@ -75,8 +88,14 @@ DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, co
     if (!part.weights) continue;
     int64_t begin, end;
     member.share(part.shape->count(), 1, &begin, &end);
-    for (int64_t p = begin; p < end; ++p)
-      pack_panel_transposed<C>(*part.shape, p, w.dtype, part.weights, part.to + part.shape->offset(p));
+    for (int64_t p = begin; p < end; ++p) {
+      Stored<C>* const to = stored_panels<C>(part.to) + part.shape->offset(p);
+      if constexpr (kWeights == Weights::given) {
+        pack_panel_transposed<C>(*part.shape, p, w.dtype, part.weights, to);
+      } else {
+        pack_panel_narrow<C>(*part.shape, p, static_cast<const float*>(part.weights), to);
+      }
+    }
   }
 }
 

@@ -85,10 +85,12 @@ DLK_ARGUMENTS(CellForwardArguments, DLK_CELL_FORWARD)
   ARGUMENT(int64_t, product_dtype, "=-1")
 DLK_ARGUMENTS(CellBackwardArguments, DLK_CELL_BACKWARD)
 
+// bits: of a packed weight; 0 for those of its dtype.
 #define DLK_PACK(ARGUMENT)          \
   ARGUMENT(std::string, mode, "")   \
   ARGUMENT(TensorList, weights, "") \
-  ARGUMENT(bool, bidirectional, "")
+  ARGUMENT(bool, bidirectional, "") \
+  ARGUMENT(int64_t, bits, "=0")
 DLK_ARGUMENTS(PackArguments, DLK_PACK)
 
 }  // namespace dlk

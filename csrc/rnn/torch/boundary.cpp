@@ -27,4 +27,15 @@ CellKind cell_from_mode(const std::string& mode) {
   throw std::invalid_argument("unknown mode '" + mode + "', expected " + known);
 }
 
+Weights weights_of_bits(int64_t bits) {
+  switch (bits) {
+    case 0:
+      return Weights::given;
+    case 16:
+      return Weights::bf16;
+    default:
+      throw std::runtime_error(concat("bits must be 0 or 16, got ", bits));
+  }
+}
+
 }  // namespace dlk

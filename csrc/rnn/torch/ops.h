@@ -32,4 +32,7 @@ const LayerShape* last_shape();
 
 CellKind cell_from_mode(const std::string& mode);
 
+// The form of packed weights of so many bits, 0 for those of their dtype.
+Weights weights_of_bits(int64_t bits);
+
 }  // namespace dlk

@@ -91,10 +91,14 @@ Tensor new_state(bool wanted, int64_t size, DType dtype, const Sequence& call, S
   return std::move(out.tensor);
 }
 
-const void* read_packed(const Tensor& packed, Isa isa, Sequence* call) {
+// Packed weights of fewer bits also decide how the call runs: they set shape.weights.
+const void* read_packed(const Tensor& packed, bool save, Isa isa, Sequence* call) {
   DLK_CHECK(packed.on_cpu() && packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1,
             "packed must be what the op `pack` returned: one-dimensional, uint8, on the CPU");
   const void* data = call->inputs.aligned(packed);
+  call->shape.weights = rnn_packed_weights(data, packed.byte_count());
+  DLK_CHECK(!save || call->shape.weights == Weights::given,
+            "packed: weights of fewer bits are for calls without gradients, but save is True");
   DLK_CHECK(rnn_packed_matches(data, packed.byte_count(), call->shape, isa),
             "packed does not fit: it was packed for another cell, size, dtype or instruction set than this ",
             mode_name(call->shape.cell), " on ", isa_name(isa), "; pack the weights again");
@@ -116,6 +120,7 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   const Runtime runtime = current_runtime();
 
   ForwardParams params{};
+  if (a.packed) params.packed = read_packed(a.packed, a.save, runtime.isa, &call);
   params.shape = shape;
   params.x = call.rows(a.x);
   params.h0 = take_state(a.h0, &call);
@@ -123,7 +128,6 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   take_weights(a.weights, &call);
   params.weights[0] = call.weights[0];
   params.weights[1] = call.weights[1];
-  if (a.packed) params.packed = read_packed(a.packed, runtime.isa, &call);
   params.batch_sizes = values_or_null(call.batch_sizes);
   params.lengths = values_or_null(call.lengths);
   params.deterministic = a.deterministic;
@@ -208,6 +212,9 @@ Tensor pack_weights(const PackArguments& a) {
   Sequence call;
   call.shape.cell = cell_from_mode(a.mode);
   call.shape.dtype = check_float(a.weights[0], "w_ih");
+  call.shape.weights = weights_of_bits(a.bits);
+  DLK_CHECK(call.shape.weights == Weights::given || call.shape.dtype == DType::f32,
+            "weights must be float32 to be packed in ", a.bits, " bits");
   call.shape.D = a.bidirectional ? 2 : 1;
   call.dtypes = Dtypes(call.shape.dtype, -1);
   call.shape.I = a.weights[0].size(1);

@@ -41,18 +41,18 @@ def overloads(suffix: str, fake: Callable[..., Any], formula: Formula) -> dict[s
     return {mode: getattr(torch.ops.dlkernels, mode + suffix).default for mode in MODES}
 
 
-def pack(mode: str, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
+def pack(mode: str, weights: Sequence[Tensor], bidirectional: bool, bits: int = 0) -> Tensor:
     """The weights packed for the kernels of the instruction set in force, as opaque bytes. They are a copy: later
-    changes of the weights do not reach them."""
-    return torch.ops.dlkernels.pack.default(mode, weights, bidirectional)  # type: ignore[no-any-return]
+    changes of the weights do not reach them. bits: of a packed weight, 0 for those of its dtype."""
+    return torch.ops.dlkernels.pack.default(mode, weights, bidirectional, bits)  # type: ignore[no-any-return]
 
 
-def _pack_fake(mode: str, weights: Sequence[Tensor], bidirectional: bool) -> Tensor:
+def _pack_fake(mode: str, weights: Sequence[Tensor], bidirectional: bool, bits: int = 0) -> Tensor:
     assert extension.native is not None
     directions = 2 if bidirectional else 1
     hidden, proj, _ = sizes(kind_of(mode), weights, directions)
     size = extension.native.packed_bytes(
-        mode, weights[0].dtype, int(weights[0].shape[1]), int(hidden), int(proj), directions
+        mode, weights[0].dtype, int(weights[0].shape[1]), int(hidden), int(proj), directions, bits
     )
     return weights[0].new_empty((size,), dtype=torch.uint8)
 
