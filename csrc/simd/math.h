@@ -133,11 +133,11 @@ struct Exp2Down {
 template <class V>
 DLK_INLINE V rough_sigmoid(V x) {
   const V one = V::set1(1.0f);
-  const V y = min(V::set1(126.0f), x * V::set1(-1.44269504f));  // so that 1 / (1 + 2^y) is normal
+  const V y = x * V::set1(-1.44269504f);
   const V r = above_floor(y);
   V p = fma(V::set1(0.0135375559f), r, V::set1(0.0520044528f));
   p = fma(fma(fma(p, r, V::set1(0.241447479f)), r, V::set1(0.693002701f)), r, V::set1(1.00000262f));
-  return reciprocal_of_normal(scale_by_floor(p, y) + one);
+  return reciprocal(scale_by_floor(p, y) + one);
 }
 template <class V>
 DLK_INLINE V rough_tanh(V x) {

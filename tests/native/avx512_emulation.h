@@ -250,8 +250,9 @@ DLK_INLINE __m512 _mm512_rcp14_ps(__m512 a) {
 }
 
 DLK_INLINE __m512 _mm512_reduce_ps(__m512 a, int) {  // only towards the floor, to no bits after the point
-  return avx512_emulation::by_halves<__m256>(
-      [](__m256 x) __attribute__((always_inline)) { return _mm256_sub_ps(x, _mm256_floor_ps(x)); }, a);
+  avx512_emulation::Parts<float, __m512> x(a);
+  for (float& value : x.part) value = std::isinf(value) ? 0 : value - std::floor(value);
+  return x.whole();
 }
 DLK_INLINE __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
   avx512_emulation::Parts<float, __m512> x(a);
