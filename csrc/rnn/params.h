@@ -22,10 +22,10 @@ struct LayerShape {
   DType dtype;
   int64_t T, B, I, H, P;
   int D;
-  int64_t rows;   // T * B when padded, the sum of the lengths when packed
-  bool narrow;    // a record's bounded and narrow slots have 16 bits; `dtype` has 16 bits
+  int64_t rows;     // T * B when padded, the sum of the lengths when packed
+  bool narrow;      // a record's bounded and narrow slots have 16 bits; `dtype` has 16 bits
   Weights weights;  // of `packed`: fewer bits only in calls of float32 that save nothing
-  bool one_step;  // the call of a cell: its records have no state slot where the backward can do without
+  bool one_step;    // the call of a cell: its records have no state slot where the backward can do without
   int64_t outputs() const { return P ? P : H; }
   bool keeps_state() const { return !one_step || !cell_traits(cell).state_follows; }
   // The slots of a record that have 16 bits.
