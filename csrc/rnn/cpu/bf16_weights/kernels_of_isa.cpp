@@ -1,5 +1,5 @@
-// The recurrent kernels of one instruction set that widen packed weights of bfloat16 as they load them: for inference in
-// float32, where few sequences are bound by the traffic of the weights. Instruction sets that multiply bfloat16 need
+// The recurrent kernels of one instruction set that widen packed weights of bfloat16 as they load them: for inference
+// in float32, where few sequences are bound by the traffic of the weights. Instruction sets that multiply bfloat16 need
 // none, because the panels of their own products have 16 bits a value.
 #define DLK_BF16_PANELS
 
@@ -11,8 +11,8 @@
 
 namespace dlk {
 const KernelTable DLK_JOIN(kBf16Weights_, DLK_ISA) = {
-    DLK_ISA_NAMESPACE::kIsa, DLK_ISA_NAMESPACE::forward_entry,     nullptr,
-    DLK_ISA_NAMESPACE::panel_bytes_entry, DLK_ISA_NAMESPACE::pack_entry,
+    DLK_ISA_NAMESPACE::kIsa,       DLK_ISA_NAMESPACE::forward_entry, nullptr, DLK_ISA_NAMESPACE::panel_bytes_entry,
+    DLK_ISA_NAMESPACE::pack_entry,
 };
 }
 #else
