@@ -17,7 +17,7 @@ int main() {
         for (int B : {1, 2, 4, 16, 64, 128}) {
           for (int D : {1, 2}) {
             for (bool backward : {false, true}) {
-              const LayerShape shape{cell, dtype, 100, B, H, H, 0, D, int64_t{100} * B, false, false};
+              const LayerShape shape{cell, dtype, 100, B, H, H, 0, D, int64_t{100} * B, false, Weights::given, false};
               const SequencePlan plan = sequence_plan(shape, kH200, backward);
               std::printf("%s %s %d %d %d %s %s %d %d %d %d %d %d %d\n",
                           cell == CellKind::rnn_tanh ? "rnn" : mode_name(cell), dtypes[static_cast<int>(dtype)], H, B,
