@@ -14,7 +14,7 @@ constexpr CellKind kCells[] = {CellKind::lstm, CellKind::gru, CellKind::rnn_tanh
 const char* const kKinds[] = {"cluster", "grid", "steps"};
 
 LayerShape layer(CellKind cell, DType dtype, int64_t B, int64_t H, int D) {
-  return {cell, dtype, 100, B, H, H, 0, D, 100 * B, false, false};
+  return {cell, dtype, 100, B, H, H, 0, D, 100 * B, false, Weights::given, false};
 }
 
 void require(bool holds, const char* what, const LayerShape& shape, bool backward, const SequencePlan& plan) {

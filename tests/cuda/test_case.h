@@ -135,7 +135,7 @@ class Case {
       // The kernels clamp lengths to 0..T. Lengths outside check that no value is used unclamped.
       for (int64_t& n : lengths) n = n == o.T ? n + 7 : n == 0 ? -3 : n;
     }
-    LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows, false, false};
+    LayerShape shape{o.cell, o.dtype, o.T, o.B, 1, o.H, 0, o.D, rows, false, Weights::given, false};
     GpuLimits gpu = this_gpu();
     // With room for a few groups only, each group has several chunks of sequences.
     const bool clusters = o.path == "best" || o.path == "small" || o.path == "wide";
