@@ -43,10 +43,6 @@ def _is_vector_load(one: Instruction) -> bool:
     return one.opcode == machine.LOAD_GLOBAL and one.strong and one.width == machine.QUAD
 
 
-def _is_cell(one: Instruction) -> bool:
-    return one.opcode in SHUFFLES
-
-
 def _is_wait(one: Instruction) -> bool:
     return one.opcode in (CLUSTER_WAIT, machine.TRY_WAIT)
 
@@ -61,6 +57,11 @@ def _is_exchange_store(one: Instruction) -> bool:
     if one.opcode == machine.STORE_GLOBAL:
         return one.strong or one.width == machine.QUAD
     return one.opcode in (machine.SEND_ASYNC, STORE_GENERIC)
+
+
+def _is_cell(one: Instruction) -> bool:
+    """Cells end with the exchange of their results, between lanes too if a lane does not have 16 bytes."""
+    return one.opcode in SHUFFLES or _is_exchange_store(one)
 
 
 class Loop(NamedTuple):

@@ -39,18 +39,20 @@ MUTANTS = (
            "vectors_ + (step & 1) * half_ + b * stride_ + term - lane", "plain"),
     # A value of some steps ago is taken for that of this step, because it is not made absent, because the others need
     # not see that it is, or because this block need not see it.
-    Mutant("sequence_forward.h", "if (any_live) group.retire(s, b, j);", "", "plain"),
+    Mutant("sequence_forward.h", "if (any_live) group.template retire<1>(s, b, j);", "", "plain"),
     Mutant("group.h", "step % kRound == 1) signal_arrival(counter_);", "step < 0) signal_arrival(counter_);", "plain"),
     Mutant("group.h", "step % kRound == 3) wait_for_signals();", "step < 0) wait_for_signals();", "plain"),
     Mutant("group.h", "erase_piece(buffer(step + kGridBuffers - 1)", "erase_piece(buffer(step)", "plain"),
     # An h with the bits of an absent value, in the first step and later.
     Mutant("group.h", "first = present(value(b, term))", "first = bits_of(value(b, term))", "plain"),
-    Mutant("group.h", "gather_piece<S>(present(item))", "gather_piece<S>(bits_of(item))", "plain"),
+    Mutant("group.h", "gather_piece<S, true>(items)", "gather_piece<S, false>(items)", "plain"),
     # A sequence of the second direction, or a gradient, arrives when the sequence begins.
     Mutant("sequence_forward.h", "!now.live[i] ? idle[i] :", "!now.live[i] ? 0.0f :", "plain"),
     # The inputs of the next chunk are those of another step.
     Mutant("sequence_forward.h", "fetch(last_chunk ? next_t : t,", "fetch(t,", "plain"),
     Mutant("sequence_backward.h", "fetch(s + 1, next_t, 0, &next)", "fetch(s + 1, t, 0, &next)", "plain"),
+    # The lanes of a piece put their items into it in another order.
+    Mutant("group.h", "first + i * kLanes / 4", "first + i % kLanes", "plain"),
     # Lanes without a cell leave before those with one exchange their items, or compute a cell that they do not have.
     Mutant("sequence_forward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),
     Mutant("sequence_backward.h", "!Turns::warp_has_cells(thread, i)", "!Turns::has_cell(thread, i)", "plain"),

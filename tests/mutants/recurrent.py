@@ -24,9 +24,9 @@ REFUSALS = ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_bad_input.py"
 
 RECURRENT: tuple[Mutant, ...] = (
     # Cells.
-    Mutant("lstm-forget-gradient", CELLS + "lstm.h", "d * c * (f * (one - f))", "d * g * (f * (one - f))",
+    Mutant("lstm-forget-gradient", CELLS + "lstm.h", "c * (f * (one - f))", "g * (f * (one - f))",
            "the forget gate's gradient uses the candidate instead of the old cell state", GRID),
-    Mutant("lstm-dc", CELLS + "lstm.h", "*dc = d * f;", "*dc = d;",
+    Mutant("lstm-dc", CELLS + "lstm.h", "*dc = d * factors[kFactorC];", "*dc = d;",
            "the gradient of the cell state is not multiplied by the forget gate",
            GRID),
     Mutant("lstm-candidate", CELLS + "lstm.h", "fnma(g, g, one)", "fnma(g, one, one)",

@@ -40,20 +40,35 @@ struct LstmCell : CellConstants<CellKind::lstm> {
     return at(kO) * tanh(at(kC));
   }
 
-  // *dc is the gradient of c' on entry and that of c on return. Writes the gradients of i, f, g, o
-  // to dgates and returns the cell's own output o * tanh(c'), for a projection's weight gradient.
+  // The factors of the backward, which depend on no gradient: the GPU computes them while it waits for dh.
+  // The first three are those of the gradient of c' in the gradients of i, f and g, then come those of dh
+  // in the gradients of o and c', and that of the gradient of c' in the gradient of c.
+  enum Factor { kFactorI, kFactorF, kFactorG, kFactorO, kFactorH, kFactorC, kFactors };
+
+  // Returns the cell's own output o * tanh(c'), for a projection's weight gradient.
   template <class V>
-  static DLK_INLINE V backward(const V* saved, V c, V dh, V* dc, V* dgates) {
+  static DLK_INLINE V factors(const V* saved, V c, V* to) {
     const V one = V::set1(1);
     const V i = saved[kI], f = saved[kF], g = saved[kG], o = saved[kO];
     const V tanh_c = tanh(saved[kC]);
-    const V d = fma(dh * o, fnma(tanh_c, tanh_c, one), *dc);
-    dgates[0] = d * g * (i * (one - i));
-    dgates[1] = d * c * (f * (one - f));
-    dgates[2] = d * i * fnma(g, g, one);
-    dgates[3] = dh * tanh_c * (o * (one - o));
-    *dc = d * f;
+    to[kFactorI] = g * (i * (one - i));
+    to[kFactorF] = c * (f * (one - f));
+    to[kFactorG] = i * fnma(g, g, one);
+    to[kFactorO] = tanh_c * (o * (one - o));
+    to[kFactorH] = o * fnma(tanh_c, tanh_c, one);
+    to[kFactorC] = f;
     return o * tanh_c;
+  }
+
+  // *dc is the gradient of c' on entry and that of c on return. Writes the gradients of i, f, g, o to dgates.
+  template <class V>
+  static DLK_INLINE void backward(const V* factors, V dh, V* dc, V* dgates) {
+    const V d = fma(dh, factors[kFactorH], *dc);
+    dgates[0] = d * factors[kFactorI];
+    dgates[1] = d * factors[kFactorF];
+    dgates[2] = d * factors[kFactorG];
+    dgates[3] = dh * factors[kFactorO];
+    *dc = d * factors[kFactorC];
   }
 };
 

@@ -65,7 +65,9 @@ struct Backward<C, Cell>::Walk::CellRow {
         dc = V::load(carry + j);
       }
       if (!keeps_state) slots[Cell::kStateSlot] = Cell::state(slots, previous);
-      const V out = Cell::backward(slots, previous, dh, &dc, dgates);
+      V factors[Cell::kFactors];
+      const V out = Cell::factors(slots, previous, factors);
+      Cell::backward(factors, dh, &dc, dgates);
       dc.store(carry + j);
       if (backward.s_.P) out.store(walk.dir.cell_out + row * backward.ld_unit_ + j);
     } else if constexpr (Cell::kDirectPath) {

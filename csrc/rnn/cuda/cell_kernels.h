@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(kCellThreads) cell_backward(const __grid_const
         DLK_UNROLL
         for (int s = 0; s < Cell::kSaved; ++s) one[s] = saved[s][i];
         const float dh = carry[i] + dy[i];
-        const float direct = step_backward<Cell, S>(p.cell == CellKind::rnn_relu, one, state[i], dh, &dc[i], dgates);
+        const float direct =
+            step_backward(p.cell == CellKind::rnn_relu, backward_inputs<Cell, S>(one, state[i]), dh, &dc[i], dgates);
         carry[i] = cut ? 0.0f : direct;
         if (cut) dc[i] = 0.0f;
         DLK_UNROLL

@@ -39,6 +39,21 @@ DLK_DEVICE S from_float(float x) {
   }
 }
 
+// Two numbers of 16 bits in a word, rounded by one instruction.
+template <class S>
+DLK_DEVICE uint32_t pack(float low, float high) {
+#ifdef __CUDACC__
+  std::conditional_t<std::is_same_v<S, bf16_t>, __nv_bfloat162, __half2> both;
+  if constexpr (std::is_same_v<S, bf16_t>) both = __floats2bfloat162_rn(low, high);
+  if constexpr (std::is_same_v<S, f16_t>) both = __floats2half2_rn(low, high);
+#else
+  const S both[2] = {from_float<S>(low), from_float<S>(high)};
+#endif
+  uint32_t word;
+  memcpy(&word, &both, sizeof word);
+  return word;
+}
+
 // One warp computes the 16 x 8 product c += a b over 16 terms, with the fragments of mma.m16n8k16: lane 4 g + q holds
 // rows g and g + 8 of a, column g of b, and of c the elements (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1).
 // a.x and b0 hold the terms 2q and 2q + 1, a.z and b1 the terms 2q + 8 and 2q + 9. a.y and a.w are the same terms of
@@ -87,12 +102,26 @@ DLK_DEVICE void mma_16x8x16(float (&c)[4], const uint4& a, uint32_t b0, uint32_t
 // depends on it needs no code for lanes that take different branches.
 DLK_DEVICE int warp_index() { return static_cast<int>(__shfl_sync(~0u, threadIdx.x / 32, 0)); }
 
-// Returns x. The compiler, which would rather compute a number again than keep it, does not know how to.
-DLK_DEVICE int keep_in_register(int x) {
+// Returns x, an int or a float. The compiler, which would rather compute a number again, or later, than keep it, does
+// not know how to.
+template <class T>
+DLK_DEVICE T keep_in_register(T x) {
 #ifdef __CUDACC__
-  asm volatile("" : "+r"(x));
+  if constexpr (std::is_same_v<T, float>) asm volatile("" : "+f"(x));
+  if constexpr (std::is_same_v<T, int>) asm volatile("" : "+r"(x));
 #endif
   return x;
+}
+
+// The same for a pointer into shared memory.
+template <class T>
+DLK_DEVICE T* keep_shared(T* p) {
+#ifdef __CUDACC__
+  const int address = keep_in_register(static_cast<int>(__cvta_generic_to_shared(p)));
+  return static_cast<T*>(__cvta_shared_to_generic(static_cast<uint32_t>(address)));
+#else
+  return p;
+#endif
 }
 
 // 2^x and 1 / x by one instruction each, for the activations of 16-bit layers: at most 2 ulp off, and numbers below

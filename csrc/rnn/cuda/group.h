@@ -25,9 +25,9 @@
 namespace dlk {
 namespace gpu {
 
-// Number of adjacent lanes whose items are 16 consecutive bytes of one sequence's vector: a piece.
-template <class S>
-constexpr int kPieceLanes = 16 / static_cast<int>(sizeof(S));
+// Number of adjacent lanes whose items are 16 consecutive bytes of one sequence's vector: a piece. A lane has 1 or 4.
+template <class S, int kItems>
+constexpr int kPieceLanes = 16 / (kItems * static_cast<int>(sizeof(S)));
 
 template <class S>
 using Bits = std::conditional_t<sizeof(S) == 4, uint32_t, uint16_t>;
@@ -39,20 +39,31 @@ DLK_DEVICE Bits<S> bits_of(S item) {
   return bits;
 }
 
-// Gathers the items of the lanes of a piece and returns all 16 bytes to each of them. All lanes of the warp must call.
-template <class S>
-DLK_DEVICE uint4 gather_piece(Bits<S> bits) {
-  const int first = threadIdx.x % 32 / kPieceLanes<S> * kPieceLanes<S>;
-  uint32_t words[4];
-  if constexpr (sizeof(S) == 4) {
+// Returns the word, or if it is the absent one, which consists of NaN, other NaN.
+DLK_DEVICE uint32_t present_word(uint32_t word) { return word == kAbsentWord ? kAbsentWord >> 1 : word; }
+
+// Gathers the items of the lanes of a piece and returns all 16 bytes to each of them. With `kPresent` no word is the
+// absent one. All lanes of the warp must call.
+template <class S, bool kPresent, int kItems>
+DLK_DEVICE uint4 gather_piece(const float (&items)[kItems]) {
+  constexpr int kLanes = kPieceLanes<S, kItems>;
+  constexpr int kWords = kLanes <= 4 ? 4 / kLanes : 1;  // of a lane; two lanes with 16 bits each have the same word
+  uint32_t own[kWords], words[4];
+  if constexpr (kLanes == 8) {
+    const uint32_t mine = pack<S>(items[0], 0.0f), neighbour = __shfl_xor_sync(~0u, mine, 1);
+    own[0] = __byte_perm(mine, neighbour, threadIdx.x % 2 ? 0x1054 : 0x5410);  // both lower halves
+  } else if constexpr (sizeof(S) == 2) {
     DLK_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(~0u, bits, first + i);
+    for (int i = 0; i < kWords; ++i) own[i] = pack<S>(items[2 * i], items[2 * i + 1]);
   } else {
-    const uint32_t neighbour = __shfl_xor_sync(~0u, static_cast<uint32_t>(bits), 1);
-    const uint32_t word = threadIdx.x % 2 ? neighbour | static_cast<uint32_t>(bits) << 16 : bits | neighbour << 16;
-    DLK_UNROLL
-    for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(~0u, word, first + 2 * i);
+    memcpy(own, items, sizeof own);
   }
+  DLK_UNROLL
+  for (int i = 0; i < kWords; ++i) own[i] = kPresent ? present_word(own[i]) : own[i];
+  if constexpr (kLanes == 1) return make_uint4(own[0], own[1], own[2], own[3]);
+  const int first = threadIdx.x % 32 / kLanes * kLanes;
+  DLK_UNROLL
+  for (int i = 0; i < 4; ++i) words[i] = __shfl_sync(~0u, own[i % kWords], first + i * kLanes / 4);
   return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
@@ -60,9 +71,10 @@ DLK_DEVICE uint4 gather_piece(Bits<S> bits) {
 //   begin    fills the vectors of the first step with `value(b, term)`. `reads(b)` is whether that step reads them.
 //   prepare  at the start of a step; `sequences()` is the number of those whose vectors the next step reads
 //   wait     before the step's first product
-//   send     passes this lane's item of sequence b at `term` to the next step, if `send`. All lanes of the warp must
-//            call; those of a piece must pass the same b and `send`.
-//   retire   after the product of b's chunk: nothing reads the item of the step before any more
+//   send     rounds this lane's items of sequence b, which begin at `term`, and passes them to the next step, if
+//   `send`.
+//            All lanes of the warp must call; those of a piece must pass the same b and `send`.
+//   retire   after the product of b's chunk: nothing reads the items of the step before any more
 //   finish   at the end of a step in which the block has called __syncthreads()
 template <class S>
 class ClusterGroup {
@@ -107,20 +119,29 @@ class ClusterGroup {
 #endif
   }
 
-  DLK_DEVICE void send(int step, int b, int term, S item, bool send) {
-    const uint4 piece = gather_piece<S>(bits_of(item));
+  template <int kItems>
+  DLK_DEVICE void send(int step, int b, int term, const float (&items)[kItems], bool send) {
+    const uint4 piece = gather_piece<S, false>(items);
     if (!send) return;
 #if DLK_HAS_CLUSTERS
-    const int lane = threadIdx.x % kPieceLanes<S>;
-    S* to = vectors_ + ((step + 1) & 1) * half_ + b * stride_ + term - lane;
+    constexpr int kLanes = kPieceLanes<S, kItems>;
+    const int lane = static_cast<int>(threadIdx.x % kLanes);
+    // Otherwise the compiler computes both addresses again for every rank.
+    S* to = keep_shared(vectors_ + ((step + 1) & 1) * half_ + b * stride_ + term - lane * kItems);
+    uint64_t* receipt = keep_shared(receipts_ + ((step + 1) & 1));
+    constexpr int kStores = kMaxCluster / kLanes;
     DLK_UNROLL
-    for (int i = 0; i < kMaxCluster / kPieceLanes<S>; ++i) {
-      const unsigned rank = static_cast<unsigned>(lane + i * kPieceLanes<S>);
-      if (rank < gridDim.x) send_to_block(to, receipts_ + ((step + 1) & 1), rank, piece);
+    for (int i = 0; i < kStores; ++i) {
+      const unsigned rank = static_cast<unsigned>(lane + i * kLanes);
+      // Ranks ascend. One jump behind the last store saves 11 instructions if there are eight stores; if there are two,
+      // the lstm's forward has no register for it (sm_100a).
+      if (kStores > 2 && rank >= gridDim.x) return;
+      if (rank < gridDim.x) send_to_block(to, receipt, rank, piece);
     }
 #endif
   }
 
+  template <int kItems>
   DLK_DEVICE void retire(int, int, int) {}
   DLK_DEVICE void finish(int) {}
 
@@ -170,13 +191,15 @@ class GridGroup {
   }
   DLK_DEVICE void wait(int) {}
 
-  DLK_DEVICE void send(int step, int b, int term, S item, bool send) {
-    const uint4 piece = gather_piece<S>(present(item));
-    if (send && threadIdx.x % kPieceLanes<S> == 0) store_piece(buffer(step + 1) + b * stride_ + term, piece);
+  template <int kItems>
+  DLK_DEVICE void send(int step, int b, int term, const float (&items)[kItems], bool send) {
+    const uint4 piece = gather_piece<S, true>(items);
+    if (send && threadIdx.x % kPieceLanes<S, kItems> == 0) store_piece(buffer(step + 1) + b * stride_ + term, piece);
   }
 
+  template <int kItems>
   DLK_DEVICE void retire(int step, int b, int term) {
-    if (threadIdx.x % kPieceLanes<S> == 0) erase_piece(buffer(step + kGridBuffers - 1) + b * stride_ + term);
+    if (threadIdx.x % kPieceLanes<S, kItems> == 0) erase_piece(buffer(step + kGridBuffers - 1) + b * stride_ + term);
   }
 
   DLK_DEVICE void finish(int step) {

@@ -44,10 +44,14 @@ class TensorProduct {
  public:
   DLK_DEVICE TensorProduct(const SharedLayout& layout, char* shared)
       : warp_(warp_index()), lane_(threadIdx.x % 32), layout_(layout) {
-    weights_ = reinterpret_cast<uint4*>(shared + layout.weights) + lane_;
+    weights_ = reinterpret_cast<uint4*>(shared + layout.weights) + lane_ +
+               (split() * layout.shared_steps * kAllRowTiles + row_group() * kRowTiles) * 64;
+    // In a cluster the compiler would compute these addresses again in every step; in a grid it has no registers to
+    // keep them in while it waits for vectors.
+    if (!kPieces) weights_ = keep_shared(weights_);
     steps_ = (layout.terms / 32 - split() + kSplits - 1) / kSplits;
     first_item_ = lane_ / 4 * layout.stride + split() * 32 + 8 * (lane_ % 4);
-    if (kColumnTiles == 1) first_item_ = keep_in_register(first_item_);
+    first_item_ = keep_in_register(first_item_);
   }
 
   template <class Weight>
@@ -186,8 +190,7 @@ class TensorProduct {
     return kAllRowTiles % kRowGroups == 0 || row_group() * kRowTiles + m < kAllRowTiles;
   }
   DLK_DEVICE uint4* stored(int i, int m, int product) const {
-    const int row_tile = row_group() * kRowTiles + m;
-    return weights_ + (((split() * layout_.shared_steps + i) * kAllRowTiles + row_tile) * 2 + product) * 32;
+    return weights_ + ((i * kAllRowTiles + m) * 2 + product) * 32;
   }
 
   const int warp_, lane_;

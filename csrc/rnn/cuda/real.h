@@ -120,31 +120,61 @@ DLK_DEVICE float step_forward(bool use_relu, const float* x, const float* hidden
   return h.v;
 }
 
-// One cell's step backward. Writes the gate gradients in the order of gate_grads, and returns the part of dh that
-// reaches h directly, not through the gates. state: the c (lstm) or h (gru) before the step; the rnn needs none.
-// *dc: the gradient of c' on entry, that of c on return.
+// What a cell's step backward needs beside gradients: the lstm's factors, of the others the record and the h before the
+// step.
 template <class Cell, class S>
-DLK_DEVICE float step_backward(bool use_relu, const float* saved, float state, float dh, float* dc, float* dgates) {
-  using V = Real<S>;
-  if constexpr (kIsRnn<Cell>) {
-    dgates[0] = Cell::backward(use_relu, V{saved[0]}, V{dh}).v;
-    return 0.0f;
-  } else {
-    V in[Cell::kSaved], out[Cell::kGateGrads];
+struct BackwardInputs {
+  float record[Cell::kSaved], state;
+};
+template <class S>
+struct BackwardInputs<LstmCell, S> {
+  float factors[LstmCell::kFactors];
+};
+
+// state: the c (lstm) or h (gru) before the step; the rnn needs none.
+template <class Cell, class S>
+DLK_DEVICE BackwardInputs<Cell, S> backward_inputs(const float* saved, float state) {
+  BackwardInputs<Cell, S> inputs;
+  if constexpr (Cell::kCellState) {
+    Real<S> in[Cell::kSaved], out[Cell::kFactors];
     DLK_UNROLL
     for (int s = 0; s < Cell::kSaved; ++s) in[s] = {saved[s]};
-    float direct = 0.0f;
-    if constexpr (Cell::kCellState) {
-      V dc_real{*dc};
-      Cell::backward(in, V{state}, V{dh}, &dc_real, out);
-      *dc = dc_real.v;
-    } else {
-      direct = Cell::backward(in, V{state}, V{dh}, out).v;
-    }
+    Cell::factors(in, Real<S>{state}, out);
     DLK_UNROLL
-    for (int g = 0; g < Cell::kGateGrads; ++g) dgates[g] = out[g].v;
-    return direct;
+    for (int f = 0; f < Cell::kFactors; ++f) inputs.factors[f] = keep_in_register(out[f].v);
+  } else {
+    DLK_UNROLL
+    for (int s = 0; s < Cell::kSaved; ++s) inputs.record[s] = saved[s];
+    inputs.state = state;
   }
+  return inputs;
+}
+
+// One cell's step backward. Writes the gate gradients in the order of gate_grads, and returns the part of dh that
+// reaches h directly, not through the gates. *dc: the gradient of c' on entry, that of c on return.
+template <class Cell, class S>
+DLK_DEVICE float step_backward(bool use_relu, const BackwardInputs<Cell, S>& inputs, float dh, float* dc,
+                               float* dgates) {
+  using V = Real<S>;
+  V out[Cell::kGateGrads];
+  float direct = 0.0f;
+  if constexpr (Cell::kCellState) {
+    V factors[Cell::kFactors], dc_real{*dc};
+    DLK_UNROLL
+    for (int f = 0; f < Cell::kFactors; ++f) factors[f] = {inputs.factors[f]};
+    Cell::backward(factors, V{dh}, &dc_real, out);
+    *dc = dc_real.v;
+  } else if constexpr (kIsRnn<Cell>) {
+    out[0] = Cell::backward(use_relu, V{inputs.record[0]}, V{dh});
+  } else {
+    V in[Cell::kSaved];
+    DLK_UNROLL
+    for (int s = 0; s < Cell::kSaved; ++s) in[s] = {inputs.record[s]};
+    direct = Cell::backward(in, V{inputs.state}, V{dh}, out).v;
+  }
+  DLK_UNROLL
+  for (int g = 0; g < Cell::kGateGrads; ++g) dgates[g] = out[g].v;
+  return direct;
 }
 
 // h' of a saved float32 record; `distance` is the number of floats from slot to slot.

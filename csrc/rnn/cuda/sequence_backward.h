@@ -2,9 +2,10 @@
 //   for each step, last first: dh = dy + dgates(next) W_hh + the direct path from the next step, past its gates;
 //                              dgates, dc = the cell's backward of dh and dc
 // The blocks and their exchange are those of the forward. Here a block has the columns of W_hh of its own units, and
-// the vectors that the blocks exchange are the gate gradients of the hidden side, [slice][gate][unit], rounded to the
-// layer's dtype. dgates is also written to global memory, from which the caller's products compute dx and the weight
-// gradients.
+// the vectors that the blocks exchange are the gate gradients of the hidden side, rounded to the layer's dtype:
+// [slice][gate][unit], or [slice][unit][gate] with the four gates of the lstm, so that a thread's items are adjacent
+// and only two threads have to exchange them before they are sent. dgates is also written to global memory, from which
+// the caller's products compute dx and the weight gradients.
 //
 // The other part of dh that passes from step to step (`carry`: dh_n at first, then the gru's direct path) and dc are
 // kept in shared memory in float32. At a step at which a sequence is not alive, dc stays as it is and the product with
@@ -26,6 +27,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   constexpr SliceShape kShape = slice_shape(kGates, sizeof(S) == 2, kUnits, true);
   using Turns = CellTurns<kUnits, kColumns>;
   constexpr int kTurns = Turns::kCount;
+  constexpr int kItems = kGates == 4 ? kGates : 1;  // of a thread, adjacent in a vector
   constexpr int kPart = kColumns * (kShape.rows + 4);
 
   char* shared = dynamic_shared();
@@ -46,11 +48,18 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   const int64_t state0 = static_cast<int64_t>(d) * p.B + first;
   const int steps = read_lengths<kColumns>(p, first, lengths);
 
+  // The place of a gate's gradient of this thread's unit in a vector, with those of the next gates behind it if a
+  // thread has several items.
+  const auto first_term = [&](int gate) {
+    return kItems > 1 ? (first_unit + unit) * kGates + gate : (slice * kGates + gate) * kUnits + unit;
+  };
+
   const S* w = static_cast<const S*>(p.w_hh[d]);
   typename ChooseProduct<S, kGates, kCluster, true, kUnits, kColumns>::type product(layout, shared);
   // The index is 32 bits wide, which is enough for every W_hh that fits the chip and halves the code of load().
   product.load([&](int row, int term) {
-    const int gate = term / kUnits % kGates, from = term / (kGates * kUnits) * kUnits + term % kUnits;
+    const int gate = kItems > 1 ? term % kGates : term / kUnits % kGates;
+    const int from = kItems > 1 ? term / kGates : term / (kGates * kUnits) * kUnits + term % kUnits;
     const int u = first_unit + row;
     return row < kUnits && u < p.H && from < p.H ? to_float(w[(gate * p.H + from) * p.H + u]) : 0.0f;
   });
@@ -138,12 +147,20 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       }
       if (kFetchAhead && !last_chunk) fetch(s, t, chunk + kColumns, &next);
       if (kFetchAhead && last_chunk && more) fetch(s + 1, next_t, 0, &next);
+      // What has been loaded ahead is here already. In wide slices it is still on its way.
+      BackwardInputs<Cell, S> inputs[kTurns];
+      DLK_UNROLL
+      for (int i = 0; kFetchAhead && i < kTurns; ++i) {
+        inputs[i] = backward_inputs<Cell, S>(now.record[i], now.state[i]);
+      }
       const bool any_live = reads(t, chunk), sends = more && reads(next_t, chunk);
       if (chunk == 0) group.wait(s);
 
       float* part = partials + turn_parity * kShape.splits * kPart;
       if (any_live) {
         const S* from = group.vectors(s) + chunk * layout.stride;
+        // Otherwise the compiler computes this address before every load. With 16 columns it has no register for it.
+        if constexpr (kCluster && sizeof(S) == 2 && kColumns == kMmaColumns) from = keep_shared(from);
         product.multiply(near_vectors<kCluster, kColumns>(from, vectors, layout), part);
         __syncthreads();
         turn_parity ^= 1;
@@ -158,17 +175,19 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         if (any_live && busy) {
           carry[i] += add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
           if (now.live[i]) {
-            carry[i] =
-                step_backward<Cell, S>(relu, now.record[i], now.state[i], now.dy[i] + carry[i], &dc[i], grads[i]);
+            if constexpr (!kFetchAhead) inputs[i] = backward_inputs<Cell, S>(now.record[i], now.state[i]);
+            carry[i] = step_backward(relu, inputs[i], now.dy[i] + carry[i], &dc[i], grads[i]);
             if (now.cut[i]) carry[i] = dc[i] = 0.0f;
           }
         }
         if (!sends) continue;
         // Lanes without a cell take part, because send() exchanges items between lanes.
         DLK_UNROLL
-        for (int g = 0; g < kGates; ++g) {
-          const float item = now.cut[i] ? 0.0f : grads[i][hidden_slot<Cell>(g)];
-          group.send(s, b, (slice * kGates + g) * kUnits + unit, from_float<S>(item), busy);
+        for (int g = 0; g < kGates; g += kItems) {
+          float items[kItems];
+          DLK_UNROLL
+          for (int k = 0; k < kItems; ++k) items[k] = now.cut[i] ? 0.0f : grads[i][hidden_slot<Cell>(g + k)];
+          group.send(s, b, first_term(g), items, busy);
         }
       }
 
@@ -180,7 +199,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
           carries[b * kUnits + unit] = carry[i];
           if constexpr (Cell::kCellState) dcs[b * kUnits + unit] = dc[i];
           DLK_UNROLL
-          for (int g = 0; g < kGates; ++g) group.retire(s, b, (slice * kGates + g) * kUnits + unit);
+          for (int g = 0; g < kGates; g += kItems) group.template retire<kItems>(s, b, first_term(g));
         }
         if (!exists || !more || first + b >= p.B) continue;
         if (p.offsets && !now.live[i]) continue;

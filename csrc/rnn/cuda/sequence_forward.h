@@ -163,14 +163,14 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         }
         // Lanes without a cell take part, because send() exchanges items between lanes.
         const float item = !now.live[i] ? idle[i] : exists ? h_new[i] : 0.0f;
-        if (sends) group.send(s, b, j, from_float<S>(item), busy);
+        if (sends) group.send(s, b, j, {item}, busy);
       }
 
       DLK_UNROLL
       for (int i = 0; i < kTurns; ++i) {
         const int b = chunk + Turns::column(thread, i);
         if (!Turns::has_cell(thread, i)) break;
-        if (any_live) group.retire(s, b, j);
+        if (any_live) group.template retire<1>(s, b, j);
         if (now.live[i]) states[b * kUnits + unit] = out[i][Cell::kStateSlot];
         if (!exists || first + b >= p.B) continue;
         if (now.live[i] || !p.offsets) {

@@ -101,6 +101,13 @@ T shuffle(uint32_t mask, T value, unsigned source) {
 #define gridDim (emulation::here->blocks)
 
 inline void __syncthreads() { emulation::block_barrier(); }
+// The bytes of the result are those of x (numbers 0 to 3) and y (4 to 7) that the selector's four lowest digits name.
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = x | uint64_t{y} << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source) {
   return emulation::shuffle(mask, value, static_cast<unsigned>(source));
