@@ -27,8 +27,8 @@ std::atomic<bool> g_scalar_machine{false};  // set by tests
 enum Feature : unsigned {
   kAvx2 = 1 << 0,    // with fma and f16c
   kAvx512 = 1 << 1,  // f, dq, bw and vl
-  kDots = 1 << 2,    // avx512_bf16
-  kTiles = 1 << 3,   // amx_tile and amx_bf16, with the operating system's permission
+  kDots = 1 << 2,    // avx512_bf16 and avx512_vnni
+  kTiles = 1 << 3,   // amx_tile, amx_bf16 and amx_int8, with the operating system's permission
 };
 
 struct Cpu {
@@ -98,9 +98,9 @@ Cpu detect() {
   const bool avx512f = bit(extended.ebx, 16), avx512dq = bit(extended.ebx, 17);
   const bool avx512bw = bit(extended.ebx, 30), avx512vl = bit(extended.ebx, 31);
 
-  const bool avx512_bf16 = bit(more.eax, 5);
-  const bool amx_tile = bit(extended.edx, 24), amx_bf16 = bit(extended.edx, 22);
-  const bool amx_granted = os_amx && amx_tile && amx_bf16 && ask_for_tiles();
+  const bool avx512_bf16 = bit(more.eax, 5), avx512_vnni = bit(extended.ecx, 11);
+  const bool amx_tile = bit(extended.edx, 24), amx_bf16 = bit(extended.edx, 22), amx_int8 = bit(extended.edx, 25);
+  const bool amx_granted = os_amx && amx_tile && amx_bf16 && amx_int8 && ask_for_tiles();
 
   Cpu cpu;
   cpu.names = {{"avx", avx},
@@ -111,11 +111,12 @@ Cpu detect() {
                {"avx512dq", avx512dq},
                {"avx512bw", avx512bw},
                {"avx512vl", avx512vl},
-               {"avx512_vnni", bit(extended.ecx, 11)},
+               {"avx512_vnni", avx512_vnni},
                {"avx512_bf16", avx512_bf16},
                {"avx512_fp16", bit(extended.edx, 23)},
                {"amx_tile", amx_tile},
                {"amx_bf16", amx_bf16},
+               {"amx_int8", amx_int8},
                {"os_ymm", os_ymm},
                {"os_zmm", os_zmm},
                {"os_amx", os_amx},
@@ -129,7 +130,7 @@ Cpu detect() {
 #if defined(DLK_EMULATE_BF16)
   const bool has_dots = has_avx512, has_tiles = has_avx512;
 #else
-  const bool has_dots = has_avx512 && avx512_bf16, has_tiles = has_avx512 && amx_granted;
+  const bool has_dots = has_avx512 && avx512_bf16 && avx512_vnni, has_tiles = has_avx512 && avx512_vnni && amx_granted;
 #endif
   cpu.features = has_avx2 * kAvx2 | has_avx512 * kAvx512 | has_dots * kDots | has_tiles * kTiles;
   return cpu;

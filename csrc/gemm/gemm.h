@@ -50,6 +50,23 @@ struct CopiedRows {
   }
 };
 
+// Rows of float32 as quads. The scale of row m goes to scales[m].
+template <class C, class RowAt>
+struct QuantizedRows {
+  static constexpr int kRows = kBlockRows;
+  RowAt row;
+  int64_t K, ld;
+  C* block;  // [kBlockRows][ld]
+  C* scales;
+  void rows(int64_t m, int count, const C** out) const {
+    for (int r = 0; r < count; ++r) {
+      C* to = block + r * ld;
+      scales[m + r] = Int8Quads<C>::quantize(static_cast<const C*>(row(m + r)), K, reinterpret_cast<uint8_t*>(to));
+      out[r] = to;
+    }
+  }
+};
+
 // A is the transpose of src [K][>= m + count], row stride src_ld. With pairs and an odd K the last pair is filled up
 // with 0.
 template <class C>

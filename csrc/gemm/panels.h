@@ -5,7 +5,6 @@
 #pragma once
 
 #include "gemm/operands.h"
-#include "simd/storage.h"
 
 DLK_ISA_BEGIN
 
@@ -87,21 +86,6 @@ DLK_NOINLINE void pack_panel_transposed(const PanelShape& shape, int64_t p, DTyp
           load_operands<C>(dtype, advance(w, dtype, first + r * values + at), left, block + r * kLanes);
         transpose_block(block, kLanes, left > 0 ? rows : 0, columns, to, width);
       }
-    }
-  }
-}
-
-// The same from w [columns][values] of float32, to a panel of fewer bits. Prepacking is the only user, so it need not
-// be fast.
-template <class C>
-DLK_NOINLINE void pack_panel_narrow(const PanelShape& shape, int64_t p, const float* w, Stored<C>* panel) {
-  const int vectors = shape.vectors_in(p);
-  for (int v = 0; v < vectors; ++v) {
-    const float* const from = w + shape.column(p, v) * shape.segment;
-    const int columns = shape.valid(p, v);
-    for (int64_t k = 0; k < shape.K; ++k) {
-      Stored<C>* to = panel + shape.element(vectors, k, v);
-      for (int i = 0; i < shape.lanes; ++i) to[i] = i < columns ? to_bf16(from[i * shape.segment + k]) : bf16{0};
     }
   }
 }

@@ -6,21 +6,23 @@
 // same for every shape of the tile, so a row's result does not depend on the rows beside it.
 //
 // With kPairs an item along K is a pair of bf16 values, as the bits of a float: operands have half as many items as
-// values, and each multiply-add adds two products. With kTiles a matrix unit makes the products (factors_of below): K
-// is a whole number of its depths, and operands are filled up with zeros.
+// values, and each multiply-add adds two products. With kQuads it is four bytes, a is unsigned, b is signed, and the
+// sums are int32, as the bits of floats too; they are exact modulo 2^32. With kTiles a matrix unit makes the products
+// (factors_of below): K is a whole number of its depths, and operands are filled up with zeros.
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
 #include "gemm/storage_access.h"
+#include "simd/int8_quads.h"
 
 DLK_ISA_BEGIN
 
-constexpr int kItemValues = kPairs ? 2 : 1;
+constexpr int kItemValues = kPairs ? 2 : kQuads ? 4 : 1;
 // The type of the values of which operands consist.
 template <class C>
-using Operand = std::conditional_t<kPairs, bf16, C>;
+using Operand = std::conditional_t<kPairs, bf16, std::conditional_t<kQuads, uint8_t, C>>;
 // The items of a row of operands.
 template <class C>
 DLK_INLINE const C* items_of(const Operand<C>* row) {
@@ -35,7 +37,8 @@ DLK_INLINE int64_t item_count(int64_t n) {
 
 // The type in which panels hold the items of a right-hand side.
 template <class C>
-using Stored = std::conditional_t<kWeights == Weights::bf16, bf16, C>;
+using Stored = std::conditional_t<kWeights == Weights::bf16, bf16,
+                                  std::conditional_t<kWeights == Weights::int8 && !kQuads, int8_t, C>>;
 
 // Bf16Unit as a name that depends on C, so that its members are looked up only in code that is instantiated.
 template <class C>
@@ -49,8 +52,19 @@ template <class C>
 DLK_INLINE Vec<C> multiply_add(Vec<C> a, Vec<C> b, Vec<C> sum) {
   if constexpr (kPairs) {
     return Unit<C>::dot(a, b, sum);
+  } else if constexpr (kQuads) {
+    return Int8Quads<C>::dot(a, b, sum);
   } else {
     return fma(a, b, sum);
+  }
+}
+
+template <class C>
+DLK_INLINE Vec<C> add_sums(Vec<C> a, Vec<C> b) {
+  if constexpr (kQuads) {
+    return Int8Quads<C>::add(a, b);
+  } else {
+    return a + b;
   }
 }
 
@@ -64,6 +78,8 @@ constexpr int64_t slice_of(int64_t K) { return K > 128 && K <= 512 ? 64 : 128; }
 // rows take both at once, because they need that many independent sums.
 constexpr int kMaxVectors = 4;
 constexpr int kMaxRows = kTiles ? 32 : 12;
+// A matrix unit takes as long for one row as for sixteen. Quads of up to this many rows go without it.
+constexpr int kRowsWithoutUnit = kTiles && kQuads ? 4 : 0;
 constexpr int strip_vectors(int vectors) { return vectors == 4 ? 2 : vectors; }
 
 // A matrix unit reads and writes kRowUnit rows at a time, of which those beyond the last one hold anything. Memory with
@@ -74,8 +90,9 @@ constexpr int whole_rows(int rows) { return (rows + kRowUnit - 1) / kRowUnit * k
 
 // The tallest tile of a strip: its sums take three quarters of the registers and leave the others to operands.
 constexpr int rows_for(int vectors) {
+  constexpr int kMost = kTiles ? kRowsWithoutUnit : kMaxRows;
   const int rows = kRegisters / 4 * 3 / vectors;
-  return rows > kMaxRows ? kMaxRows : rows;
+  return rows > kMost ? kMost : rows;
 }
 
 // The height of the next tile of a panel with `vectors` vectors, if n rows are left; all tiles get nearly equal
@@ -138,7 +155,7 @@ DLK_NOINLINE void tile(const C* const* a, int64_t K, const Stored<C>* b, int64_t
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         C* to = out + r * ldo + v * V::size;
-        if (accumulate) acc[r][v] = V::load(to) + acc[r][v];
+        if (accumulate) acc[r][v] = add_sums(V::load(to), acc[r][v]);
         acc[r][v].store(to);
       }
     }
@@ -186,8 +203,8 @@ struct Ahead {
 // kRowUnit are read (and written to `out`) too.
 template <class C>
 DLK_INLINE auto factors_of(int rows, const C* const* a, int64_t K, const Panel<C>& panel) {
-  const int64_t lda = rows > 1 ? (a[1] - a[0]) * kItemValues : 0;
-  return typename Unit<C>::Factors{reinterpret_cast<const Operand<C>*>(a[0]), lda, panel.data, panel.next, K};
+  const int64_t lda = rows > 1 ? (a[1] - a[0]) * 2 : 0;  // an item takes the place of two bf16 values
+  return typename Unit<C>::Factors{reinterpret_cast<const bf16*>(a[0]), lda, panel.data, panel.next, K};
 }
 
 template <class C, class Before>
@@ -227,12 +244,13 @@ template <class C, class Before>
 DLK_INLINE void run_tile(int rows, const C* const* a, int64_t K, const Panel<C>& panel, C* out, int64_t ldo,
                          bool accumulate, Ahead<C>& ahead, Before before) {
   if constexpr (kTiles) {
-    before(0, 1);
-    const auto factors = factors_of(rows, a, K, panel);
-    Unit<C>::multiply_panel(rows, panel.vectors, &factors, 1, out, ldo, accumulate);
-  } else {
-    register_tile(rows, a, K, panel, out, ldo, accumulate, ahead, before);
+    if (rows > kRowsWithoutUnit) {
+      before(0, 1);
+      const auto factors = factors_of(rows, a, K, panel);
+      return Unit<C>::template multiply_panel<kQuads>(rows, panel.vectors, &factors, 1, out, ldo, accumulate);
+    }
   }
+  if constexpr (kRowsWithoutUnit > 0 || !kTiles) register_tile(rows, a, K, panel, out, ldo, accumulate, ahead, before);
 }
 
 // The same with rows of out that follow each other without a gap.
@@ -250,7 +268,7 @@ DLK_INLINE void run_two_tiles(int rows, const C* const* x, int64_t x_K, const Pa
   if constexpr (kTiles) {
     before(0, 1);
     const typename Unit<C>::Factors both[] = {factors_of(rows, x, x_K, x_panel), factors_of(rows, a, K, panel)};
-    Unit<C>::multiply_panel(rows, panel.vectors, both, 2, out, int64_t{panel.vectors} * Vec<C>::size, false);
+    Unit<C>::template multiply_panel<kQuads>(rows, panel.vectors, both, 2, out, int64_t{panel.vectors} * Vec<C>::size, false);
   } else {
     run_tile(rows, x, x_K, x_panel, out, false, x_ahead, [](int, int) {});
     run_tile(rows, a, K, panel, out, true, ahead, before);

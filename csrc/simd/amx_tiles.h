@@ -1,7 +1,8 @@
 // Products of bf16 by the matrix unit AMX, which has eight tile registers. Tiles 0 to 3 hold sums, 16 x 16 floats each,
 // arranged two by two. Tiles 4 and 5 hold rows of the left operand, 16 rows of 32 values each. Tiles 6 and 7 hold
-// columns of the right operand, 16 columns of 16 pairs each, [pair][column]. multiply_add adds to each sum the product
-// of its row and its column. Strides of TileRegisters are in bytes.
+// columns of the right operand, 16 columns of 16 pairs each, [pair][column]. Products of int8 have quads in place of
+// pairs and int32 sums (int8_quads.h). multiply_add adds to each sum the product of its row and its column. Strides of
+// TileRegisters are in bytes.
 //
 // With DLK_EMULATE_BF16 plain C++ computes the same bits, and stops the program if no Session is open.
 #pragma once
@@ -10,6 +11,7 @@
 #define DLK_ISA amx
 #endif
 #include "simd/bf16_pairs.h"
+#include "simd/int8_quads.h"
 
 DLK_ISA_BEGIN
 
@@ -34,8 +36,15 @@ class TileRegisters {
     for (int r = 0; r < 16; ++r) std::memcpy(static_cast<char*>(to) + r * stride, tile(kTile)[r], 64);
   }
   // The products of even values and those of odd values are summed separately, in order, each from 0.
-  template <int kSums, int kRows, int kColumns>
+  template <int kSums, int kRows, int kColumns, bool kInt8 = false>
   static void multiply_add() {
+    if constexpr (kInt8) {
+      for (int r = 0; r < 16; ++r)
+        for (int c = 0; c < 16; ++c)
+          for (int q = 0; q < 16; ++q)
+            tile(kSums)[r][c] = Int8Emulation::dot(tile(kRows)[r][q], tile(kColumns)[q][c], tile(kSums)[r][c]);
+      return;
+    }
     using E = Bf16Emulation;
     for (int r = 0; r < 16; ++r) {
       float parts[2][16] = {};
@@ -119,8 +128,17 @@ struct TileRegisters {
     if constexpr (kTile == 2) _tile_stored(2, to, stride);
     if constexpr (kTile == 3) _tile_stored(3, to, stride);
   }
-  template <int kSums, int kRows, int kColumns>
+  template <int kSums, int kRows, int kColumns, bool kInt8 = false>
   static DLK_INLINE void multiply_add() {
+    if constexpr (kInt8) {
+      if constexpr (kSums == 0) _tile_dpbusd(0, 4, 6);
+      if constexpr (kSums == 1) _tile_dpbusd(1, 4, 7);
+      if constexpr (kSums == 2 && kRows == 5) _tile_dpbusd(2, 5, 6);
+      if constexpr (kSums == 3 && kRows == 5) _tile_dpbusd(3, 5, 7);
+      if constexpr (kSums == 2 && kRows == 4) _tile_dpbusd(2, 4, 5);
+      if constexpr (kSums == 3 && kRows == 4) _tile_dpbusd(3, 4, 6);
+      return;
+    }
     if constexpr (kSums == 0) _tile_dpbf16ps(0, 4, 6);
     if constexpr (kSums == 1) _tile_dpbf16ps(1, 4, 7);
     if constexpr (kSums == 2 && kRows == 5) _tile_dpbf16ps(2, 5, 6);
@@ -179,8 +197,8 @@ struct Bf16Unit : Bf16Pairs {
     if constexpr (kI == 2) TileRegisters::store<2>(below(to, stride), stride);
     if constexpr (kI == 2 && kJ == 2) TileRegisters::store<3>(below(to + kSize, stride), stride);
   }
-  template <int kI>
-  static DLK_INLINE void load_rows(const bf16* from, int64_t stride) {
+  template <int kI, class Item>
+  static DLK_INLINE void load_rows(const Item* from, int64_t stride) {
     TileRegisters::load<4>(from, stride);
     if constexpr (kI == 2) TileRegisters::load<5>(below(from, stride), stride);
   }
@@ -189,12 +207,12 @@ struct Bf16Unit : Bf16Pairs {
     TileRegisters::load<6>(from, stride);
     if constexpr (kJ == 2) TileRegisters::load<7>(from + kSize, stride);
   }
-  template <int kI, int kJ>
+  template <int kI, int kJ, bool kInt8 = false>
   static DLK_INLINE void multiply_add() {
-    TileRegisters::multiply_add<0, 4, 6>();
-    if constexpr (kJ == 2) TileRegisters::multiply_add<1, 4, 7>();
-    if constexpr (kI == 2) TileRegisters::multiply_add<2, 5, 6>();
-    if constexpr (kI == 2 && kJ == 2) TileRegisters::multiply_add<3, 5, 7>();
+    TileRegisters::multiply_add<0, 4, 6, kInt8>();
+    if constexpr (kJ == 2) TileRegisters::multiply_add<1, 4, 7, kInt8>();
+    if constexpr (kI == 2) TileRegisters::multiply_add<2, 5, 6, kInt8>();
+    if constexpr (kI == 2 && kJ == 2) TileRegisters::multiply_add<3, 5, 7, kInt8>();
   }
 
   // out [rows][columns] (+)= a b, where b holds pairs, [depth / 2][columns]; rows, columns and depth are whole tiles.
@@ -219,7 +237,7 @@ struct Bf16Unit : Bf16Pairs {
   }
 
   // Up to 32 rows of a, lda values apart, and one panel of gemm/tile.h, which has one or two strips, `next` apart, of K
-  // pairs: a whole number of depths.
+  // pairs, or quads in the same place: a whole number of depths.
   struct Factors {
     const bf16* a;
     int64_t lda;
@@ -230,18 +248,19 @@ struct Bf16Unit : Bf16Pairs {
   // out [rows][vectors * kSize] (+)= the sum of `count` products of such factors. Whole tiles of rows are read and
   // written. Nothing is prefetched: reading 4 MB of panels took 1 to 10 % longer with prefetches into L2 on a Xeon,
   // where L3 gives 25 GB/s with and without.
+  template <bool kInt8 = false>
   static DLK_NOINLINE void multiply_panel(int rows, int vectors, const Factors* factors, int count, float* out,
                                           int64_t ldo, bool accumulate) {
     if (rows <= kRows) {  // one sum alone would wait for the latency of its last product
       switch (vectors) {
         case 1:
-          return multiply_row<1>(factors, count, out, ldo, accumulate);
+          return multiply_row<1, kInt8>(factors, count, out, ldo, accumulate);
         case 2:
-          return multiply_row<2>(factors, count, out, ldo, accumulate);
+          return multiply_row<2, kInt8>(factors, count, out, ldo, accumulate);
         case 3:
-          return multiply_row<3>(factors, count, out, ldo, accumulate);
+          return multiply_row<3, kInt8>(factors, count, out, ldo, accumulate);
         default:
-          return multiply_row<4>(factors, count, out, ldo, accumulate);
+          return multiply_row<4, kInt8>(factors, count, out, ldo, accumulate);
       }
     }
     const int strip = vectors == 4 ? 2 : vectors;
@@ -250,7 +269,7 @@ struct Bf16Unit : Bf16Pairs {
         begin_sums<2, columns>(out + v * kSize, ldo, accumulate);
         for (int f = 0; f < count; ++f) {
           const float* from = factors[f].b + (strip == 2 ? v / 2 * factors[f].next : v * kSize);
-          add_products<2, columns>(2 * factors[f].K, factors[f].a, factors[f].lda, from, strip * kSize);
+          add_products<2, columns, kInt8>(2 * factors[f].K, factors[f].a, factors[f].lda, from, strip * kSize);
         }
         store_sums<2, columns>(out + v * kSize, ldo * static_cast<int64_t>(sizeof(float)));
       };
@@ -286,7 +305,7 @@ struct Bf16Unit : Bf16Pairs {
 
  private:
   // One tile of rows by kVectors vectors, whose sums are in tiles 0 to 3.
-  template <int kVectors>
+  template <int kVectors, bool kInt8>
   static DLK_INLINE void multiply_row(const Factors* factors, int count, float* out, int64_t ldo, bool accumulate) {
     constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
     constexpr int64_t kWidth = (kVectors == 4 ? 2 : kVectors) * kSize;
@@ -311,12 +330,12 @@ struct Bf16Unit : Bf16Pairs {
         TileRegisters::load<4>(a + 2 * k, lda);
         TileRegisters::load<6>(b + k * kWidth, kWidth * kItem);
         if constexpr (kVectors > 1) TileRegisters::load<7>(b + k * kWidth + kSize, kWidth * kItem);
-        TileRegisters::multiply_add<0, 4, 6>();
+        TileRegisters::multiply_add<0, 4, 6, kInt8>();
         if constexpr (kVectors > 2) TileRegisters::load<5>(third + k * kWidth, kWidth * kItem);
-        if constexpr (kVectors > 1) TileRegisters::multiply_add<1, 4, 7>();
+        if constexpr (kVectors > 1) TileRegisters::multiply_add<1, 4, 7, kInt8>();
         if constexpr (kVectors > 3) TileRegisters::load<6>(third + k * kWidth + kSize, kWidth * kItem);
-        if constexpr (kVectors > 2) TileRegisters::multiply_add<2, 4, 5>();
-        if constexpr (kVectors > 3) TileRegisters::multiply_add<3, 4, 6>();
+        if constexpr (kVectors > 2) TileRegisters::multiply_add<2, 4, 5, kInt8>();
+        if constexpr (kVectors > 3) TileRegisters::multiply_add<3, 4, 6, kInt8>();
       }
     }
     each_sum([&](auto v) __attribute__((always_inline)) { TileRegisters::store<v>(out + v * kSize, ldo * kItem); });
@@ -337,13 +356,13 @@ struct Bf16Unit : Bf16Pairs {
       zero_sums<kI, kJ>();
     }
   }
-  template <int kI, int kJ>
+  template <int kI, int kJ, bool kInt8 = false>
   static DLK_INLINE void add_products(int64_t depth, const bf16* a, int64_t lda, const float* b, int64_t ldb) {
     constexpr int64_t kItem = sizeof(float), kHalf = sizeof(bf16);
     for (; depth > 0; depth -= kDepth, a += kDepth, b += kDepth / 2 * ldb) {
       load_rows<kI>(a, lda * kHalf);
       load_columns<kJ>(b, ldb * kItem);
-      multiply_add<kI, kJ>();
+      multiply_add<kI, kJ, kInt8>();
     }
   }
 

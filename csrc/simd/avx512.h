@@ -247,6 +247,10 @@ DLK_INLINE __m256i vec_to_f16(Vec<float> a) {
   return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+DLK_INLINE Vec<float> widen(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(static_cast<const void*>(p)));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
 DLK_INLINE Vec<float> widen(const bf16* p) { return bf16_to_vec(load16(p)); }
 DLK_INLINE Vec<float> widen(const bf16* p, int n) { return bf16_to_vec(load16(p, n)); }
 DLK_INLINE Vec<float> widen(const f16* p) { return {_mm512_cvtph_ps(load16(p))}; }

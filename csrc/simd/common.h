@@ -5,7 +5,7 @@
 
 DLK_ISA_BEGIN
 
-// Loads n elements of type S as lanes of type C; S is C, or bf16 or f16 with C = float.
+// Loads n elements of type S as lanes of type C; S is C, or bf16, f16 or (only whole vectors) int8_t with C = float.
 template <class C, class S>
 DLK_INLINE Vec<C> load_as(const S* p, int n) {
   if constexpr (sizeof(S) == sizeof(C)) {

@@ -26,11 +26,13 @@
 
 #define DLK_ISA_IS_COMPILED DLK_JOIN(DLK_COMPILES_, DLK_ISA)
 
-// Translation units that define a template differently (with and without DLK_PAIRS or DLK_BF16_PANELS) must not share a
-// namespace, because the linker keeps only one of the definitions.
+// Translation units that define a template differently (with and without DLK_PAIRS, DLK_BF16_PANELS or DLK_INT8_PANELS)
+// must not share a namespace, because the linker keeps only one of the definitions.
 #ifndef DLK_ISA_NAMESPACE
 #if defined(DLK_BF16_PANELS)
 #define DLK_ISA_NAMESPACE DLK_JOIN(DLK_ISA, _bf16_panels)
+#elif defined(DLK_INT8_PANELS)
+#define DLK_ISA_NAMESPACE DLK_JOIN(DLK_ISA, _int8_panels)
 #elif defined(DLK_PAIRS) && DLK_ISA_NUMBER >= DLK_NUMBER_avx512_bf16
 #define DLK_ISA_NAMESPACE DLK_JOIN(DLK_ISA, _pairs)
 #else
@@ -53,18 +55,22 @@
 namespace dlk::DLK_ISA_NAMESPACE {
 constexpr Isa kIsa = Isa::DLK_ISA;
 static_assert(DLK_ISA_NUMBER == static_cast<int>(kIsa) + 1, "numbers are positions in core/isas.def, from 1");
-// Whether the operands of all products are pairs of bfloat16, and whether a matrix unit multiplies them. They are in
-// recurrent layers, if the instruction set multiplies bfloat16.
+// Whether the operands of all products are pairs of bfloat16: in recurrent layers, if the instruction set multiplies
+// bfloat16. kTiles tells whether a matrix unit multiplies pairs or quads.
 #ifdef DLK_PAIRS
 constexpr bool kPairs = bf16_products(kIsa) != Bf16Products::as_float;
-constexpr bool kTiles = bf16_products(kIsa) == Bf16Products::tiles;
 #else
-constexpr bool kPairs = false, kTiles = false;
+constexpr bool kPairs = false;
 #endif
-// The form of the packed weights. Those of fewer bits are widened as products load them.
-#ifdef DLK_BF16_PANELS
+// The form of the packed weights. Those of fewer bits are widened as products load them, unless the operands of
+// products are quads of int8.
+#if defined(DLK_BF16_PANELS)
 constexpr Weights kWeights = Weights::bf16;
+#elif defined(DLK_INT8_PANELS)
+constexpr Weights kWeights = Weights::int8;
 #else
 constexpr Weights kWeights = Weights::given;
 #endif
+constexpr bool kQuads = kWeights == Weights::int8 && bf16_products(kIsa) != Bf16Products::as_float;
+constexpr bool kTiles = (kPairs || kQuads) && bf16_products(kIsa) == Bf16Products::tiles;
 }  // namespace dlk::DLK_ISA_NAMESPACE

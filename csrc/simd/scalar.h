@@ -124,6 +124,7 @@ DLK_INLINE Vec<double> exponent_from_bits(Vec<double> t) {
 }
 
 DLK_INLINE Vec<float> widen(const bf16* p, int n) { return {n > 0 ? to_float(*p) : 0.0f}; }
+DLK_INLINE Vec<float> widen(const int8_t* p) { return {static_cast<float>(*p)}; }
 DLK_INLINE Vec<float> widen(const bf16* p) { return {to_float(*p)}; }
 DLK_INLINE Vec<float> widen(const f16* p, int n) { return {n > 0 ? to_float(*p) : 0.0f}; }
 DLK_INLINE Vec<float> widen(const f16* p) { return {to_float(*p)}; }

@@ -39,15 +39,16 @@
 #define DLK_AVX512 1
 #endif
 
-// The instruction sets that multiply bf16, if the compiler knows them. DLK_OLD_ASSEMBLER says that the assembler does
-// not. DLK_EMULATE_BF16 replaces their instructions by plain C++ (bf16_pairs.h), for machines without them.
+// The instruction sets that multiply bf16 and int8, if the compiler knows them. DLK_OLD_ASSEMBLER says that the
+// assembler does not. DLK_EMULATE_BF16 replaces their instructions by plain C++ (bf16_pairs.h), for machines without
+// them.
 #ifdef DLK_AVX512
 #if !defined(DLK_OLD_ASSEMBLER) && !defined(DLK_EMULATE_AVX512)
 #if defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10
-#define DLK_TARGET_DOTS "avx512bf16," DLK_TARGET_avx512
+#define DLK_TARGET_DOTS "avx512bf16,avx512vnni," DLK_TARGET_avx512
 #endif
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
-#define DLK_TARGET_TILES "amx-tile,amx-bf16,avx512bf16," DLK_TARGET_avx512
+#define DLK_TARGET_TILES "amx-tile,amx-bf16,amx-int8,avx512bf16,avx512vnni," DLK_TARGET_avx512
 #endif
 #endif
 #if defined(DLK_EMULATE_BF16)

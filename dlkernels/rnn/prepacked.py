@@ -21,7 +21,7 @@ __all__ = ["BITS", "Prepackable", "Prepacked", "check_weights", "why_not_packabl
 
 _PACKABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # The dtypes in which prepack() can keep the weights of a float32 layer, and the bits of a weight.
-BITS = {torch.bfloat16: 16}
+BITS = {torch.bfloat16: 16, torch.int8: 8}
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,11 @@ class Prepackable(Module):
     def prepack(self, weights: torch.dtype | None = None) -> Self:
         """Packs the weights for inference on the CPU; calls that want no weight gradients then use the packed copy.
 
-        weights: torch.bfloat16 keeps the copy of a float32 layer in half of the memory, which few sequences are bound
-        by. Products may then be rounded to bfloat16, as under autocast; sums and states stay float32. Calls that want
-        any gradient, and those under torch.func, do not use such a copy. None keeps the layer's own dtype.
+        weights: keeps the copy of a float32 layer in fewer bits, which few sequences are bound by. Sums and states stay
+        float32. torch.bfloat16: products may be rounded to bfloat16, as under autocast. torch.int8: each row of a
+        weight matrix is rounded to 255 multiples of its own scale, and where the processor multiplies int8, so are x
+        and h of each sequence and step; a row that is not finite gives NaN. Calls that want any gradient, and those
+        under torch.func, do not use such a copy. None keeps the layer's own dtype.
 
         The copy is not part of the state: saving, copying, pickling and `to()` leave it out. Replacing a parameter or
         writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) disables the

@@ -30,7 +30,8 @@ DLK_ISA_BEGIN
 template <class C, class Cell>
 class Forward {
   using V = Vec<C>;
-  static constexpr int kTogether = kRegisters >= 32 ? 2 : 1;     // vectors of units that pass the cell at once
+  static constexpr int kTogether = kRegisters >= 32 ? 2 : 1;  // vectors of units that pass the cell at once
+  static constexpr int kOwnRows = 8;  // with so few rows each thread makes quads of h itself, to save a barrier a step
   static constexpr bool kKeepsH = !kPairs || Cell::kDirectPath;  // keeps h unrounded, not only for the products
 
  public:
@@ -58,7 +59,8 @@ class Forward {
       weight_memory_[d] = p_.packed ? nullptr : scratch.take<C>(weights_.total);
       products_[d] = in_place_ || fused_ ? nullptr : scratch.take<C>(blocks_ * chunk_rows_ * Cell::kGates * V::size);
       h_[d] = scratch.take<C>(kKeepsH ? 2 * rows * ld_h_ : 0);
-      rounded_[d] = scratch.take<Operand<C>>(kPairs ? (2 * rows + kSpareRows) * ld_h_ : 0);
+      rounded_[d] = scratch.take<Operand<C>>(kItemValues > 1 ? ((kPairs ? 2 : 1) * rows + kSpareRows) * ld_h_ : 0);
+      h_scales_[d] = scratch.take<C>(kQuads ? rows : 0);
       c_[d] = Cell::kCellState ? scratch.take<C>(blocks_ * rows * V::size) : nullptr;
       cell_out_[d] = s_.P ? scratch.take<Operand<C>>((rows + kSpareRows) * ld_cell_) : nullptr;
       x_rows_[d] = scratch.take<C>(copies_x() && fused_ ? (rows + kSpareRows) * block_ld<C>(weights_.ih.K) : 0);
@@ -69,6 +71,8 @@ class Forward {
       tables_[m].y = scratch.take<int64_t>(chunk_rows_);
       tables_[m].first = scratch.take<int64_t>(chunk_ + 1);
       tables_[m].block = scratch.take<C>(copies_x() && !fused_ ? kBlockRows * block_ld<C>(weights_.ih.K) : 0);
+      tables_[m].x_scales = scratch.take<C>(kQuads ? chunk_rows_ : 0);
+      tables_[m].own_h = scratch.take<Operand<C>>(kQuads ? (kOwnRows + kSpareRows) * ld_h_ : 0);
       tables_[m].panel =
           scratch.take<C>(fresh_ ? std::max({weights_.ih.largest(), weights_.hh.largest(), weights_.hr.largest()}) : 0);
     }
@@ -108,12 +112,15 @@ class Forward {
 
  private:
   struct Tables {
-    const void** x;  // address of each row
-    C** saved;       // record of each row: first holds the products, then the activations
-    int64_t* y;      // element offset of each row
-    int64_t* first;  // first row of each step of the chunk, and the end
-    C* block;        // copies of rows of x, for the input GEMM
-    C* panel;        // a weight panel packed on the fly
+    const void** x;     // address of each row
+    C** saved;          // record of each row: first holds the products, then the activations
+    int64_t* y;         // element offset of each row
+    int64_t* first;     // first row of each step of the chunk, and the end
+    C* block;           // copies of rows of x, for the input GEMM
+    C* panel;           // a weight panel packed on the fly
+    C* x_scales;        // of each row (kQuads only)
+    Operand<C>* own_h;  // h of a step with few rows, as quads
+    C own_scales[kOwnRows];
   };
 
   // Rows of x are copied if they must be converted, if their stride would put the rows of a tile into the same set of
@@ -121,7 +128,7 @@ class Forward {
   // a matrix unit, which wants rows with equal distances, filled up with zeros.
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
-    if (kTiles) return true;
+    if (kTiles || kQuads) return true;
     if (kPairs && (s_.I % 2 || stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C)))
       return true;
     return !is_operand_type<C>(p_.x.dtype) || collides<C>(stride / kItemValues);
@@ -148,7 +155,8 @@ class Forward {
   C *weight_memory_[2] = {}, *products_[2] = {}, *h_[2] = {}, *c_[2] = {};
   Operand<C>* cell_out_[2] = {};  // what is projected
   C* x_rows_[2] = {};             // copies of a step's rows of x, if fused_ and copies_x()
-  Operand<C>* rounded_[2] = {};   // h rounded to the operands of the products (kPairs only)
+  Operand<C>* rounded_[2] = {};   // h rounded to the operands of the products, with kQuads only that of one step
+  C* h_scales_[2] = {};           // the scales of those rows (kQuads only)
   Tables tables_[kMaxMembers];
 };
 

@@ -83,7 +83,10 @@ void Forward<C, Cell>::Walk::project_outputs(int64_t t, int64_t parity, int64_t 
       0, alive, p0, p1, DirectRows<C, decltype(out_row)>{out_row},
       forward.panels(shape, forward.weights_.hr_at, forward.p_.weights[d].w_hr, d, table),
       [&](int64_t i, GemmColumn at) -> const void* { return h(1 - parity, i) + at.column; },
-      [&](int64_t i, GemmColumn at, V value, int n) { emit_projected(t, parity, first + i, i, at.column, n, value); });
+      [&](int64_t i, GemmColumn at, V value, int n) {
+        value = products_of(value, forward.weight_memory_[d], forward.weights_.hr_scales, at.column, C(1));
+        emit_projected(t, parity, first + i, i, at.column, n, value);
+      });
 }
 
 DLK_ISA_END

@@ -8,6 +8,7 @@ DLK_ISA_BEGIN
 
 template <class C, class Cell>
 struct Forward<C, Cell>::Walk {
+  static constexpr bool kDots = kItemValues == 1 && kWeights == Weights::given;  // whether Plan::dot is possible
   static constexpr int64_t kTurn = 8;  // most panels that are multiplied before their cells run
 
   const Forward& forward;
@@ -15,8 +16,10 @@ struct Forward<C, Cell>::Walk {
   SequenceSubset subset;
   Tables& table;
   int d;
-  int64_t slot;         // the thread's first row in the state buffers
-  bool ending = false;  // the current step is the last one of some sequence
+  int64_t slot;                 // the thread's first row in the state buffers
+  bool ending = false;          // the current step is the last one of some sequence
+  Operand<C>* quads = nullptr;  // h of the step's sequences, and its scales (kQuads only)
+  C* scales = nullptr;
 
   const LayerShape& s() const { return forward.s_; }
   const DirectionWeights& weights() const { return forward.p_.weights[d]; }
@@ -30,7 +33,19 @@ struct Forward<C, Cell>::Walk {
   // h as an operand of products, in items (tile.h).
   const C* operand(int64_t parity, int64_t i) const {
     if constexpr (kPairs) return items_of<C>(rounded(parity, i));
+    if constexpr (kQuads) return items_of<C>(quads + i * forward.ld_h_);
     return h(parity, i);
+  }
+  // Makes quads of h of the step's sequences, for all threads that share them.
+  void quantize_h(int64_t parity, int64_t alive) {
+    const bool alone = member.size > 1 && alive <= kOwnRows;
+    quads = alone ? table.own_h : forward.rounded_[d] + slot * forward.ld_h_;
+    scales = alone ? table.own_scales : forward.h_scales_[d] + slot;
+    int64_t begin = 0, end = alive;
+    if (!alone) member.share(alive, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i)
+      scales[i] = Int8Quads<C>::quantize(h(parity, i), forward.O_, quads + i * forward.ld_h_);
+    if (!alone) member.sync();
   }
   // Stores n values of h from unit j on. As an operand h must be 0 from the last unit on (begin_states).
   DLK_INLINE void put_h(int64_t parity, int64_t i, int64_t j, int n, V value) const {
@@ -117,18 +132,23 @@ struct Forward<C, Cell>::Walk {
   // Computes the products of x with W_ih for the first `rows` rows of the chunk, and adds the biases.
   void project(int64_t rows) const {
     const C* bias = forward.weight_memory_[d] + forward.weights_.bias_at;
-    if constexpr (!kPairs) {
+    if constexpr (kDots) {
       if (forward.plan_.recurrence == Plan::dot) return project_dot(rows);
     }
     const PanelShape& shape = forward.weights_.ih;
     const GemmShare share(member, rows, shape, forward.fresh_);
     const auto out = [&](int64_t row, GemmColumn at) -> const void* { return product(row, unit(at), gate(at)); };
     const auto sink = [&](int64_t row, GemmColumn at, V value, int n) {
+      const C scale = kQuads ? table.x_scales[row] : C(1);
+      value = products_of(value, forward.weight_memory_[d], forward.weights_.ih_scales, at.column, scale);
       put_product(row, unit(at), gate(at), value + V::load(bias + at.column), n);
     };
     const auto x_row = [&](int64_t row) { return table.x[row]; };
     const Panels<C> panels = forward.panels(shape, forward.weights_.ih_at, forward.p_.weights[d].w_ih, d, table);
-    if (!forward.copies_x()) {
+    if constexpr (kQuads) {
+      const QuantizedRows<C, decltype(x_row)> a{x_row, s().I, block_ld<C>(shape.K), table.block, table.x_scales};
+      gemm(share.m0, share.m1, share.p0, share.p1, a, panels, out, sink);
+    } else if (!forward.copies_x()) {
       gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, panels, out, sink);
     } else {
       const CopiedRows<C, decltype(x_row)> a{x_row, forward.p_.x.dtype, s().I, block_ld<C>(shape.K), table.block};
@@ -150,11 +170,11 @@ struct Forward<C, Cell>::Walk {
   void step(int64_t nth, int64_t first, int64_t alive) {
     const int64_t t = time(nth), parity = nth & 1;
     ending = d == 1 ? t == 0 : t + 1 == forward.layout_.steps() || subset.alive(t + 1, alive) < alive;
-    if constexpr (!kPairs) {
+    if constexpr (kDots) {
       if (forward.plan_.recurrence == Plan::dot) step_dot(t, parity, first, alive);
     }
     if (forward.plan_.recurrence == Plan::tiles) step_tiles(t, parity, first, alive);
-    if constexpr (Cell::kCellState) {  // only the lstm has projections
+    if constexpr (Cell::kCellState && !kQuads) {  // only the lstm has projections, and layers with one take no quads
       if (!s().P) return;
       member.sync();
       project_outputs(t, parity, first, alive);
@@ -191,6 +211,7 @@ struct Forward<C, Cell>::Walk {
     const Panels<C> panels = forward.panels(shape, forward.weights_.hh_at, forward.p_.weights[d].w_hh, d, table);
     const Panels<C> x_panels = forward.panels(x_shape, forward.weights_.ih_at, forward.p_.weights[d].w_ih, d, table);
     if (forward.fused_) copy_x(first, alive);
+    if constexpr (kQuads) quantize_h(parity, alive);
     TileBuffer<C> out;
     int64_t p0, p1;
     member.share(shape.count(), 1, &p0, &p1);
@@ -325,7 +346,8 @@ struct Forward<C, Cell>::Walk {
     return forward.in_place_ ? load_part(from, u.n) : V::load(from);
   }
   DLK_INLINE V hidden_product(const Units& u, int g) const {
-    const V sum = V::load(u.hidden + g * V::size);
+    const V sum = products_of(V::load(u.hidden + g * V::size), forward.weight_memory_[d], forward.weights_.hh_scales,
+                              g * s().H + u.j, kQuads ? scales[u.i] : C(1));
     if (g == Cell::kPartedGate) return sum + V::load(forward.weight_memory_[d] + forward.weights_.hidden_bias_at + u.j);
     return sum;
   }
@@ -348,7 +370,7 @@ struct Forward<C, Cell>::Walk {
         store_state<C>(forward.p_.c_n, state(u.i, s().H) + u.j, saved[Cell::kStateSlot], u.n);
     }
     if (s().P) {
-      store_operands<C>(cell_out(u.i) + u.j, out, u.n);
+      if constexpr (!kQuads) store_operands<C>(cell_out(u.i) + u.j, out, u.n);
     } else {
       emit(t, parity, u.row, u.i, u.j, u.n, out);
     }

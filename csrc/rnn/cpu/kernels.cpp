@@ -73,7 +73,9 @@ Weights rnn_packed_weights(const void* packed, size_t bytes) {
   PackedHeader header;
   if (bytes < sizeof header) return Weights::given;
   std::memcpy(&header, packed, sizeof header);
-  return header.shape.weights == Weights::bf16 ? Weights::bf16 : Weights::given;
+  for (Weights weights : {Weights::bf16, Weights::int8})
+    if (header.shape.weights == weights) return weights;
+  return Weights::given;
 }
 
 bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shape, Isa isa) {
@@ -94,6 +96,11 @@ const KernelTable& kernels(Isa isa, Weights weights) {
 #include "core/isas.def"
 #undef DLK_ISA_ROW
   };
+  static constexpr const KernelTable* kInt8Tables[] = {
+#define DLK_ISA_ROW(name, features, vectors, bf16) &kInt8Weights_##name,
+#include "core/isas.def"
+#undef DLK_ISA_ROW
+  };
   static_assert(std::size(kTables) == kIsaCount, "tables are indexed by Isa");
   const auto of = [&](const auto& tables) -> const KernelTable& {
     const KernelTable& table = *tables[static_cast<int>(isa)];
@@ -101,7 +108,7 @@ const KernelTable& kernels(Isa isa, Weights weights) {
   };
   // Instruction sets that multiply bfloat16 take the panels of bfloat16 layers.
   const bool widened = weights == Weights::bf16 && bf16_products(isa) == Bf16Products::as_float;
-  return widened ? of(kBf16Tables) : of(kTables);
+  return weights == Weights::int8 ? of(kInt8Tables) : widened ? of(kBf16Tables) : of(kTables);
 }
 
 }  // namespace dlk

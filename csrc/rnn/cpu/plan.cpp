@@ -7,7 +7,9 @@
 namespace dlk {
 
 Isa layer_isa(const LayerShape& shape, Isa isa) {
-  const bool own_products = shape.dtype == DType::bf16 || shape.weights == Weights::bf16;
+  // Layers with a projection take no quads of int8.
+  const bool own_products = shape.weights == Weights::int8 ? shape.P == 0
+                                                           : shape.dtype == DType::bf16 || shape.weights == Weights::bf16;
   return own_products && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
 }
 
@@ -28,11 +30,11 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
       !backward && !deterministic && !packed_weights && shape.rows <= measured.rnn_dot_rows ? Plan::dot : Plan::tiles;
   plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
   const bool halves = shape.weights == Weights::bf16 || bf16_products(plan.isa) != Bf16Products::as_float;
-  const int64_t item = shape.dtype == DType::f64 ? 8 : halves ? 2 : 4;
+  const int64_t item = shape.weights == Weights::int8 ? 1 : shape.dtype == DType::f64 ? 8 : halves ? 2 : 4;
   const int64_t weight_bytes = gates * shape.H * outputs * item;
-  // Not for the gru, whose n needs the two products separately, and not if a sequence's result must be independent of
-  // the batch size.
-  const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles &&
+  // Not for the gru, whose n needs the two products separately, nor for int8 weights, whose sums have other scales, and
+  // not if a sequence's result must be independent of the batch size.
+  const bool fused = !backward && shape.weights != Weights::int8 && !deterministic && plan.recurrence == Plan::tiles &&
                      cell_traits(shape.cell).parted_gate == kNone && shape.T > 1 &&
                      shape.rows >= measured.rnn_fused_rows * shape.T &&
                      weight_bytes + gates * shape.H * shape.I * item <= measured.rnn_fused_bytes;

@@ -14,9 +14,10 @@ struct KernelTable {
   void (*pack)(const LayerShape&, const DirectionWeights*, void* panels);
 };
 
-// One table for each row of core/isas.def (kernels_of_isa.cpp); empty if that instruction set has no layer kernels.
-// Those of bfloat16 weights (bf16_weights/kernels_of_isa.cpp) widen them; they have no backward.
-#define DLK_ISA_ROW(name, features, vectors, bf16) extern const KernelTable kLayers_##name, kBf16Weights_##name;
+// One table for each row of core/isas.def (kernels_of_isa.cpp); empty if that instruction set has no layer kernels. The
+// kernels for weights of fewer bits (bf16_weights and int8_weights) have no backward.
+#define DLK_ISA_ROW(name, features, vectors, bf16) \
+  extern const KernelTable kLayers_##name, kBf16Weights_##name, kInt8Weights_##name;
 #include "core/isas.def"
 #undef DLK_ISA_ROW
 

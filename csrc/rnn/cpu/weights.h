@@ -5,7 +5,7 @@
 
 #include "core/team.h"
 #include "gemm/operands.h"
-#include "gemm/panels.h"
+#include "gemm/narrow_panels.h"
 #include "rnn/params.h"
 
 DLK_ISA_BEGIN
@@ -14,6 +14,9 @@ struct WeightLayout {
   PanelShape ih, hh, hr;
   bool panels;                                                  // false: the biases alone
   int64_t bias_at, hidden_bias_at, ih_at, hh_at, hr_at, total;  // in elements of the compute type
+  struct {
+    int64_t scale, sum;
+  } ih_scales, hh_scales, hr_scales;  // where the ColumnScales of int8 weights are
 
   // The elements of the compute type that the panels of a matrix take; those of fewer bits belong to float.
   static int64_t panel_room(const PanelShape& of) {
@@ -30,7 +33,12 @@ struct WeightLayout {
     bias_at = 0;
     hidden_bias_at = bias_at + whole(gates * shape.H);
     const auto room = [&](const PanelShape& of) { return with_panels ? whole(panel_room(of)) : 0; };
-    ih_at = hidden_bias_at + whole(shape.H);
+    int64_t next = hidden_bias_at + whole(shape.H);
+    const auto take = [&](int64_t n) { return kWeights == Weights::int8 ? (next += whole(n)) - whole(n) : next; };
+    ih_scales = {take(gates * shape.H), take(kQuads ? gates * shape.H : 0)};
+    hh_scales = {take(gates * shape.H), take(kQuads ? gates * shape.H : 0)};
+    hr_scales = {take(shape.P), take(0)};
+    ih_at = next;
     hh_at = ih_at + room(ih);
     hr_at = hh_at + room(hh);
     total = hr_at + room(hr);
@@ -41,6 +49,28 @@ struct WeightLayout {
 template <class C>
 DLK_INLINE Stored<C>* stored_panels(C* at) {
   return reinterpret_cast<Stored<C>*>(at);
+}
+
+// Those of one matrix, in the memory of the weights.
+template <class C, class At>
+DLK_INLINE ColumnScales column_scales(C* memory, const At& at) {
+  return {reinterpret_cast<float*>(memory + at.scale), reinterpret_cast<int32_t*>(memory + at.sum)};
+}
+
+// The products of a vector of columns from their sums. `scale` is that of the row, for quads. They are rounded here, by
+// adding 0: a compiler would contract a product with some of the sums that use it but not with others, and the results
+// would depend on which code a row takes.
+template <class C, class At>
+DLK_INLINE Vec<C> products_of(Vec<C> sums, const C* memory, const At& at, int64_t column, C scale) {
+  using V = Vec<C>;
+  if constexpr (kQuads) {
+    const V less = V::load(memory + at.sum + column);  // int32
+    return fma(Int8Quads<C>::difference(sums, less), V::load(memory + at.scale + column) * V::set1(scale), V::zero());
+  } else if constexpr (kWeights == Weights::int8) {
+    return fma(sums, V::load(memory + at.scale + column), V::zero());
+  } else {
+    return sums;
+  }
 }
 
 // Adds the two biases of each gate, except for the gru's n, whose hidden bias stays separate.
@@ -81,9 +111,10 @@ DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, co
     const PanelShape* shape;
     const void* weights;
     C* to;
-  } parts[] = {{&layout.ih, w.w_ih, out + layout.ih_at},
-               {&layout.hh, w.w_hh, out + layout.hh_at},
-               {&layout.hr, w.w_hr, out + layout.hr_at}};
+    ColumnScales scales;
+  } parts[] = {{&layout.ih, w.w_ih, out + layout.ih_at, column_scales(out, layout.ih_scales)},
+               {&layout.hh, w.w_hh, out + layout.hh_at, column_scales(out, layout.hh_scales)},
+               {&layout.hr, w.w_hr, out + layout.hr_at, column_scales(out, layout.hr_scales)}};
   for (const auto& part : parts) {
     if (!part.weights) continue;
     int64_t begin, end;
@@ -93,7 +124,7 @@ DLK_NOINLINE void pack_weights(const Member& member, const LayerShape& shape, co
       if constexpr (kWeights == Weights::given) {
         pack_panel_transposed<C>(*part.shape, p, w.dtype, part.weights, to);
       } else {
-        pack_panel_narrow<C>(*part.shape, p, static_cast<const float*>(part.weights), to);
+        pack_panel_narrow<C>(*part.shape, p, static_cast<const float*>(part.weights), part.scales, to);
       }
     }
   }

@@ -33,8 +33,10 @@ Weights weights_of_bits(int64_t bits) {
       return Weights::given;
     case 16:
       return Weights::bf16;
+    case 8:
+      return Weights::int8;
     default:
-      throw std::runtime_error(concat("bits must be 0 or 16, got ", bits));
+      throw std::runtime_error(concat("bits must be 0, 8 or 16, got ", bits));
   }
 }
 

@@ -219,6 +219,10 @@ Tensor pack_weights(const PackArguments& a) {
   call.dtypes = Dtypes(call.shape.dtype, -1);
   call.shape.I = a.weights[0].size(1);
   check_weights(a.weights, call.dtypes, nullptr, &call.shape);
+  constexpr int64_t kMost = int64_t{1} << 17;  // sums of so many products of int8 fit into 32 bits
+  DLK_CHECK(call.shape.weights != Weights::int8 || std::max(call.shape.I, call.shape.H) <= kMost,
+            "weights: in 8 bits input_size and hidden_size may be up to ", kMost, ", got ", call.shape.I, " and ",
+            call.shape.H);
   take_weights(a.weights, &call);
   const Isa isa = current_isa();
   const int64_t bytes = static_cast<int64_t>(rnn_packed_bytes(call.shape, isa));
