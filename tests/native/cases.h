@@ -65,6 +65,11 @@ class Buffer {
 // The dtypes of a call's tensors. shape.dtype is the dtype to which the operands of products may be rounded.
 struct Types {
   DType x, weights, h0, c0, h, c;
+  bool of_one(DType dtype) const {
+    for (DType of : {x, weights, h0, c0, h, c})
+      if (of != dtype) return false;
+    return true;
+  }
 };
 
 struct Case {

@@ -76,12 +76,13 @@ void each_gradient(const Gradients& a, const Gradients& b, Compare compare) {
 // How often each plan ran, and whether with more than one thread. The test prints it as its coverage.
 std::map<std::string, int> g_covered;
 
-void remember() {
+void remember(Weights weights) {
   static const char* const splits[] = {"serial", "rows", "units"};
   static const char* const recurrences[] = {"dot", "tiles"};
   const LastRun& run = rnn_last_run();
   const bool pairs = bf16_products(run.plan.isa) != Bf16Products::as_float;
-  std::string key = pairs ? isa_name(run.plan.isa) + std::string(" ") : "";
+  std::string key = weights == Weights::given ? "" : weights == Weights::bf16 ? "bf16 weights " : "int8 weights ";
+  key += pairs ? isa_name(run.plan.isa) + std::string(" ") : "";
   key += std::string(run.backward ? "backward " : "forward ") + splits[run.plan.split];
   if (run.plan.split != Plan::serial && run.members < 2) key += " one member";
   key += std::string(" ") + recurrences[run.plan.recurrence];
@@ -101,16 +102,17 @@ Outputs forward(const Case& c, const Inputs& in, bool save) {
     LayerShape other = c.shape;
     ++other.H;
     CHECK(!rnn_packed_matches(prepacked.get(), static_cast<size_t>(bytes), other, c.isa), "%s", c.text().c_str());
+    CHECK(rnn_packed_weights(prepacked.get(), static_cast<size_t>(bytes)) == c.shape.weights, "%s", c.text().c_str());
   }
   rnn_forward(forward_params(c, in, out, prepacked.get()), Runtime{c.isa, c.threads, parallel});
-  remember();
+  remember(c.shape.weights);
   return out;
 }
 
 Gradients backward(const Case& c, const Inputs& in, const Outputs& out) {
   Gradients grads(c);
   rnn_backward(backward_params(c, in, out, grads), Runtime{c.isa, c.threads, parallel});
-  remember();
+  remember(Weights::given);
   return grads;
 }
 
@@ -194,6 +196,33 @@ void check_alone(const Case& c, const Inputs& in, const Outputs& out, const Outp
   same_bits(c, "dc0", own_grads.dc0, alone.states(grads.dc0, s.H));
 }
 
+// With weights of fewer bits a float32 call has about the same results, whatever the number of threads, and in
+// deterministic mode whatever the batch.
+void check_narrow(const Case& call, const Inputs& in, const Outputs& oracle, Weights weights, int64_t b) {
+  Case c = call;
+  c.shape.weights = weights;
+  c.prepacked = true, c.save = false;
+  const Outputs out = forward(c, in, false);
+  each_output(c, out, oracle, [&](const char* name, const Buffer& got, const Buffer& want) {
+    double largest = 0, worst = 0;
+    for (int64_t i = 0; i < got.count(); ++i) {
+      if (got.same_bits(i, want, i)) continue;
+      largest = std::fmax(largest, std::fabs(want.at(i)));
+      const double difference = std::fabs(got.at(i) - want.at(i));
+      worst = difference <= worst ? worst : difference;  // NaN counts as worse
+    }
+    CHECK(worst <= 0.1 * (1 + largest), "%s is wrong by %.9g with weights of %s: %s", name, worst,
+          weights == Weights::bf16 ? "bf16" : "int8", c.text().c_str());
+  });
+  Case serial = c;
+  serial.threads = 1;
+  each_output(c, forward(serial, in, false), out,
+              [&](const char* name, const Buffer& a, const Buffer& b) { same_bits(c, name, a, b); });
+  const Alone alone(c, b);
+  if (!c.deterministic || c.shape.B == 0 || alone.length == 0) return;
+  same_bits(c, "y", forward(alone.c, alone.inputs(in), false).y, alone.rows(out.y, c.shape.D * c.shape.outputs()));
+}
+
 void run_case(const Case& c, Random& random) {
   const Inputs in(c, random);
   const auto in_pairs = [&](bool backward) {
@@ -227,8 +256,14 @@ void run_case(const Case& c, Random& random) {
     each_output(c, forward(serial, in, c.save), out, equal);
     each_gradient(backward(serial, in, oracle), grads, equal);
   }
-  if (!c.deterministic) return;
-  if (c.shape.B) check_alone(c, in, out, oracle, grads, int64_t(random() % uint64_t(c.shape.B)));
+  if (c.deterministic && c.shape.B) {
+    check_alone(c, in, out, oracle, grads, int64_t(random() % uint64_t(c.shape.B)));
+  }
+  if (c.types.of_one(DType::f32) && c.shape.dtype == DType::f32) {
+    oracle.saved = Buffer();
+    const int64_t b = c.shape.B ? int64_t(random() % uint64_t(c.shape.B)) : 0;
+    for (Weights weights : {Weights::bf16, Weights::int8}) check_narrow(c, in, oracle, weights, b);
+  }
 }
 
 }  // namespace

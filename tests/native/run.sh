@@ -42,7 +42,6 @@ case $ISAS in
   scalar) FLAGS="$FLAGS -DDLK_NO_X86" tests="kernels_test attention_test" ;;
   *) echo "ISAS is all or scalar" >&2; exit 2 ;;
 esac
-families=$(cd "$csrc" && ls -d */cpu | cut -d/ -f1)
 isas=$(sed -n 's/^DLK_ISA_ROW(\([a-z0-9_]*\),.*/\1/p' "$csrc/core/isas.def")
 
 compile() { # OBJECT SOURCE [FLAG...]: prints one line of the list from which xargs below takes the compilations
@@ -52,8 +51,8 @@ kernels() { # every source that does not need torch, the slowest to compile firs
   for isa in $(echo "$isas" | tac); do
     few=$FEW
     if [ "$isa" = scalar ]; then few=; fi
-    for family in $families; do
-      compile "kernels-$family-$isa" "$csrc/$family/cpu/kernels_of_isa.cpp" "-DDLK_ISA=$isa" $few
+    for source in $(cd "$csrc" && find . -name kernels_of_isa.cpp | sort -r); do
+      compile "kernels-$(echo "${source#./}" | tr / -)-$isa" "$csrc/${source#./}" "-DDLK_ISA=$isa" $few
     done
   done
   for source in "$csrc"/core/*.cpp "$csrc"/gemm/*.cpp "$csrc"/*/cpu/*.cpp; do
