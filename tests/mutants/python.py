@@ -29,6 +29,7 @@ RECURRENT = "dlkernels/integrations/recurrent_operators.py"
 FAST_PATH_FILE = "dlkernels/integrations/fast_path.py"
 SWITCH_FILE = "dlkernels/integrations/switch.py"
 WATCH = ("tests/rnn/test_prepack.py -k 'visible or training or another or stack'", "tests/rnn/test_prepack.py")
+NARROW = ("tests/rnn/test_prepack_weights.py -k 'used or quantize or cells'",)
 SWITCH = tuple(f"tests/integrations/test_sdpa_operator{part}.py" for part in ("", "_recomputed", "_compiled"))
 DIRECT = "dlkernels/rnn/operators/direct.py"
 ENABLE = ("tests/integrations/test_enable.py", "tests/integrations/test_enable_handles.py")
@@ -199,6 +200,16 @@ PYTHON: tuple[Mutant, ...] = (
            "if autocast_dtype(weights[0]) not in (None, weights[0].dtype):",
            "if autocast_dtype(weights[0]) == weights[0].dtype:",
            "weights packed in another dtype than autocast's are used", ("tests/rnn/test_explain.py -k prepacked",)),
+    Mutant("prepack-input-gradient", RNN + "prepacked.py",
+           "if self.dtype is not None and torch.is_grad_enabled() and wanted:",
+           "if self.dtype is None and torch.is_grad_enabled() and wanted:",
+           "weights of fewer bits are used in calls that want a gradient of the input", NARROW),
+    Mutant("prepack-transforms", RNN + "prepacked.py", "if self.dtype is not None and are_transforms_active():",
+           "if False:", "weights of fewer bits are used under torch.func", NARROW),
+    Mutant("quantize-in-place", "dlkernels/integrations/quantize.py", "    if not inplace:\n", "    if inplace:\n",
+           "quantize changes the model that it was to copy", NARROW),
+    Mutant("cell-packed-unused", RNN + "cells.py", "return None if buffers is None else buffers[0]", "return None",
+           "a cell never uses its packed weights", NARROW),
     Mutant("flat-replaced", RNN + "layers.py",
            "now is None or then is None or now is then for", "True or now is then for",
            "a weight replaced by name is overlooked after a program has read _flat_weights", FLAT),

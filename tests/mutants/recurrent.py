@@ -20,6 +20,8 @@ NAN = ("tests/rnn/test_nan.py",)
 SAME_BITS = ("tests/rnn/test_batch_invariance.py",)
 DIRECT = ("tests/rnn/test_direct.py", "tests/rnn/test_batch_invariance.py")
 MIXED = ("tests/rnn/test_autocast.py -k 'operators_take or cells_with'", "tests/rnn/test_autocast.py")
+NARROW_FIRST = "tests/rnn/test_prepack_weights.py -k 'not_finite or extremes or serves'"
+NARROW = (NARROW_FIRST, "tests/rnn/test_prepack_weights.py")
 REFUSALS = ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_bad_input.py", "tests/rnn/test_allocations.py")
 
 RECURRENT: tuple[Mutant, ...] = (
@@ -209,6 +211,19 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("packed-header-cell", CPU + "kernels.cpp", "header.shape.cell = shape.cell;\n", "",
            "panels that were packed for another cell are accepted",
            ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_prepack.py")),
+    # Weights of fewer bits.
+    Mutant("int8-gate-scales", CPU + "forward_walk.h", "g * s().H + u.j, kQuads ? scales[u.i] : C(1));",
+           "u.j, kQuads ? scales[u.i] : C(1));", "all gates have the scales of the first", NARROW),
+    Mutant("int8-projection-scales", CPU + "forward_walk.h", "forward.weights_.hr_scales, at.column, C(1));",
+           "forward.weights_.hr_scales, 0, C(1));", "all projected units have the scales of the first", NARROW),
+    Mutant("int8-weight-nan", GEMM + "narrow_panels.h", "!finite ? std::numeric_limits<float>::quiet_NaN() : zero",
+           "zero", "a row of a weight that is not finite counts as 0", NARROW),
+    Mutant("int8-fused", CPU + "plan.cpp", "shape.weights != Weights::int8 && cell_traits", "cell_traits",
+           "int8 products of x and h, which have different scales, are added up in one tile", NARROW),
+    Mutant("narrow-save", TORCH + "sequence.cpp", "DLK_CHECK(!save || call->shape.weights == Weights::given,",
+           "DLK_CHECK(true,", "weights of fewer bits are used in a forward whose backward has others", NARROW),
+    Mutant("narrow-header", CPU + "kernels.cpp", "  header.shape.weights = shape.weights;\n", "",
+           "packed weights of fewer bits are read as whole ones", NARROW),
     # Torch boundary.
     Mutant("batch-sizes-growing", TORCH + "checks.h", "sizes[t] <= (t ? sizes[t - 1] : shape->rows)",
            "sizes[t] <= shape->rows",
