@@ -268,7 +268,8 @@ DLK_INLINE void run_two_tiles(int rows, const C* const* x, int64_t x_K, const Pa
   if constexpr (kTiles) {
     before(0, 1);
     const typename Unit<C>::Factors both[] = {factors_of(rows, x, x_K, x_panel), factors_of(rows, a, K, panel)};
-    Unit<C>::template multiply_panel<kQuads>(rows, panel.vectors, both, 2, out, int64_t{panel.vectors} * Vec<C>::size, false);
+    Unit<C>::template multiply_panel<kQuads>(rows, panel.vectors, both, 2, out, int64_t{panel.vectors} * Vec<C>::size,
+                                             false);
   } else {
     run_tile(rows, x, x_K, x_panel, out, false, x_ahead, [](int, int) {});
     run_tile(rows, a, K, panel, out, true, ahead, before);

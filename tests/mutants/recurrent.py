@@ -214,11 +214,11 @@ RECURRENT: tuple[Mutant, ...] = (
     # Weights of fewer bits.
     Mutant("int8-gate-scales", CPU + "forward_walk.h", "g * s().H + u.j, kQuads ? scales[u.i] : C(1));",
            "u.j, kQuads ? scales[u.i] : C(1));", "all gates have the scales of the first", NARROW),
-    Mutant("int8-projection-scales", CPU + "forward_walk.h", "forward.weights_.hr_scales, at.column, C(1));",
+    Mutant("int8-projection-scales", CPU + "forward_dot.h", "forward.weights_.hr_scales, at.column, C(1));",
            "forward.weights_.hr_scales, 0, C(1));", "all projected units have the scales of the first", NARROW),
     Mutant("int8-weight-nan", GEMM + "narrow_panels.h", "!finite ? std::numeric_limits<float>::quiet_NaN() : zero",
            "zero", "a row of a weight that is not finite counts as 0", NARROW),
-    Mutant("int8-fused", CPU + "plan.cpp", "shape.weights != Weights::int8 && cell_traits", "cell_traits",
+    Mutant("int8-fused", CPU + "plan.cpp", " && shape.weights != Weights::int8 &&\n", " &&\n",
            "int8 products of x and h, which have different scales, are added up in one tile", NARROW),
     Mutant("narrow-save", TORCH + "sequence.cpp", "DLK_CHECK(!save || call->shape.weights == Weights::given,",
            "DLK_CHECK(true,", "weights of fewer bits are used in a forward whose backward has others", NARROW),

@@ -8,8 +8,8 @@ namespace dlk {
 
 Isa layer_isa(const LayerShape& shape, Isa isa) {
   // Layers with a projection take no quads of int8.
-  const bool own_products = shape.weights == Weights::int8 ? shape.P == 0
-                                                           : shape.dtype == DType::bf16 || shape.weights == Weights::bf16;
+  const bool own_products =
+      shape.weights == Weights::int8 ? shape.P == 0 : shape.dtype == DType::bf16 || shape.weights == Weights::bf16;
   return own_products && bf16_products(isa) != Bf16Products::as_float ? isa : vector_isa(isa);
 }
 
@@ -34,8 +34,8 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   const int64_t weight_bytes = gates * shape.H * outputs * item;
   // Not for the gru, whose n needs the two products separately, nor for int8 weights, whose sums have other scales, and
   // not if a sequence's result must be independent of the batch size.
-  const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles &&
-                     shape.weights != Weights::int8 && cell_traits(shape.cell).parted_gate == kNone && shape.T > 1 &&
+  const bool fused = !backward && !deterministic && plan.recurrence == Plan::tiles && shape.weights != Weights::int8 &&
+                     cell_traits(shape.cell).parted_gate == kNone && shape.T > 1 &&
                      shape.rows >= measured.rnn_fused_rows * shape.T &&
                      weight_bytes + gates * shape.H * shape.I * item <= measured.rnn_fused_bytes;
   plan.chunk_steps = fused ? 0 : std::max<int64_t>(1, measured.rnn_chunk_rows / std::max<int64_t>(1, shape.B));
