@@ -174,7 +174,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         _check("LSTMCell", input, states, weights)
         if hx is not None and input.dim() == 1:
             hx = hx[0], hx[1]
-        return functional.lstm_cell(input, hx, *weights, packed=self._packed(input, *(hx or ())))
+        return functional.lstm_cell(input, hx, *weights, packed=self._packed(input, *states.values()))
 
 
 _RECORDED: dict[Any, Any] = {
