@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..testing import Verdict, error, within_rule
-from . import layers, machine, timing
+from . import bounds, layers, machine, timing
 from .cases import SHORT_DTYPE
 from .engines import OnnxRuntime, OpenVino, Unavailable
 from .layers import MODES, Inputs, LayerCase, Workload
@@ -54,6 +54,15 @@ class PeerCase(LayerCase):
     @property
     def workload(self) -> str:
         return f"{self.mode}-{'train' if self.training else 'infer'}-{self.precision}-{self.shape_text}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def item_bytes(self) -> int:
+        """The bytes of a weight."""
+        return 1 if self.weights == "int8" else self.torch_dtype.itemsize
 
     @property
     def ours(self) -> str:
@@ -201,12 +210,14 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class PeerResult(Result):
-    """`sample` has the best peer and ours. plain: the best peer's time divided by that of our plain layer."""
+    """`sample` has the best peer and ours. plain: the best peer's time divided by that of our plain layer. bound: the
+    least seconds of a call on this machine (bounds.py)."""
 
     case: PeerCase
     sides: Mapping[str, Outcome] = dataclasses.field(default_factory=dict)
     best: str = ""
     plain: float | None = None
+    bound: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         entry = super().as_json()
@@ -214,6 +225,8 @@ class PeerResult(Result):
             entry["best"] = self.best
         if self.plain is not None:
             entry["speedup_plain"] = round(self.plain, 4)
+        if self.bound is not None:
+            entry["bound_ms"] = round(self.bound * 1e3, 6)
         return entry | {"sides": {name: outcome.as_json() for name, outcome in self.sides.items()}}
 
 
@@ -281,4 +294,7 @@ class PeerRunner(Runner):
             reasons = "; ".join(f"{name}: {outcome.reason}" for name, outcome in found.items() if outcome.reason)
             return PeerResult(case, "no peer", reasons, sides=found)
         plain = timing.summarize(blocks[best], blocks[OURS[0]]).ratio if OURS[0] in blocks else None
-        return PeerResult(case, "ok", "", samples[best], own.agreement, kernel, found, best, plain)
+        bound = bounds.seconds(
+            case.mode, case.B, case.T, case.I, case.H, case.training, case.torch_dtype, case.item_bytes, case.threads
+        )
+        return PeerResult(case, "ok", "", samples[best], own.agreement, kernel, found, best, plain, bound)

@@ -145,7 +145,7 @@ def table(results: Sequence[Result]) -> str:
         named = class_name({"precision": precision, "training": training, "threads": threads})
         shown = [side for side in (*OURS, *PEERS) if any(side in r.sides for r in group)]
         head = ["cell, ms", *shown, "best peer", *(f"best / {side}" for side in OURS if side in shown)]
-        head += ["of rounds", "error", "torch's", "kernel"]
+        head += ["of rounds", "of bound", "error", "torch's", "kernel"]
         parts.append(named + "\n" + align([head, *(_row(r, shown) for r in group)]))
     return "\n\n".join(parts)
 
@@ -162,10 +162,17 @@ def _row(result: PeerResult, shown: Sequence[str]) -> list[str]:
     cells += [_times(result.plain if side == OURS[0] else result.speedup) for side in OURS if side in shown]
     spread = result.spread
     cells += [f"{spread[0]:.2f}..{spread[1]:.2f}" if spread else ""]
+    cells += [_part(result)]
     check = result.agreement
     cells += [f"{check.ours:.1e}", f"{check.theirs:.1e}"] if check else ["-", "-"]
     text = {"disagree": "results disagree: "}.get(result.status, f"{result.status}: ") + result.message
     return [*cells, kernel_text(result.kernel) if result.status == "ok" else text]
+
+
+def _part(result: PeerResult) -> str:
+    """How much of our time is the bound's."""
+    ours = result.sample.ours if result.sample else None
+    return "-" if ours is None or result.bound is None else f"{result.bound / ours:.0%}"
 
 
 def _times(value: float | None) -> str:

@@ -1,9 +1,9 @@
 """RNNCell, LSTMCell and GRUCell: torch.nn's classes with another forward.
 
 A cell computes for only a few microseconds, so checks in Python would cost too much. If a call is a common one
-(batched, on the CPU, no transform), forward passes it unchecked to the kernel, or to the autograd Function around the
-operator if a gradient is wanted; both refuse arguments that do not fit. All other calls and the refused ones go to the
-functional form, whose checks raise torch.nn's errors.
+(batched, on the CPU, no transform), forward passes the module unchecked to the kernel, or its weights to the autograd
+Function around the operator if a gradient is wanted; both refuse arguments that do not fit. All other calls and the
+refused ones go to the functional form, whose checks raise torch.nn's errors.
 """
 
 from __future__ import annotations
@@ -32,34 +32,22 @@ _ELMAN_MODES = {"tanh": "rnn_tanh", "relu": "rnn_relu"}
 Weights = tuple[Any, Any, Any, Any]
 
 
+def _served(mode: str, cell: _Cell, x: Any, hx: Any) -> Any:
+    """The result of forward if it is a plain call without gradients, else None."""
+    return None if _is_compiling() else direct.cell_module(mode, cell.__dict__, x, hx)
+
+
 def _unchecked(mode: str, cell: _Cell, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
     """Runs the cell without checks in Python and returns h', then c' for the lstm. Returns None if the call is not a
     common one or the operator refuses it."""
-    if not HAVE_NATIVE or _is_compiling():
+    if not HAVE_NATIVE or _is_compiling() or cell._prepacked is not None:
         return None
-    if cell._prepacked is not None:
-        return _with_packed_weights(mode, cell, x, h, c)
     weights: dict[str, Any] = cell._parameters
     try:
         given = (x, h, c, weights["weight_ih"], weights["weight_hh"], weights["bias_ih"], weights["bias_hh"])
     except KeyError:  # a parametrized weight
         return None
     return plain_cell(mode, given)
-
-
-def _with_packed_weights(mode: str, cell: _Cell, x: Any, h: Any, c: Any) -> Sequence[Tensor] | None:
-    """The same, as a layer of one step; None also for a call that does not use the packed weights."""
-    try:
-        packed = cell._packed(x, h, c) if x.dim() == 2 else None
-        if packed is None:
-            return None
-        h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
-        out = direct.layers(
-            mode, x.unsqueeze(0), h, c, cell.weight_list(), (packed,), None, None, 1, False, False
-        )  # fmt: skip
-    except (AttributeError, TypeError):  # not tensors
-        return None
-    return None if out is None else [state.squeeze(0) for state in out[1:]]
 
 
 def _weights(cell: Any) -> Weights:
@@ -128,6 +116,9 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         mode = _ELMAN_MODES.get(self.nonlinearity)
         if mode is not None:
+            served = _served(mode, self, input, hx)
+            if served is not None:
+                return served  # type: ignore[no-any-return]
             out = _unchecked(mode, self, input, hx, None)
             if out is not None:
                 return out[0]
@@ -146,6 +137,9 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     _mode = "gru"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        served = _served("gru", self, input, hx)
+        if served is not None:
+            return served  # type: ignore[no-any-return]
         out = _unchecked("gru", self, input, hx, None)
         if out is not None:
             return out[0]
@@ -161,6 +155,9 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     _mode = "lstm"
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        served = _served("lstm", self, input, hx)
+        if served is not None:
+            return served  # type: ignore[no-any-return]
         h = c = None
         if type(hx) is tuple and len(hx) == 2:
             h, c = hx

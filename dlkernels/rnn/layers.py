@@ -20,10 +20,13 @@ from dlkernels._core.private_torch import is_any_autocast_enabled
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer, is_tracing
 from dlkernels.rnn import functional
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
+from dlkernels.rnn.operators import direct
 from dlkernels.rnn.prepacked import Packing, Prepackable
 from dlkernels.rnn.routing import is_call_for_torch
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
+
+_is_compiling = torch.compiler.is_compiling
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,17 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
             raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
         return Packing(self.op_mode, weights, self.num_layers, bool(self.bidirectional))
 
+    def _called(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
+        if lengths is None and not bptt_steps:
+            if type(input) is Tensor and not _is_compiling():
+                # With T = 1, the steps in Python of `_run` would take as long as the kernel.
+                served = direct.layer_module(self.__dict__, input, hx)
+                if served is not None:
+                    return served  # type: ignore[no-any-return]
+            if is_tracing():
+                return self._traced(input, hx)  # type: ignore[no-any-return]
+        return self._run(input, hx, lengths, bptt_steps)
+
     def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
         # `functional.run` does the checks. The calls on the arguments here, such as `dim()`, are those that torch.nn
         # makes as well, so that arguments of a wrong type raise the same exceptions.
@@ -183,9 +197,7 @@ class _OneState(RecurrentLayer):
         after a sequence's end are 0, and h_n is its last state. `bptt_steps` = k cuts the gradient of the state before
         every k-th step (0: never).
         """
-        if is_tracing() and lengths is None and not bptt_steps:
-            return self._traced(input, hx)
-        return self._run(input, hx, lengths, bptt_steps)
+        return self._called(input, hx, lengths, bptt_steps)
 
 
 class RNN(_OneState):
@@ -281,9 +293,7 @@ class LSTM(RecurrentLayer):
         after a sequence's end are 0, and h_n and c_n are its last state. `bptt_steps` = k cuts the gradient of the
         state before every k-th step (0: never).
         """
-        if is_tracing() and lengths is None and not bptt_steps:
-            return self._traced(input, hx)
-        return self._run(input, hx, lengths, bptt_steps)
+        return self._called(input, hx, lengths, bptt_steps)
 
     _kind = KINDS["lstm"]
 

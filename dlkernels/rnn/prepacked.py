@@ -4,7 +4,6 @@ dtype of the layer or in fewer bits."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +23,10 @@ _PACKABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BITS = {torch.bfloat16: 16, torch.int8: 8}
 
 
-@dataclass(frozen=True)
-class Prepacked:
+class Prepacked(NamedTuple):
     """The packed weights of a layer, one buffer for each entry of its stack, and which tensors they were made from.
-    `dtype` is that of the packed weights if they have fewer bits than the layer's, else None."""
+    `dtype` is that of the packed weights if they have fewer bits than the layer's, else None. Direct calls read it by
+    position (csrc/rnn/torch/direct_modules.cpp)."""
 
     weights: tuple[Tensor, ...]
     versions: tuple[int, ...]

@@ -322,20 +322,21 @@ def test_other_threads_run_meanwhile() -> None:
 
 def test_used_by_layers_functions_and_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    for name in ("layers", "cell"):
+    for name in ("layers", "cell", "layer_module", "cell_module"):
         original = getattr(direct, name)
         monkeypatch.setattr(direct, name, lambda *a, name=name, f=original: (calls.append(name), f(*a))[1])
     x = torch.randn(T, B, I)
     with torch.no_grad():
         layer, cell = dlkernels.nn.LSTM(I, H, dropout=0.5, num_layers=2).eval(), dlkernels.nn.GRUCell(I, H)
         layer(x)
-        layer(x[:, 0])
+        layer(x[:, 0])  # without a batch dimension
         dlkernels.functional.lstm(x, None, layer._flat_weights, num_layers=2)
         cell(x[0])
-        assert calls == ["layers", "layers", "layers", "cell"]
+        assert calls == ["layer_module", "layer_module", "layers", "layers", "cell_module"]
         calls.clear()
         layer.train()(x)
-        assert calls == []
+        assert calls == ["layer_module"]
+    calls.clear()
     layer(x)
     cell(x[0])
-    assert calls == []
+    assert calls == ["layer_module", "cell_module"]

@@ -1,6 +1,6 @@
 """Forward calls that go from Python to the CPU kernels without torch's dispatcher (csrc/rnn/torch/direct.cpp).
 
-`layers` and `cell` serve plain calls without gradients and return None for all others and for those that the kernels
+The functions here serve plain calls without gradients and return None for all others and for those that the kernels
 refuse: autocast, transforms, modes, tracing, profiling, forward-mode differentiation, subclasses of Tensor, tensors
 elsewhere. They must not be called where Dynamo traces.
 """
@@ -26,7 +26,7 @@ from dlkernels._core.private_torch import (
     tensors_of_handles,
 )
 
-__all__ = ["cell", "layers", "layers_without_gradients"]
+__all__ = ["cell", "cell_module", "layer_module", "layers", "layers_without_gradients"]
 
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -40,6 +40,10 @@ def _not_served(*arguments: Any) -> None:
 layers: Callable[..., list[Tensor] | None] = _not_served
 # cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh) -> [h'], followed by c' for the lstm.
 cell: Callable[..., list[Tensor] | None] = _not_served
+# layer_module(module.__dict__, x, hx) -> (y, h_n) or (y, (h_n, c_n)): what the module's forward returns for 3-D input.
+layer_module: Callable[..., Any] = _not_served
+# cell_module(mode, module.__dict__, x, hx) -> h' or (h', c').
+cell_module: Callable[..., Any] = _not_served
 
 if extension.native is not None:
     extension.native.connect(
@@ -59,6 +63,7 @@ if extension.native is not None:
         ),
     )
     layers, cell = extension.native.layers, extension.native.cell
+    layer_module, cell_module = extension.native.layer_module, extension.native.cell_module
 
 
 def layers_without_gradients(
