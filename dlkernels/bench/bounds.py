@@ -80,9 +80,11 @@ def read_rate(size: int, threads: int) -> float:
 def seconds(
     mode: str, B: int, T: int, I: int, H: int, training: bool, dtype: torch.dtype, item_bytes: int, threads: int
 ) -> float:
-    """The least time of a call of one layer. `item_bytes` is the size of a weight, `dtype` that of the products."""
+    """The least time of a call of one layer. `item_bytes` is the size of a weight, `dtype` that of the products. With
+    int8 weights only the reading counts, because torch has no product of int8 that would be a measure."""
     operations, read, size = counted(mode, B, T, I, H, training, item_bytes)
-    return max(operations / product_rate(dtype, threads), read / read_rate(size, threads))
+    reading = read / read_rate(size, threads)
+    return reading if item_bytes == 1 else max(operations / product_rate(dtype, threads), reading)
 
 
 def _timed(call: Callable[[], object]) -> float:

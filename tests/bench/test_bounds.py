@@ -34,3 +34,4 @@ def test_the_longer_time_counts(B: int, expected: float, monkeypatch: pytest.Mon
     monkeypatch.setattr(bounds, "read_rate", lambda size, threads: 10.0)
     monkeypatch.setattr(bounds, "product_rate", lambda dtype, threads: 100.0)
     assert bounds.seconds("rnn", B, 9, 2, 8, False, torch.float32, 4, 1) == expected
+    assert bounds.seconds("rnn", B, 9, 2, 8, False, torch.float32, 1, 1) == (16 + 9 * 64) / 10.0

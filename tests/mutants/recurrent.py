@@ -19,6 +19,7 @@ CHUNKS = ("tests/rnn/test_interactions.py",)
 NAN = ("tests/rnn/test_nan.py",)
 SAME_BITS = ("tests/rnn/test_batch_invariance.py",)
 DIRECT = ("tests/rnn/test_direct.py", "tests/rnn/test_batch_invariance.py")
+MODULES = ("tests/rnn/test_direct_modules.py",)
 MIXED = ("tests/rnn/test_autocast.py -k 'operators_take or cells_with'", "tests/rnn/test_autocast.py")
 NARROW_FIRST = "tests/rnn/test_prepack_weights.py -k 'not_finite or extremes or serves'"
 NARROW = (NARROW_FIRST, "tests/rnn/test_prepack_weights.py")
@@ -259,23 +260,36 @@ RECURRENT: tuple[Mutant, ...] = (
            "the gradient of c has the dtype of h", ("tests/rnn/test_autocast.py -k gradients_of_a_cell", *MIXED)),
     Mutant("cell-step-stride", TORCH + "cell.cpp", "params.y = {results.back().data(), 0, shape.H, of_h};",
            "params.y = {results.back().data(), 0, shape.H, shape.dtype};", "h' has the dtype of the products", MIXED),
-    Mutant("direct-negative", TORCH + "direct.cpp",
+    Mutant("direct-negative", TORCH + "direct.h",
            "    require(!is_true(checked(PyObject_CallMethodNoArgs(tensor, torch_side.is_neg))));\n", "",
            "negative views are read as if they were not", DIRECT),
-    Mutant("direct-gradient", TORCH + "direct.cpp",
+    Mutant("direct-gradient", TORCH + "direct.h",
            "    require(!autograd_ || !is_true(checked(PyObject_GetAttr(tensor, torch_side.requires_grad))));\n", "",
            "the gradient of an input is lost if the weights are frozen", DIRECT),
-    Mutant("direct-tangents", TORCH + "direct.cpp", "  require(PyLong_AsLong(level.get()) < 0);\n", "",
+    Mutant("direct-tangents", TORCH + "direct.h", "  require(PyLong_AsLong(level.get()) < 0);\n", "",
            "forward-mode differentiation loses its tangents", DIRECT),
-    Mutant("direct-memory", TORCH + "direct.cpp", "      require(data || tensor.numel() == 0);\n", "",
+    Mutant("direct-memory", TORCH + "direct.h", "      require(data || tensor.numel() == 0);\n", "",
            "tensors without memory are read", DIRECT),
-    Mutant("direct-layers", TORCH + "direct.cpp", "layers_of(h0, layer * directions, directions)",
+    Mutant("direct-layers", TORCH + "direct.h", "layers_of(h0, layer * directions, directions)",
            "layers_of(h0, layer, directions)", "the state of a layer is that of another one", DIRECT),
-    Mutant("direct-lock", TORCH + "direct.cpp",
+    Mutant("direct-lock", TORCH + "direct.h",
            "    PyThreadState* state = PyEval_SaveThread();\n    ~Release() { PyEval_RestoreThread(state); }\n", "",
            "no other thread of Python runs while a kernel does", DIRECT),
-    Mutant("direct-deterministic", TORCH + "direct.cpp",
-           "a.deterministic = is_true(checked(PyObject_CallNoArgs(torch_side.is_deterministic)));\n    stack.",
-           "a.deterministic = false;\n    stack.", "torch.use_deterministic_algorithms does not reach the kernels",
+    Mutant("direct-deterministic", TORCH + "direct.h",
+           "return is_true(checked(PyObject_CallNoArgs(torch_side.is_deterministic)));", "return false;",
+           "torch.use_deterministic_algorithms does not reach the kernels",
            DIRECT),
+    Mutant("module-version", TORCH + "direct_modules.cpp",
+           "    require(PyLong_AsLong(checked(PyObject_GetAttr(weights[i], torch_side.version)).get()) == version);\n",
+           "", "weights that were written to after prepack() are not noticed", MODULES),
+    Mutant("module-replaced", TORCH + "direct_modules.cpp",
+           "    require(PyTuple_GET_ITEM(packed, i) == weights[i]);\n", "",
+           "weights that were replaced after prepack() are not noticed", MODULES),
+    Mutant("module-flat", TORCH + "direct_modules.cpp", "    require(!module.has(flat));\n", "",
+           "weights assigned to _flat_weights are ignored", MODULES),
+    Mutant("module-dropout", TORCH + "direct_modules.cpp",
+           "    require(drawn == 0 || call.layers == 1 || !flag(module.get(training)));\n", "",
+           "dropout is not drawn in a call without gradients", MODULES),
+    Mutant("module-rank", TORCH + "direct_modules.cpp", "    call.x_dim = 3;\n", "",
+           "input without a batch is taken for packed input", MODULES),
 )  # fmt: skip

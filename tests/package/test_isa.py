@@ -27,12 +27,12 @@ def test_available_isas(native) -> None:
     assert native.isa() == available_isas()[-1], "the best one is in force unless capped"
 
 
-NEEDED = {"avx512_bf16": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "os_zmm", "avx512_bf16")}
-NEEDED["amx"] = (*NEEDED["avx512_bf16"], "amx_tile", "amx_bf16", "os_amx", "amx_granted")
+NEEDED = {"avx512_bf16": ("avx512f", "avx512dq", "avx512bw", "avx512vl", "os_zmm", "avx512_bf16", "avx512_vnni")}
+NEEDED["amx"] = (*NEEDED["avx512_bf16"], "amx_tile", "amx_bf16", "amx_int8", "os_amx", "amx_granted")
 
 
 @pytest.mark.parametrize("name", NEEDED)
-def test_units_for_bf16_need_everything(name: str, native) -> None:
+def test_units_need_everything(name: str, native) -> None:
     """An instruction set is available only if the processor has it, the system saves its registers and the process may
     use it; otherwise its instructions fault."""
     features = native.cpu_features()
@@ -50,23 +50,26 @@ def emulated(native) -> bool:
 
 
 FUNCTION = re.compile(r"^[0-9a-f]+ <(.+)>:$")
-BF16 = {
+UNITS = {
     "amx": (
         re.compile(r"\t(tdp\w+|tile\w+|ldtilecfg|sttilecfg)\b"),
-        {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "sttilecfg", "tilerelease"},
+        {"tdpbf16ps", "tdpbusd", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "sttilecfg", "tilerelease"},
     ),
-    "avx512_bf16": (re.compile(r"\t(v\w*bf16\w*)\b"), {"vdpbf16ps", "vcvtne2ps2bf16", "vcvtneps2bf16"}),
+    "avx512_bf16": (
+        re.compile(r"\t(v\w*bf16\w*|vpdpbusd)\b"),
+        {"vdpbf16ps", "vcvtne2ps2bf16", "vcvtneps2bf16", "vpdpbusd"},
+    ),
 }
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump reads the instructions")
-@pytest.mark.parametrize("name", BF16)
-def test_instructions_for_bf16_are_only_in_their_kernels(name: str, native) -> None:
+@pytest.mark.parametrize("name", UNITS)
+def test_instructions_of_units_are_only_in_their_kernels(name: str, native) -> None:
     """In other functions they would be illegal instructions on every machine without them."""
     code = subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", native.__file__], capture_output=True, text=True, check=True
     ).stdout
-    pattern, expected = BF16[name]
+    pattern, expected = UNITS[name]
     found: dict[str, set[str]] = {}
     function = ""
     for line in code.splitlines():

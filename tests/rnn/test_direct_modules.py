@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import dlkernels
 from dlkernels.rnn.operators import direct
-from tests.rnn.test_direct import CONTEXTS, INPUTS, call, states_of
+from tests.support.direct_calls import CONTEXTS, INPUTS, call, states_of
 from tests.support.rnn_op_calls import B, H, I, T
 
 pytestmark = [

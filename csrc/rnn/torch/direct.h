@@ -66,6 +66,9 @@ inline void require_plain_call() {
   }
 }
 
+// Whether torch.use_deterministic_algorithms is on.
+inline bool is_deterministic() { return is_true(checked(PyObject_CallNoArgs(torch_side.is_deterministic))); }
+
 inline bool flag(PyObject* object) {
   require(PyBool_Check(object));
   return object == Py_True;
@@ -293,7 +296,7 @@ struct StackCall {
     a.product_dtype = a.h_dtype = a.c_dtype = -1;
     a.bidirectional = bidirectional;
     a.batch_first = batch_first && batch_sizes == Py_None;
-    a.deterministic = is_true(checked(PyObject_CallNoArgs(torch_side.is_deterministic)));
+    a.deterministic = is_deterministic();
     Handles handles(given.handles());
     for (Py_ssize_t i = 0; i < number; ++i) stack.weights.push_back(handles.take());
     for (Py_ssize_t i = 0; i < buffers; ++i) stack.packed.push_back(handles.take());
@@ -325,7 +328,7 @@ inline std::vector<Tensor> call_cell(CellKind cell, PyObject* x, PyObject* h, Py
 
   CellForwardArguments a{};
   a.product_dtype = a.h_dtype = a.c_dtype = -1;
-  a.deterministic = is_true(checked(PyObject_CallNoArgs(torch_side.is_deterministic)));
+  a.deterministic = is_deterministic();
   Handles handles(given.handles());
   a.w_ih = handles.take();
   a.w_hh = handles.take();
