@@ -290,6 +290,4 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("module-dropout", TORCH + "direct_modules.cpp",
            "    require(drawn == 0 || call.layers == 1 || !flag(module.get(training)));\n", "",
            "dropout is not drawn in a call without gradients", MODULES),
-    Mutant("module-rank", TORCH + "direct_modules.cpp", "    call.x_dim = 3;\n", "",
-           "input without a batch is taken for packed input", MODULES),
 )  # fmt: skip

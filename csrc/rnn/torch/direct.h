@@ -273,7 +273,6 @@ struct StackCall {
   PyObject* const* weights;  // of all layers
   Py_ssize_t number;         // of weights
   int64_t layers;
-  int64_t x_dim;  // which x must have; 0 leaves that to the checks of the operator
   bool bidirectional, batch_first, one_step;
 
   // y, h_n and c_n; for a cell h' and c'.
@@ -301,7 +300,6 @@ struct StackCall {
     for (Py_ssize_t i = 0; i < number; ++i) stack.weights.push_back(handles.take());
     for (Py_ssize_t i = 0; i < buffers; ++i) stack.packed.push_back(handles.take());
     a.x = handles.take();
-    require(x_dim == 0 || a.x.dim() == x_dim);
     stack.h0 = handles.take_if(h0);
     stack.c0 = handles.take_if(c0);
     a.batch_sizes = handles.take_if(batch_sizes);

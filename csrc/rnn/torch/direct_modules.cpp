@@ -128,7 +128,6 @@ PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call.cell = kind_of_layer(module.get(mode));
     const bool has_cell_state = cell_traits(call.cell).cell_state;
     call.x = args[1];
-    call.x_dim = 3;
     call.batch_sizes = call.lengths = Py_None;
     take_states(args[2], has_cell_state, &call);
     call.weights = weights.data();
