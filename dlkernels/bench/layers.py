@@ -204,6 +204,8 @@ class Workload:
 
     def __call__(self) -> Any:
         if not self.training:
+            if torch.is_inference_mode_enabled():
+                return self.module(*self.args)
             with torch.inference_mode():
                 return self.module(*self.args)
         out = self.module(*self.args)

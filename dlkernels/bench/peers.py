@@ -276,7 +276,9 @@ class PeerRunner(Runner):
         self, case: PeerCase, ready: Mapping[str, Checked], found: dict[str, Outcome], kernel: dict[str, Any]
     ) -> PeerResult:
         budget = dataclasses.replace(self.budget, max_seconds=min(self.budget.max_seconds, MAX_SECONDS))
-        rounds = timing.rotate(list(ready.values()), budget, settle=timing.until_quiet) if ready else []
+        # A program that serves a model enters the mode once. For the smallest layers that takes a quarter of a call.
+        with torch.inference_mode(not case.training):
+            rounds = timing.rotate(list(ready.values()), budget, settle=timing.until_quiet) if ready else []
         blocks = dict(zip(ready, rounds, strict=True))
         mine = blocks.get(case.ours)
         samples: dict[str, Sample] = {}

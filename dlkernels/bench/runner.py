@@ -241,7 +241,9 @@ class Runner:
             mine.prepare()
             mine()
             kernel = last_kernel()
-            return Result(case, "ok", sample=alternate(peer, mine, self.budget), agreement=agreement, kernel=kernel)
+            with torch.inference_mode(not case.training):  # once, as in a program that serves a model
+                sample = alternate(peer, mine, self.budget)
+            return Result(case, "ok", sample=sample, agreement=agreement, kernel=kernel)
         except Exception as problem:
             return Result(case, "error", first_line(problem))
 
