@@ -39,7 +39,7 @@ class Signature(NamedTuple):
 
 # Of each field the argument that it comes from, and what it is of that argument.
 _NAMES = {
-    "rows": ("k", "rows for layout 'zigzag'"),
+    "rows": ("k", "number of rows (layout 'zigzag')"),
     "batch": ("q", "batch size"),
     "heads": ("q", "number of heads"),
     "kv_heads": ("k", "number of heads"),

@@ -1,5 +1,5 @@
-"""Processes that form a group of torch.distributed (gloo) and run functions of the tests. They are started once for many
-tests, because each needs seconds to import torch."""
+"""Processes that form a group of torch.distributed (gloo) and run functions of the tests. They are started once for
+many tests, because each needs seconds to import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +43,23 @@ class Processes:
             self._ends.append(ours)
             self._processes.append(process)
 
-    def begin(self, function: Callable[..., Any], *args: Any) -> None:
-        """Begins `function` on every rank. It is named by its module, and its results are tensors or plain values."""
+    def begin(self, function: Callable[..., Any], *args: Any, ranks: Sequence[int] | None = None) -> None:
+        """Begins a function of a module on these ranks, or on all. Its results are tensors or plain values."""
         task = _to_bytes((function, args))
-        for end in self._ends:
-            end.send_bytes(task)
+        for rank in range(len(self._ends)) if ranks is None else ranks:
+            self._ends[rank].send_bytes(task)
 
     def result(self, rank: int) -> Any:
         """What the function returned on this rank."""
         deadline = time.monotonic() + LIMIT
         while not self._ends[rank].poll(0.2):
-            if not self._processes[rank].is_alive():
-                raise Failed(f"rank {rank} ended with status {self._processes[rank].exitcode}")
             if time.monotonic() > deadline:
                 raise Failed(f"rank {rank} did not end within {LIMIT} s")
-        error, value = _from_bytes(self._ends[rank].recv_bytes())
+        try:
+            error, value = _from_bytes(self._ends[rank].recv_bytes())
+        except EOFError:
+            self._processes[rank].join()
+            raise Failed(f"rank {rank} ended with status {self._processes[rank].exitcode}") from None
         if error is not None:
             raise Failed(f"rank {rank}: {error}")
         return value
@@ -110,7 +112,7 @@ def _serve(rank: int, world: int, meeting: str, timeout: float, tasks: Any) -> N
 
 
 @contextlib.contextmanager
-def _environment(**changed: str) -> Any:
+def _environment(**changed: str) -> Iterator[None]:
     before = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     try:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,3 +103,18 @@ def _call(
         for name, (of, wide) in sizes.items()
     ]
     return ring_attention(*tensors, **options)  # type: ignore[no-any-return]
+
+
+def fall_out(world: int, victim: int, signal_name: str) -> tuple[str, float]:
+    """On a rank: a forward and a backward, between which the rank `victim` of all sends itself a signal. Returns the
+    exception of the backward as text, empty if there is none, and the seconds that it took."""
+    x = torch.ones(1, 2, 64, 16, requires_grad=True)
+    o = ring_attention(x, x, x, group=groups[world])
+    if dist.get_rank() == victim:
+        os.kill(os.getpid(), getattr(signal, signal_name))
+    begin = time.monotonic()
+    try:
+        o.sum().backward()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", time.monotonic() - begin
+    return "", time.monotonic() - begin
