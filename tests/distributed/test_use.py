@@ -29,6 +29,15 @@ def test_some_inputs_need_no_gradient(processes: Processes, names: str) -> None:
                 torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_scores_of_minus_infinity(processes: Processes, layout: str) -> None:
+    o, lse = functional.attention(*ring_calls.infinite_keys(), causal=True, return_lse=True)
+    assert lse[..., :10].max() == -torch.inf and not o[:, :, :10].any()
+    for found_o, found_lse in processes.run(ring_calls.of_infinite_keys, layout):
+        torch.testing.assert_close(found_o, o)
+        torch.testing.assert_close(found_lse, lse)
+
+
 def test_second_derivatives_are_refused(processes: Processes) -> None:
     for error in processes.run(ring_calls.twice):
         assert "twice" in error and "once_differentiable" in error, error

@@ -14,7 +14,7 @@ DISTRIBUTED: tuple[Mutant, ...] = (
     Mutant("ring-joined-weight", FOLDER + "blocks.py", "(self._top, self._weight / divisor)",
            "(self._top, self._weight)", "the backward has the probabilities of one block, not of all", VALUES),
     Mutant("ring-joined-nothing", FOLDER + "blocks.py", "after.masked_fill(after == -math.inf, 0.0)", "after",
-           "rows whose first block has nothing to see are NaN", VALUES),
+           "rows that have seen nothing but scores of -inf are NaN", USE),
     Mutant("ring-reference-share", FOLDER + "blocks.py", "of_lse * share)", "of_lse)",
            "without kernels the gradient of a block's lse is not weighted", VALUES),
     Mutant("ring-zigzag-halves", FOLDER + "layout.py", "keys=slice(0, keys // 2)", "keys=slice(keys // 2, keys)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -136,6 +137,20 @@ def frozen(names: str) -> list[torch.Tensor | None]:
         x.requires_grad_(name in names)
     ring_attention(*own, group=group, causal=True).square().sum().backward()
     return [None if x.grad is None else unshard(x.grad, group=group, dim=2) for x in own]
+
+
+def of_infinite_keys(layout: str) -> list[torch.Tensor]:
+    """On a rank: gathered o and lse where `infinite_keys` are the inputs."""
+    own = (shard(x, layout=layout) for x in infinite_keys())
+    outputs = ring_attention(*own, causal=True, layout=layout, return_lse=True)
+    return [unshard(x, dim=2, layout=layout) for x in outputs]
+
+
+def infinite_keys() -> list[torch.Tensor]:
+    """q, k and v. The scores of the first 10 of 16 keys are -inf, so their weights are 0."""
+    q, k, v = whole()
+    k[:, :, :10] = -math.inf
+    return [q.abs(), k, v]
 
 
 def twice() -> str:
