@@ -1,6 +1,6 @@
-"""Checks that the ranks of a group make the same call, so that they raise an exception where they would wait for each
-other. Each call has one all_gather of a few integers. The shapes alone would not do: the ranks have to agree before
-the first message, as a message of another size than the receiver expects may end its process."""
+"""Checks that the ranks of a group make the same call, so that they raise an exception where they would otherwise wait
+for each other. It costs one all_gather of a few integers in each call. The ranks have to agree before the first
+message, because one of another size than its receiver expects may end the process."""
 
 from __future__ import annotations
 

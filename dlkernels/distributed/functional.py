@@ -28,7 +28,8 @@ def ring_attention(
 ) -> Any:  # fmt: skip
     """Attention over a sequence that is divided among the ranks of a group: o, or (o, lse), of this rank's queries over
     the keys of all ranks. The keys and values travel around the ring of ranks while each rank computes (Liu et al.
-    2023, Ring Attention), so that no rank ever has more than two shards of them. The gradients are exact.
+    2023, Ring Attention), so that no rank ever has more than two shards of them besides its own. The gradients are
+    exact.
 
     q: [B, H, M, D], k: [B, Hkv, N, D], v: [B, Hkv, N, Dv]: this rank's rows, of one dtype and device, any strides;
         float32, float64, bfloat16 or float16. Query head h reads the head h // (H // Hkv) of k and v. The ranks may
@@ -56,13 +57,13 @@ def ring_attention(
     accepted, RuntimeError for sizes, devices and dtypes that do not fit together, on this rank or among the ranks, and
     without a process group; NotImplementedError for torch.func transforms and forward-mode differentiation. If one
     rank refuses its arguments, the others raise RuntimeError. A rank that ends or stops answering makes the others
-    raise torch's RuntimeError, at the latest after the group's timeout. Second derivatives raise RuntimeError.
+    raise torch's RuntimeError, at the latest after the group's timeout. Second derivatives raise RuntimeError if the
+    group has several ranks.
     """
     ring = ring_of(group)
-    checks.flag("check", check)
-    checking = check and ring.world > 1
+    checking = check is not False and ring.world > 1
     try:
-        cfg, given = _checked(q, k, v, causal, softmax_scale, softcap, layout, return_lse, ring)
+        cfg, given = _checked(q, k, v, causal, softmax_scale, softcap, layout, return_lse, check, ring)
         native = route(*given[:3]).native
     except Exception:
         if checking:
@@ -84,10 +85,10 @@ def ring_attention(
 
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, causal: Any, softmax_scale: float | None, softcap: float, layout: Any,
-    return_lse: Any, ring: Ring,
+    return_lse: Any, check: Any, ring: Ring,
 ) -> tuple[AttentionConfig, AttentionInputs]:  # fmt: skip
     """The arguments of the operators, without `causal`, which each block decides for itself."""
-    for name, value in (("causal", causal), ("return_lse", return_lse)):
+    for name, value in (("causal", causal), ("return_lse", return_lse), ("check", check)):
         checks.flag(name, value)
     checked_layout(layout)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
