@@ -29,6 +29,15 @@ def test_some_inputs_need_no_gradient(processes: Processes, names: str) -> None:
                 torch.testing.assert_close(grad, expected)
 
 
+def test_messages_are_under_way_while_blocks_are_computed(processes: Processes) -> None:
+    step = ["pass on", "block", "wait"]
+    for layout, causal in (("contiguous", False), ("zigzag", True)):
+        for events in processes.run(ring_calls.order_of_events, layout, causal):
+            assert events == step * 3 + ["block"]
+    for rank, events in enumerate(processes.run(ring_calls.order_of_events, "contiguous", True)):
+        assert events.count("block") == rank + 1  # keys of later ranks are skipped
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
 def test_scores_of_minus_infinity(processes: Processes, layout: str) -> None:
     o, lse = functional.attention(*ring_calls.infinite_keys(), causal=True, return_lse=True)

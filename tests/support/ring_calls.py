@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import signal
@@ -9,13 +10,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.autograd import forward_ad
 
 from dlkernels._core import extension
-from dlkernels.distributed import ring_attention, shard, unshard
+from dlkernels.distributed import blocks, ring_attention, shard, unshard
+from dlkernels.distributed.group import Ring, Transfer
 from tests.support import attention_calls
 from tests.support import attention_oracle as oracle
 from tests.support.attention_oracle import Case, Data, Results
@@ -151,6 +154,25 @@ def infinite_keys() -> list[torch.Tensor]:
     q, k, v = whole()
     k[:, :, :10] = -math.inf
     return [q.abs(), k, v]
+
+
+def order_of_events(layout: str, causal: bool) -> list[str]:
+    """On a rank: what a forward does, in order: "pass on" (messages begin), "block" (scores are computed), "wait"."""
+    events: list[str] = []
+
+    def recorded(event: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*args: Any, **options: Any) -> Any:
+            events.append(event)
+            return function(*args, **options)
+
+        return record
+
+    places = ((Ring, "pass_on", "pass on"), (blocks, "forward", "block"), (Transfer, "wait", "wait"))
+    with contextlib.ExitStack() as patches:
+        for owner, name, event in places:
+            patches.enter_context(mock.patch.object(owner, name, recorded(event, getattr(owner, name))))
+        ring_attention(*(shard(x, layout=layout) for x in whole()), causal=causal, layout=layout)
+    return events
 
 
 def twice() -> str:
