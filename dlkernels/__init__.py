@@ -3,6 +3,7 @@
 dlkernels.nn            RNN, LSTM, GRU and their cells, MultiheadAttention, Transformer layers
 dlkernels.functional    the same as functions, which take the weights as arguments
 dlkernels.reference     the same in plain PyTorch, for tests
+dlkernels.distributed   attention over a sequence that is divided among processes
 dlkernels.patch         swaps the layers of a model, and `unpatch` swaps them back
 dlkernels.quantize      keeps the weights of a model's recurrent layers in fewer bits
 dlkernels.patch_attention  runs F.scaled_dot_product_attention on our kernels
@@ -11,7 +12,7 @@ dlkernels.explain       tells which kernel runs for an input, and why
 
 from __future__ import annotations
 
-from dlkernels import functional, nn, reference
+from dlkernels import distributed, functional, nn, reference
 from dlkernels._core import extension
 from dlkernels._version import __version__
 
@@ -28,6 +29,7 @@ from dlkernels.integrations.sdpa_operator import patch_attention
 __all__ = [
     "__version__",
     "disable",
+    "distributed",
     "enable",
     "explain",
     "functional",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from attention import ATTENTION
+from distributed import DISTRIBUTED
 from mutant import Mutant
 from python import PYTHON
 from recurrent import RECURRENT
@@ -10,8 +11,9 @@ from triton_kernels import TRITON
 
 GROUPS: dict[str, tuple[Mutant, ...]] = {
     "Python": PYTHON,
+    "distributed": DISTRIBUTED,
     "recurrent, C++": RECURRENT,
     "attention, C++": ATTENTION,
     "attention, Triton": TRITON,
 }
-MUTANTS: tuple[Mutant, ...] = (*PYTHON, *RECURRENT, *ATTENTION, *TRITON)
+MUTANTS: tuple[Mutant, ...] = (*PYTHON, *DISTRIBUTED, *RECURRENT, *ATTENTION, *TRITON)

@@ -16,7 +16,7 @@ PARTS = (
     "csrc/rnn/torch/sequence.cpp", "csrc/attention/torch/boundary.cpp", "dlkernels/_core/",
     "dlkernels/rnn/operators/", "dlkernels/rnn/checks.py", "dlkernels/rnn/layers.py", "dlkernels/rnn/dtypes.py",
     "dlkernels/attention/operators.py", "dlkernels/attention/masks.py", "dlkernels/attention/sdpa.py",
-    "dlkernels/integrations/patch.py", "dlkernels/bench/", "benchmarks/",
+    "dlkernels/distributed/", "dlkernels/integrations/patch.py", "dlkernels/bench/", "benchmarks/",
 )  # fmt: skip
 
 

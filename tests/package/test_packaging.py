@@ -338,3 +338,4 @@ def test_the_families_do_not_know_each_other() -> None:
     assert _imports("_core") <= ground
     assert _imports("rnn") <= {*ground, "rnn"}
     assert _imports("attention") <= {*ground, "attention"}
+    assert _imports("distributed") <= {*ground, "attention", "distributed"}

@@ -117,8 +117,8 @@ def _neighbours(case: Case, data: Data) -> Iterator[Data]:
         yield dataclasses.replace(data, **moved)
 
 
-def check(case: Case, data: Data | None = None) -> Results:
-    """Asserts that every result keeps the tolerance rule, and returns our results."""
+def check(case: Case, data: Data | None = None, run: Callable[[Case, Data], Results] = run) -> Results:
+    """Asserts that every result of `run` keeps the tolerance rule, and returns these results."""
     data = oracle.make_data(case) if data is None else data
     ours = run(case, data)
     compared = _compared(case, data, ours)
