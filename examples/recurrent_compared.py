@@ -31,7 +31,7 @@ class CharacterModel(nn.Module):
         self.embed = nn.Embedding(characters, WIDTH)
         if kind == "Transformer":
             # A recurrent layer knows the order of its input. Attention does not, so each place has a vector of its own.
-            self.place = nn.Parameter(0.02 * torch.randn(LENGTH, WIDTH))
+            self.place = nn.Parameter(torch.randn(LENGTH, WIDTH))
             layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, batch_first=True, norm_first=True)
             self.body: nn.Module = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         else:

@@ -52,6 +52,15 @@ def test_gpt(tmp_path: Path) -> None:
     assert found["same text"], "the text differs between writing with and without a cache"
 
 
+def test_translate(tmp_path: Path) -> None:
+    """The most frequent character of each place is right in 0.54 of the places, and a guess hits no date. The model
+    has 0.98 of the characters and 0.85 of the dates right."""
+    found = run("translate", tmp_path)
+    assert found["guessed characters"] < 0.65
+    assert found["characters"] > 0.85
+    assert found["dates"] > 0.3
+
+
 def test_a_program_of_its_own(tmp_path: Path) -> None:
     """An example starts as README says."""
     paths = os.pathsep.join(filter(None, (str(FOLDER.parent), os.environ.get("PYTHONPATH"))))
