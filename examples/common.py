@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,17 @@ class Text:
         """The held-out loss of a model that knows how frequent each character is, and nothing else."""
         counts = torch.bincount(self.training, minlength=len(self.alphabet)) + 1
         return nn.functional.cross_entropy(counts.log().expand(len(self.held_out), -1), self.held_out).item()
+
+
+def read_digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """scikit-learn's images of digits [rows, 1, 8, 8] with their labels: for training, and held out."""
+    from sklearn.datasets import load_digits  # imported here, because the other examples do without it
+
+    found = load_digits()
+    images, labels = torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    held_out, training = order[: len(order) // 4], order[len(order) // 4 :]
+    return (images[training], labels[training]), (images[held_out], labels[held_out])
 
 
 def pieces(tokens: Tensor, rows: int, length: int, seed: int) -> Iterator[Batch]:
@@ -127,4 +139,4 @@ def save(figure: Figure, options: argparse.Namespace, name: str) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out / name, dpi=100, bbox_inches="tight")
     pyplot.close(figure)
-    print(f"picture: {options.out / name}")
+    print(f"picture: {os.path.relpath(options.out / name)}")

@@ -61,6 +61,13 @@ def test_translate(tmp_path: Path) -> None:
     assert found["dates"] > 0.3
 
 
+def test_vision_transformer(tmp_path: Path) -> None:
+    """By chance 0.1 is right. The Transformer reaches 0.7, the convolutional network 0.9."""
+    found = run("vision_transformer", tmp_path)
+    assert found["vision Transformer"] > 0.4
+    assert found["convolutions"] > 0.6
+
+
 def test_a_program_of_its_own(tmp_path: Path) -> None:
     """An example starts as README says."""
     paths = os.pathsep.join(filter(None, (str(FOLDER.parent), os.environ.get("PYTHONPATH"))))
