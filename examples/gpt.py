@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 import dlkernels
 from common import Text, compare_steps, one_step, pieces, pyplot, read_arguments, save, train
 
-WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 3, 128, 16
+WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 2, 96, 16
 Cache = list[tuple[Tensor, Tensor]]
 
 
@@ -82,7 +82,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
     """Returns held-out losses in nats a character, and whether both ways of writing gave the same text."""
     options = read_arguments(__doc__, given)
     text = Text()
-    steps, timed = (30, 2) if options.quick else (500, 20)
+    steps, timed = (40, 2) if options.quick else (800, 20)
     batches = pieces(text.training, BATCH, LENGTH, seed=1)
     model = GPT(len(text.alphabet))
 
@@ -96,7 +96,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
     compare_steps("GPT", step, served, timed)
 
     with dlkernels.enable() as handle:
-        losses = train(model, loss_of, batches, steps, 3e-3, steps // 5)
+        losses = train(model, loss_of, batches, steps, 5e-3, steps // 5)
         with torch.inference_mode():
             held_out = loss_of(model, *next(pieces(text.held_out, 64, LENGTH, seed=2))).item()
 
