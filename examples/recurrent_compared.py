@@ -80,7 +80,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
         model = CharacterModel(kind.partition(",")[0], len(text.alphabet), CUT if "," in kind else 0)
         batches = pieces(text.training, BATCH, LENGTH, seed=4)
         if kind in KINDS:
-            compare_speed(f"{kind:11}", model, loss_of, next(batches), timed)
+            compare_speed(kind, model, loss_of, next(batches), timed)
         dlkernels.patch(model)
         style = "--" if "," in kind else "-"
         before.semilogy(influence(model, text), style, label=kind)
@@ -89,11 +89,11 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
         after.semilogy(gradient, style, label=kind)
         results[kind] = held_out_loss(model, text)
         far = gradient[[1, CUT + 4, 50]].tolist()
-        print(f"  gradient 1, {CUT + 4} and 50 characters back: " + ", ".join(f"{norm:.1e}" for norm in far))
+        print(f"{kind}: gradient 1, {CUT + 4} and 50 characters back " + ", ".join(f"{norm:.1e}" for norm in far))
     for axes, title in ((before, "before training"), (after, "after training")):
         axes.set(title=title, xlabel="characters back in time", ylim=(1e-12, 10))
     before.set_ylabel("norm of the gradient")
-    after.legend()
+    after.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, options, "recurrent_compared.png")
     print("held-out loss, nats a character:")
     for kind, loss in results.items():
