@@ -118,7 +118,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
         print(f"{name}: held-out codes have mean {found.mean():.2f} and deviation {found.std():.2f}")
     for (name, images), line in zip(lines, axes, strict=True):
         for image, place in zip(images, line, strict=True):
-            place.imshow(image, cmap="gray_r", vmin=0, vmax=1)
+            place.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1)
             place.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
     save(figure, options, "generative.png")

@@ -95,9 +95,14 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
             density = model(x).log_prob(grid)[:, 0]
         shown = slice(1000, 1500)
         below.imshow(
-            density[:, shown].exp(), origin="lower", aspect="auto", cmap="Blues", vmax=2, extent=(0, 500, -1.5, 3.5)
+            density[:, shown].exp().numpy(),
+            origin="lower",
+            aspect="auto",
+            cmap="Blues",
+            vmax=2,
+            extent=(0, 500, -1.5, 3.5),
         )
-        below.plot(later[0, shown], color="tab:orange", linewidth=0.8)
+        below.plot(later[0, shown].numpy(), color="tab:orange", linewidth=0.8)
         below.set(title=f"{name}, {AHEAD} steps before", ylabel="voltage, scaled")
     axes[1].set_xlabel("step")
     save(figure, options, "mixture_density.png")

@@ -83,10 +83,10 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
             compare_speed(kind, model, loss_of, next(batches), timed)
         dlkernels.patch(model)
         style = "--" if "," in kind else "-"
-        before.semilogy(influence(model, text), style, label=kind)
+        before.semilogy(influence(model, text).numpy(), style, label=kind)
         train(model, loss_of, batches, steps, 5e-3 if kind == "Transformer" else 1e-2)
         gradient = influence(model, text)
-        after.semilogy(gradient, style, label=kind)
+        after.semilogy(gradient.numpy(), style, label=kind)
         results[kind] = held_out_loss(model, text)
         far = gradient[[1, CUT + 4, 50]].tolist()
         print(f"{kind}: gradient 1, {CUT + 4} and 50 characters back " + ", ".join(f"{norm:.1e}" for norm in far))

@@ -141,7 +141,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
     source, target = source[row : row + 1], target[row : row + 1]
     length = int((source != END).sum())
     figure, axes = pyplot.subplots(figsize=(9, 4))
-    axes.imshow(looked_at(model, source, target)[:, :length], cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(looked_at(model, source, target)[:, :length].numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(length), decode(source[0]))
     axes.set_yticks(range(target.size(1)), [*decode(target[0]), "end"])
     axes.set(xlabel="read", ylabel="written")

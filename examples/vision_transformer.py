@@ -110,8 +110,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, float]:
     for column, (image, looked) in enumerate(
         zip(held_out[0][shown, 0], transformer.looked_at(held_out[0][shown]), strict=True)
     ):
-        axes[0, column].imshow(image, cmap="gray_r")
-        axes[1, column].imshow(looked, cmap="Blues", vmin=0)
+        axes[0, column].imshow(image.numpy(), cmap="gray_r")
+        axes[1, column].imshow(looked.numpy(), cmap="Blues", vmin=0)
         axes[0, column].set_axis_off()
         axes[1, column].set_axis_off()
     save(figure, options, "vision_transformer.png")
