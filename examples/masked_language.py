@@ -39,7 +39,7 @@ def read_packages() -> tuple[list[Tensor], list[Tensor], Tensor]:
             part.append([])
         for number, path in enumerate(sorted((folder / package).glob("*.py"))):
             words = re.findall(r"[A-Za-z]+|\d+|[^\sA-Za-z\d]", path.read_text("utf-8", "replace"))
-            split[number % 4 == 3][-1] += words
+            split[number % 4 == 3][-1] += words  # every fourth file is held out
     counts = collections.Counter(word for words in split[0] for word in words).most_common(WORDS)
     index = {word: number for number, (word, _) in enumerate(counts)}
     training, held_out = (
