@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 PATTERNS = (
-    "*.md", "LICENSE", "docs/*.md", "docs/*.css", "examples/*.py", "benchmarks/results/*.md",
+    "*.md", "LICENSE", "docs/*.md", "docs/*.css", "docs/examples/*.png", "examples/*.py", "benchmarks/results/*.md",
     "benchmarks/results/*/*.png",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.support.fresh_python import ROOT
 
-EXTRAS = {"bench", "dev", "docs", "peers", "test", "transformers"}
+EXTRAS = {"bench", "dev", "docs", "examples", "peers", "test", "transformers"}
 
 
 def names(archive: Path) -> set[str]:
