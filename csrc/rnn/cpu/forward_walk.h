@@ -280,6 +280,8 @@ struct Forward<C, Cell>::Walk {
       const int64_t j = p * shape.units_per_panel() + v / Cell::kGates * V::size;
       for (int g = 0; g < Cell::kGates && (forward.in_place_ || !forward.fused_); ++g)
         __builtin_prefetch(product(row, j, g));
+      if (forward.p_.saved && !forward.in_place_)
+        for (int k = 0; k < Cell::kBounded; ++k) forward.record_.fetch(table.saved[row], k, j);
       if constexpr (Cell::kCellState) __builtin_prefetch(c(i, j), 1);
       if (s().P) continue;
       if constexpr (kKeepsH) __builtin_prefetch(h(1 - parity, i) + j, 1);
@@ -386,8 +388,13 @@ struct Forward<C, Cell>::Walk {
   DLK_INLINE void store_output(int64_t parity, int64_t row, int64_t i, int64_t j, int n, V out) const {
     if constexpr (kPairs) {
       if (forward.p_.y.dtype == DType::bf16) {  // put_h has rounded it
-        std::memcpy(static_cast<bf16*>(forward.p_.y.data) + table.y[row] + j, rounded(1 - parity, i) + j,
-                    static_cast<size_t>(n) * sizeof(bf16));
+        bf16* to = static_cast<bf16*>(forward.p_.y.data) + table.y[row] + j;
+        const bf16* from = rounded(1 - parity, i) + j;
+        if (n == V::size) {
+          std::memcpy(to, from, V::size * sizeof(bf16));  // one vector, not a call
+        } else {
+          std::memcpy(to, from, static_cast<size_t>(n) * sizeof(bf16));
+        }
         return;
       }
     }
