@@ -25,6 +25,11 @@ class Route(NamedTuple):
     def native(self) -> bool:
         return self.path not in ("reference", "torch")
 
+    @property
+    def is_forward_mode(self) -> bool:
+        """Whether it is a tangent that makes the call run on the reference."""
+        return self.reason == FORWARD_MODE.reason
+
 
 OP = Route("op", "no gradient is wanted: the operator is called directly")
 EAGER = Route("eager", "a gradient is wanted: autograd Function around the operator")
@@ -90,7 +95,7 @@ def or_torch(decided: Route, x: Tensor, missing: str) -> Route:
 
 def announce(decided: Route) -> None:
     """Tells the user once that calls run on the reference path, where that is not what `explain` alone has to tell."""
-    if decided.reason == FORWARD_MODE.reason:
+    if decided.is_forward_mode:
         extension.announce_forward_mode()
     else:
         extension.announce_reference()

@@ -24,6 +24,7 @@ from dlkernels.rnn.kinds import KINDS, Kind, sizes
 from dlkernels.rnn.operators import overloads, per_sample
 from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs, Wanted
 from dlkernels.rnn.operators.formulas import run_sequence, sequence_gradients
+from dlkernels.rnn.operators.truncated import truncated_sequence
 from dlkernels.rnn.routing import route
 
 __all__ = ["sequence"]
@@ -142,6 +143,8 @@ def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor
         return _forward(cfg, given, False)[:3]
     if path == "reference":
         announce(decided)
+        if cfg.bptt_steps and decided.is_forward_mode:
+            return truncated_sequence(cfg, given)
         return run_sequence(cfg, given)
     tensors = (x, h0, c0, *others, *weights)
     if path == "eager":
