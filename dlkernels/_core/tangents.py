@@ -12,14 +12,13 @@ from dlkernels._core.private_torch import (
     forward_ad,
     get_unwrapped,
     is_batched_by_vmap,
-    is_wrapped,
     level_of_transform,
     level_of_wrapper,
     unwrap_dead_wrapper,
     without_innermost_transform,
 )
 
-__all__ = ["are_carried", "is_mapped"]
+__all__ = ["are_carried"]
 
 
 def are_carried(tensors: Sequence[Any]) -> bool:
@@ -47,12 +46,3 @@ def are_carried(tensors: Sequence[Any]) -> bool:
 
 def _is_dual(tensor: Tensor) -> bool:
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether vmap maps a dimension of this tensor, so that it has no values of its own to be read."""
-    while is_wrapped(tensor):
-        if is_batched_by_vmap(tensor):
-            return True
-        tensor = get_unwrapped(tensor)
-    return False

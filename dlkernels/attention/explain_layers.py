@@ -21,7 +21,8 @@ LAYERS = (MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer)
 
 class AttentionCall(NamedTuple):
     """The call `functional.attention(q, k, v, **options)`, or, if there is a `reason`, a call that does not become one.
-    q, k and v have the sizes, dtype and requires_grad of the real ones, and no values."""
+    q, k and v have the sizes, dtype and requires_grad of the real ones, and no values. `sources` are the tensors from
+    which the real ones are computed."""
 
     name: str
     q: Tensor
@@ -29,6 +30,7 @@ class AttentionCall(NamedTuple):
     v: Tensor
     options: dict[str, Any]
     reason: str = ""
+    sources: tuple[Tensor, ...] = ()
 
 
 def attention_calls(layer: Module, *args: Any, **kwargs: Any) -> list[AttentionCall]:
@@ -36,8 +38,13 @@ def attention_calls(layer: Module, *args: Any, **kwargs: Any) -> list[AttentionC
     given = inspect.signature(layer.forward).bind(*args, **kwargs)
     given.apply_defaults()
     a = given.arguments
-    tensors = [value for value in a.values() if isinstance(value, Tensor)]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *layer.parameters()))
+    sources = (*(value for value in a.values() if isinstance(value, Tensor)), *layer.parameters())
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
+    return [call._replace(sources=sources) for call in _calls_in(layer, wanted, a)]
+
+
+def _calls_in(layer: Module, wanted: bool, a: dict[str, Any]) -> list[AttentionCall]:
+    """The calls of a layer with these arguments, by name."""
     if isinstance(layer, MultiheadAttention):
         return [_asked("attention", layer, wanted, a)]
     first = "src" if isinstance(layer, TransformerEncoderLayer) else "tgt"

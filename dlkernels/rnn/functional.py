@@ -25,9 +25,9 @@ from torch.nn.functional import dropout as apply_dropout
 
 from dlkernels._core import extension
 from dlkernels._core.autocast import cast
+from dlkernels._core.checks import is_readable
 from dlkernels._core.dtypes import DTYPES
-from dlkernels._core.private_torch import are_transforms_active, forward_ad, is_any_autocast_enabled
-from dlkernels._core.tangents import is_mapped
+from dlkernels._core.private_torch import forward_ad, is_any_autocast_enabled
 from dlkernels.rnn import checks
 from dlkernels.rnn.dtypes import SAME, Types, recurrent_types
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
@@ -270,7 +270,7 @@ def arrange(
     if (
         has_values
         and x.is_cpu
-        and _is_readable(batch_sizes, lengths)
+        and is_readable(batch_sizes, lengths)
         and (extension.prefers_torch or forward_ad._current_level >= 0 or not route(x).native)
     ):
         batch_sizes, lengths = checks.values_for_reference(x, batch_sizes, lengths, steps)
@@ -288,13 +288,6 @@ def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     if all(weight.dtype == weights[0].dtype for weight in weights):
         return weights
     return [cast(weight, DTYPES[types.product]) for weight in weights]
-
-
-def _is_readable(*tensors: Tensor | None) -> bool:
-    """Whether the values of these tensors can be read now."""
-    if torch.compiler.is_compiling():
-        return False
-    return not are_transforms_active() or not any(tensor is not None and is_mapped(tensor) for tensor in tensors)
 
 
 def _layer_by_layer(

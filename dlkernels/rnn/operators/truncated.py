@@ -82,8 +82,8 @@ class Truncated(torch.autograd.Function):
         """The gradients are linear in the cotangents, and the transpose of that map takes tangents to tangents."""
         call: _Call = ctx.call
         batch_sizes, lengths, *saved = ctx.saved_tensors
-        inputs = [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in saved]
-        present = [at for at, tensor in enumerate(inputs) if tensor is not None]
+        inputs = [None if tensor is None else _primal(tensor) for tensor in saved]
+        present = {at: tensor for at, tensor in enumerate(inputs) if tensor is not None}
 
         def gradients(*cotangents: Tensor) -> tuple[Tensor | None, ...]:
             found = call.gradients(batch_sizes, lengths, cotangents, inputs)
@@ -94,7 +94,11 @@ class Truncated(torch.autograd.Function):
         with forward_ad._set_fwd_grad_enabled(True):
             outputs = call.run(batch_sizes, lengths, inputs)[: call.outputs]
             transpose = torch.func.vjp(gradients, *map(torch.zeros_like, outputs))[1]
-            found = transpose(
-                tuple(torch.zeros_like(inputs[at]) if of_inputs[at] is None else of_inputs[at] for at in present)
-            )
+            found = transpose(tuple(
+                torch.zeros_like(tensor) if of_inputs[at] is None else of_inputs[at] for at, tensor in present.items()
+            ))  # fmt: skip
         return (*found, None)[:3]
+
+
+def _primal(dual: Tensor) -> Tensor:
+    return forward_ad.unpack_dual(dual).primal  # type: ignore[no-untyped-call, no-any-return]
