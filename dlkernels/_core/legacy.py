@@ -47,7 +47,7 @@ def run_backward(
         return map_samples(function.apply, args)
     if forward_ad._current_level >= 0 and tangents.are_carried(args):
         extension.announce_forward_mode()
-        return function.by_reference(*args)  # type: ignore[no-any-return]
+        return function.by_reference(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return]
     if are_transforms_active():
         return function.apply(*args)  # type: ignore[no-any-return]
     if torch.is_grad_enabled():

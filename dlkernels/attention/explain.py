@@ -41,7 +41,7 @@ def explain_layer(layer: Module, *args: Any, **kwargs: Any) -> Explanation:
     explained = []
     for call in attention_calls(layer, *args, **kwargs):
         if call.reason:
-            grad = torch.is_grad_enabled() and call.q.requires_grad
+            grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.sources)
             explained.append(LayerExplanation(call.name, "torch", call.reason, grad))
         else:
             options = {**call.options, "sources": call.sources}
@@ -80,7 +80,7 @@ def _explain(
     name: str, cfg: AttentionConfig, given: AttentionInputs, return_lse: bool = False, sources: tuple[Tensor, ...] = ()
 ) -> LayerExplanation:  # fmt: skip
     q = given.q
-    tensors = given[:6]
+    tensors = (*given[:6], *sources)
     decided = route_of_call(cfg, given, return_lse, sources)
     grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if not decided.native:
