@@ -304,6 +304,9 @@ def test_values_are_checked() -> None:
     with pytest.raises(ValueError, match=r"lengths must lie in 0\.\.T"):
         jvp(of([T + 1, 1]), (x,), (x,))
     assert jvp(of([T, 1]), (x,), (x,))[1].isfinite().all()
+    weights = {key: weight.detach() for key, weight in layer.named_parameters()}
+    with pytest.raises(ValueError, match=r"lengths must lie in 0\.\.T"):
+        jvp(lambda w: flat(functional_call(layer, w, (x,), {"lengths": torch.tensor([9, 1])})), (weights,), (weights,))
     packed = pack_padded_sequence(x, torch.tensor([T, 1]))
     wrong = packed._replace(batch_sizes=torch.tensor([2, 2, 1]))
     with pytest.raises(RuntimeError, match="batch_sizes must be positive"):
