@@ -4,7 +4,7 @@
 `remedy` says what to do about it.
 `HAVE_CUDA_KERNELS` and `why_no_cuda` tell the same about its CUDA kernels. `announce_reference()` warns the user at the
 first call that runs on the reference path for lack of a compiled module, `announce_torch()` at the first that torch
-serves for lack of vector kernels.
+serves for lack of vector kernels, `announce_forward_mode()` at the first that computes forward-mode derivatives.
 
 Environment variables: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` loads none, and
 `DLKERNELS_REQUIRE_NATIVE=1` turns its absence into an ImportError.
