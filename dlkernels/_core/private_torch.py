@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 # Imported above. `forward_ad._current_level`: at least 0 inside of forward-mode differentiation (2.11, 2.13).
+# `forward_ad._set_fwd_grad_enabled`: a context that turns forward mode on or off (2.11, 2.13).
 # `FakeTensor`, `FunctionalTensor`: the subclasses of Tensor that stand for plain tensors in a trace (2.11, 2.13).
 # `unwrap_dead_wrappers`: takes tensors out of wrappers that a finished torch.func transform left behind (2.11, 2.13).
 # `without_innermost_transform`: a context in which the innermost torch.func transform does not run (2.11, 2.13).
