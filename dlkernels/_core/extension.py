@@ -4,7 +4,7 @@
 `remedy` says what to do about it.
 `HAVE_CUDA_KERNELS` and `why_no_cuda` tell the same about its CUDA kernels. `announce_reference()` warns the user at the
 first call that runs on the reference path for lack of a compiled module, `announce_torch()` at the first that torch
-serves for lack of vector kernels.
+serves for lack of vector kernels, `announce_forward_mode()` at the first that computes forward-mode derivatives.
 
 Environment variables: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` loads none, and
 `DLKERNELS_REQUIRE_NATIVE=1` turns its absence into an ImportError.
@@ -147,6 +147,7 @@ HAVE_NATIVE: bool = native is not None
 HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_cuda"])
 why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not
 _announced = False
+_forward_mode_announced = False
 
 
 # Whether calls on the CPU that torch's operators can serve are left to them: only scalar kernels exist for this
@@ -172,6 +173,17 @@ def announce_reference() -> None:
     """Warns, once per process, that calls run on plain PyTorch because there is no compiled module."""
     if not HAVE_NATIVE:
         _announce(f"dlkernels runs on its PyTorch reference path, which is slow: {why_not}. To mend it: {remedy}.")
+
+
+def announce_forward_mode() -> None:
+    """Warns, once per process, that forward-mode derivatives are computed on plain PyTorch."""
+    global _forward_mode_announced
+    if not _forward_mode_announced:
+        _forward_mode_announced = True
+        warnings.warn(
+            "dlkernels computes forward-mode derivatives (jvp, jacfwd) on its PyTorch reference path, which is slow: "
+            "its kernels have no formula for them.", RuntimeWarning, stacklevel=4,
+        )  # fmt: skip
 
 
 def announce_torch() -> None:

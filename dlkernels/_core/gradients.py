@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dlkernels._core.private_copy import private_copy
+from dlkernels._core.private_torch import unwrap_dead_wrappers
 
 __all__ = ["Tensors", "differentiate", "private", "pullback"]
 
@@ -40,6 +41,7 @@ def pullback(
     An output whose cotangent is None does not contribute. The computation uses torch.func, so it also works under
     functorch and can be differentiated again.
     """
+    inputs, cotangents = unwrap_dead_wrappers(tuple(inputs)), unwrap_dead_wrappers(tuple(cotangents))
     present = [i for i, tensor in enumerate(inputs) if tensor is not None]
     counted = [i for i, tensor in enumerate(cotangents) if tensor is not None]
 

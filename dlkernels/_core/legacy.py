@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels._core import extension, tangents
 from dlkernels._core.private_torch import (
     add_batch_dim,
     are_transforms_active,
     enter_vmap_level,
+    forward_ad,
     is_legacy_batched,
     leave_vmap_level,
     remove_batch_dim,
@@ -43,6 +45,9 @@ def run_backward(
         return function.forward(*args)  # type: ignore[no-any-return]
     if is_batched(cotangents):
         return map_samples(function.apply, args)
+    if forward_ad._current_level >= 0 and tangents.are_carried(args):
+        extension.announce_forward_mode()
+        return function.by_reference(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return]
     if are_transforms_active():
         return function.apply(*args)  # type: ignore[no-any-return]
     if torch.is_grad_enabled():

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack as without_innermost_transform
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -32,10 +33,12 @@ __all__ = [
     "cpp_apply",
     "enter_vmap_level",
     "forward_ad",
+    "get_unwrapped",
     "handles_of_tensors",
     "has_global_forward_hooks",
     "has_saved_tensors_hooks",
     "is_any_autocast_enabled",
+    "is_batched_by_vmap",
     "is_dispatch_mode_active",
     "is_function_mode_active",
     "is_in_backward",
@@ -43,9 +46,12 @@ __all__ = [
     "is_onednn_enabled",
     "is_profiling",
     "is_tracing",
+    "is_wrapped",
     "jagged_dim",
     "jagged_longest",
     "leave_vmap_level",
+    "level_of_transform",
+    "level_of_wrapper",
     "nested_like",
     "onednn_takes_bf16",
     "onednn_takes_f16",
@@ -59,16 +65,27 @@ __all__ = [
     "unregister",
     "unwrap_dead_wrapper",
     "unwrap_dead_wrappers",
+    "without_innermost_transform",
 ]
 
 # Imported above. `forward_ad._current_level`: at least 0 inside of forward-mode differentiation (2.11, 2.13).
+# `forward_ad._set_fwd_grad_enabled`: a context that turns forward mode on or off (2.11, 2.13).
 # `FakeTensor`, `FunctionalTensor`: the subclasses of Tensor that stand for plain tensors in a trace (2.11, 2.13).
 # `unwrap_dead_wrappers`: takes tensors out of wrappers that a finished torch.func transform left behind (2.11, 2.13).
+# `without_innermost_transform`: a context in which the innermost torch.func transform does not run (2.11, 2.13).
 
 # `unwrap_dead_wrappers` for one tensor (2.11, 2.13).
 unwrap_dead_wrapper: Callable[[Any], Any] = torch._C._functorch.unwrap_if_dead
 # Whether a transform of torch.func runs (2.11, 2.13).
 are_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+# Whether a tensor is the wrapper of a torch.func transform, whether it is one of vmap, the level of its transform (-2
+# if it is none), and the tensor in it (2.11, 2.13).
+is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+is_batched_by_vmap: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+level_of_wrapper: Callable[[Tensor], int] = torch._C._functorch.maybe_get_level
+get_unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+# The level of the innermost transform that runs; an error if none does (2.11, 2.13).
+level_of_transform: Callable[[], int] = torch._C._functorch.current_level
 # Whether torch.jit.trace records (2.11, 2.13).
 is_tracing: Callable[[], bool] = torch._C._is_tracing
 # Whether autocast is on for any device, in one call (2.11, 2.13).

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dlkernels._core import extension
+from dlkernels._core import extension, tangents
 from dlkernels._core.private_torch import are_transforms_active, forward_ad, is_tracing
 
-__all__ = ["ONLY_SCALAR", "Route", "is_for_torch", "no_kernel", "or_torch", "with_kernel"]
+__all__ = ["ONLY_SCALAR", "Route", "announce", "is_for_torch", "no_kernel", "or_torch", "with_kernel"]
 
 
 class Route(NamedTuple):
@@ -25,6 +25,11 @@ class Route(NamedTuple):
     def native(self) -> bool:
         return self.path not in ("reference", "torch")
 
+    @property
+    def is_forward_mode(self) -> bool:
+        """Whether it is a tangent that makes the call run on the reference."""
+        return self.reason == FORWARD_MODE.reason
+
 
 OP = Route("op", "no gradient is wanted: the operator is called directly")
 EAGER = Route("eager", "a gradient is wanted: autograd Function around the operator")
@@ -37,6 +42,9 @@ COMPILED_TRANSFORM = Route(
 ONLY_SCALAR = "only scalar kernels exist for this processor"
 TORCH = Route("torch", f"{ONLY_SCALAR}: torch's operator is faster")
 
+FORWARD_MODE = Route(
+    "reference", "a tensor carries a forward-mode tangent (jvp, jacfwd): the reference computes the derivatives"
+)
 RECORDED = Route("reference", "torch.jit.trace records torch's operators: a saved file may hold them, with gradients")
 
 
@@ -46,13 +54,10 @@ def no_kernel(reason: str) -> Route:
 
 
 def with_kernel(tensors: tuple[Tensor | None, ...]) -> Route:
-    """The route of a call that a kernel serves.
-
-    Raises NotImplementedError if a tensor carries a forward-mode tangent.
-    """
+    """The route of a call that a kernel serves."""
     compiling = torch.compiler.is_compiling()
-    if not compiling and forward_ad._current_level >= 0:
-        _refuse_tangents(tensors)
+    if not compiling and forward_ad._current_level >= 0 and tangents.are_carried(tensors):
+        return FORWARD_MODE
     if not compiling and is_tracing():
         return RECORDED
     if are_transforms_active():
@@ -88,10 +93,9 @@ def or_torch(decided: Route, x: Tensor, missing: str) -> Route:
     return decided._replace(reason=f"{decided.reason}; {ONLY_SCALAR}, but {why}")
 
 
-def _refuse_tangents(tensors: tuple[Tensor | None, ...]) -> None:
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError(
-                "dlkernels: forward-mode differentiation (jvp, jacfwd, dual tensors) is not supported; use "
-                "reverse mode (vjp, jacrev, backward), or dlkernels.reference, which supports both"
-            )
+def announce(decided: Route) -> None:
+    """Tells the user once that calls run on the reference path, where that is not what `explain` alone has to tell."""
+    if decided.is_forward_mode:
+        extension.announce_forward_mode()
+    else:
+        extension.announce_reference()

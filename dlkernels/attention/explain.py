@@ -41,17 +41,18 @@ def explain_layer(layer: Module, *args: Any, **kwargs: Any) -> Explanation:
     explained = []
     for call in attention_calls(layer, *args, **kwargs):
         if call.reason:
-            grad = torch.is_grad_enabled() and call.q.requires_grad
+            grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.sources)
             explained.append(LayerExplanation(call.name, "torch", call.reason, grad))
         else:
-            explained.append(_explain_one(call.name, call.q, call.k, call.v, **call.options))
+            options = {**call.options, "sources": call.sources}
+            explained.append(_explain_one(call.name, call.q, call.k, call.v, **options))
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     return Explanation(repr(layer), f"{describe('input', first)}, {settings(first)}", tuple(explained))
 
 
 def _explain_one(name: str, *args: Any, **options: Any) -> LayerExplanation:
-    """A call of `functional.attention`."""
-    return_lse = options.pop("return_lse", False)
+    """A call of `functional.attention`. `sources` as in `AttentionCall`."""
+    return_lse, sources = options.pop("return_lse", False), options.pop("sources", ())
     options.pop("deterministic", None)
     cu_q, cu_k = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
     if cu_q is not None and cu_k is not None and functional.has_own_mask(options.get("attn_mask")):
@@ -62,7 +63,7 @@ def _explain_one(name: str, *args: Any, **options: Any) -> LayerExplanation:
         mask = options["attn_mask"]
         options["attn_mask"] = mask[..., : q.shape[2], : k.shape[2]][-1:] if mask.dim() == 4 else mask
         name, args = f"{name}, for each of {cu_q.shape[0] - 1} sequences", (q, k, *rest)
-    return _explain(name, *functional.checked(*args, **options), return_lse)
+    return _explain(name, *functional.checked(*args, **options), return_lse, sources)
 
 
 def _explain_sdpa(
@@ -76,11 +77,11 @@ def _explain_sdpa(
 
 
 def _explain(
-    name: str, cfg: AttentionConfig, given: AttentionInputs, return_lse: bool = False
+    name: str, cfg: AttentionConfig, given: AttentionInputs, return_lse: bool = False, sources: tuple[Tensor, ...] = ()
 ) -> LayerExplanation:  # fmt: skip
     q = given.q
-    tensors = given[:6]
-    decided = route_of_call(cfg, given, return_lse)
+    tensors = (*given[:6], *sources)
+    decided = route_of_call(cfg, given, return_lse, sources)
     grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if not decided.native:
         return LayerExplanation(name, decided.path, decided.reason, grad)

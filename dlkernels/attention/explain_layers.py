@@ -21,7 +21,8 @@ LAYERS = (MultiheadAttention, TransformerEncoderLayer, TransformerDecoderLayer)
 
 class AttentionCall(NamedTuple):
     """The call `functional.attention(q, k, v, **options)`, or, if there is a `reason`, a call that does not become one.
-    q, k and v have the sizes, dtype and requires_grad of the real ones, and no values."""
+    q, k and v have the sizes and dtype of the real ones, and no values. `sources` are the tensors from which the real
+    ones are computed."""
 
     name: str
     q: Tensor
@@ -29,6 +30,7 @@ class AttentionCall(NamedTuple):
     v: Tensor
     options: dict[str, Any]
     reason: str = ""
+    sources: tuple[Tensor, ...] = ()
 
 
 def attention_calls(layer: Module, *args: Any, **kwargs: Any) -> list[AttentionCall]:
@@ -36,35 +38,39 @@ def attention_calls(layer: Module, *args: Any, **kwargs: Any) -> list[AttentionC
     given = inspect.signature(layer.forward).bind(*args, **kwargs)
     given.apply_defaults()
     a = given.arguments
-    tensors = [value for value in a.values() if isinstance(value, Tensor)]
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *layer.parameters()))
+    sources = (*(value for value in a.values() if isinstance(value, Tensor)), *layer.parameters())
+    return [call._replace(sources=sources) for call in _calls_in(layer, a)]
+
+
+def _calls_in(layer: Module, a: dict[str, Any]) -> list[AttentionCall]:
+    """The calls of a layer with these arguments, by name."""
     if isinstance(layer, MultiheadAttention):
-        return [_asked("attention", layer, wanted, a)]
+        return [_asked("attention", layer, a)]
     first = "src" if isinstance(layer, TransformerEncoderLayer) else "tgt"
     if isinstance(layer, TransformerEncoderLayer):
         masks = layer._masks(a["src"].dtype, a["src_mask"], a["src_key_padding_mask"])
         a["src_mask"], a["src_key_padding_mask"] = masks
     hint = a["is_causal" if first == "src" else "tgt_is_causal"]
-    calls = [_inner(layer, "self_attn", wanted, a[first], a[first], a, first, hint)]
+    calls = [_inner(layer, "self_attn", a[first], a[first], a, first, hint)]
     if isinstance(layer, TransformerDecoderLayer):
         memory = (a["memory"], a, "memory", a["memory_is_causal"])
-        calls.append(_inner(layer, "multihead_attn", wanted, a["tgt"], *memory))
+        calls.append(_inner(layer, "multihead_attn", a["tgt"], *memory))
     return calls
 
 
 def _inner(
-    layer: Module, name: str, wanted: bool, query: Tensor, key: Tensor, given: dict[str, Any], of: str, hint: bool
+    layer: Module, name: str, query: Tensor, key: Tensor, given: dict[str, Any], of: str, hint: bool
 ) -> AttentionCall:  # fmt: skip
     attention = getattr(layer, name)
     if not isinstance(attention, MultiheadAttention):
         return AttentionCall(name, query, key, key, {}, f"{type(attention).__name__} is not a layer of dlkernels")
-    return _asked(name, attention, wanted, {
+    return _asked(name, attention, {
         "query": query, "key": key, "value": key, "key_padding_mask": given[f"{of}_key_padding_mask"],
         "attn_mask": given[f"{of}_mask"], "need_weights": False, "is_causal": hint,
     })  # fmt: skip
 
 
-def _asked(name: str, attention: MultiheadAttention, wanted: bool, given: dict[str, Any]) -> AttentionCall:
+def _asked(name: str, attention: MultiheadAttention, given: dict[str, Any]) -> AttentionCall:
     class Follower(_Follower, type(attention)):  # type: ignore[misc]
         pass
 
@@ -74,13 +80,12 @@ def _asked(name: str, attention: MultiheadAttention, wanted: bool, given: dict[s
     try:
         follower.forward(**given)
     except _Reached as reached:
-        q, k, v = (x.requires_grad_(wanted) for x in reached.tensors)
-        return AttentionCall(name, q, k, v, reached.options, reached.reason)
+        return AttentionCall(name, *reached.tensors, reached.options, reached.reason)
     raise AssertionError("forward ended without attention")
 
 
 class _Reached(BaseException):
-    def __init__(self, tensors: tuple[Tensor, ...], options: dict[str, Any], reason: str) -> None:
+    def __init__(self, tensors: tuple[Tensor, Tensor, Tensor], options: dict[str, Any], reason: str) -> None:
         self.tensors, self.options, self.reason = tensors, options, reason
 
 

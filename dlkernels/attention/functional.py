@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dlkernels._core import extension
 from dlkernels._core.autocast import autocast_dtype, cast
+from dlkernels._core.checks import is_readable
 from dlkernels._core.dtypes import compute_dtype
-from dlkernels._core.private_torch import are_transforms_active
+from dlkernels._core.private_torch import are_transforms_active, forward_ad
 from dlkernels.attention import by_torch, checks, operators
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
 from dlkernels.attention.routing import route, route_of_call
@@ -216,12 +217,12 @@ def _with_lengths(
 ) -> tuple[AttentionConfig, Tensor, Tensor]:  # fmt: skip
     """Does what only the CPU operators do themselves: checks the values of cu_seqlens for the reference, and finds the
     longest sequences for CUDA. If it reads values, it returns the copies that it read, for the call to use."""
-    readable = not torch.compiler.is_compiling() and not are_transforms_active()
     if q.is_cpu:
-        if readable and not route(q, k, k).native:
+        if is_readable(cu_q, cu_k) and (forward_ad._current_level >= 0 or not route(q, k, k).native):
             cu_q = checks.cu_values("cu_seqlens_q", cu_q, q.shape[0], cfg.max_seqlen_q)
             cu_k = checks.cu_values("cu_seqlens_k", cu_k, k.shape[0], cfg.max_seqlen_k)
         return cfg, cu_q, cu_k
+    readable = not torch.compiler.is_compiling() and not are_transforms_active()
     if not readable or q.device.type == "meta":
         rows = [cfg.max_seqlen_q or q.shape[0], cfg.max_seqlen_k or k.shape[0]]
         return cfg._replace(max_seqlen_q=rows[0], max_seqlen_k=rows[1]), cu_q, cu_k

@@ -14,12 +14,13 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlkernels._core import batching, extension, legacy
+from dlkernels._core import batching, legacy
 from dlkernels._core.devices import register_fake
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.flops import Formula, register_formulas
 from dlkernels._core.gradients import differentiate, private, pullback
 from dlkernels._core.private_torch import are_transforms_active, cpp_apply, unwrap_dead_wrappers
+from dlkernels._core.routing import announce
 from dlkernels._core.schema import schema_of
 from dlkernels.attention import flops, reference, triton
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs, AttentionWanted
@@ -141,11 +142,12 @@ def attention(cfg: AttentionConfig, given: AttentionInputs) -> tuple[Tensor, Ten
 
     The arguments are taken as checked: one device, fitting dtypes and sizes.
     """
-    path = route(*given[:6]).path
+    decided = route(*given[:6])
+    path = decided.path
     if path == "op":
         return run_forward(given, cfg)[:2]
     if path == "reference":
-        extension.announce_reference()
+        announce(decided)
         return _reference(cfg, given)
     if path == "eager":
         o, lse, _ = _apply(cfg, *unwrap_dead_wrappers(given))
@@ -160,7 +162,7 @@ def attention_map(cfg: AttentionConfig, given: AttentionInputs, rows: int, cols:
         decided = route(*given[:6])
         if decided.native and not are_transforms_active():
             return _map(*_map_arguments(given, cfg, rows, cols))
-        extension.announce_reference()
+        announce(decided)
         q, k, _, mask, alibi_slopes, sinks, *_ = given
         return reference.attention_map(
             q, k, mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, **cfg.keywords, rows=rows, cols=cols
@@ -244,17 +246,17 @@ class AttentionBackward(torch.autograd.Function):
         *tensors, cu_seqlens_q, cu_seqlens_k, rng = ctx.saved_tensors
 
         def gradients(*tensors: Tensor | None) -> list[Tensor | None]:
-            inputs = tensors[2:]
-            variable = [tensor if want else None for tensor, want in zip(inputs, each, strict=True)]
-
-            def forward(*given: Tensor | None) -> tuple[Tensor, Tensor]:
-                full = [old if new is None else new for old, new in zip(inputs, given, strict=True)]
-                return _reference(cfg, (*full, cu_seqlens_q, cu_seqlens_k, rng))
-
-            return pullback(forward, variable, tensors[:2])
+            return _gradients(cfg, each, tensors[:2], tensors[2:], (cu_seqlens_q, cu_seqlens_k, rng))
 
         grads = legacy.differentiate(lambda *given: differentiate(gradients, tensors, needs[2:10], given), cotangents)
         return (None, None, *grads, None, None, None, None, None)
+
+    @staticmethod
+    def by_reference(
+        cfg: AttentionConfig, wanted: AttentionWanted, do: Tensor, dlse: Tensor | None, *tensors: Any
+    ) -> list[Tensor | None]:
+        """The gradients in differentiable operations, None for those that are not wanted."""
+        return _gradients(cfg, wanted.each, (do, dlse), tensors[:6], tensors[6:9])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
@@ -272,6 +274,21 @@ class AttentionBackward(torch.autograd.Function):
             cfg, wanted, do, dlse, *folded, cu_seqlens_q, cu_seqlens_k, rng, o, stats
         )
         return _unfold_gradients(grads, inputs, dims[2:8], wanted, n)
+
+
+def _gradients(
+    cfg: AttentionConfig, each: Sequence[bool], cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None],
+    fixed: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """The gradients of q to sinks where `each` says that they are wanted, else None. `fixed` are the inputs after
+    these."""
+    variable = [tensor if want else None for tensor, want in zip(inputs, each, strict=True)]
+
+    def forward(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        full = [old if new is None else new for old, new in zip(inputs, given, strict=True)]
+        return _reference(cfg, (*full, *fixed))
+
+    return pullback(forward, variable, cotangents)
 
 
 def _folds(cfg: AttentionConfig, fixed_dims: Sequence[int | None]) -> bool:

@@ -26,17 +26,17 @@ def _why_no_kernel(q: Tensor, v: Tensor) -> str:
 
 
 def route(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None) -> Route:
-    """How a call with these tensors, which have passed the checks, runs now.
-
-    Raises NotImplementedError if one of them carries a forward-mode tangent.
-    """
+    """How a call with these tensors, which have passed the checks, runs now."""
     reason = _why_no_kernel(q, v)
     return no_kernel(reason) if reason else with_kernel((q, k, v, *others))
 
 
-def route_of_call(cfg: AttentionConfig, given: AttentionInputs, return_lse: bool = False) -> Route:
-    """How a whole call runs now: on our operators, as `route` says, or on F.scaled_dot_product_attention of torch."""
-    return or_torch(route(*given[:6]), given.q, _missing(cfg, given, return_lse))
+def route_of_call(
+    cfg: AttentionConfig, given: AttentionInputs, return_lse: bool = False, sources: tuple[Tensor, ...] = ()
+) -> Route:
+    """How a whole call runs now: on our operators, as `route` says, or on F.scaled_dot_product_attention of torch.
+    `sources` stand for tensors of `given` that have no values, and may require a gradient or carry a tangent."""
+    return or_torch(route(*given[:6], *sources), given.q, _missing(cfg, given, return_lse))
 
 
 def _missing(cfg: AttentionConfig, given: AttentionInputs, return_lse: bool) -> str:

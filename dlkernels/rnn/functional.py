@@ -25,8 +25,9 @@ from torch.nn.functional import dropout as apply_dropout
 
 from dlkernels._core import extension
 from dlkernels._core.autocast import cast
+from dlkernels._core.checks import is_readable
 from dlkernels._core.dtypes import DTYPES
-from dlkernels._core.private_torch import are_transforms_active, is_any_autocast_enabled
+from dlkernels._core.private_torch import forward_ad, is_any_autocast_enabled
 from dlkernels.rnn import checks
 from dlkernels.rnn.dtypes import SAME, Types, recurrent_types
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
@@ -266,7 +267,12 @@ def arrange(
         if layer == 0 and batch is not None:
             checks.state_sizes(h0, c0, num_layers * directions, batch, outputs, hidden)
     has_values = lengths is not None or batch_sizes is not None
-    if has_values and x.is_cpu and _readable() and (extension.prefers_torch or not route(x).native):
+    if (
+        has_values
+        and x.is_cpu
+        and is_readable(batch_sizes, lengths)
+        and (extension.prefers_torch or forward_ad._current_level >= 0 or not route(x).native)
+    ):
         batch_sizes, lengths = checks.values_for_reference(x, batch_sizes, lengths, steps)
 
     cfg = SequenceConfig(
@@ -282,10 +288,6 @@ def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     if all(weight.dtype == weights[0].dtype for weight in weights):
         return weights
     return [cast(weight, DTYPES[types.product]) for weight in weights]
-
-
-def _readable() -> bool:
-    return not torch.compiler.is_compiling() and not are_transforms_active()
 
 
 def _layer_by_layer(

@@ -28,10 +28,7 @@ def _why_no_kernel(x: Tensor, projected: bool) -> str:
 
 def route(*tensors: Tensor | None, projected: bool = False) -> Route:
     """The route of a call with these tensors, made now. The first tensor is the input, and all have one device and
-    dtype. `projected` tells that the layer has a proj_size.
-
-    Raises NotImplementedError if one of them carries a forward-mode tangent.
-    """
+    dtype. `projected` tells that the layer has a proj_size."""
     x = tensors[0]
     assert x is not None
     if not extension.HAVE_NATIVE:

@@ -69,7 +69,7 @@ def test_is_what_the_call_asks_for(name: str, grad: bool, spy: Spy) -> None:
         for which, tensor in real.items():
             placeholder = getattr(guess, which)
             assert (placeholder.shape, placeholder.dtype) == (tensor.shape, tensor.dtype)
-            assert placeholder.requires_grad == tensor.requires_grad
+            assert entry.grad == tensor.requires_grad
         assert {k: shape_of(v) for k, v in guess.options.items()} == {k: shape_of(v) for k, v in call.items()}
         assert entry.name == guess.name
         assert entry.grad == grad

@@ -304,6 +304,27 @@ def test_per_sample_gradients(entry: Entry) -> None:
     assert_same(flat, [torch.stack(pair) for pair in zip(*expected, strict=True)])
 
 
+@pytest.mark.parametrize("entry", ENTRIES, ids=repr)
+def test_forward_mode(entry: Entry) -> None:
+    """The tangent of a loss is the product of its gradients, which torch.nn computes, and of the other tangents."""
+    if "packed" in entry.name:
+        pytest.skip("torch's pack_padded_sequence has no forward mode (rnn/test_forward_mode.py)")
+    theirs, ours = entry.pair(torch.float64)
+    inputs = entry.draw(torch.float64)
+    names = [name for name, _ in ours.named_parameters()]
+
+    def loss(weights: tuple[Tensor, ...], *x: Tensor) -> Tensor:
+        return weighted(tensors(torch.func.functional_call(ours, dict(zip(names, weights, strict=True)), x)))
+
+    given = (tuple(weight.detach() for weight in ours.parameters()), *inputs)
+    along = (tuple(map(torch.sin, given[0])), *map(torch.cos, inputs))
+    with exactly():
+        found = torch.func.jvp(loss, given, along)[1]
+    expected = gradients(theirs, inputs, lambda module, *x: weighted(tensors(module(*x))))
+    flat = (*along[1:], *along[0])
+    torch.testing.assert_close(found, sum((g * t).sum() for g, t in zip(expected, flat, strict=True)))
+
+
 @entries
 def test_edited_without_gradients(entry: Entry) -> None:
     theirs, ours = entry.pair(torch.float64)

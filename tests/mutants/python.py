@@ -43,7 +43,25 @@ GPU_CHECK = ("tests/package/test_gpu_check.py -k 'not rehearsal'",)
 
 SCALAR_MACHINE = ("tests/package/test_scalar_machine.py -k 'not without_vector'",)
 
+FORWARD = ("tests/rnn/test_forward_mode.py", "tests/attention/test_forward_mode.py")
+
 PYTHON: tuple[Mutant, ...] = (
+    # Forward mode.
+    Mutant("forward-wrapped", CORE + "tangents.py", "            tensor = get_unwrapped(tensor)\n", "",
+           "a tangent below the wrapper of an inner transform is not found", FORWARD),
+    Mutant("forward-backward", CORE + "legacy.py", "forward_ad._current_level >= 0 and", "False and",
+           "a tangent that reaches the backward alone is refused", FORWARD),
+    Mutant("forward-dead", CORE + "gradients.py",
+           "inputs, cotangents = unwrap_dead_wrappers(tuple(inputs)), unwrap_dead_wrappers(tuple(cotangents))", "pass",
+           "a vjp function cannot be used in a later transform", ("tests/rnn/test_transforms.py -k later", *FORWARD)),
+    Mutant("forward-cuts", RNN + "operators/sequence.py", "if cfg.bptt_steps and not torch", "if False and not torch",
+           "second derivatives are cut like the first, with bptt_steps", FORWARD),
+    Mutant("forward-nested-cuts", RNN + "operators/truncated.py", "_set_fwd_grad_enabled(True)",
+           "_set_fwd_grad_enabled(False)", "jvp of jvp with bptt_steps loses the outer tangent", FORWARD),
+    Mutant("forward-values", RNN + "functional.py", "forward_ad._current_level >= 0 or not route", "not route",
+           "lengths out of range are not noticed in forward mode", FORWARD),
+    Mutant("forward-explain", ATTENTION + "routing.py", "route(*given[:6], *sources)", "route(*given[:6])",
+           "explain of an attention layer does not know of tangents", FORWARD),
     # torch's operators where only scalar kernels exist.
     Mutant("torch-transforms", CORE + "routing.py", "        and not are_transforms_active()\n        and forward_ad",
            "        and forward_ad", "vmap meets torch's operator, which it cannot map", SCALAR_MACHINE),

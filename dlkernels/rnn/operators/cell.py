@@ -20,6 +20,7 @@ from dlkernels._core.private_torch import (
     unwrap_dead_wrapper,
     unwrap_dead_wrappers,
 )
+from dlkernels._core.routing import announce
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind
@@ -87,11 +88,12 @@ _backward_operators = overloads("_cell_backward", _backward_fake, flops.cell_bac
 
 def cell(cfg: CellConfig, given: CellInputs) -> tuple[Tensor, ...] | list[Tensor]:
     """Runs one step and returns h', then c' for the lstm; what follows these is for the backward."""
-    path = route(*given).path
+    decided = route(*given)
+    path = decided.path
     if path == "op":
         return _forward(cfg, given, False)
     if path == "reference":
-        extension.announce_reference()
+        announce(decided)
         new_h, new_c = run_cell(cfg, *given)
         return (new_h,) if new_c is None else (new_h, new_c)
     if path == "eager":
@@ -183,6 +185,13 @@ class CellBackward(torch.autograd.Function):
         tensors = ctx.saved_tensors
         grads = legacy.differentiate(lambda *given: differentiate(gradients, tensors, needs[2:11], given), cotangents)
         return (None, None, *grads, None)
+
+    @staticmethod
+    def by_reference(
+        cfg: CellConfig, wanted: Wanted, dh: Tensor | None, dc: Tensor | None, *tensors: Tensor | None
+    ) -> list[Tensor | None]:
+        """The gradients in differentiable operations."""
+        return cell_gradients(cfg, (dh, dc), tensors[:-1])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:

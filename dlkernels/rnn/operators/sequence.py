@@ -13,16 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkernels._core import batching, extension, legacy
+from dlkernels._core import batching, legacy
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.gradients import differentiate, private
-from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrappers
+from dlkernels._core.private_torch import cpp_apply, forward_ad, unwrap_dead_wrappers
+from dlkernels._core.routing import announce
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind, sizes
 from dlkernels.rnn.operators import overloads, per_sample
 from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs, Wanted
 from dlkernels.rnn.operators.formulas import run_sequence, sequence_gradients
+from dlkernels.rnn.operators.truncated import truncated_sequence
 from dlkernels.rnn.routing import route
 
 __all__ = ["sequence"]
@@ -135,11 +137,14 @@ def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor
     """
     x, h0, c0, *others, weights = given
     projected = len(weights) // (2 if cfg.bidirectional else 1) % 2 == 1
-    path = route(x, h0, c0, *weights, projected=projected).path
+    decided = route(x, h0, c0, *weights, projected=projected)
+    path = decided.path
     if path == "op":
         return _forward(cfg, given, False)[:3]
     if path == "reference":
-        extension.announce_reference()
+        announce(decided)
+        if cfg.bptt_steps and not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            return truncated_sequence(cfg, given)
         return run_sequence(cfg, given)
     tensors = (x, h0, c0, *others, *weights)
     if path == "eager":
@@ -259,6 +264,15 @@ class SequenceBackward(torch.autograd.Function):
         tensors = (dy, dh_n, dc_n, x, h0, c0, *weights)
         grads = legacy.differentiate(lambda *given: differentiate(gradients, tensors, wanted, given), cotangents)
         return (None, None, *grads[:6], None, None, None, *grads[6:])
+
+    @staticmethod
+    def by_reference(
+        cfg: SequenceConfig, wanted: Wanted, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, x: Tensor,
+        h0: Tensor | None, c0: Tensor | None, saved: Tensor, batch_sizes: Tensor | None, lengths: Tensor | None,
+        *weights: Tensor,
+    ) -> list[Tensor | None]:  # fmt: skip
+        """The gradients in differentiable operations."""
+        return sequence_gradients(cfg, batch_sizes, lengths, (dy, dh_n, dc_n), (x, h0, c0, *weights))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
