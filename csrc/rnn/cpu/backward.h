@@ -58,7 +58,7 @@ class Backward {
       dir.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
       dir.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
       dir.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
-      dir.gates = scratch.take<C>(buffer_rows_ * ld_gates_);
+      dir.gates = scratch.take<C>(keeps_gates() ? buffer_rows_ * ld_gates_ : 0);
       dir.rounded = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + kSpareRows) * ld_operand_ : 0);
       dir.proj = scratch.take<C>(buffer_rows_ * ld_proj_);
       dir.rounded_proj = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + kSpareRows) * ld_proj_ : 0);
@@ -172,6 +172,8 @@ class Backward {
   };
 
   int64_t zero_count() const { return ld_operand_; }
+  // With pairs, products and bias gradients take the rounded gate gradients. The others are for gate_grads only.
+  bool keeps_gates() const { return !kPairs || p_.gate_grads; }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
   // Time of the nth step in the order of the backward.
   int64_t time(int d, int64_t nth) const { return d == 0 ? layout_.steps() - 1 - nth : nth; }

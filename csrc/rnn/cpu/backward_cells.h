@@ -75,9 +75,10 @@ struct Backward<C, Cell>::Walk::CellRow {
     } else {
       dgates[0] = Cell::backward(slots[0], dh);
     }
-    for (int k = 0; k < kSlots; ++k) store_part(gates + k * H + j, dgates[k], n);
+    if (backward.keeps_gates())
+      for (int k = 0; k < kSlots; ++k) store_part(gates + k * H + j, dgates[k], n);
     if constexpr (kPairs)
-      for (int k = 0; k < kSlots; ++k) store_as(rounded + k * backward.slot_ + j, dgates[k], n);
+      for (int k = 0; k < kSlots; ++k) store_operands<C>(rounded + k * backward.slot_ + j, dgates[k], n);
   }
 };
 

@@ -11,7 +11,6 @@ template <class C, class Cell>
 void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, int64_t parity, bool first) {
   const Direction& dir = direction_[d];
   const int64_t rows = dir.row_count, H = s_.H;
-  C* dgates = gates(d, parity);
   copy_gate_grads(team, d, parity, rows);
   if (p_.dx.data) {
     const C* operands = operand(d, parity);
@@ -84,18 +83,23 @@ void Backward<C, Cell>::chunk_products(const Member& team, int worker, int d, in
   }
   if (s_.P) add(proj_operands(d, parity), ld_proj_, s_.P, os, dir.out_panels, dir.dw_hr);
 
+  constexpr DType kOperand = kPairs ? DType::bf16 : std::is_same_v<C, double> ? DType::f64 : DType::f32;
+  const int64_t columns = (H + V::size - 1) / V::size;  // vectors of a slot
   int64_t begin, end;
-  team.share(kSlots * H, V::size, &begin, &end);
-  for (int64_t j = begin; j < end; j += V::size) {
-    const int n = static_cast<int>(std::min<int64_t>(V::size, end - j));
+  team.share(kSlots * columns, 1, &begin, &end);
+  for (int64_t column = begin; column < end; ++column) {
+    const int64_t k = column / columns, j = column % columns * V::size;
+    const int n = static_cast<int>(std::min<int64_t>(V::size, H - j));
+    const Operand<C>* const dgates = operand_values(d, parity) + k * slot_ + j;
     V sum = V::zero();
     for (int64_t r0 = 0; r0 < rows; r0 += kBiasRows) {
       V part = V::zero();
       for (int64_t r = r0; r < std::min(rows, r0 + kBiasRows); ++r)
-        part = part + load_part(dgates + r * ld_gates_ + j, n);
+        part = part + load_any<C>(kOperand, dgates, r * ld_operand_, n);
       sum = sum + part;
     }
-    store_part(dir.dbias + j, first ? sum : load_part(dir.dbias + j, n) + sum, n);
+    C* to = dir.dbias + k * H + j;
+    store_part(to, first ? sum : load_part(to, n) + sum, n);
   }
 }
 

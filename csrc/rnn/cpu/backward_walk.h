@@ -164,12 +164,12 @@ struct Backward<C, Cell>::Walk {
     const auto row = [&](int64_t i) { return items_of<C>(dproj + (first + in_step(i)) * backward.ld_proj_); };
     int64_t p0, p1;
     member.share(backward.hr_.count(), 1, &p0, &p1);
-    const C* dgates = backward.gates(d, parity);
+    const Operand<C>* dgates = backward.operand_values(d, parity);
     gemm(
         0, alive, p0, p1, DirectRows<C, decltype(row)>{row},
         backward.panels(backward.hr_, dir.hr, d, backward.p_.weights[d].w_hr, panel_buffer),
         [&](int64_t i, GemmColumn at) -> const void* {
-          return dgates + (first + in_step(i)) * backward.ld_gates_ + at.column;
+          return dgates + (first + in_step(i)) * backward.ld_operand_ + at.column;
         },
         [&](int64_t i, GemmColumn at, V dh, int n) {
           CellRow(*this, i, first + in_step(i), parity).cell(at.column, n, dh);
