@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlkernels._core import extension
+from dlkernels._core import extension, tangents
 from dlkernels._core.dtypes import KERNEL_DTYPES
-from dlkernels._core.private_torch import are_transforms_active, skip_in_dynamo
+from dlkernels._core.private_torch import are_transforms_active, forward_ad, skip_in_dynamo
 from dlkernels.attention import checks
 from dlkernels.attention import functional as attention
 from dlkernels.attention.arguments import AttentionConfig, AttentionInputs
@@ -97,6 +97,8 @@ def _checked(
             raise TypeError(f"{name}: expected this rank's rows as a plain tensor (DTensor.to_local()), got a DTensor")
     if are_transforms_active():
         raise NotImplementedError("ring_attention: torch.func transforms are not supported")
+    if forward_ad._current_level >= 0 and tangents.are_carried((q, k, v)):
+        raise NotImplementedError("ring_attention: forward-mode differentiation is not supported")
     cfg, given = attention.checked(q, k, v, softmax_scale=softmax_scale, softcap=softcap)
     if given.q.dtype not in KERNEL_DTYPES:
         raise ValueError(f"q: expected float32, float64, bfloat16 or float16, got {given.q.dtype}")

@@ -32,8 +32,8 @@ FEATURES: dict[str, dict[str, Any]] = {
 # How many spilled registers each iteration of a loop over tiles may store or load: in the loop over whole tiles, and in
 # any loop. Nearly all time is spent on whole tiles, so there only a few are allowed, whose latency the products hide.
 # There are few partial tiles. "everything" combines seven features, which need registers. The loop that separates
-# hidden NaN does not run for finite data and is not checked. The most that was counted of causal calls on whole tiles is
-# 10, of backward_key at a width of 64 by Triton 3.6.0.
+# hidden NaN does not run for finite data and is not checked. The most that was counted on whole tiles of causal calls
+# is 10, of backward_key at a width of 64 by Triton 3.6.0.
 SPILLS_PER_LOOP = {"plain": (8, 64), "causal": (12, 64), "dropout": (8, 64), "everything": (64, 128)}
 # At a width of 256 the sums for 64 keys, the fewest that a warp group can compute, take half of the registers. The most
 # that was counted is 17 in the loop over whole tiles, of backward_key with dropout by Triton 3.9.0.

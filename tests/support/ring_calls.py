@@ -259,7 +259,7 @@ MISTAKES: dict[str, Mistake] = {
     "check": (lambda _: {"check": 1}, "TypeError: check: expected a bool, got int"),
     "group": (lambda _: {"group": "ring"}, "TypeError: group: expected a ProcessGroup or None, got str"),
     "another group": (_another_group, "ValueError: group: expected a process group with this process in it, got one"),
-    "tangent": (_tangent, "NotImplementedError: dlkernels: forward-mode differentiation"),
+    "tangent": (_tangent, "NotImplementedError: ring_attention: forward-mode differentiation"),
 }
 
 
