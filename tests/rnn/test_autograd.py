@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
+from dlkernels._core import extension
 from dlkernels.rnn.routing import route
 from tests.support.differentiated_calls import (
     MODES,
@@ -54,6 +55,14 @@ def test_cell_derivatives(mode: str, variant: dict[str, bool]) -> None:
 def test_truncated_second_derivative_in_full() -> None:
     case = Case("lstm", bptt_steps=2, bidirectional=True)
     assert gradgradcheck(case, case.tensors)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_truncated_second_derivative_without_kernels(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "HAVE_NATIVE", False)
+    case = Case(mode, bptt_steps=2, bidirectional=True)
+    assert case(*case.tensors)[0].grad_fn is not None
+    assert gradgradcheck(case, case.tensors, fast_mode=True)
 
 
 def test_third_derivative() -> None:

@@ -1,4 +1,4 @@
-"""Truncated back-propagation through time (`bptt_steps`) in PyTorch operations, differentiable in forward mode.
+"""Truncated back-propagation through time (`bptt_steps`) in PyTorch operations: for calls that have no kernel.
 
 A cut is no property of the outputs: the state that enters a cut step is a constant for the derivative of the call, and
 a function of every input for a derivative of that derivative. `Tensor.detach` cuts all of them at once. Here an
