@@ -23,7 +23,7 @@ KINDS = ("cluster", "grid", "steps")
 def _emulate() -> Any:
     torch.ops.load_library(EMULATED)
     # The emulated kernels are registered in the dispatcher, past which the CPU's kernels can be called.
-    direct.layers = direct.cell = lambda *_: None
+    direct.layers = direct.cell = direct.layer_module = direct.cell_module = lambda *_: None
     # On the CPU torch has no matrix product of 16-bit operands with a float32 result.
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype_out", lambda a, b, dtype, out: torch.mm(a.to(dtype), b.to(dtype), out=out), "CPU")
