@@ -76,7 +76,7 @@ def check(processes: Processes, case: Case, way: Way) -> Results:
     def run(case: Case, data: Data) -> Results:
         return processes.run(attend, case, data, way)[0]  # type: ignore[no-any-return]
 
-    return attention_calls.check(case, run=run)
+    return attention_calls.check(case, other=run)
 
 
 # A call of `disagree`, and how ranks change it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from dlkernels._core import batching, legacy
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels._core.gradients import differentiate, private
-from dlkernels._core.private_torch import cpp_apply, unwrap_dead_wrappers
+from dlkernels._core.private_torch import cpp_apply, is_tracing, unwrap_dead_wrappers
 from dlkernels._core.routing import announce
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
@@ -143,7 +143,7 @@ def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor
         return _forward(cfg, given, False)[:3]
     if path == "reference":
         announce(decided)
-        if cfg.bptt_steps and not torch.compiler.is_compiling():
+        if cfg.bptt_steps and not torch.compiler.is_compiling() and not is_tracing():
             return truncated_sequence(cfg, given)
         return run_sequence(cfg, given)
     tensors = (x, h0, c0, *others, *weights)
