@@ -65,8 +65,12 @@ def _of_threads(n: int) -> list[Crossover | Best]:
 def _of_layers() -> list[Crossover | Best]:
     return [
         Crossover(
-            "rnn_dot_rows", "LSTM, T 1, H 256, dot / tiles", {"rnn_dot_rows": NEVER}, {"rnn_dot_rows": 1},
-            [_at(rows, 1, rows, 256) for rows in (2, 4, 6, 8, 12, 16, 24, 32)], inclusive=True,
+            "rnn_dot_rows", "LSTM, T 1, H 128, dot / tiles", {"rnn_dot_rows": NEVER}, {"rnn_dot_rows": 1},
+            [_at(rows, 1, rows, 128) for rows in (2, 4, 6, 8, 12, 16, 24, 32)], inclusive=True,
+        ),
+        Crossover(
+            "rnn_dot_rows_beyond", "LSTM, T 1, H 512, dot / tiles", {"rnn_dot_rows_beyond": NEVER},
+            {"rnn_dot_rows_beyond": 1}, [_at(rows, 1, rows, 512) for rows in (2, 4, 8, 12, 16, 24, 32)], inclusive=True,
         ),
         Crossover(
             "rnn_fused_rows", "LSTM, T 50, H 128, chunks / fused", {"rnn_fused_rows": NEVER}, {"rnn_fused_rows": 1},

@@ -23,6 +23,13 @@ def test_against_torch(mode: str, rows: int, isa: str) -> None:
             check_case(Case(mode, T=steps, B=batch, I=21, H=37, P=18 if mode == "lstm_proj" else 0, dtype=dtype))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_more_rows_of_large_weights(mode: str, isa: str) -> None:
+    """Some instruction sets take up to 16 rows of weights of more than 1 MB, in one step or in several."""
+    for steps, batch in ((1, 9), (1, 16), (2, 8), (16, 1)):
+        check_case(Case(mode, T=steps, B=batch, I=600, H=420, P=40 if mode == "lstm_proj" else 0))
+
+
 @pytest.mark.skipif(not extension.HAVE_NATIVE, reason="the reference has no plans")
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_no_row_depends_on_the_others(name: str, isa: str) -> None:

@@ -25,9 +25,12 @@ Plan rnn_plan(const LayerShape& shape, Isa isa, int threads, bool backward, bool
   Plan plan{};
   plan.threads = std::min(std::max(threads, 1), kMaxMembers);
   plan.split = Plan::serial;
-  // Packing the weights costs about as much as the products of a few rows with them.
-  plan.recurrence =
-      !backward && !deterministic && !packed_weights && shape.rows <= measured.rnn_dot_rows ? Plan::dot : Plan::tiles;
+  // Packing the weights costs about as much as the products of a few rows with them, and of more rows if the weights
+  // do not stay in the core's cache. But in many steps it pays to read packed weights.
+  const bool beyond = shape.dtype == DType::f32 && shape.T <= measured.rnn_dot_rows &&
+                      4 * per_row > static_cast<double>(measured.rnn_private_cache_bytes);
+  const bool few = shape.rows <= (beyond ? measured.rnn_dot_rows_beyond : measured.rnn_dot_rows);
+  plan.recurrence = !backward && !deterministic && !packed_weights && few ? Plan::dot : Plan::tiles;
   plan.isa = plan.recurrence == Plan::dot ? vector_isa(isa) : layer_isa(shape, isa);
   const bool halves = shape.weights == Weights::bf16 || bf16_products(plan.isa) != Bf16Products::as_float;
   const int64_t item = shape.weights == Weights::int8 ? 1 : shape.dtype == DType::f64 ? 8 : halves ? 2 : 4;
