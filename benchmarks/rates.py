@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlkernels.bench.engines import GATES
 from dlkernels.bench.layers import Inputs, LayerCase, Workload, ours
 from dlkernels.bench.timing import Budget, alternate
 
 from . import ratios
 
 BATCHES, HIDDEN, STEPS = (16, 64, 200), (64, 96, 128), 60
-GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 # The parts of torch.mm's rate that are wanted.
 WANTED = {"float32": 0.9, "bfloat16": 0.7}
 
@@ -30,7 +30,7 @@ class Products:
     """The products of a call as a side of the timing."""
 
     def __init__(self, case: LayerCase) -> None:
-        dtype, gates = getattr(torch, case.dtype), GATES[case.mode] * case.H
+        dtype, gates = getattr(torch, case.dtype), len(GATES[case.mode]) * case.H
         self.training = case.training
         self.x = torch.randn(case.T * case.B, case.I + case.H).to(dtype)
         self.weight = torch.randn(gates, case.I + case.H).to(dtype)

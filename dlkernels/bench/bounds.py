@@ -16,16 +16,18 @@ from collections.abc import Callable
 
 import torch
 
+from .engines import GATES
+
 __all__ = ["counted", "product_rate", "read_rate", "seconds"]
 
-_GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 _SIZE = 1024  # of the matrices of the large product
 _TRIES, _LEAST = 5, 2e-3  # how often a rate is measured, for how many seconds at least
 
 
 def counted(mode: str, B: int, T: int, I: int, H: int, training: bool, item_bytes: int) -> tuple[int, int, int]:
     """Operations of a call, bytes of weights that it reads, and bytes of weights that it returns to: W_ih and W_hh."""
-    ih, hh = _GATES[mode] * H * I, _GATES[mode] * H * H
+    rows = len(GATES[mode]) * H
+    ih, hh = rows * I, rows * H
     operations = 2 * B * T * (ih + hh) * (3 if training else 1)
     return operations, (ih + T * hh) * item_bytes, (ih + hh if T == 1 else hh) * item_bytes
 

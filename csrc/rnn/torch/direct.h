@@ -3,6 +3,7 @@
 #pragma once
 
 #include <Python.h>
+#include <strings.h>
 
 #include <cstring>
 #include <stdexcept>
@@ -172,22 +173,28 @@ PyObject* served_or_none(const Serve& serve) noexcept {
   Py_RETURN_NONE;
 }
 
+// The cell of an operator's mode, such as "rnn_tanh", or of a layer's, such as "RNN_TANH".
 inline CellKind cell_of(PyObject* mode) {
   const char* name = PyUnicode_AsUTF8(mode);
   require(name != nullptr);
   for (CellKind cell : kCellKinds) {
-    if (std::strcmp(name, mode_name(cell)) == 0) return cell;
+    if (strcasecmp(name, mode_name(cell)) == 0) return cell;
   }
   throw NotServed();
 }
 
+// A view of a tensor's memory from `offset` values behind its first one on.
+inline AtenTensorHandle view_of(const Tensor& tensor, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                                int64_t offset = 0) {
+  AtenTensorHandle handle = nullptr;  // torch counts the offset from where the tensor begins
+  DLK_TORCH(aoti_torch__reinterpret_tensor, tensor.get(), dim, sizes, strides, offset, &handle);
+  return handle;
+}
+
 // `count` entries of a state of all layers, a view.
 inline OptionalTensor layers_of(const OptionalTensor& state, int64_t first, int64_t count) {
-  const int64_t* strides = state.strides();
   const int64_t sizes[] = {count, state.size(1), state.size(2)};
-  AtenTensorHandle handle = nullptr;  // torch counts the offset from where the state begins
-  DLK_TORCH(aoti_torch__reinterpret_tensor, state.get(), 3, sizes, strides, first * strides[0], &handle);
-  return OptionalTensor(handle);
+  return OptionalTensor(view_of(state, 3, sizes, state.strides(), first * state.strides()[0]));
 }
 
 // The last states of all layers in one tensor.
@@ -251,17 +258,13 @@ inline OptionalTensor as_one_step(const OptionalTensor& tensor) {
   require(tensor.dim() == 2);
   const int64_t sizes[] = {1, tensor.size(0), tensor.size(1)};
   const int64_t strides[] = {0, tensor.strides()[0], tensor.strides()[1]};
-  AtenTensorHandle handle = nullptr;
-  DLK_TORCH(aoti_torch__reinterpret_tensor, tensor.get(), 3, sizes, strides, 0, &handle);
-  return OptionalTensor(handle);
+  return OptionalTensor(view_of(tensor, 3, sizes, strides));
 }
 
 // The only entry of the first dimension, a view.
 inline Tensor first_of(const Tensor& tensor) {
   const int64_t sizes[] = {tensor.size(1), tensor.size(2)};
-  AtenTensorHandle handle = nullptr;
-  DLK_TORCH(aoti_torch__reinterpret_tensor, tensor.get(), 2, sizes, tensor.strides() + 1, 0, &handle);
-  return Tensor(handle);
+  return Tensor(view_of(tensor, 2, sizes, tensor.strides() + 1));
 }
 
 // The Python arguments of a call of layers. Absent tensors are None; `packed` is None or a tuple with what `pack`

@@ -1,7 +1,5 @@
 // `layer_module` and `cell_module` of `_C`: the forward of a module in one call from Python. They read its weights and
 // options from its __dict__, which in Python takes as long as a small layer computes.
-#include <strings.h>
-
 #include "direct.h"
 
 namespace dlk {
@@ -93,16 +91,6 @@ Object item(const Object& list, Py_ssize_t at) {
   return Object(object);
 }
 
-// The kind of a layer's attribute `mode`, such as "RNN_TANH".
-CellKind kind_of_layer(PyObject* mode) {
-  const char* name = PyUnicode_Check(mode) ? PyUnicode_AsUTF8(mode) : nullptr;
-  require(name != nullptr);
-  for (CellKind cell : kCellKinds) {
-    if (strcasecmp(name, mode_name(cell)) == 0) return cell;
-  }
-  throw NotServed();
-}
-
 }  // namespace
 
 // layer_module(module.__dict__, x, hx) -> (y, h_n) or (y, (h_n, c_n)) or None
@@ -125,7 +113,7 @@ PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
 
     StackCall call{};
-    call.cell = kind_of_layer(module.get(mode));
+    call.cell = cell_of(module.get(mode));
     const bool has_cell_state = cell_traits(call.cell).cell_state;
     call.x = args[1];
     call.batch_sizes = call.lengths = Py_None;
