@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from .. import functional, reference
 from ..attention.functional import draw_seed
 from .cases import SHORT_DTYPE, packed_lengths
+from .layers import inferred
 
 # torch's backends, which a case may name instead of torch's own choice. On the CPU there are no others.
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
@@ -206,10 +207,7 @@ class AttentionWorkload:
 
     def __call__(self) -> Any:
         if not self.case.training:
-            if torch.is_inference_mode_enabled():
-                return self.run(self.case, self.tensors)
-            with torch.inference_mode():
-                return self.run(self.case, self.tensors)
+            return inferred(self.run, self.case, self.tensors)
         torch.autograd.backward(self.run(self.case, self.tensors), self.grad)
         for tensor in self.leaves.values():
             tensor.grad = None

@@ -166,6 +166,14 @@ class Inputs:
         return Inputs(randn(case.T, case.B, case.I), [], [randn(*rows, case.H)], weights)
 
 
+def inferred(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of a call under inference_mode, which is entered only if it is not on."""
+    if torch.is_inference_mode_enabled():
+        return function(*args)
+    with torch.inference_mode():
+        return function(*args)
+
+
 class Workload:
     """Calling it runs the layer once: the forward under inference_mode, or in training the forward and the backward
     with fixed output gradients."""
@@ -204,10 +212,7 @@ class Workload:
 
     def __call__(self) -> Any:
         if not self.training:
-            if torch.is_inference_mode_enabled():
-                return self.module(*self.args)
-            with torch.inference_mode():
-                return self.module(*self.args)
+            return inferred(self.module, *self.args)
         out = self.module(*self.args)
         torch.autograd.backward(self._differentiated(out), self.grads)
         self._clear()

@@ -33,7 +33,7 @@ struct Backward<C, Cell>::Walk::CellRow {
                                          backward.layout_.at(backward.p_.dy, at.t, at.b) + walk.d * backward.O_)
                                : nullptr),
         carry(walk.carry(i)),
-        gates(backward.gates(walk.d, parity) + row * backward.ld_gates_),
+        gates(backward.keeps_gates() ? backward.gates(walk.d, parity) + row * backward.ld_gates_ : nullptr),
         rounded(kPairs ? backward.rounded(walk.d, parity) + row * backward.ld_operand_ : nullptr) {}
 
   // The part of dh that does not come through W_hh: dy, and dh_n or the gru's direct path from the next step.
@@ -75,7 +75,7 @@ struct Backward<C, Cell>::Walk::CellRow {
     } else {
       dgates[0] = Cell::backward(slots[0], dh);
     }
-    if (backward.keeps_gates())
+    if (gates)
       for (int k = 0; k < kSlots; ++k) store_part(gates + k * H + j, dgates[k], n);
     if constexpr (kPairs)
       for (int k = 0; k < kSlots; ++k) store_operands<C>(rounded + k * backward.slot_ + j, dgates[k], n);
