@@ -1,5 +1,5 @@
 """Drop-ins for torch.nn's recurrent layers and cells, attention and Transformer layers: same arguments, parameters,
-state_dict and results."""
+state_dict and results. And recurrent layers and cells with layer normalisation, which torch.nn does not have."""
 
 import sys
 
@@ -7,6 +7,8 @@ from dlkernels.attention.layers import MultiheadAttention
 from dlkernels.attention.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
 from dlkernels.rnn.layers import GRU, LSTM, RNN
+from dlkernels.rnn.normalised_cells import LayerNormGRUCell, LayerNormLSTMCell
+from dlkernels.rnn.normalised_layers import LayerNormGRU, LayerNormLSTM
 
 # Pickles of earlier versions name the modules in which those versions defined the classes.
 for _name in ("attention", "cells", "rnn", "transformer"):
@@ -18,6 +20,10 @@ __all__ = [
     "RNN",
     "GRUCell",
     "LSTMCell",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
     "MultiheadAttention",
     "RNNCell",
     "TransformerDecoderLayer",

@@ -6,6 +6,17 @@ float16 and bfloat16 are computed in float32 and rounded at the end, because the
 """
 
 from dlkernels.attention.reference import attention, attention_map
-from dlkernels.rnn.reference import GATES, DirectionWeights, cell, sequence, split_directions, stack
+from dlkernels.rnn.reference import GATES, DirectionWeights, Gains, Variant, cell, sequence, split_directions, stack
 
-__all__ = ["GATES", "DirectionWeights", "attention", "attention_map", "cell", "sequence", "split_directions", "stack"]
+__all__ = [
+    "GATES",
+    "DirectionWeights",
+    "Gains",
+    "Variant",
+    "attention",
+    "attention_map",
+    "cell",
+    "sequence",
+    "split_directions",
+    "stack",
+]

@@ -4,7 +4,8 @@
 `remedy` says what to do about it.
 `HAVE_CUDA_KERNELS` and `why_no_cuda` tell the same about its CUDA kernels. `announce_reference()` warns the user at the
 first call that runs on the reference path for lack of a compiled module, `announce_torch()` at the first that torch
-serves for lack of vector kernels, `announce_forward_mode()` at the first that computes forward-mode derivatives.
+serves for lack of vector kernels, `announce_forward_mode()` at the first that computes forward-mode derivatives,
+`announce_no_kernel()` at the first that has no kernel for another reason.
 
 Environment variables: `DLKERNELS_NATIVE=FILE` loads another build of `_C`, `DLKERNELS_NO_NATIVE=1` loads none, and
 `DLKERNELS_REQUIRE_NATIVE=1` turns its absence into an ImportError.
@@ -148,6 +149,7 @@ HAVE_CUDA_KERNELS: bool = native is not None and bool(native.build_info()["with_
 why_no_cuda: str = str(native.build_info()["why_no_cuda"]) if native is not None else why_not
 _announced = False
 _forward_mode_announced = False
+_reasons_announced: set[str] = set()
 
 
 # Whether calls on the CPU that torch's operators can serve are left to them: only scalar kernels exist for this
@@ -183,6 +185,16 @@ def announce_forward_mode() -> None:
         warnings.warn(
             "dlkernels computes forward-mode derivatives (jvp, jacfwd) on its PyTorch reference path, which is slow: "
             "its kernels have no formula for them.", RuntimeWarning, stacklevel=4,
+        )  # fmt: skip
+
+
+def announce_no_kernel(reason: str) -> None:
+    """Warns, once per process and reason, that calls for which there is no kernel run on plain PyTorch."""
+    if reason not in _reasons_announced:
+        _reasons_announced.add(reason)
+        warnings.warn(
+            f"dlkernels runs a call on its PyTorch reference path, which is slow: {reason}.", RuntimeWarning,
+            stacklevel=4,
         )  # fmt: skip
 
 

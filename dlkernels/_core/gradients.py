@@ -36,17 +36,18 @@ def pullback(
     forward: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor | None],
     cotangents: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The vector-Jacobian product of `forward`: a gradient for every input, None for the inputs that are None.
+    """The vector-Jacobian product of `forward`: a gradient for every input, None for the inputs that are None or of an
+    integer or boolean dtype.
 
     An output whose cotangent is None does not contribute. The computation uses torch.func, so it also works under
     functorch and can be differentiated again.
     """
     inputs, cotangents = unwrap_dead_wrappers(tuple(inputs)), unwrap_dead_wrappers(tuple(cotangents))
-    present = [i for i, tensor in enumerate(inputs) if tensor is not None]
+    present = [i for i, tensor in enumerate(inputs) if tensor is not None and tensor.is_floating_point()]
     counted = [i for i, tensor in enumerate(cotangents) if tensor is not None]
 
     def outputs(*tensors: Tensor) -> Tensors:
-        full: list[Tensor | None] = [None] * len(inputs)
+        full = list(inputs)
         for i, tensor in zip(present, tensors, strict=True):
             full[i] = tensor
         results = forward(*full)

@@ -20,6 +20,7 @@ class Route(NamedTuple):
 
     path: str
     reason: str
+    warns: bool = False  # whether a warning tells the reason when the reference runs
 
     @property
     def native(self) -> bool:
@@ -48,9 +49,9 @@ FORWARD_MODE = Route(
 RECORDED = Route("reference", "torch.jit.trace records torch's operators: a saved file may hold them, with gradients")
 
 
-def no_kernel(reason: str) -> Route:
-    """The route of a call that no kernel serves."""
-    return Route("reference", reason)
+def no_kernel(reason: str, warns: bool = False) -> Route:
+    """The route of a call that no kernel serves. `warns`: `announce` tells the reason, not `explain` alone."""
+    return Route("reference", reason, warns)
 
 
 def with_kernel(tensors: tuple[Tensor | None, ...]) -> Route:
@@ -97,5 +98,9 @@ def announce(decided: Route) -> None:
     """Tells the user once that calls run on the reference path, where that is not what `explain` alone has to tell."""
     if decided.is_forward_mode:
         extension.announce_forward_mode()
+    elif decided.warns and extension.HAVE_NATIVE:
+        if torch.compiler.is_compiling():  # Dynamo would leave the graph for a warning
+            return
+        extension.announce_no_kernel(decided.reason)
     else:
         extension.announce_reference()

@@ -17,12 +17,13 @@ from dlkernels.rnn import checks
 from dlkernels.rnn.cells import GRUCell, LSTMCell, RNNCell
 from dlkernels.rnn.kinds import KINDS
 from dlkernels.rnn.layers import RecurrentLayer
+from dlkernels.rnn.normalised_cells import LayerNormGRUCell, LayerNormLSTMCell
 from dlkernels.rnn.prepacked import BITS
 from dlkernels.rnn.routing import route_of_call
 
 __all__ = ["LAYERS", "explain_layer"]
 
-LAYERS = (RecurrentLayer, RNNCell, LSTMCell, GRUCell)
+LAYERS = (RecurrentLayer, RNNCell, LSTMCell, GRUCell, LayerNormLSTMCell, LayerNormGRUCell)
 _CELL_MODES = {torch.nn.LSTMCell: "lstm", torch.nn.GRUCell: "gru"}
 
 
@@ -93,6 +94,7 @@ def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation
     weights = layer.weight_list()
     checks.same_kind(call.input, call.states, weights, mixed=autocast_dtype(call.input) is not None)
     checks.input_size(call.input, weights[0])
+    varied = layer._varied(weights)[1]
     packed = _packing(layer, call, weights)
     per_layer = len(weights) // layer.num_layers
     directions = 2 if layer.bidirectional else 1
@@ -105,11 +107,15 @@ def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation
             "I": layer.input_size if index == 0 else outputs,
             "H": layer.hidden_size, "P": layer.proj_size, "D": directions,
         }  # fmt: skip
-        explained.append(_explain_one(f"layer {index}", layer.op_mode, call, tensors, sizes, packed))
+        explained.append(
+            _explain_one(f"layer {index}", layer.op_mode, call, tensors, sizes, packed, varied is not None)
+        )
     return tuple(explained)
 
 
 def _explain_cell(cell: Any, call: _Call) -> LayerExplanation:
+    if isinstance(cell, (LayerNormLSTMCell, LayerNormGRUCell)):
+        return _explain_normalised_cell(cell, call)
     mode = next((mode for base, mode in _CELL_MODES.items() if isinstance(cell, base)), None)
     mode = mode or f"rnn_{cell.nonlinearity}"
     weights = [w for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh) if w is not None]
@@ -121,6 +127,16 @@ def _explain_cell(cell: Any, call: _Call) -> LayerExplanation:
     tensors = [call.input, *call.states, *weights]
     sizes = {"I": cell.input_size, "H": cell.hidden_size, "P": 0, "D": 1}
     return _explain_one("cell", mode, call, tensors, sizes, _packing(cell, call, weights))
+
+
+def _explain_normalised_cell(cell: Any, call: _Call) -> LayerExplanation:
+    weights = cell.weight_list()
+    checks.same_kind(call.input, call.states, weights, mixed=autocast_dtype(call.input) is not None)
+    checks.cell_rank(type(cell).__name__, call.input)
+    checks.input_size(call.input, weights[0])
+    tensors = [call.input, *call.states, *weights]
+    sizes = {"I": cell.input_size, "H": cell.hidden_size, "P": 0, "D": 1}
+    return _explain_one("cell", cell._kind.mode, call, tensors, sizes, _Packing(), True)
 
 
 @dataclass(frozen=True)
@@ -146,13 +162,15 @@ def _packing(layer: Any, call: _Call, weights: list[Tensor]) -> _Packing:
 
 
 def _explain_one(
-    name: str, mode: str, call: _Call, tensors: list[Tensor], sizes: dict[str, int], packed: _Packing
+    name: str, mode: str, call: _Call, tensors: list[Tensor], sizes: dict[str, int], packed: _Packing,
+    varies: bool = False,
 ) -> LayerExplanation:  # fmt: skip
     dtype = _compute_dtype(call.input)
     probe = torch.empty(0, dtype=dtype, device=call.input.device)
     decided = route_of_call(
-        mode, probe, *tensors, projected=sizes["P"] > 0, lengths=call.lengths, bptt_steps=call.bptt_steps
-    )
+        mode, probe, *tensors, projected=sizes["P"] > 0, varies=varies, lengths=call.lengths,
+        bptt_steps=call.bptt_steps,
+    )  # fmt: skip
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not decided.native:
         ignored = "ignored: no kernel runs" if packed.text else ""

@@ -36,6 +36,7 @@ from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceCo
 from dlkernels.rnn.operators.cell import cell
 from dlkernels.rnn.operators.sequence import sequence
 from dlkernels.rnn.routing import is_call_for_torch, route
+from dlkernels.rnn.variants import Rates, Variation, check_gains, of_layer, variation
 
 __all__ = [
     "gru",
@@ -55,6 +56,7 @@ def lstm(
     input: Tensor, hx: Pair | None, weights: Sequence[Tensor], *, num_layers: int = 1, bidirectional: bool = False,
     batch_first: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None, bptt_steps: int | None = 0, packed: Sequence[Tensor] | None = None,
+    zoneout: Rates = 0.0, recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Pair]:  # fmt: skip
     """Long short-term memory (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
 
@@ -75,11 +77,18 @@ def lstm(
     bptt_steps: k > 0 cuts the gradient that flows through the state before every k-th step (truncated back-propagation
         through time); 0 or None never cuts.
     packed: one buffer of `dlkernels.rnn.operators.pack` for each layer, made of these weights.
+    zoneout: a rate, or a pair of them for c and for h (Krueger et al. 2017). When `training`, each unit keeps its old
+        value with that probability; otherwise the state is the average that this gives. h' is computed from the c'
+        before that. Not with a projection.
+    recurrent_dropout: when `training`, one mask [D, B, H] for all steps of a layer, of 0 with this probability and else
+        1 / (1 - p), multiplies h where it enters W_hh h (Gal and Ghahramani 2016). Not with a projection.
 
-    Returns output (the layout of `input`, D*O features) and (h_n, c_n), shaped as hx.
+    All masks are drawn from torch's generator. Returns output (the layout of `input`, D*O features) and (h_n, c_n),
+    shaped as hx.
     """
     return run(KINDS["lstm"], input, hx, weights, Stack(
-        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed,
+        variation(KINDS["lstm"], zoneout, recurrent_dropout, training),
     ))  # fmt: skip
 
 
@@ -87,17 +96,19 @@ def gru(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, num_layers: int = 1, bidirectional: bool = False,
     batch_first: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None, bptt_steps: int | None = 0, packed: Sequence[Tensor] | None = None,
+    zoneout: float = 0.0, recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gated recurrent units (Cho et al. 2014), with torch's and cuDNN's reset gate after the matrix product.
 
         r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)      z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
         n = tanh(W_in x + b_in + r * (W_hn h + b_hn))   h' = (1 - z) * n + z * h
 
-    Arguments as for `lstm`, but hx: h_0 [L*D, B, H] or None, and weights w_ih [3H, I], w_hh [3H, H], b_ih, b_hh [3H].
-    Returns output and h_n.
+    Arguments as for `lstm`, but hx: h_0 [L*D, B, H] or None, weights w_ih [3H, I], w_hh [3H, H], b_ih, b_hh [3H], and
+    zoneout: one rate. The z * h of h' is not dropped by `recurrent_dropout`. Returns output and h_n.
     """
     return run(KINDS["gru"], input, hx, weights, Stack(
-        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed,
+        variation(KINDS["gru"], zoneout, recurrent_dropout, training),
     ))  # fmt: skip
 
 
@@ -155,6 +166,7 @@ class Stack(NamedTuple):
     batch_sizes: Tensor | None = None
     bptt_steps: int | None = 0
     packed: Sequence[Tensor] | None = None
+    variation: Variation | None = None
 
 
 def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Any]:
@@ -172,9 +184,9 @@ def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack
 def _batched(
     kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
 ) -> tuple[Tensor, Tensor, Tensor]:
-    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed = stack
+    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, varied = stack
     found = None
-    if not bptt_steps and not _is_compiling():
+    if not bptt_steps and varied is None and not _is_compiling():
         found = direct.layers_without_gradients(
             kind.mode, x, h0, c0, weights, packed, batch_sizes, lengths, num_layers, bidirectional, batch_first,
             dropout, training,
@@ -207,10 +219,13 @@ class Call(NamedTuple):
     dropout: float
     training: bool
     packed: Sequence[Tensor] | None
+    variation: Variation | None = None
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """(y, h_n, c_n)."""
-        cfg, given, num_layers, dropout, training, packed = self
+        cfg, given, num_layers, dropout, training, packed, varied = self
+        if varied is not None:
+            return _layer_by_layer(cfg, given, num_layers, dropout, None, varied, training)
         if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x, given.lengths, cfg.bptt_steps):
             return by_torch.layers(cfg, given, num_layers, dropout, training)
         if num_layers == 1:
@@ -222,7 +237,7 @@ def arrange(
     kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
 ) -> Call:
     """Checks a call with batched or packed input."""
-    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed = stack
+    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, varied = stack
     directions = 2 if bidirectional else 1
     count = checks.weight_count(kind, weights, num_layers, directions)
     checks.rank(kind.layer, x, batch_sizes is not None)
@@ -230,6 +245,8 @@ def arrange(
         checks.state_ranks(True, h0, c0)
 
     projected = count // directions % 2 == 1
+    if projected and varied is not None:
+        raise ValueError("zoneout and recurrent_dropout take no projection, got w_hr")
     types, mixed = SAME, False
     if is_any_autocast_enabled():
         types = recurrent_types(kind.mode, x, h0, c0, weights, projected=projected, batch_sizes=batch_sizes)
@@ -238,7 +255,8 @@ def arrange(
         weights = _of_one_dtype(types, weights)
         if packed is not None and DTYPES[types.product] != weights[0].dtype:
             packed = None
-    checks.same_kind(x, (h0, c0), weights, mixed=mixed)
+    gains = () if varied is None or varied.gains is None else varied.gains
+    checks.same_kind(x, (h0, c0), [*weights, *gains] if gains else weights, mixed=mixed)
     checks.input_size(x, weights[0])
     if dropout:
         checks.dropout(dropout)
@@ -264,6 +282,9 @@ def arrange(
             kind, layer, weights[layer * count : (layer + 1) * count], features, directions
         )
         features = directions * outputs
+        if gains:
+            here = slice(layer * len(gains) // num_layers, (layer + 1) * len(gains) // num_layers)
+            check_gains(kind, layer, gains[here], hidden, count // directions == 4, directions)
         if layer == 0 and batch is not None:
             checks.state_sizes(h0, c0, num_layers * directions, batch, outputs, hidden)
     has_values = lengths is not None or batch_sizes is not None
@@ -271,7 +292,7 @@ def arrange(
         has_values
         and x.is_cpu
         and is_readable(batch_sizes, lengths)
-        and (extension.prefers_torch or forward_ad._current_level >= 0 or not route(x).native)
+        and (extension.prefers_torch or forward_ad._current_level >= 0 or varied is not None or not route(x).native)
     ):
         batch_sizes, lengths = checks.values_for_reference(x, batch_sizes, lengths, steps)
 
@@ -280,7 +301,7 @@ def arrange(
         torch.are_deterministic_algorithms_enabled(), types,
     )  # fmt: skip
     given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights)
-    return Call(cfg, given, num_layers, dropout if training else 0.0, training, packed)
+    return Call(cfg, given, num_layers, dropout if training else 0.0, training, packed, varied)
 
 
 def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -291,8 +312,9 @@ def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _layer_by_layer(
-    cfg: SequenceConfig, given: SequenceInputs, num_layers: int, dropout: float, packed: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    cfg: SequenceConfig, given: SequenceInputs, num_layers: int, dropout: float, packed: Sequence[Tensor] | None,
+    varied: Variation | None = None, training: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     x, h0, c0, *_, weights = given
     count = len(weights) // num_layers
     directions = 2 if cfg.bidirectional else 1
@@ -309,10 +331,13 @@ def _layer_by_layer(
             x = x.transpose(0, 1)
             cfg = cfg._replace(batch_first=True)
         here = slice(layer * directions, (layer + 1) * directions)
-        x, h, c = sequence(cfg, given._replace(
+        of_layer_cfg, inputs = cfg, given._replace(
             x=x, h0=None if h0 is None else h0[here], c0=None if c0 is None else c0[here],
             packed=None if packed is None else packed[layer], weights=weights[layer * count : (layer + 1) * count],
-        ))  # fmt: skip
+        )  # fmt: skip
+        if varied is not None:
+            of_layer_cfg, inputs = of_layer(varied, cfg, inputs, layer, num_layers, training)
+        x, h, c = sequence(of_layer_cfg, inputs)
         h_n.append(h)
         c_n.append(c)
     return x, torch.cat(h_n), torch.cat(c_n) if KINDS[cfg.mode].has_cell_state else c_n[0]

@@ -23,6 +23,7 @@ from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
 from dlkernels.rnn.operators import direct
 from dlkernels.rnn.prepacked import Packing, Prepackable
 from dlkernels.rnn.routing import is_call_for_torch
+from dlkernels.rnn.variants import Rates, Variation, check_recurrent_dropout, variation, zoneout_rates
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
 
@@ -47,6 +48,24 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
 
     _NO_STATE = ("_prepacked", "_flat")
     _flat: FlatWeights | None = None
+
+    # Attributes of the instance only if they are not 0: other layers have no more attributes than torch.nn's.
+    zoneout: Rates = 0.0
+    recurrent_dropout: float = 0.0
+
+    def _set_regularisation(self, zoneout: Any, recurrent_dropout: Any) -> None:
+        zoneout_rates(self._kind, zoneout)
+        check_recurrent_dropout(recurrent_dropout)
+        if (zoneout or recurrent_dropout) and self.proj_size:
+            raise ValueError(f"zoneout and recurrent_dropout take no proj_size, got proj_size={self.proj_size}")
+        if zoneout:
+            self.zoneout = zoneout
+        if recurrent_dropout:
+            self.recurrent_dropout = recurrent_dropout
+
+    def _varied(self, weights: list[Tensor]) -> tuple[list[Tensor], Variation | None]:
+        """The plain ones of the weights, and how a call made now differs from the plain one; None if it does not."""
+        return weights, variation(self._kind, self.zoneout, self.recurrent_dropout, self.training)
 
     @property
     def op_mode(self) -> str:
@@ -108,6 +127,8 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
         return Packing(self.op_mode, weights, self.num_layers, bool(self.bidirectional))
 
     def _called(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
+        if (self.zoneout or self.recurrent_dropout) and self._varied([])[1] is not None:
+            return self._run(input, hx, lengths, bptt_steps)
         if lengths is None and not bptt_steps:
             if type(input) is Tensor and not _is_compiling():
                 # With T = 1, the steps in Python of `_run` would take as long as the kernel.
@@ -121,8 +142,8 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
     def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
         # `functional.run` does the checks. The calls on the arguments here, such as `dim()`, are those that torch.nn
         # makes as well, so that arguments of a wrong type raise the same exceptions.
-        weights = self.weight_list()
-        if extension.prefers_torch and self._is_torchs(input, weights, lengths, bptt_steps):
+        weights, varied = self._varied(self.weight_list())
+        if extension.prefers_torch and varied is None and self._is_torchs(input, weights, lengths, bptt_steps):
             extension.announce_torch()
             try:
                 return self._traced(input, hx)  # type: ignore[no-any-return]
@@ -146,13 +167,20 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
         given = hx if isinstance(hx, (tuple, list)) else (hx,)
         stack = functional.Stack(
             self.num_layers, self.bidirectional, self.batch_first, self.dropout, self.training, lengths, batch_sizes,
-            bptt_steps, self._usable_buffers(weights, input, *given),
+            bptt_steps, None if varied is not None else self._usable_buffers(weights, input, *given), varied,
         )  # fmt: skip
         output, hidden = functional.run(self._kind, input, hx, weights, stack)
         if not packed_input:
             return output, hidden
         packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return packed, self.permute_hidden(hidden, unsorted_indices)
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        for name in ("zoneout", "recurrent_dropout"):
+            if getattr(self, name):
+                text += f", {name}={getattr(self, name)}"
+        return text
 
     def _is_torchs(self, input: Any, weights: list[Tensor], lengths: Tensor | None, bptt_steps: int) -> bool:
         """Whether torch.nn's forward runs the call, without our checks before it. That looks the weights up more than
@@ -237,22 +265,27 @@ class RNN(_OneState):
 
 
 class GRU(_OneState):
-    """`torch.nn.GRU` on fused kernels."""
+    """`torch.nn.GRU` on fused kernels, with two more arguments by name. `zoneout` is the probability with which, in
+    training, a unit of h keeps its old value at a step; in evaluation h is the average that this gives (Krueger et al.
+    2017). `recurrent_dropout` is the probability with which, in training, a unit of h is 0 for all steps of a sequence
+    where h enters W_hh h (Gal and Ghahramani 2016). ValueError for numbers outside of [0, 1]."""
 
     __module__ = PUBLIC_MODULE
 
     @overload
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
-        dropout: float = 0.0, bidirectional: bool = False, device: Any = None, dtype: Any = None,
+        dropout: float = 0.0, bidirectional: bool = False, device: Any = None, dtype: Any = None, *,
+        zoneout: float = 0.0, recurrent_dropout: float = 0.0,
     ) -> None: ...  # fmt: skip
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, zoneout: float = 0.0, recurrent_dropout: float = 0.0, **kwargs: Any) -> None:
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
+        self._set_regularisation(zoneout, recurrent_dropout)
 
     _kind = KINDS["gru"]
 
@@ -260,7 +293,12 @@ class GRU(_OneState):
 
 
 class LSTM(RecurrentLayer):
-    """`torch.nn.LSTM` on fused kernels, projections (`proj_size`) included."""
+    """`torch.nn.LSTM` on fused kernels, projections (`proj_size`) included, with two more arguments by name. `zoneout`
+    is a probability, or a pair of them for c and for h, with which, in training, a unit of the state keeps its old
+    value at a step; in evaluation the state is the average that this gives, and h' is computed from the c' before that
+    (Krueger et al. 2017). `recurrent_dropout` is the probability with which, in training, a unit of h is 0 for all
+    steps of a sequence where h enters W_hh h (Gal and Ghahramani 2016). ValueError for numbers outside of [0, 1], and
+    for either of the two with a projection."""
 
     __module__ = PUBLIC_MODULE
 
@@ -268,13 +306,15 @@ class LSTM(RecurrentLayer):
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True, batch_first: bool = False,
         dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0, device: Any = None, dtype: Any = None,
+        *, zoneout: Rates = 0.0, recurrent_dropout: float = 0.0,
     ) -> None: ...  # fmt: skip
 
     @overload
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, zoneout: Rates = 0.0, recurrent_dropout: float = 0.0, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
+        self._set_regularisation(zoneout, recurrent_dropout)
 
     @overload
     def forward(

@@ -26,14 +26,20 @@ def _why_no_kernel(x: Tensor, projected: bool) -> str:
     return ""
 
 
-def route(*tensors: Tensor | None, projected: bool = False) -> Route:
+NO_KERNEL_OF_VARIANTS = "there is no kernel for layer normalisation, zoneout and recurrent dropout"
+
+
+def route(*tensors: Tensor | None, projected: bool = False, varies: bool = False) -> Route:
     """The route of a call with these tensors, made now. The first tensor is the input, and all have one device and
-    dtype. `projected` tells that the layer has a proj_size."""
+    dtype. `projected` tells that the layer has a proj_size, `varies` that it has layer normalisation, zoneout or
+    recurrent dropout."""
     x = tensors[0]
     assert x is not None
     if not extension.HAVE_NATIVE:
         return no_kernel(f"no compiled kernels: {extension.why_not}")
     reason = _why_no_kernel(x, projected)
+    if varies and not reason:
+        return no_kernel(NO_KERNEL_OF_VARIANTS, warns=True)
     return no_kernel(reason) if reason else with_kernel(tensors)
 
 
@@ -43,13 +49,13 @@ def is_call_for_torch(mode: str, x: Tensor, lengths: Tensor | None = None, bptt_
 
 
 def route_of_call(
-    mode: str, *tensors: Tensor | None, projected: bool = False, lengths: Tensor | None = None,
+    mode: str, *tensors: Tensor | None, projected: bool = False, varies: bool = False, lengths: Tensor | None = None,
     bptt_steps: int | None = 0,
 ) -> Route:  # fmt: skip
     """The route of a whole call: that of our operators, as `route` says, or torch's operator."""
     x = tensors[0]
     assert x is not None
-    return or_torch(route(*tensors, projected=projected), x, _missing(mode, x, lengths, bptt_steps))
+    return or_torch(route(*tensors, projected=projected, varies=varies), x, _missing(mode, x, lengths, bptt_steps))
 
 
 def _missing(mode: str, x: Tensor, lengths: Tensor | None, bptt_steps: int | None) -> str:

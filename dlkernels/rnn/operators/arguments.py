@@ -10,7 +10,32 @@ from torch import Tensor
 
 from dlkernels.rnn.dtypes import SAME, Types
 
-__all__ = ["CellConfig", "CellInputs", "SequenceConfig", "SequenceInputs", "Wanted"]
+__all__ = ["CellConfig", "CellInputs", "SequenceConfig", "SequenceInputs", "VariantConfig", "Wanted"]
+
+
+class VariantConfig(NamedTuple):
+    """Layer normalisation, zoneout and recurrent dropout, and which tensors they add to `SequenceInputs.weights`:
+    behind the plain weights of all directions the gains of all directions, then the masks that exist, each as
+    `dlkernels.rnn.reference.variants.Variant` has it."""
+
+    normalised: bool
+    eps: float = 1e-5
+    zoneout_c: float = 0.0  # rates, for calls without masks
+    zoneout_h: float = 0.0
+    dropout_mask: bool = False
+    mask_c: bool = False
+    mask_h: bool = False
+
+    @property
+    def masks(self) -> int:
+        """How many masks there are."""
+        return self.dropout_mask + self.mask_c + self.mask_h
+
+    def plain_count(self, mode: str, count: int) -> int:
+        """How many of the `count` weights of one direction are the plain ones, if the masks are left out."""
+        if not self.normalised:
+            return count
+        return {"lstm": {5: 2, 8: 4}, "gru": {4: 2, 6: 4}}[mode][count]
 
 
 class SequenceConfig(NamedTuple):
@@ -22,6 +47,7 @@ class SequenceConfig(NamedTuple):
     bptt_steps: int = 0
     deterministic: bool = False
     types: Types = SAME
+    variant: VariantConfig | None = None
 
     @property
     def batch_dim(self) -> int:
@@ -34,7 +60,7 @@ class SequenceInputs(NamedTuple):
 
     x: [T, B, I], or [B, T, I] if `batch_first`, or packed [rows, I] with `batch_sizes`, int64 [T]. h0: [D, B, O],
     c0: [D, B, H]; None is zeros. `packed`: `dlkernels.rnn.operators.pack` of the weights. `lengths`: int64 [B] within
-    0..T. `weights`, per direction: w_ih, w_hh[, b_ih, b_hh][, w_hr].
+    0..T. `weights`, per direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], and behind these what `VariantConfig` says.
     """
 
     x: Tensor

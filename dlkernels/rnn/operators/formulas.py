@@ -16,9 +16,30 @@ from dlkernels.rnn.operators.arguments import CellConfig, SequenceConfig, Sequen
 def run_sequence(cfg: SequenceConfig, given: SequenceInputs, **cut: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Computes a layer's call with PyTorch operations."""
     x, h0, c0, _, batch_sizes, lengths, weights = given
+    if cfg.variant is not None:
+        weights, cut["variant"] = split_variant(cfg, weights)
     return reference.sequence(
         cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
         h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x), **cut,
+    )  # fmt: skip
+
+
+def split_variant(
+    cfg: SequenceConfig, weights: Sequence[Tensor]
+) -> tuple[Sequence[Tensor], reference.Variant]:  # fmt: skip
+    """Splits the weights of a call with a variant into the plain ones and the rest, as the reference takes it."""
+    variant, directions = cfg.variant, 2 if cfg.bidirectional else 1
+    assert variant is not None
+    last = len(weights) - variant.masks
+    plain = variant.plain_count(cfg.mode, last // directions) * directions
+    masks = iter(weights[last:])
+    gains = None
+    if variant.normalised:
+        count = (last - plain) // directions
+        gains = [reference.Gains(*weights[at : at + count]) for at in range(plain, last, count)]
+    return weights[:plain], reference.Variant(
+        gains, variant.eps, next(masks) if variant.dropout_mask else None,
+        next(masks) if variant.mask_c else variant.zoneout_c, next(masks) if variant.mask_h else variant.zoneout_h,
     )  # fmt: skip
 
 

@@ -136,8 +136,8 @@ def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor
     The arguments are taken as checked: one device, fitting dtypes and sizes.
     """
     x, h0, c0, *others, weights = given
-    projected = len(weights) // (2 if cfg.bidirectional else 1) % 2 == 1
-    decided = route(x, h0, c0, *weights, projected=projected)
+    projected = cfg.variant is None and len(weights) // (2 if cfg.bidirectional else 1) % 2 == 1
+    decided = route(x, h0, c0, *weights, projected=projected, varies=cfg.variant is not None)
     path = decided.path
     if path == "op":
         return _forward(cfg, given, False)[:3]

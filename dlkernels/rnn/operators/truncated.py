@@ -83,7 +83,7 @@ class Truncated(torch.autograd.Function):
         call: _Call = ctx.call
         batch_sizes, lengths, *saved = ctx.saved_tensors
         inputs = [None if tensor is None else _primal(tensor) for tensor in saved]
-        present = {at: tensor for at, tensor in enumerate(inputs) if tensor is not None}
+        present = {at: t for at, t in enumerate(inputs) if t is not None and t.is_floating_point()}
 
         def gradients(*cotangents: Tensor) -> tuple[Tensor | None, ...]:
             found = call.gradients(batch_sizes, lengths, cotangents, inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -11,8 +13,11 @@ from dlkernels._core.dtypes import compute_dtype
 from dlkernels.rnn.kinds import kind_of
 
 
-def step(mode: str, gi: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def step(
+    mode: str, gi: Tensor, gh: Tensor, h: Tensor, c: Tensor | None, of_c: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The gate equations. gi = W_ih x + b_ih and gh = W_hh h + b_hh [B, G*H], h [B, H] (unused by lstm), c [B, H].
+    With `of_c` the lstm's h' is o tanh(of_c(c')).
 
     lstm  i, f, o = sigmoid(.), g = tanh(.), c' = f c + i g, h' = o tanh(c')
           (Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000)
@@ -25,7 +30,7 @@ def step(mode: str, gi: Tensor, gh: Tensor, h: Tensor, c: Tensor | None) -> tupl
         assert c is not None
         i, f, g, o = (gi + gh).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return torch.sigmoid(o) * torch.tanh(c if of_c is None else of_c(c)), c
     if mode == "gru":
         (ri, zi, ni), (rh, zh, nh) = gi.chunk(3, -1), gh.chunk(3, -1)
         r, z = torch.sigmoid(ri + rh), torch.sigmoid(zi + zh)

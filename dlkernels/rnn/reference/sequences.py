@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from dlkernels._core.autocast import without_autocast
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels.rnn.kinds import DirectionWeights, kind_of, split_directions
 from dlkernels.rnn.reference.cells import step
+from dlkernels.rnn.reference.variants import OneDirection, Variant
 
 # A function of (h, c) that is called at each cut of truncated back-propagation through time, in a fixed order.
 Cut = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
@@ -25,7 +27,7 @@ def sequence(
     mode: str, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor],
     batch_sizes: Tensor | None = None, lengths: Tensor | None = None, bidirectional: bool = False,
     batch_first: bool = False, bptt_steps: int = 0, cut: Cut = detach, h_dtype: torch.dtype | None = None,
-    c_dtype: torch.dtype | None = None,
+    c_dtype: torch.dtype | None = None, variant: Variant | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One layer over x [T, B, I] ([B, T, I] if `batch_first`, packed data [rows, I] with `batch_sizes` [T]).
 
@@ -33,15 +35,17 @@ def sequence(
     its last ones and the reverse direction starts at its end. Every `bptt_steps` steps (0: never) `cut` is applied to
     the state. Returns y (the layout of x, D*O features), h_n [D, B, O] and c_n [D, B, H], which is empty for gru and
     rnn. A projection is h' = W_hr h (Sak et al. 2014). The computation is in float32 or float64. h_dtype is the dtype
-    of y and h_n, c_dtype that of c_n, None for that of x.
+    of y and h_n, c_dtype that of c_n, None for that of x. `variant` has layer normalisation,
+    zoneout and recurrent dropout.
     """
     if batch_sizes is not None:
         present = torch.arange(int(batch_sizes[0])) < batch_sizes[:, None]  # [T, B]
         row = (present.flatten().cumsum(0) - 1).view_as(present).to(x.device)
         present = present.to(x.device)
         padded, last_h, last_c = sequence(
-            mode, x[row], h0, c0, weights, None, present.sum(0), bidirectional, False, bptt_steps, cut, h_dtype, c_dtype
-        )
+            mode, x[row], h0, c0, weights, None, present.sum(0), bidirectional, False, bptt_steps, cut, h_dtype,
+            c_dtype, None if variant is None else variant.padded(row),
+        )  # fmt: skip
         return padded[present], last_h, last_c
 
     kind, dtype = kind_of(mode), compute_dtype(x.dtype)
@@ -58,7 +62,10 @@ def sequence(
             if kind.has_cell_state:
                 hidden = w.w_hh.shape[0] // kind.gates
                 c = xs.new_zeros(batch, hidden) if c0 is None else c0[d].to(dtype)
-            out, h, c = _scan(mode, _in_order(xs, lengths, d), h, c, w, lengths, bptt_steps, cut)
+            varied = None
+            if variant is not None:
+                varied = variant.direction(d, dtype, partial(_in_order, lengths=lengths, direction=d))
+            out, h, c = _scan(mode, _in_order(xs, lengths, d), h, c, w, lengths, bptt_steps, cut, varied)
             ys.append(_in_order(out, lengths, d))
             h_n.append(h)
             c_n.append(xs.new_zeros(0) if c is None else c)
@@ -70,13 +77,13 @@ def sequence(
 
 def _scan(
     mode: str, x: Tensor, h: Tensor, c: Tensor | None, w: DirectionWeights, lengths: Tensor | None, bptt_steps: int,
-    cut: Cut,
+    cut: Cut, varied: OneDirection | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """One direction, in its own order: x [T, B, I] -> y [T, B, O], h, c."""
     if lengths is not None:  # values in the padding, NaN included, must affect neither the result nor a gradient
         present = (torch.arange(x.shape[0], device=x.device)[:, None] < lengths)[:, :, None]
         x = torch.where(present, x, 0)
-    gi = linear(x, w.w_ih, w.b_ih)
+    gi = linear(x, w.w_ih, w.b_ih) if varied is None else varied.input_gates(mode, x, w)
     ys = []
     for s in range(x.shape[0]):
         if bptt_steps and s and s % bptt_steps == 0:
@@ -85,7 +92,10 @@ def _scan(
             if lengths is not None:  # sequences that have ended are not cut
                 h = torch.where(present[s], h, before_h)
                 c = None if c is None or before_c is None else torch.where(present[s], c, before_c)
-        new_h, new_c = step(mode, gi[s], linear(h, w.w_hh, w.b_hh), h, c)
+        if varied is None:
+            new_h, new_c = step(mode, gi[s], linear(h, w.w_hh, w.b_hh), h, c)
+        else:
+            new_h, new_c = varied.step(mode, s, gi[s], h, c, w)
         if w.w_hr is not None:
             new_h = linear(new_h, w.w_hr)
         if lengths is None:
