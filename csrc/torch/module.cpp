@@ -8,6 +8,7 @@
 #include "core/plan_constants.h"
 #include "rnn/torch/ops.h"
 #include "rnn/cpu/plan_reason.h"
+#include "rnn/variants.h"
 #include "threads.h"
 #include "rnn/cuda/plan_cap.h"
 #ifdef DLKERNELS_CUDA_ARCHS
@@ -197,17 +198,20 @@ PYBIND11_MODULE(_C, m) {
       "plan",
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t I, int64_t H, int64_t P, int D,
          std::optional<int> threads, bool backward, bool deterministic, bool packed_weights,
-         std::optional<int64_t> rows, int64_t bits) {
+         std::optional<int64_t> rows, int64_t bits, bool variant) {
         const dlk::LayerShape shape = dlk::make_shape(mode, dtype, T, B, I, H, P, D, rows, bits);
-        const dlk::Plan plan = dlk::rnn_plan(shape, dlk::current_isa(), threads ? *threads : dlk::thread_count(),
-                                             backward, deterministic, packed_weights);
-        return dlk::plan_dict(plan, shape);
+        const dlk::Isa isa = dlk::current_isa();
+        const int most = threads ? *threads : dlk::thread_count();
+        return dlk::plan_dict(variant ? dlk::variant_plan(shape, isa, most, backward)
+                                      : dlk::rnn_plan(shape, isa, most, backward, deterministic, packed_weights),
+                              shape);
       },
       "What would run for these sizes. threads=None: as many as torch uses now. rows: of packed data, else T * B. "
-      "bits: of a packed weight, 0 for those of dtype.",
+      "bits: of a packed weight, 0 for those of dtype. variant: with layer normalisation, zoneout or recurrent "
+      "dropout.",
       py::arg("mode"), py::arg("dtype"), py::arg("T"), py::arg("B"), py::arg("I"), py::arg("H"), py::arg("P") = 0,
       py::arg("D") = 1, py::arg("threads") = py::none(), py::arg("backward") = false, py::arg("deterministic") = false,
-      py::arg("packed_weights") = false, py::arg("rows") = py::none(), py::arg("bits") = 0);
+      py::arg("packed_weights") = false, py::arg("rows") = py::none(), py::arg("bits") = 0, py::arg("variant") = false);
   m.def(
       "cuda_plan",
       [](const std::string& mode, const py::object& dtype, int64_t T, int64_t B, int64_t H, int D, bool backward,

@@ -95,7 +95,7 @@ def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation
     checks.same_kind(call.input, call.states, weights, mixed=autocast_dtype(call.input) is not None)
     checks.input_size(call.input, weights[0])
     varied = layer._varied(weights)[1]
-    packed = _packing(layer, call, weights)
+    packed = _packing(layer, call, weights) if varied is None else _Packing()
     per_layer = len(weights) // layer.num_layers
     directions = 2 if layer.bidirectional else 1
     outputs = (layer.proj_size or layer.hidden_size) * directions
@@ -191,7 +191,7 @@ def _explain_one(
         return dict(native.plan(
             mode, dtype, call.steps, call.batch, *(sizes[key] for key in "IHPD"), torch.get_num_threads(), backward,
             torch.are_deterministic_algorithms_enabled(), packed.used and not backward,
-            call.input.numel() // max(1, call.input.size(-1)), 0 if backward else packed.bits,
+            call.input.numel() // max(1, call.input.size(-1)), 0 if backward else packed.bits, varies,
         ))  # fmt: skip
 
     return LayerExplanation(name, "native", decided.reason, grad, plan(False), plan(True) if grad else {}, packed.text)

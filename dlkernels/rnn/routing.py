@@ -26,7 +26,7 @@ def _why_no_kernel(x: Tensor, projected: bool) -> str:
     return ""
 
 
-NO_KERNEL_OF_VARIANTS = "there is no kernel for layer normalisation, zoneout and recurrent dropout"
+NO_CUDA_VARIANTS = "there is no CUDA kernel for layer normalisation, zoneout and recurrent dropout"
 
 
 def route(*tensors: Tensor | None, projected: bool = False, varies: bool = False) -> Route:
@@ -38,8 +38,8 @@ def route(*tensors: Tensor | None, projected: bool = False, varies: bool = False
     if not extension.HAVE_NATIVE:
         return no_kernel(f"no compiled kernels: {extension.why_not}")
     reason = _why_no_kernel(x, projected)
-    if varies and not reason:
-        return no_kernel(NO_KERNEL_OF_VARIANTS, warns=True)
+    if varies and x.is_cuda and not reason:
+        return no_kernel(NO_CUDA_VARIANTS, warns=True)
     return no_kernel(reason) if reason else with_kernel(tensors)
 
 
@@ -55,7 +55,10 @@ def route_of_call(
     """The route of a whole call: that of our operators, as `route` says, or torch's operator."""
     x = tensors[0]
     assert x is not None
-    return or_torch(route(*tensors, projected=projected, varies=varies), x, _missing(mode, x, lengths, bptt_steps))
+    missing = _missing(mode, x, lengths, bptt_steps)
+    if varies:
+        missing = "layer normalisation, zoneout or recurrent dropout"
+    return or_torch(route(*tensors, projected=projected, varies=varies), x, missing)
 
 
 def _missing(mode: str, x: Tensor, lengths: Tensor | None, bptt_steps: int | None) -> str:

@@ -16,6 +16,13 @@ struct LstmCell : CellConstants<CellKind::lstm> {
 
   template <class V>
   static DLK_INLINE V forward(const V* x, const V* h, V c, V* saved) {
+    gates(x, h, c, saved);
+    return saved[kO] * tanh(saved[kC]);
+  }
+
+  // The gates and c', without h'.
+  template <class V>
+  static DLK_INLINE void gates(const V* x, const V* h, V c, V* saved) {
     const V i = sigmoid(x[0] + h[0]);
     const V f = sigmoid(x[1] + h[1]);
     const V g = tanh(x[2] + h[2]);
@@ -25,7 +32,6 @@ struct LstmCell : CellConstants<CellKind::lstm> {
     saved[kG] = g;
     saved[kO] = o;
     saved[kC] = state(saved, c);
-    return o * tanh(saved[kC]);
   }
 
   // c' from the gates and the c before.

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <iterator>
 
+#include "rnn/cpu/last_run.h"
 #include "rnn/cpu/table.h"
 
 namespace dlk {
@@ -84,6 +85,7 @@ bool rnn_packed_matches(const void* packed, size_t bytes, const LayerShape& shap
 }
 
 const LastRun& rnn_last_run() { return g_last_run; }
+void set_last_run(const LastRun& run) { g_last_run = run; }
 
 const KernelTable& kernels(Isa isa, Weights weights) {
   static constexpr const KernelTable* kTables[] = {

@@ -51,6 +51,58 @@ DLK_ARGUMENTS(SequenceForwardArguments, DLK_SEQUENCE_FORWARD)
   ARGUMENT(int64_t, product_dtype, "=-1")
 DLK_ARGUMENTS(SequenceBackwardArguments, DLK_SEQUENCE_BACKWARD)
 
+// With layer normalisation, zoneout and recurrent dropout. `gains`, for each direction: norm_ih, norm_hh, then for the
+// lstm norm_c, then if there are biases bias_c; empty without layer normalisation. The rates are read where the mask is
+// absent.
+#define DLK_VARIANT_FORWARD(ARGUMENT)       \
+  ARGUMENT(Tensor, x, "")                   \
+  ARGUMENT(OptionalTensor, h0, "")          \
+  ARGUMENT(OptionalTensor, c0, "")          \
+  ARGUMENT(TensorList, weights, "")         \
+  ARGUMENT(TensorList, gains, "")           \
+  ARGUMENT(OptionalTensor, dropout, "")     \
+  ARGUMENT(OptionalTensor, mask_c, "")      \
+  ARGUMENT(OptionalTensor, mask_h, "")      \
+  ARGUMENT(OptionalTensor, batch_sizes, "") \
+  ARGUMENT(OptionalTensor, lengths, "")     \
+  ARGUMENT(double, eps, "")                 \
+  ARGUMENT(double, zoneout_c, "")           \
+  ARGUMENT(double, zoneout_h, "")           \
+  ARGUMENT(bool, bidirectional, "")         \
+  ARGUMENT(bool, batch_first, "")           \
+  ARGUMENT(bool, save, "")                  \
+  ARGUMENT(int64_t, product_dtype, "=-1")   \
+  ARGUMENT(int64_t, h_dtype, "=-1")         \
+  ARGUMENT(int64_t, c_dtype, "=-1")
+DLK_ARGUMENTS(VariantForwardArguments, DLK_VARIANT_FORWARD)
+
+#define DLK_VARIANT_BACKWARD(ARGUMENT)      \
+  ARGUMENT(OptionalTensor, dy, "")          \
+  ARGUMENT(OptionalTensor, dh_n, "")        \
+  ARGUMENT(OptionalTensor, dc_n, "")        \
+  ARGUMENT(Tensor, x, "")                   \
+  ARGUMENT(OptionalTensor, h0, "")          \
+  ARGUMENT(OptionalTensor, c0, "")          \
+  ARGUMENT(TensorList, weights, "")         \
+  ARGUMENT(TensorList, gains, "")           \
+  ARGUMENT(OptionalTensor, dropout, "")     \
+  ARGUMENT(OptionalTensor, mask_c, "")      \
+  ARGUMENT(OptionalTensor, mask_h, "")      \
+  ARGUMENT(Tensor, saved, "")               \
+  ARGUMENT(OptionalTensor, batch_sizes, "") \
+  ARGUMENT(OptionalTensor, lengths, "")     \
+  ARGUMENT(double, eps, "")                 \
+  ARGUMENT(double, zoneout_c, "")           \
+  ARGUMENT(double, zoneout_h, "")           \
+  ARGUMENT(bool, bidirectional, "")         \
+  ARGUMENT(bool, batch_first, "")           \
+  ARGUMENT(int64_t, bptt_steps, "")         \
+  ARGUMENT(bool, need_x, "")                \
+  ARGUMENT(bool, need_state, "")            \
+  ARGUMENT(bool, need_weights, "")          \
+  ARGUMENT(int64_t, product_dtype, "=-1")
+DLK_ARGUMENTS(VariantBackwardArguments, DLK_VARIANT_BACKWARD)
+
 #define DLK_CELL_FORWARD(ARGUMENT)        \
   ARGUMENT(Tensor, x, "")                 \
   ARGUMENT(OptionalTensor, h, "")         \

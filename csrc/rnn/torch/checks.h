@@ -150,13 +150,15 @@ std::vector<int64_t> read_sequence(const Arguments& a, const Dtypes& dtypes, con
   return batch_sizes;
 }
 
-inline void check_sequence_gradients(const SequenceBackwardArguments& a, const Dtypes& dtypes, const Device* device,
-                                     const LayerShape& shape) {
+// `record` is the number of values in a saved record.
+template <class Arguments>
+void check_sequence_gradients(const Arguments& a, const Dtypes& dtypes, const Device* device, const LayerShape& shape,
+                              int64_t record) {
   check_cell_state(shape.cell, a.dc_n, "dc_n");
   DLK_CHECK_VALUE(a.bptt_steps >= 0, "bptt_steps must not be negative, got ", a.bptt_steps);
   if (a.dh_n) dtypes.check(a.dh_n, "dh_n", {shape.D, shape.B, shape.outputs()}, device);
   if (a.dc_n) dtypes.check(a.dc_n, "dc_n", {shape.D, shape.B, shape.H}, device);
-  const int64_t features = shape.D * shape.outputs(), record = shape.record();
+  const int64_t features = shape.D * shape.outputs();
   const int32_t compute = torch_dtype(compute_type(shape.dtype));
   if (a.batch_sizes) {
     if (a.dy) dtypes.check(a.dy, "dy", {shape.rows, features}, device);

@@ -1,98 +1,11 @@
-#include "rnn/torch/checks.h"
 #include "core/isa.h"
-#include "boundary.h"
+#include "rnn/torch/sequence_call.h"
 
 namespace dlk {
 namespace {
 
-// The arguments that forward and backward have in common, checked.
-struct Sequence {
-  LayerShape shape{};
-  DirectionWeights weights[2]{};
-  std::vector<int64_t> batch_sizes, lengths;  // the call's own copies, empty if not given
-  Dtypes dtypes;
-  int t_dim = 0, b_dim = 1;
-  Inputs inputs;
-
-  bool is_packed() const { return !batch_sizes.empty(); }
-
-  // A new [T, B, features], [B, T, features] or [rows, features], as x; time comes first in memory, as in torch.
-  Tensor empty_rows(int64_t features, DType dtype) const {
-    if (is_packed()) return empty({shape.rows, features}, torch_dtype(dtype));
-    if (b_dim == 1) return empty({shape.T, shape.B, features}, torch_dtype(dtype));
-    const int64_t sizes[] = {shape.B, shape.T, features}, strides[] = {features, shape.B * features, 1};
-    return empty_strided(sizes, strides, 3, torch_dtype(dtype));
-  }
-
-  // A new tensor with a `record` for each direction and row, time-major even if x is not; absent if not wanted.
-  Tensor empty_records(bool wanted, std::initializer_list<int64_t> record) const {
-    const int32_t type = torch_dtype(compute_type(shape.dtype));
-    if (!wanted) return absent(type);
-    int64_t sizes[5] = {shape.D};
-    int64_t dim = 1;
-    if (is_packed()) {
-      sizes[dim++] = shape.rows;
-    } else {
-      sizes[dim++] = shape.T;
-      sizes[dim++] = shape.B;
-    }
-    for (int64_t size : record) sizes[dim++] = size;
-    return empty(sizes, dim, type, cpu_device(), "what the backward needs");
-  }
-
-  RowTensor<const void*> rows(const Tensor& tensor) {
-    return inputs.rows(tensor, t_dim, is_packed() ? -1 : b_dim, dtypes.of(tensor));
-  }
-
-  RowTensor<void*> output_rows(const Tensor& tensor) const {
-    const int64_t* strides = tensor.strides();
-    return {tensor.data(), strides[t_dim], is_packed() ? 0 : strides[b_dim], dtypes.of(tensor)};
-  }
-};
-
-void take_weights(const TensorList& weights, Sequence* call) {
-  const size_t count = weights.size() / static_cast<size_t>(call->shape.D);
-  const bool bias = count >= 4, projected = count % 2 == 1;
-  for (int d = 0; d < call->shape.D; ++d) {
-    const Tensor* w = &weights[static_cast<size_t>(d) * count];
-    DirectionWeights& into = call->weights[d];
-    into.dtype = call->dtypes.of(w[0]);
-    into.w_ih = call->inputs.contiguous(w[0]);
-    into.w_hh = call->inputs.contiguous(w[1]);
-    if (bias) {
-      into.b_ih = call->inputs.contiguous(w[2]);
-      into.b_hh = call->inputs.contiguous(w[3]);
-    }
-    if (projected) into.w_hr = call->inputs.contiguous(w[count - 1]);
-  }
-}
-
-template <class Arguments>
-void read_call(CellKind cell, const Arguments& a, Sequence* call) {
-  LayerShape& shape = call->shape;
-  shape.cell = cell;
-  call->dtypes = Dtypes(check_float(a.x, "x"), a.product_dtype);
-  shape.dtype = call->dtypes.product();
-  shape.narrow = has_narrow_slots(shape.dtype);
-  call->batch_sizes = read_sequence(a, call->dtypes, nullptr, &shape);
-  if (!a.batch_sizes && a.batch_first) std::swap(call->t_dim, call->b_dim);
-  if (a.lengths) call->lengths = read_lengths(a.lengths, shape.T);
-}
-
-StateTensor<const void*> take_state(const OptionalTensor& state, Sequence* call) {
-  if (!state) return {};
-  return {call->inputs.contiguous(state), call->dtypes.of(state)};
-}
-
-// A new state tensor, absent if not wanted.
-Tensor new_state(bool wanted, int64_t size, DType dtype, const Sequence& call, StateTensor<void*>* into) {
-  Output out = output(wanted, {call.shape.D, call.shape.B, size}, torch_dtype(dtype));
-  *into = {out.data, dtype};
-  return std::move(out.tensor);
-}
-
 // Packed weights of fewer bits also decide how the call runs: they set shape.weights.
-const void* read_packed(const Tensor& packed, bool save, Isa isa, Sequence* call) {
+const void* read_packed(const Tensor& packed, bool save, Isa isa, on_cpu::Sequence* call) {
   DLK_CHECK(packed.on_cpu() && packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1,
             "packed must be what the op `pack` returned: one-dimensional, uint8, on the CPU");
   const void* data = call->inputs.aligned(packed);
@@ -104,10 +17,6 @@ const void* read_packed(const Tensor& packed, bool save, Isa isa, Sequence* call
             mode_name(call->shape.cell), " on ", isa_name(isa), "; pack the weights again");
   return data;
 }
-
-const int64_t* values_or_null(const std::vector<int64_t>& values) { return values.empty() ? nullptr : values.data(); }
-
-void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
 
 }  // namespace
 
@@ -150,7 +59,7 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
 TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) {
   Sequence call;
   read_call(cell, a, &call);
-  check_sequence_gradients(a, call.dtypes, nullptr, call.shape);
+  check_sequence_gradients(a, call.dtypes, nullptr, call.shape, call.shape.record());
   const LayerShape& shape = call.shape;
   const bool lstm = cell_traits(cell).cell_state;
 
@@ -209,7 +118,7 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
 
 Tensor pack_weights(const PackArguments& a) {
   DLK_CHECK(!a.weights.empty() && a.weights[0].dim() == 2, "weights must begin with w_ih of two dimensions");
-  Sequence call;
+  on_cpu::Sequence call;
   call.shape.cell = cell_from_mode(a.mode);
   call.shape.dtype = check_float(a.weights[0], "w_ih");
   call.shape.weights = weights_of_bits(a.bits);

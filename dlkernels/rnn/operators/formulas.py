@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,29 +17,43 @@ def run_sequence(cfg: SequenceConfig, given: SequenceInputs, **cut: Any) -> tupl
     """Computes a layer's call with PyTorch operations."""
     x, h0, c0, _, batch_sizes, lengths, weights = given
     if cfg.variant is not None:
-        weights, cut["variant"] = split_variant(cfg, weights)
+        parts = variant_parts(cfg, weights)
+        weights, cut["variant"] = parts.plain, _reference_variant(cfg, parts)
     return reference.sequence(
         cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
         h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x), **cut,
     )  # fmt: skip
 
 
-def split_variant(
-    cfg: SequenceConfig, weights: Sequence[Tensor]
-) -> tuple[Sequence[Tensor], reference.Variant]:  # fmt: skip
-    """Splits the weights of a call with a variant into the plain ones and the rest, as the reference takes it."""
+class Parts(NamedTuple):
+    """The weights of a call with a variant, apart."""
+
+    plain: Sequence[Tensor]
+    gains: Sequence[Tensor]
+    dropout: Tensor | None
+    mask_c: Tensor | None
+    mask_h: Tensor | None
+
+
+def variant_parts(cfg: SequenceConfig, weights: Sequence[Tensor]) -> Parts:
     variant, directions = cfg.variant, 2 if cfg.bidirectional else 1
     assert variant is not None
     last = len(weights) - variant.masks
     plain = variant.plain_count(cfg.mode, last // directions) * directions
     masks = iter(weights[last:])
-    gains = None
+    given = (next(masks) if there else None for there in (variant.dropout_mask, variant.mask_c, variant.mask_h))
+    return Parts(weights[:plain], weights[plain:last], *given)
+
+
+def _reference_variant(cfg: SequenceConfig, parts: Parts) -> reference.Variant:
+    variant, gains = cfg.variant, None
+    assert variant is not None
     if variant.normalised:
-        count = (last - plain) // directions
-        gains = [reference.Gains(*weights[at : at + count]) for at in range(plain, last, count)]
-    return weights[:plain], reference.Variant(
-        gains, variant.eps, next(masks) if variant.dropout_mask else None,
-        next(masks) if variant.mask_c else variant.zoneout_c, next(masks) if variant.mask_h else variant.zoneout_h,
+        count = len(parts.gains) // (2 if cfg.bidirectional else 1)
+        gains = [reference.Gains(*parts.gains[at : at + count]) for at in range(0, len(parts.gains), count)]
+    return reference.Variant(
+        gains, variant.eps, parts.dropout, variant.zoneout_c if parts.mask_c is None else parts.mask_c,
+        variant.zoneout_h if parts.mask_h is None else parts.mask_h,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from dlkernels._core.routing import announce
 from dlkernels.rnn import flops, records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind, sizes
-from dlkernels.rnn.operators import overloads, per_sample
+from dlkernels.rnn.operators import overloads, per_sample, variants
 from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs, Wanted
 from dlkernels.rnn.operators.formulas import run_sequence, sequence_gradients
 from dlkernels.rnn.operators.truncated import truncated_sequence
@@ -38,6 +38,8 @@ def _forward(cfg: SequenceConfig, given: SequenceInputs, save: bool) -> tuple[Te
     """Returns (y, h_n, c_n, saved). y is stored time-major, as in torch. With `save`, `saved` holds what the backward
     needs: [D, rows, `records.size`] in float32 (float64 for float64), where rows is [T, B] for padded input, even with
     `batch_first`, and padding rows are undefined. `records` reads it."""
+    if cfg.variant is not None:
+        return variants.forward(cfg, given, save)
     x, h0, c0, packed, batch_sizes, lengths, weights = given
     return _operators[cfg.mode](  # type: ignore[no-any-return]
         x, h0, c0, weights, packed, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, save, cfg.deterministic,
@@ -53,6 +55,8 @@ def _backward(
     `bptt_steps` = k > 0 computes the gradients as if the state had been detached before every k-th step of a sequence.
     dgates: [D, rows, `Kind.gate_grads`, H]. dproj: [D, rows, P].
     """
+    if cfg.variant is not None:
+        return variants.backward(cfg, wanted, cotangents, given, saved)
     x, h0, c0, _, batch_sizes, lengths, weights = given
     return _backward_operators[cfg.mode](  # type: ignore[no-any-return]
         *cotangents, x, h0, c0, weights, saved, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first,
@@ -128,6 +132,7 @@ def _backward_fake(
 
 _operators = overloads("", _fake, flops.sequence)
 _backward_operators = overloads("_backward", _backward_fake, flops.sequence_backward)
+variants.register(_fake, _backward_fake)
 
 
 def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +213,7 @@ class Sequence(torch.autograd.Function):
                 "vmap over the data or the states of a PackedSequence: its samples share no batch dimension; pass "
                 "padded input with lengths= instead"
             )
-        if batching.is_mapped((packed_dim, *weight_dims)):
+        if batching.is_mapped((packed_dim, *weight_dims)) or cfg.variant is not None:  # masks belong to a batch
             return batching.each_sample(Sequence.apply, n, (None, *in_dims[1:]), args)
         outputs = Sequence.apply(  # type: ignore[no-untyped-call]
             cfg, batching.fold(x, x_dim, cfg.batch_dim, n), batching.fold(h0, h0_dim, 1, n),
@@ -278,7 +283,7 @@ class SequenceBackward(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], Any]:
         n, (cfg, wanted, dy, dh_n, dc_n, x, h0, c0, saved, batch_sizes, lengths, *weights) = info.batch_size, args
         _, _, *dims = in_dims
-        if batching.is_mapped(dims[9:]) or batch_sizes is not None:
+        if batching.is_mapped(dims[9:]) or batch_sizes is not None or cfg.variant is not None:
             return batching.each_sample(SequenceBackward.apply, n, (None, None, *dims), args)
         batch_dims = (cfg.batch_dim, 1, 1, cfg.batch_dim, 1, 1, 2)
         folded = [

@@ -180,7 +180,7 @@ namespace on_cuda {
 TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) {
   SequenceCall call(cell, a.x, a.product_dtype);
   read_call(a, &call);
-  check_sequence_gradients(a, call.dtypes, &call.on.device(), call.shape);
+  check_sequence_gradients(a, call.dtypes, &call.on.device(), call.shape, call.shape.record());
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm(), bias = call.weights[0].bias;
   const int64_t count = bias ? 4 : 2, slots = call.slots();

@@ -1,0 +1,162 @@
+// The GEMMs and the column sums of the backward over the gradients of a chunk of steps (backward.h).
+#pragma once
+
+#include "rnn/cpu/variants/backward.h"
+
+DLK_ISA_BEGIN
+
+// Computes dx for the rows of one chunk and adds their share to the weight gradients; with `first` it overwrites those.
+template <class C, class Cell>
+void VariantBackward<C, Cell>::chunk_products(const Member& team, int worker, int d, int64_t steps, bool first) {
+  const Direction& dir = direction_[d];
+  const int64_t rows = dir.first[steps];
+  if (p_.dx.data) input_gradient(team, worker, d, rows);
+  if (!wants_weights()) return;
+
+  const PanelShape xs = PanelShape::plain(rows, s_.I, V::size), hs = PanelShape::plain(rows, s_.H, V::size);
+  int64_t task = 0;
+  const auto mine = [&] { return task++ % team.size == team.rank; };
+  const auto x_row = [&](int64_t r) -> const void* {
+    return advance(p_.x.data, p_.x.dtype, layout_.at(p_.x, dir.rows[r].t, dir.rows[r].b));
+  };
+  for (int64_t p = 0; p < xs.count(); ++p)
+    if (mine()) pack_panel_rows<C>(xs, p, p_.x.dtype, x_row, dir.x_panels + xs.offset(p));
+  for (int64_t p = 0; p < hs.count(); ++p)
+    if (mine())
+      pack_panel_values<C>(
+          hs, p,
+          [&](int64_t r, int64_t j, int n) {
+            const Row& row = dir.rows[r];
+            return dropped(d, row.b, j, n, past_h(d, row, saved_past(d, row), j, n));
+          },
+          dir.h_panels + hs.offset(p));
+  team.sync();
+
+  const auto add = [&](const C* left, const PanelShape& shape, const C* packed, C* sum) {
+    int64_t begin, end;
+    team.share(G_, 24, &begin, &end);
+    const TransposedRows<C> a{left, ld_gates_, rows, block_ld<C>(rows), block_[worker]};
+    gemm(
+        begin, end, 0, shape.count(), a, Panels<C>(shape, packed),
+        [&](int64_t m, GemmColumn at) -> const void* { return sum + m * shape.N + at.column; },
+        [&](int64_t m, GemmColumn at, V value, int n) {
+          C* to = sum + m * shape.N + at.column;
+          store_part(to, first ? value : load_part(to, n) + value, n);
+        },
+        first ? sum : nullptr, shape.N);
+  };
+  add(dir.product_ih, xs, dir.x_panels, dir.dw_ih);
+  add(dir.product_hh, hs, dir.h_panels, dir.dw_hh);
+  column_sums(team, d, rows, first);
+}
+
+template <class C, class Cell>
+void VariantBackward<C, Cell>::input_gradient(const Member& team, int worker, int d, int64_t rows) {
+  const Direction& dir = direction_[d];
+  const auto row = [&](int64_t r) -> const void* { return dir.product_ih + r * ld_gates_; };
+  const GemmShare share(team, rows, ih_, fresh_);
+  const auto out = [&](int64_t r, GemmColumn at) -> const void* {
+    const Row& to = dir.rows[r];
+    if (d == 1) return dir.dx + layout_.row(to.t, to.b) * s_.I + at.column;
+    return advance(p_.dx.data, p_.dx.dtype, layout_.at(p_.dx, to.t, to.b) + at.column);
+  };
+  const DirectionWeights& w = p_.weights[d];
+  gemm(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(row)>{row},
+       panels(ih_, dir.ih, w.dtype, w.w_ih, panel_[worker]), out, [&](int64_t r, GemmColumn at, V value, int n) {
+         const Row& to = dir.rows[r];
+         if (d == 1) {
+           value.store(dir.dx + layout_.row(to.t, to.b) * s_.I + at.column, n);
+         } else {
+           store_any<C>(p_.dx.dtype, p_.dx.data, layout_.at(p_.dx, to.t, to.b) + at.column, value, n);
+         }
+       });
+}
+
+// Adds the chunk's part of the gradients of biases and gains.
+template <class C, class Cell>
+void VariantBackward<C, Cell>::column_sums(const Member& team, int d, int64_t rows, bool first) const {
+  const Direction& dir = direction_[d];
+  constexpr int kAtOnce = 4;  // vectors of columns, so that a row's page is visited less often
+  // Adds the columns of `gates` to `sum`, and to `along` their products with what factor(record, j, n) returns.
+  const auto add = [&](int64_t columns, const C* gates, int64_t ld, C* sum, C* along, auto factor) {
+    int64_t begin, end;
+    team.share(columns, kAtOnce * V::size, &begin, &end);
+    for (int64_t j0 = begin; j0 < end; j0 += kAtOnce * V::size) {
+      V sums[kAtOnce], alongs[kAtOnce];
+      DLK_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) sums[k] = alongs[k] = V::zero();
+      const auto valid = [&](int k) {
+        return static_cast<int>(std::clamp<int64_t>(end - j0 - k * V::size, 0, V::size));
+      };
+      for (int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
+        V part[kAtOnce], part_along[kAtOnce];
+        DLK_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) part[k] = part_along[k] = V::zero();
+        for (int64_t r = r0; r < std::min(rows, r0 + kSumRows); ++r) {
+          const C* const record = along ? saved(d, dir.rows[r]) : nullptr;
+          DLK_UNROLL
+          for (int k = 0; k < kAtOnce; ++k) {
+            const int64_t j = j0 + k * V::size;
+            const int n = valid(k);
+            if (n == 0) continue;
+            const V value = load_part(gates + r * ld + j, n);
+            part[k] = part[k] + value;
+            if (along) part_along[k] = fma(value, factor(record, j, n), part_along[k]);
+          }
+        }
+        DLK_UNROLL
+        for (int k = 0; k < kAtOnce; ++k) sums[k] = sums[k] + part[k], alongs[k] = alongs[k] + part_along[k];
+      }
+      DLK_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t j = j0 + k * V::size;
+        const int n = valid(k);
+        const auto put = [&](C* to, V value) { store_part(to + j, first ? value : load_part(to + j, n) + value, n); };
+        if (n > 0) put(sum, sums[k]);
+        if (n > 0 && along) put(along, alongs[k]);
+      }
+    }
+  };
+  const auto part_of = [](int64_t from) {
+    return [from](const C* record, int64_t j, int n)
+               __attribute__((always_inline)) { return load_part(record + from + j, n); };
+  };
+  add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih, dir.sums.g_ih, part_of(record_.input()));
+  if (Cell::kHasPartedGate || v_.normalised)
+    add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh, dir.sums.g_hh, part_of(record_.hidden()));
+  if constexpr (Cell::kCellState) {
+    if (!v_.normalised) return;
+    add(s_.H, dir.of_c, ld_unit_, dir.sums.b_c, dir.sums.g_c,
+        [this](const C* record, int64_t j, int n) __attribute__((always_inline)) {
+          const C* const moments = record + record_.moments();
+          return (load_part(record + record_.slot(Cell::kC) + j, n) - V::set1(moments[kMeanOfC])) *
+                 V::set1(moments[kOfC]);
+        });
+  }
+}
+
+template <class C, class Cell>
+void VariantBackward<C, Cell>::store_weight_grads(const Member& team, int d) const {
+  if (!wants_weights()) return;
+  const Direction& dir = direction_[d];
+  const auto store = [&](DType dtype, void* out, const C* sum, int64_t n) {
+    int64_t begin, end;
+    team.share(n, 1024, &begin, &end);
+    if (out && out != sum && begin < end) store_row(dtype, advance(out, dtype, begin), end - begin, sum + begin);
+  };
+  const DType of_weights = p_.weights[d].dtype, of_gains = v_.gains[d].dtype;
+  store(of_weights, p_.grads[d].w_ih, dir.dw_ih, G_ * s_.I);
+  store(of_weights, p_.grads[d].w_hh, dir.dw_hh, G_ * s_.H);
+  store(of_weights, p_.grads[d].b_ih, dir.sums.b_ih, G_);
+  const bool same = !Cell::kHasPartedGate && !v_.normalised;
+  store(of_weights, p_.grads[d].b_hh, same ? dir.sums.b_ih : dir.sums.b_hh, G_);
+  if (!v_.normalised) return;
+  store(of_gains, gain_grads_[d].ih, dir.sums.g_ih, G_);
+  store(of_gains, gain_grads_[d].hh, dir.sums.g_hh, G_);
+  if constexpr (Cell::kCellState) {
+    store(of_gains, gain_grads_[d].c, dir.sums.g_c, s_.H);
+    store(of_gains, gain_grads_[d].c_bias, dir.sums.b_c, s_.H);
+  }
+}
+
+DLK_ISA_END

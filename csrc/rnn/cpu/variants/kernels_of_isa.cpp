@@ -1,0 +1,19 @@
+// The kernels of one instruction set for recurrent layers with layer normalisation, zoneout and recurrent dropout.
+// Instruction sets that multiply bfloat16 run those of the vectors that they are built on.
+#include "rnn/cpu/variants/table.h"
+#include "simd/isa.h"
+
+#if DLK_ISA_IS_COMPILED && DLK_ISA_NUMBER < DLK_NUMBER_avx512_bf16
+#include "rnn/cpu/variants/entry.h"
+
+namespace dlk {
+const VariantTable DLK_JOIN(kVariants_, DLK_ISA) = {
+    DLK_ISA_NAMESPACE::variant_forward_entry,
+    DLK_ISA_NAMESPACE::variant_backward_entry,
+};
+}
+#else
+namespace dlk {
+const VariantTable DLK_JOIN(kVariants_, DLK_ISA) = {};
+}
+#endif

@@ -1,0 +1,53 @@
+// What layer normalisation, zoneout and recurrent dropout add to a call of an lstm or gru layer (rnn/params.h has the
+// layouts and the letters). The layer has no projection.
+#pragma once
+
+#include "rnn/params.h"
+
+namespace dlk {
+
+// Contiguous parameters of layer normalisation; all null without it, and c and c_bias for the gru.
+template <class Pointer>
+struct Gains {
+  DType dtype;
+  Pointer ih, hh;  // [G*H]
+  Pointer c;       // [H]
+  Pointer c_bias;  // [H], may be null
+};
+
+struct Variant {
+  bool normalised;
+  double eps;                      // is added to the variance
+  double zoneout_c, zoneout_h;     // rates, where there is no mask
+  const void* dropout;             // [D, B, H] of the compute type: multiplies h where it enters W_hh h; null = ones
+  const uint8_t *mask_c, *mask_h;  // bools [D, rows, H]: where the state keeps its old value; null = the rate decides
+  Gains<const void*> gains[2];
+};
+
+struct VariantForwardParams {
+  ForwardParams layer;  // packed is null, shape.narrow is false
+  Variant variant;
+};
+
+struct VariantBackwardParams {
+  BackwardParams layer;  // gate_grads is null
+  Variant variant;
+  Gains<void*> gains[2];  // gradients, with the dtypes of the gains; null when not wanted
+};
+
+// What the forward saves of a row, [D, rows, variant_record] values of the compute type. lstm: i, f, g, o, c' before
+// zoneout, c', h'; gru: r, z, n, W_hn h + b_hn after normalisation, h'; [H] each. With layer normalisation the
+// normalised W_ih x and W_hh h follow, [G*H] each, and kMoments numbers: the reciprocal standard deviations of W_ih x
+// and of W_hh h, two each (for the gru that of r and z, then that of n), and the mean and reciprocal standard deviation
+// of c'.
+constexpr int kMoments = 8;
+enum VariantMoment { kOfInput = 0, kOfHidden = 2, kMeanOfC = 4, kOfC = 5 };
+constexpr int64_t variant_record(CellKind cell, int64_t H, bool normalised) {
+  return (cell_traits(cell).cell_state ? 7 : 5) * H + (normalised ? 2 * gate_count(cell) * H + kMoments : 0);
+}
+
+Plan variant_plan(const LayerShape& shape, Isa isa, int threads, bool backward);
+void variant_forward(const VariantForwardParams& params, const Runtime& runtime);
+void variant_backward(const VariantBackwardParams& params, const Runtime& runtime);
+
+}  // namespace dlk
