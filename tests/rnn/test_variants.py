@@ -72,23 +72,32 @@ def test_sizes_and_threads(
         assert verdict.ours <= 2 * verdict.limit, f"{case}\n{name}: {verdict}"
 
 
+@pytest.mark.parametrize("variant", ("LayerNormLSTM-all", "LayerNormGRU-all", "LSTM-dropout", "GRU-zoneout"))
+def test_bfloat16_in_whole_panels(variant: str, isa: str) -> None:
+    check(replace(VARIANTS[variant], dtype=torch.bfloat16, H=64, I=32, T=28, B=14))
+
+
 @pytest.mark.parametrize("variant", ("LayerNormLSTM-all", "LayerNormGRU-all", "LSTM-zoneout", "GRU-dropout"))
 @pytest.mark.parametrize("form", ("bidirectional", "lengths"))
-def test_threads_change_nothing(variant: str, form: str, threads: Callable[[int], None], isa: str) -> None:
-    case = replace(in_form(VARIANTS[variant], form), dtype=torch.float32, H=65, I=40)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_threads_change_nothing(
+    variant: str, form: str, dtype: torch.dtype, threads: Callable[[int], None], isa: str
+) -> None:  # fmt: skip
+    case = replace(in_form(VARIANTS[variant], form), dtype=dtype, H=65, I=40)
     threads(1)
-    expected = results(case, torch.float32)
+    expected = results(case, dtype)
     for count in (2, 3):
         threads(count)
-        for name, value in results(case, torch.float32).items():
+        for name, value in results(case, dtype).items():
             assert torch.equal(value, expected[name]), (count, name)
 
 
 @pytest.mark.parametrize("variant", ("LayerNormLSTM-all-evaluated", "LayerNormGRU-all-evaluated", "GRU-zoneout-rates"))
-def test_a_sequence_does_not_depend_on_its_batch(variant: str, isa: str) -> None:
-    case = replace(VARIANTS[variant], dtype=torch.float32, H=65, I=40, B=13)
-    module = case.module(torch.float32)
-    x, states, _ = case.arguments(torch.float32)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_sequence_does_not_depend_on_its_batch(variant: str, dtype: torch.dtype, isa: str) -> None:
+    case = replace(VARIANTS[variant], dtype=dtype, H=65, I=40, B=13)
+    module = case.module(dtype)
+    x, states, _ = case.arguments(dtype)
     assert states is not None
     x.requires_grad_()
     y, _ = module(x, states if case.lstm else states[0])

@@ -34,6 +34,7 @@ class VariantBackward {
         chunk_rows_(chunk_ * s_.B),
         ld_gates_(block_ld<C>(G_)),
         ld_unit_(block_ld<C>(s_.H)),
+        ld_operand_(operand_ld<C>(G_)),
         hh_(PanelShape::plain(G_, s_.H, V::size)),
         ih_(PanelShape::plain(G_, s_.I, V::size)),
         fresh_(layout.steps() <= 1),
@@ -47,13 +48,23 @@ class VariantBackward {
       dir.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
       dir.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
       // The lstm's gates have the same gradient on both sides.
-      const auto gates = [&](bool own, C* other) { return own ? scratch.take<C>(chunk_rows_ * ld_gates_) : other; };
-      dir.gates_ih = gates(true, nullptr);
-      dir.gates_hh = gates(Cell::kHasPartedGate, dir.gates_ih);
-      dir.product_ih = gates(v_.normalised, dir.gates_ih);
-      dir.product_hh = gates(v_.normalised, dir.gates_hh);
+      const auto gates = [&](bool own, int64_t rows, C* other) {
+        return own ? scratch.take<C>(rows * ld_gates_) : other;
+      };
+      dir.gates_ih = gates(true, chunk_rows_, nullptr);
+      dir.gates_hh = gates(Cell::kHasPartedGate, chunk_rows_, dir.gates_ih);
+      const int64_t rows = has_product_rows() ? chunk_rows_ : plan_.threads;
+      dir.product_ih = gates(v_.normalised, rows, dir.gates_ih);
+      dir.product_hh = gates(v_.normalised, rows, dir.gates_hh);
       dir.of_c = scratch.take<C>(keeps_c() ? chunk_rows_ * ld_unit_ : 0);
-      dir.next = scratch.take<C>(s_.B * ld_gates_);
+      if constexpr (kPairs) {
+        dir.operands_ih = scratch.take<Operand<C>>(chunk_rows_ * ld_operand_);
+        dir.operands_hh = has_one_side() ? dir.operands_ih : scratch.take<Operand<C>>(chunk_rows_ * ld_operand_);
+      } else {
+        dir.operands_ih = dir.product_ih;
+        dir.operands_hh = dir.product_hh;
+      }
+      dir.next = scratch.take<Operand<C>>(s_.B * ld_operand_);
       dir.dh = scratch.take<C>(s_.B * ld_unit_);
       dir.carry_h = scratch.take<C>(s_.B * ld_unit_);
       dir.carry_c = scratch.take<C>(Cell::kCellState ? s_.B * ld_unit_ : 0);
@@ -61,7 +72,7 @@ class VariantBackward {
       dir.first = scratch.take<int64_t>(chunk_ + 1);
       // The right-hand sides of the weight-gradient GEMMs, as panels: x and h.
       const auto columns = [&](int64_t n) {
-        return weights ? chunk_rows_ * ((n + V::size - 1) / V::size * V::size) : 0;
+        return weights ? item_count(chunk_rows_) * ((n + V::size - 1) / V::size * V::size) : 0;
       };
       dir.x_panels = scratch.take<C>(columns(s_.I));
       dir.h_panels = scratch.take<C>(columns(s_.H));
@@ -74,7 +85,7 @@ class VariantBackward {
       dir.dx = d == 1 && p_.dx.data ? scratch.take<C>(s_.rows * s_.I) : nullptr;
     }
     for (int m = 0; m < plan_.threads; ++m) {
-      block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(chunk_rows_));
+      block_[m] = scratch.take<C>(kTransposedRows * block_ld<C>(item_count(chunk_rows_)));
       panel_[m] = scratch.take<C>(fresh_ ? std::max(hh_.largest(), ih_.largest()) : 0);
     }
   }
@@ -87,7 +98,8 @@ class VariantBackward {
               by_rows ? Member{0, 1, nullptr} : team,
               by_rows ? SequenceSubset(layout_, team.rank, team.size) : SequenceSubset(layout_, 0, 1),
               panel_[worker],
-              d};
+              d,
+              worker};
     walk.begin();
     team.sync();
     const int64_t steps = layout_.steps();
@@ -138,17 +150,23 @@ class VariantBackward {
     C *gates_ih, *gates_hh;      // of a chunk: the gradients of the gates on the side of x and on that of h,
     C *product_ih, *product_hh;  // and those of W_ih x and W_hh h, which are the same without layer normalisation
     C* of_c;                     // and that of the normalised c' times its gain plus its bias
-    C* next;                     // product_hh of the step before the chunk, in the order of the backward
-    C* dh;                       // product_hh W_hh of a step
-    C *carry_h, *carry_c;        // gradients that reach h and c past the gates
-    Row* rows;                   // the rows of the chunk
-    int64_t* first;              // first row of each step of the chunk, and the end
-    C *x_panels, *h_panels;      // see carve()
-    C *dw_ih, *dw_hh, *dx;       // gradients accumulated so far; dx is the second direction's part
-    VariantConstants<C> sums;    // gradients of biases and gains
+    Operand<C>*operands_ih, *operands_hh;  // these as operands of the products: themselves, or rounded (kPairs only)
+    Operand<C>* next;                      // operands_hh of the step before the chunk, in the order of the backward
+    C* dh;                                 // product_hh W_hh of a step
+    C *carry_h, *carry_c;                  // gradients that reach h and c past the gates
+    Row* rows;                             // the rows of the chunk
+    int64_t* first;                        // first row of each step of the chunk, and the end
+    C *x_panels, *h_panels;                // see carve()
+    C *dw_ih, *dw_hh, *dx;                 // gradients accumulated so far; dx is the second direction's part
+    VariantConstants<C> sums;              // gradients of biases and gains
   };
 
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
+  // Whether gradients are the same on the side of x and on that of h.
+  bool has_one_side() const { return !Cell::kHasPartedGate && !v_.normalised; }
+  // Whether the buffers of product_ih and product_hh have a row for each row of the chunk, as the gates do. Those that
+  // are rounded at once have one for each thread.
+  bool has_product_rows() const { return !kPairs || !v_.normalised; }
   bool keeps_c() const { return Cell::kCellState && v_.normalised; }
   // Time of the nth step in the order of the backward, and of the step before t in the order of the forward.
   int64_t time(int d, int64_t nth) const { return d == 0 ? layout_.steps() - 1 - nth : nth; }
@@ -228,7 +246,7 @@ class VariantBackward {
   const LayerShape& s_;
   const Plan& plan_;
   const SequenceLayout& layout_;
-  const int64_t G_, chunk_, chunk_rows_, ld_gates_, ld_unit_;
+  const int64_t G_, chunk_, chunk_rows_, ld_gates_, ld_unit_, ld_operand_;
   const PanelShape hh_, ih_;
   const bool fresh_;  // weight panels are packed on the fly: with at most one step, packing all of them does not pay
   const Record record_;

@@ -32,10 +32,10 @@ void VariantBackward<C, Cell>::chunk_products(const Member& team, int worker, in
           dir.h_panels + hs.offset(p));
   team.sync();
 
-  const auto add = [&](const C* left, const PanelShape& shape, const C* packed, C* sum) {
+  const auto add = [&](const Operand<C>* left, const PanelShape& shape, const C* packed, C* sum) {
     int64_t begin, end;
     team.share(G_, 24, &begin, &end);
-    const TransposedRows<C> a{left, ld_gates_, rows, block_ld<C>(rows), block_[worker]};
+    const TransposedRows<C> a{left, ld_operand_, rows, block_ld<C>(item_count(rows)), block_[worker]};
     gemm(
         begin, end, 0, shape.count(), a, Panels<C>(shape, packed),
         [&](int64_t m, GemmColumn at) -> const void* { return sum + m * shape.N + at.column; },
@@ -45,15 +45,15 @@ void VariantBackward<C, Cell>::chunk_products(const Member& team, int worker, in
         },
         first ? sum : nullptr, shape.N);
   };
-  add(dir.product_ih, xs, dir.x_panels, dir.dw_ih);
-  add(dir.product_hh, hs, dir.h_panels, dir.dw_hh);
+  add(dir.operands_ih, xs, dir.x_panels, dir.dw_ih);
+  add(dir.operands_hh, hs, dir.h_panels, dir.dw_hh);
   column_sums(team, d, rows, first);
 }
 
 template <class C, class Cell>
 void VariantBackward<C, Cell>::input_gradient(const Member& team, int worker, int d, int64_t rows) {
   const Direction& dir = direction_[d];
-  const auto row = [&](int64_t r) -> const void* { return dir.product_ih + r * ld_gates_; };
+  const auto row = [&](int64_t r) -> const void* { return dir.operands_ih + r * ld_operand_; };
   const GemmShare share(team, rows, ih_, fresh_);
   const auto out = [&](int64_t r, GemmColumn at) -> const void* {
     const Row& to = dir.rows[r];
@@ -122,8 +122,7 @@ void VariantBackward<C, Cell>::column_sums(const Member& team, int d, int64_t ro
                __attribute__((always_inline)) { return load_part(record + from + j, n); };
   };
   add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih, dir.sums.g_ih, part_of(record_.input()));
-  if (Cell::kHasPartedGate || v_.normalised)
-    add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh, dir.sums.g_hh, part_of(record_.hidden()));
+  if (!has_one_side()) add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh, dir.sums.g_hh, part_of(record_.hidden()));
   if constexpr (Cell::kCellState) {
     if (!v_.normalised) return;
     add(s_.H, dir.of_c, ld_unit_, dir.sums.b_c, dir.sums.g_c,
@@ -148,8 +147,7 @@ void VariantBackward<C, Cell>::store_weight_grads(const Member& team, int d) con
   store(of_weights, p_.grads[d].w_ih, dir.dw_ih, G_ * s_.I);
   store(of_weights, p_.grads[d].w_hh, dir.dw_hh, G_ * s_.H);
   store(of_weights, p_.grads[d].b_ih, dir.sums.b_ih, G_);
-  const bool same = !Cell::kHasPartedGate && !v_.normalised;
-  store(of_weights, p_.grads[d].b_hh, same ? dir.sums.b_ih : dir.sums.b_hh, G_);
+  store(of_weights, p_.grads[d].b_hh, has_one_side() ? dir.sums.b_ih : dir.sums.b_hh, G_);
   if (!v_.normalised) return;
   store(of_gains, gain_grads_[d].ih, dir.sums.g_ih, G_);
   store(of_gains, gain_grads_[d].hh, dir.sums.g_hh, G_);

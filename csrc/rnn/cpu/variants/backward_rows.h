@@ -16,8 +16,9 @@ struct VariantBackward<C, Cell>::Walk {
   Member member;
   SequenceSubset subset;
   C* panel_buffer;
-  int d;
-  const C* next = nullptr;  // product_hh of the next step: the row of this thread's i-th sequence is global(i)
+  int d, worker;
+  const Operand<C>* next =
+      nullptr;  // operands_hh of the next step: the row of this thread's i-th sequence is global(i)
   int64_t next_alive = 0;
 
   const BackwardParams& p() const { return backward.p_; }
@@ -51,10 +52,27 @@ struct VariantBackward<C, Cell>::Walk {
     member.sync();
     int64_t begin, end;
     member.share(alive, 1, &begin, &end);
-    for (int64_t i = begin; i < end; ++i) row(i, first + subset.global(i));
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t r = first + subset.global(i);
+      row(i, r);
+      if constexpr (kPairs) round(r);
+    }
     member.sync();
-    next = dir.product_hh + first * backward.ld_gates_;
+    next = dir.operands_hh + first * backward.ld_operand_;
     next_alive = alive;
+  }
+
+  // Where the row r of the chunk is in product_ih and product_hh.
+  int64_t product_row(int64_t r) const { return (backward.has_product_rows() ? r : worker) * backward.ld_gates_; }
+
+  // Makes operands of row r of the chunk.
+  void round(int64_t r) const {
+    const auto make = [&](const C* product, Operand<C>* operands) {
+      load_operands<C>(DType::f32, product + product_row(r), backward.G_,
+                       const_cast<C*>(items_of<C>(operands + r * backward.ld_operand_)));
+    };
+    make(dir.product_ih, dir.operands_ih);
+    if (!backward.has_one_side()) make(dir.product_hh, dir.operands_hh);
   }
 
   // Moves what the first step of the next chunk reads out of the way of that chunk; `k` is the last step of this one.
@@ -62,8 +80,9 @@ struct VariantBackward<C, Cell>::Walk {
     int64_t begin, end;
     member.share(next_alive, 1, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = subset.global(i) * backward.ld_gates_;
-      std::copy_n(dir.product_hh + dir.first[k] * backward.ld_gates_ + at, backward.G_, dir.next + at);
+      const int64_t at = subset.global(i) * backward.ld_operand_;
+      std::copy_n(dir.operands_hh + dir.first[k] * backward.ld_operand_ + at, item_count(backward.G_) * kItemValues,
+                  dir.next + at);
     }
     next = dir.next;
   }
@@ -74,7 +93,7 @@ struct VariantBackward<C, Cell>::Walk {
     int64_t p0, p1;
     member.share(backward.hh_.count(), 1, &p0, &p1);
     const DirectionWeights& w = p().weights[d];
-    const auto row_of = [&](int64_t i) -> const void* { return next + subset.global(i) * backward.ld_gates_; };
+    const auto row_of = [&](int64_t i) -> const void* { return next + subset.global(i) * backward.ld_operand_; };
     const auto to = [&](int64_t i, GemmColumn at) { return dir.dh + unit_row(i) + at.column; };
     gemm(
         begin, end, p0, p1, DirectRows<C, decltype(row_of)>{row_of},
@@ -213,7 +232,7 @@ struct VariantBackward<C, Cell>::Walk {
       if (!normalised) return;
     }
     each_normalised_part<Cell>(H, [&](int part, int64_t from, int64_t size) {
-      const int64_t product = r * backward.ld_gates_ + from;
+      const int64_t product = product_row(r) + from;
       normalise_backward(gates_ih + from, dir.constants.g_ih + from, saved + record.input() + from, size,
                          saved[record.moments() + kOfInput + part], dir.product_ih + product);
       normalise_backward(gates_hh + from, dir.constants.g_hh + from, saved + record.hidden() + from, size,

@@ -55,6 +55,7 @@ struct VariantConstants {
 template <class C, class Cell>
 class VariantForward {
   using V = Vec<C>;
+  static_assert(!kTiles, "operands have no spare rows");
 
  public:
   VariantForward(const VariantForwardParams& params, const Plan& plan, const SequenceLayout& layout)
@@ -69,6 +70,7 @@ class VariantForward {
         slots_(s_.B + plan.threads),
         ld_gates_(block_ld<C>(G_)),
         ld_unit_(block_ld<C>(s_.H)),
+        ld_operand_(operand_ld<C>(s_.H)),
         ih_(PanelShape::plain(s_.I, G_, V::size)),
         hh_(PanelShape::plain(s_.H, G_, V::size)),
         fresh_(layout.steps() <= 1),
@@ -83,14 +85,14 @@ class VariantForward {
       dir.input = scratch.take<C>(chunk_ * slots_ * ld_gates_);
       dir.hidden = scratch.take<C>(slots_ * ld_gates_);
       dir.h = scratch.take<C>(slots_ * ld_unit_);
-      dir.seen = v_.dropout ? scratch.take<C>(slots_ * ld_unit_) : dir.h;
+      dir.operands = scratch.take<Operand<C>>(keeps_operands() ? slots_ * ld_operand_ : 0);
       dir.c = scratch.take<C>(Cell::kCellState ? slots_ * ld_unit_ : 0);
     }
     for (int m = 0; m < plan_.threads; ++m) {
       Own& own = own_[m];
       own.x = scratch.take<const void*>(chunk_ * slots_);
       own.first = scratch.take<int64_t>(chunk_ + 1);
-      own.block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(s_.I) : 0);
+      own.block = scratch.take<C>(copies_x() ? kBlockRows * block_ld<C>(ih_.K) : 0);
       own.panel = scratch.take<C>(fresh_ ? std::max(ih_.largest(), hh_.largest()) : 0);
       own.c = scratch.take<C>(ld_unit_);
       own.o = scratch.take<C>(ld_unit_);
@@ -126,9 +128,10 @@ class VariantForward {
  private:
   struct Direction {
     VariantConstants<C> constants;
-    C *ih, *hh;         // panels of the weights
-    C *input, *hidden;  // products of x for a chunk of steps, of h for a step
-    C *h, *seen, *c;    // the states, and h as W_hh sees it: h itself without recurrent dropout
+    C *ih, *hh;            // panels of the weights
+    C *input, *hidden;     // products of x for a chunk of steps, of h for a step
+    C *h, *c;              // the states
+    Operand<C>* operands;  // h as W_hh sees it, if keeps_operands()
   };
   struct Own {       // of one thread
     const void** x;  // address of each row of the chunk
@@ -138,10 +141,15 @@ class VariantForward {
     C *c, *o;        // c' and o of a row, until c' is normalised
   };
 
+  // For the reasons of Forward::copies_x.
   bool copies_x() const {
     const int64_t stride = layout_.packed() ? p_.x.t : p_.x.b;
-    return !is_operand_type<C>(p_.x.dtype) || collides<C>(stride);
+    if (kPairs && (s_.I % 2 || stride % 2 || p_.x.t % 2 || reinterpret_cast<uintptr_t>(p_.x.data) % sizeof(C)))
+      return true;
+    return !is_operand_type<C>(p_.x.dtype) || collides<C>(stride / kItemValues);
   }
+  // Whether the products with W_hh take something else than h: rounded values, or those that recurrent dropout leaves.
+  bool keeps_operands() const { return kPairs || v_.dropout; }
 
   void prepare(const Member& team, int d) const {
     const Direction& dir = direction_[d];
@@ -169,7 +177,7 @@ class VariantForward {
   const LayerShape& s_;
   const Plan& plan_;
   const SequenceLayout& layout_;
-  const int64_t G_, chunk_, slots_, ld_gates_, ld_unit_;
+  const int64_t G_, chunk_, slots_, ld_gates_, ld_unit_, ld_operand_;
   const PanelShape ih_, hh_;
   const bool fresh_;  // weight panels are packed on the fly: with at most one step, packing all of them does not pay
   const VariantRecord<C, Cell> record_;

@@ -21,7 +21,7 @@ struct VariantForward<C, Cell>::Walk {
   const LayerShape& s() const { return forward.s_; }
   int64_t time(int64_t nth) const { return d == 0 ? nth : forward.layout_.steps() - 1 - nth; }
   C* h(int64_t i) const { return dir.h + (slot + i) * forward.ld_unit_; }
-  C* seen(int64_t i) const { return dir.seen + (slot + i) * forward.ld_unit_; }
+  Operand<C>* operands(int64_t i) const { return dir.operands + (slot + i) * forward.ld_operand_; }
   C* c(int64_t i) const { return dir.c + (slot + i) * forward.ld_unit_; }
   C* input(int64_t row) const { return dir.input + (slot * forward.chunk_ + row) * forward.ld_gates_; }
   C* hidden(int64_t i) const { return dir.hidden + (slot + i) * forward.ld_gates_; }
@@ -46,6 +46,8 @@ struct VariantForward<C, Cell>::Walk {
     member.share(subset.count, 1, &begin, &end);
     for (int64_t i = begin; i < end; ++i) {
       const bool empty = subset.length(i) == 0;
+      // Pairs are read up to the end of the last one.
+      if (kPairs) std::fill_n(operands(i) + s().H, forward.ld_operand_ - s().H, Operand<C>{});
       each_vector_of<C>(s().H, [&](int64_t j, int n) __attribute__((always_inline)) {
         const V value = load_state<C>(p().h0, state(i) + j, n);
         put_h(i, j, n, value);
@@ -61,8 +63,9 @@ struct VariantForward<C, Cell>::Walk {
 
   DLK_INLINE void put_h(int64_t i, int64_t j, int n, V value) const {
     value.store(h(i) + j);
-    if (forward.v_.dropout)
-      (value * load_part(static_cast<const C*>(forward.v_.dropout) + state(i) + j, n)).store(seen(i) + j);
+    if (!forward.keeps_operands()) return;
+    if (forward.v_.dropout) value = value * load_part(static_cast<const C*>(forward.v_.dropout) + state(i) + j, n);
+    store_operands<C>(operands(i) + j, value, n);
   }
 
   void number_rows(int64_t nth, int64_t count) const {
@@ -94,7 +97,7 @@ struct VariantForward<C, Cell>::Walk {
     const Panels<C> panels = forward.panels(forward.ih_, dir.ih, w.dtype, w.w_ih, own.panel);
     const auto x_row = [&](int64_t row) { return own.x[row]; };
     if (forward.copies_x()) {
-      const CopiedRows<C, decltype(x_row)> a{x_row, p().x.dtype, s().I, block_ld<C>(s().I), own.block};
+      const CopiedRows<C, decltype(x_row)> a{x_row, p().x.dtype, s().I, block_ld<C>(forward.ih_.K), own.block};
       multiply(share.m0, share.m1, share.p0, share.p1, a, panels, input(0));
     } else {
       multiply(share.m0, share.m1, share.p0, share.p1, DirectRows<C, decltype(x_row)>{x_row}, panels, input(0));
@@ -105,7 +108,9 @@ struct VariantForward<C, Cell>::Walk {
     const DirectionWeights& w = p().weights[d];
     int64_t p0, p1;
     member.share(forward.hh_.count(), 1, &p0, &p1);
-    const auto row_of = [&](int64_t i) -> const void* { return seen(i); };
+    const auto row_of = [&](int64_t i) -> const void* {
+      return forward.keeps_operands() ? static_cast<const void*>(operands(i)) : h(i);
+    };
     multiply(0, alive, p0, p1, DirectRows<C, decltype(row_of)>{row_of},
              forward.panels(forward.hh_, dir.hh, w.dtype, w.w_hh, own.panel), hidden(0));
     member.sync();

@@ -24,7 +24,8 @@ Plan variant_plan(const LayerShape& shape, Isa isa, int threads, bool backward) 
   // `deterministic` leaves out the two ways of a plain call that a variant does not have: the dot path, and adding up
   // the products of x and h.
   Plan plan = rnn_plan(shape, isa, threads, backward, true, false);
-  plan.isa = vector_isa(isa);  // there are no products of bfloat16
+  const Isa own = layer_isa(shape, isa);  // there are products of pairs, but none of tiles
+  plan.isa = bf16_products(own) == Bf16Products::dots ? own : vector_isa(isa);
   return plan;
 }
 
