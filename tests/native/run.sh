@@ -38,8 +38,8 @@ mkdir -p "$build"
 csrc=../../csrc
 FLAGS="$FLAGS -I$csrc -I."
 case $ISAS in
-  all) tests="kernels_test attention_test simd_test $bf16_test" ;;
-  scalar) FLAGS="$FLAGS -DDLK_NO_X86" tests="kernels_test attention_test" ;;
+  all) tests="kernels_test variants_test attention_test simd_test $bf16_test" ;;
+  scalar) FLAGS="$FLAGS -DDLK_NO_X86" tests="kernels_test variants_test attention_test" ;;
   *) echo "ISAS is all or scalar" >&2; exit 2 ;;
 esac
 isas=$(sed -n 's/^DLK_ISA_ROW(\([a-z0-9_]*\),.*/\1/p' "$csrc/core/isas.def")

@@ -80,7 +80,7 @@ class VariantForward {
     for (int d = 0; d < s_.D; ++d) {
       Direction& dir = direction_[d];
       dir.constants.carve(scratch, G_, s_.H, v_.normalised);
-      dir.ih = scratch.take<C>(fresh_ ? 0 : ih_.elements());
+      dir.ih = scratch.take<C>(fresh_ ? 0 : std::max<int64_t>(1, ih_.elements()));  // not null without inputs
       dir.hh = scratch.take<C>(fresh_ ? 0 : hh_.elements());
       dir.input = scratch.take<C>(chunk_ * slots_ * ld_gates_);
       dir.hidden = scratch.take<C>(slots_ * ld_gates_);
