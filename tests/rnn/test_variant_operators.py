@@ -98,6 +98,16 @@ def test_saved_of_another_variant_is_refused() -> None:
         torch.ops.dlkernels.lstm_variant_backward(**backward_arguments("lstm", saved))
 
 
+@pytest.mark.parametrize("mode", operators.MODES)
+def test_without_inputs(mode: str) -> None:
+    """torch's layers refuse it; the operators do not."""
+    given = arguments(mode)
+    weights = [given["weights"][0][:, :0], *given["weights"][1:]]
+    y, *_ = run(mode, **given | {"x": torch.randn(T, B, 0), "weights": weights})
+    zero, *_ = run(mode, **given | {"x": torch.zeros(T, B, I)})
+    assert torch.equal(y, zero)
+
+
 def test_an_empty_batch() -> None:
     y, h_n, c_n, saved = run(
         "lstm", x=torch.randn(T, 0, I), h0=None, c0=None, dropout=None, mask_c=None, mask_h=None

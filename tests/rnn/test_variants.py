@@ -51,7 +51,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "whole": {"H": 64, "I": 16, "T": 30, "B": 20, "dtype": torch.float32},
     "rest": {"H": 33, "I": 70, "T": 3, "B": 2, "dtype": torch.float32},
     "one": {"H": 1, "I": 1},
-    "no-input": {"I": 0},
 }
 
 
