@@ -46,8 +46,9 @@ def call(command: Sequence[str | Path], **environment: str) -> Done:
     nice = ["nice", "-n", os.environ["NICE"]] if os.environ.get("NICE") else []
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         child = subprocess.Popen(
-            [*nice, *map(str, command)], env={**os.environ, **environment}, stdout=output, stderr=subprocess.STDOUT
-        )
+            [*nice, *map(str, command)], env={**os.environ, **environment}, stdin=subprocess.DEVNULL, stdout=output,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         _here.spent = getattr(_here, "spent", 0.0) + usage.ru_utime + usage.ru_stime
@@ -95,8 +96,9 @@ def chosen_units(units: Sequence[Unit], rungs: Sequence[str]) -> list[Unit]:
     return [unit for unit in units if unit.name in wanted]
 
 
-def run_units(units: Sequence[Unit]) -> dict[str, Outcome]:
-    """Runs all units, JOBS at a time, first those on which the longest chain of other units depends."""
+def run_units(units: Sequence[Unit], more_jobs: int | None = None) -> dict[str, Outcome]:
+    """Runs all units, JOBS at a time, and one more at a time from each byte on that comes from the file descriptor
+    `more_jobs`. The units on which the longest chain of others depends run first."""
     waiting = {unit.name: unit for unit in units}
     chain: dict[str, float] = {}
 
@@ -133,9 +135,14 @@ def run_units(units: Sequence[Unit]) -> dict[str, Outcome]:
                 outcomes[unit.name] = Outcome(_here.spent, time.monotonic() - begin, failure)
                 changed.notify_all()
 
-    workers = [threading.Thread(target=work) for _ in range(JOBS)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    def work_beside() -> None:
+        # A thread inside sys.stdin would be a fatal error when the interpreter ends.
+        while more_jobs is not None and os.read(more_jobs, 1):
+            threading.Thread(target=work).start()
+
+    threading.Thread(target=work_beside, daemon=True).start()
+    for _ in range(JOBS):
+        threading.Thread(target=work).start()
+    with changed:
+        changed.wait_for(lambda: len(outcomes) == len(units))
     return outcomes

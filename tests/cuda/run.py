@@ -11,11 +11,11 @@ linked     the kernels' test as a program for a GPU (on_gpu.py), which `make gpu
 resident   all blocks of a plan that wait for each other at a barrier fit an H200 at the same time
 
 This needs nvcc with its headers, g++, and clang++ with the runtimes of its sanitizers (Debian: clang,
-libclang-rt-14-dev). A rung that lacks one of them fails. MAX_JOBS is the number of commands that run at a time (2),
-NICE their niceness. The times in the report are processor times. --short, which `make gpuless` uses, leaves out one
-schedule of each shape and compiles everything for sm_90a only, but some of it for the others too. --quick, which
-.ci/run uses, also leaves out the other architectures and what only tests the tests: emulation, mutants and the bugs
-planted in machine code.
+libclang-rt-14-dev). A rung that lacks one of them fails. MAX_JOBS is the number of commands that run at a time (2);
+with --more-jobs each byte on standard input adds one. NICE is their niceness. The times in the report are processor
+times. --short, which `make gpuless` uses, leaves out one schedule of each shape and compiles everything for sm_90a
+only, but some of it for the others too. --quick, which .ci/run uses, also leaves out the other architectures and what
+only tests the tests: emulation, mutants and the bugs planted in machine code.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def main() -> None:
         [*emulated.units(short), *boundary.units(), *compiled.units(short, quick), *on_gpu.units()], wanted
     )
     begin = time.monotonic()
-    outcomes = run_units(units)
+    outcomes = run_units(units, sys.stdin.fileno() if "--more-jobs" in sys.argv[1:] else None)
     failures = report(units, outcomes)
     spent = sum(outcome.spent for outcome in outcomes.values())
     print(f"all        {spent:5.0f} s  of processors, {time.monotonic() - begin:.0f} s by the clock, {JOBS} at a time")

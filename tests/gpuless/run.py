@@ -7,7 +7,8 @@ candidates for a sweep on a GPU, and runs all of tests/cuda/run.py; without it t
 is meant to take at most 12 minutes on two cores. --quick, which .ci/run uses, leaves out the compilation for other
 architectures than 9.0 and the tests of the tests.
 
-The tests of the CUDA kernels, tests/cuda/run.py, run beside the others as one more rung, which is reported last.
+The tests of the CUDA kernels, tests/cuda/run.py, run beside the others as one more rung, which is reported last. When
+the others have ended, that rung uses all processors.
 MAX_JOBS is the number of processes at a time, by default the number of processors. A rung that cannot run prints the
 reason and fails, unless DLKERNELS_GPULESS_ALLOW names it (`DLKERNELS_GPULESS_ALLOW=interpreter,sm_100,cuda`).
 
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,18 +130,23 @@ def nvcc() -> tuple[str, str]:
         return "", f"no nvcc, and none to be installed: {said[-1]}"
 
 
-def climb_cuda(everything: bool, quick: bool) -> Result:
-    """Runs tests/cuda/run.py, which prints its own rungs."""
+def climb_cuda(everything: bool, quick: bool, alone: threading.Event) -> Result:
+    """Runs tests/cuda/run.py, which prints its own rungs, and gives it all jobs when `alone` is set."""
     begin = time.monotonic()
     rung = Rung("cuda", "tests/cuda/run.py", "", {})
     command, missing = nvcc()
     if missing:
         allowed = "cuda" in os.environ.get("DLKERNELS_GPULESS_ALLOW", "").split(",")
         return Result(rung, f"NOT RUN{' (allowed)' if allowed else ''}: {missing}", allowed, 0.0)
-    settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(max(1, JOBS // 2))}
+    jobs = max(1, JOBS // 2)
+    settings = {**os.environ, "NVCC": command, "MAX_JOBS": str(jobs)}
     form = [] if everything else ["--quick" if quick else "--short"]
-    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), *form]
-    status = subprocess.run(ladder, cwd=ROOT, env=settings).returncode
+    ladder = [sys.executable, str(ROOT / "tests" / "cuda" / "run.py"), "--more-jobs", *form]
+    with subprocess.Popen(ladder, cwd=ROOT, env=settings, stdin=subprocess.PIPE) as running:
+        while running.poll() is None and not alone.wait(1.0):
+            pass
+        running.communicate(b"+" * (JOBS - jobs))
+        status = running.returncode
     verdict = "passed" if status == 0 else f"FAILED ({status})"
     return Result(rung, verdict, status == 0, time.monotonic() - begin)
 
@@ -176,6 +183,11 @@ def climb(rung: Rung, python: Path, missing: str, arguments: list[str]) -> Resul
     return Result(rung, verdict, fine, time.monotonic() - begin)
 
 
+def reported(result: Result) -> Result:
+    print(f"== {result.rung.name}, {result.rung.spec}: {result.verdict}, {result.seconds:.0f} s", flush=True)
+    return result
+
+
 def main(arguments: list[str]) -> int:
     specs = [x for x in arguments if x.startswith("triton")]
     everything, quick = "--all" in arguments, "--quick" in arguments
@@ -188,15 +200,18 @@ def main(arguments: list[str]) -> int:
     results = []
     with ThreadPoolExecutor(JOBS) as pool:
         # This rung starts first, since it needs no environment and takes the longest.
-        cuda = pool.submit(climb_cuda, everything, quick)
+        alone = threading.Event()
+        cuda = pool.submit(climb_cuda, everything, quick, alone)
         with ThreadPoolExecutor(len(specs)) as installing:
             pythons = dict(zip(specs, installing.map(environment, specs), strict=True))
         print(f"environments: {time.monotonic() - begin:.0f} s", flush=True)
         waiting = [pool.submit(climb, rung, *pythons[rung.spec], rest) for rung in rungs(specs, everything, quick)]
-        for future in [*waiting, cuda]:
-            result = future.result()
-            results.append(result)
-            print(f"== {result.rung.name}, {result.rung.spec}: {result.verdict}, {result.seconds:.0f} s", flush=True)
+        try:
+            for future in waiting:
+                results.append(reported(future.result()))
+        finally:
+            alone.set()
+        results.append(reported(cuda.result()))
     failed = sum(not result.fine for result in results)
     print(f"{len(results) - failed} rungs passed, {failed} failed, {time.monotonic() - begin:.0f} s")
     return int(failed > 0)
