@@ -127,15 +127,13 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
         return Packing(self.op_mode, weights, self.num_layers, bool(self.bidirectional))
 
     def _called(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
-        if (self.zoneout or self.recurrent_dropout) and self._varied([])[1] is not None:
-            return self._run(input, hx, lengths, bptt_steps)
         if lengths is None and not bptt_steps:
             if type(input) is Tensor and not _is_compiling():
                 # With T = 1, the steps in Python of `_run` would take as long as the kernel.
                 served = direct.layer_module(self.__dict__, input, hx)
                 if served is not None:
                     return served  # type: ignore[no-any-return]
-            if is_tracing():
+            if is_tracing() and self._varied([])[1] is None:
                 return self._traced(input, hx)  # type: ignore[no-any-return]
         return self._run(input, hx, lengths, bptt_steps)
 

@@ -444,3 +444,25 @@ def test_the_plan_explained_is_the_plan_that_ran(variant: str, isa: str) -> None
 def test_cells_are_explained() -> None:
     assert dlkernels.explain(dlkernels.nn.LayerNormGRUCell(4, 6), torch.randn(3, 4)).native
     assert dlkernels.explain(dlkernels.nn.LayerNormLSTMCell(4, 6), torch.randn(4)).native
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("variant", ("LayerNormGRU-all-evaluated", "LSTM-zoneout-rates"))
+def test_traced(variant: str) -> None:
+    """A trace records PyTorch's operations, not the operator of the plain layer."""
+    module = VARIANTS[variant].module(torch.float32)
+    x = torch.randn(5, 3, 4)
+    traced = torch.jit.trace(lambda x: module(x)[0], (x,))  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(x), module(x)[0])
+
+
+@pytest.mark.parametrize("name", ("LSTM", "GRU"))
+def test_settings_may_change_later(name: str) -> None:
+    module = getattr(dlkernels.nn, name)(4, 6).eval()
+    x = torch.randn(5, 3, 4)
+    with torch.no_grad():
+        plain = module(x)[0]
+        module.zoneout = 1.0
+        assert module(x)[0].eq(0).all()
+        module.zoneout = 0.0
+        assert torch.equal(module(x)[0], plain)

@@ -99,14 +99,16 @@ PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
                          *const mode = Module::interned("mode"), *const num_layers = Module::interned("num_layers"),
                          *const bidirectional = Module::interned("bidirectional"),
                          *const batch_first = Module::interned("batch_first"),
-                         *const dropout = Module::interned("dropout"), *const training = Module::interned("training");
+                         *const dropout = Module::interned("dropout"), *const training = Module::interned("training"),
+                         *const zoneout = Module::interned("zoneout"),
+                         *const recurrent_dropout = Module::interned("recurrent_dropout");
   return served_or_none([&]() -> PyObject* {
     require(count == 3 && torch_side.tensor && !prefers_torch());
     const Module module(args[0]);
     PyObject* weight_names = module.get(names);
     require(PyList_Check(weight_names) && PyList_GET_SIZE(weight_names) > 0);
     if (is_trained(module.parameter(PyList_GET_ITEM(weight_names, 0)))) Py_RETURN_NONE;
-    require(!module.has(flat));
+    require(!module.has(flat) && !module.has(zoneout) && !module.has(recurrent_dropout));
     std::vector<PyObject*> weights(static_cast<size_t>(PyList_GET_SIZE(weight_names)));
     for (size_t i = 0; i < weights.size(); ++i) {
       weights[i] = module.parameter(PyList_GET_ITEM(weight_names, static_cast<Py_ssize_t>(i)));
