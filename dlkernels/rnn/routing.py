@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from dlkernels._core import extension
@@ -9,7 +11,30 @@ from dlkernels._core.dtypes import CUDA_KERNEL_DTYPES, KERNEL_DTYPES
 from dlkernels._core.routing import Route, is_for_torch, no_kernel, or_torch, with_kernel
 from dlkernels.rnn.dtypes import torch_has_no_lstm
 
-__all__ = ["is_call_for_torch", "route", "route_of_call"]
+__all__ = ["NO_EXTRAS", "Extras", "is_call_for_torch", "route", "route_of_call"]
+
+
+class Extras(NamedTuple):
+    """The arguments of a layer's call that torch's operators do not have; see `functional.lstm`."""
+
+    lengths: Tensor | None = None
+    bptt_steps: int | None = 0
+    resets: Tensor | None = None
+    return_cells: bool = False
+
+    @property
+    def named(self) -> str:
+        """One of those that are given, or nothing."""
+        if self.lengths is not None:
+            return "lengths="
+        if self.bptt_steps:
+            return "bptt_steps="
+        if self.resets is not None:
+            return "resets="
+        return "return_cells=" if self.return_cells else ""
+
+
+NO_EXTRAS = Extras()
 
 
 def _why_no_kernel(x: Tensor, projected: bool) -> str:
@@ -37,25 +62,22 @@ def route(*tensors: Tensor | None, projected: bool = False) -> Route:
     return no_kernel(reason) if reason else with_kernel(tensors)
 
 
-def is_call_for_torch(mode: str, x: Tensor, lengths: Tensor | None = None, bptt_steps: int | None = 0) -> bool:
+def is_call_for_torch(mode: str, x: Tensor, extras: Extras = NO_EXTRAS) -> bool:
     """Whether torch's operator runs a call of layers or of a cell with this input. It serves a whole stack at once."""
-    return is_for_torch(x) and not _missing(mode, x, lengths, bptt_steps)
+    return is_for_torch(x) and not _missing(mode, x, extras)
 
 
 def route_of_call(
-    mode: str, *tensors: Tensor | None, projected: bool = False, lengths: Tensor | None = None,
-    bptt_steps: int | None = 0,
+    mode: str, *tensors: Tensor | None, projected: bool = False, extras: Extras = NO_EXTRAS
 ) -> Route:  # fmt: skip
     """The route of a whole call: that of our operators, as `route` says, or torch's operator."""
     x = tensors[0]
     assert x is not None
-    return or_torch(route(*tensors, projected=projected), x, _missing(mode, x, lengths, bptt_steps))
+    return or_torch(route(*tensors, projected=projected), x, _missing(mode, x, extras))
 
 
-def _missing(mode: str, x: Tensor, lengths: Tensor | None, bptt_steps: int | None) -> str:
+def _missing(mode: str, x: Tensor, extras: Extras) -> str:
     """What torch's operator lacks of what the call asks for."""
-    if lengths is not None:
-        return "lengths="
-    if bptt_steps:
-        return "bptt_steps="
+    if extras.named:
+        return extras.named
     return "LSTM in autocast's dtype on this processor" if mode == "lstm" and torch_has_no_lstm(x) else ""

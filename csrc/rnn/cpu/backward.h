@@ -155,6 +155,7 @@ class Backward {
   struct Row {
     int64_t t, b;  // time step and sequence
     bool first;    // this is the sequence's first step: the state before it is h0, c0
+    bool reset;    // the state before the step is zero
   };
 
   struct Direction {
@@ -254,7 +255,7 @@ class Backward {
       alive = all.alive(t, alive);
       dir.first[k] = row;
       for (int64_t j = 0; j < alive; ++j, ++row)
-        dir.rows[row] = {t, all.sequence(j), d == 0 ? t == 0 : t == all.length(j) - 1};
+        dir.rows[row] = {t, all.sequence(j), d == 0 ? t == 0 : t == all.length(j) - 1, all.is_reset(d, t, j)};
     }
     dir.row_count = row;
   }

@@ -241,7 +241,7 @@ struct Stack {
         a.weights.push_back(std::move(weights[static_cast<size_t>(layer) * count + i]));
       }
       if (!packed.empty()) a.packed = OptionalTensor(packed[static_cast<size_t>(layer)].release());
-      auto [y, h, c, saved] = on_cpu::sequence_forward(cell, a);
+      auto [y, h, c, saved, cells] = on_cpu::sequence_forward(cell, a);
       results[0] = std::move(y);
       h_n.push_back(std::move(h));
       c_n.push_back(std::move(c));

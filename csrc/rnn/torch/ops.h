@@ -10,7 +10,7 @@
 
 namespace dlk {
 
-using SequenceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, h_n, c_n, saved
+using SequenceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // y, h_n, c_n, saved, cells
 
 #define DLK_RECURRENT_OPERATORS                                                       \
   SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& a); \

@@ -10,6 +10,7 @@ struct Sequence {
   LayerShape shape{};
   DirectionWeights weights[2]{};
   std::vector<int64_t> batch_sizes, lengths;  // the call's own copies, empty if not given
+  std::vector<uint8_t> resets;
   Dtypes dtypes;
   int t_dim = 0, b_dim = 1;
   Inputs inputs;
@@ -77,6 +78,7 @@ void read_call(CellKind cell, const Arguments& a, Sequence* call) {
   call->batch_sizes = read_sequence(a, call->dtypes, nullptr, &shape);
   if (!a.batch_sizes && a.batch_first) std::swap(call->t_dim, call->b_dim);
   if (a.lengths) call->lengths = read_lengths(a.lengths, shape.T);
+  call->resets = read_resets(a.resets);
 }
 
 StateTensor<const void*> take_state(const OptionalTensor& state, Sequence* call) {
@@ -105,7 +107,10 @@ const void* read_packed(const Tensor& packed, bool save, Isa isa, Sequence* call
   return data;
 }
 
-const int64_t* values_or_null(const std::vector<int64_t>& values) { return values.empty() ? nullptr : values.data(); }
+template <class T>
+const T* values_or_null(const std::vector<T>& values) {
+  return values.empty() ? nullptr : values.data();
+}
 
 void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
 
@@ -117,6 +122,8 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   Sequence call;
   read_call(cell, a, &call);
   const LayerShape& shape = call.shape;
+  const bool lstm = cell_traits(cell).cell_state;
+  DLK_CHECK(lstm || !a.cells, "cells must be False: ", mode_name(cell), " has no cell state");
   const Runtime runtime = current_runtime();
 
   ForwardParams params{};
@@ -130,21 +137,23 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   params.weights[1] = call.weights[1];
   params.batch_sizes = values_or_null(call.batch_sizes);
   params.lengths = values_or_null(call.lengths);
+  params.resets = values_or_null(call.resets);
   params.deterministic = a.deterministic;
 
-  const bool lstm = cell_traits(cell).cell_state;
   const DType of_h = call.dtypes.result(a.h_dtype, "h_dtype"), of_c = call.dtypes.result(a.c_dtype, "c_dtype");
   Tensor y = call.empty_rows(shape.D * shape.outputs(), of_h);
   Tensor h_n = new_state(true, shape.outputs(), of_h, call, &params.h_n);
   Tensor c_n = new_state(lstm, shape.H, lstm ? of_c : of_h, call, &params.c_n);
   Tensor saved = call.empty_records(a.save, {shape.record()});
+  Tensor cells = a.cells ? call.empty_rows(shape.D * shape.H, of_c) : absent(torch_dtype(lstm ? of_c : of_h));
   if (shape.B > 0) {
     params.y = call.output_rows(y);
+    if (a.cells) params.cells = call.output_rows(cells);
     params.saved = data_if(a.save, saved);
     rnn_forward(params, runtime);
     remember_shape(shape);
   }
-  return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved)};
+  return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved), std::move(cells)};
 }
 
 TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) {
@@ -164,8 +173,10 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   params.weights[1] = call.weights[1];
   params.batch_sizes = values_or_null(call.batch_sizes);
   params.lengths = values_or_null(call.lengths);
+  params.resets = values_or_null(call.resets);
   params.saved = call.inputs.contiguous(a.saved);
   if (a.dy) params.dy = call.rows(a.dy);
+  if (a.dcells) params.dcells = call.rows(a.dcells);
   params.dh_n = take_state(a.dh_n, &call);
   params.dc_n = take_state(a.dc_n, &call);
   params.bptt_steps = a.bptt_steps;

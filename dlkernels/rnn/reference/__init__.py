@@ -2,6 +2,6 @@
 
 from dlkernels.rnn.kinds import GATES, DirectionWeights, split_directions
 from dlkernels.rnn.reference.cells import cell
-from dlkernels.rnn.reference.sequences import sequence, stack
+from dlkernels.rnn.reference.sequences import sequence, stack, states_are_reset
 
-__all__ = ["GATES", "DirectionWeights", "cell", "sequence", "split_directions", "stack"]
+__all__ = ["GATES", "DirectionWeights", "cell", "sequence", "split_directions", "stack", "states_are_reset"]
