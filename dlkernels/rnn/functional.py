@@ -211,7 +211,7 @@ def _unbatched(
         resets = checks.resets(resets, (x.shape[0],), x.device).unsqueeze(1)
     stack = stack._replace(batch_first=False, resets=resets)
     y, h_n, c_n, cells = _batched(kind, x.unsqueeze(1), h0, c0, weights, stack)
-    cells = None if cells is None else cells.squeeze(1)
+    cells = cells.squeeze(1) if cells is not None and stack.return_cells else None
     return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if kind.has_cell_state else c_n, cells
 
 
@@ -233,7 +233,7 @@ class Call(NamedTuple):
         return Extras(self.given.lengths, self.cfg.bptt_steps, self.given.resets, self.cfg.cells)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(y, h_n, c_n, cells); cells is there only if the call wants it."""
+        """(y, h_n, c_n, cells); cells is empty or None unless the call wants it."""
         cfg, given, num_layers, dropout, training, packed = self
         if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x, self.extras):
             return *by_torch.layers(cfg, given, num_layers, dropout, training), None

@@ -180,7 +180,9 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
         x, h0 = x64.to(of_x), given64[1].to(of_h)
         c0 = None if data.c0 is None else given64[2].to(of_c)
         weights = [value.to(of_weights) for value in data.params.values()]
-        y, h_n, c_n, saved = op(mode)(x, h0, c0, weights, None, sizes, lengths, True, batch_first, True, False, *types)
+        y, h_n, c_n, saved, _ = op(mode)(
+            x, h0, c0, weights, None, sizes, lengths, True, batch_first, True, False, *types
+        )
         assert saved.dtype == F32
         grads = op(f"{mode}_backward")(
             dy.to(product), dh_n.to(product), None if dc_n is None else dc_n.to(product), x, h0, c0, weights,
