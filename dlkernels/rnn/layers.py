@@ -111,13 +111,13 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
         self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int, resets: Tensor | None,
         return_cells: bool = False,
     ) -> Any:  # fmt: skip
-        if lengths is None and not bptt_steps and resets is None and return_cells is False:
+        if lengths is None and not bptt_steps and return_cells is False:
             if type(input) is Tensor and not _is_compiling():
                 # With T = 1, the steps in Python of `_run` would take as long as the kernel.
-                served = direct.layer_module(self.__dict__, input, hx)
+                served = direct.layer_module(self.__dict__, input, hx, resets)
                 if served is not None:
                     return served
-            if is_tracing():
+            if resets is None and is_tracing():
                 return self._traced(input, hx)
         return self._run(input, hx, Extras(lengths, bptt_steps, resets, return_cells))
 

@@ -248,6 +248,29 @@ def test_refusals(resets: Any, error: type[Exception], text: str) -> None:
             layer(torch.randn(5, 2, 3), resets=resets)
 
 
+@pytest.mark.parametrize("grad", (False, True))
+@pytest.mark.parametrize("name", ("LSTMCell", "GRUCell", "RNNCell"))
+def test_cells_walk_as_layers(name: str, grad: bool) -> None:
+    cell = getattr(dlkernels.nn, name)(3, 4, dtype=torch.float64)
+    layer = getattr(dlkernels.nn, name.removesuffix("Cell"))(3, 4, dtype=torch.float64)
+    layer.load_state_dict({f"{key}_l0": value for key, value in cell.state_dict().items()})
+    x, resets = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=grad), torch.rand(6, 2) < 0.4
+    state, outputs = None, []
+    with torch.set_grad_enabled(grad):
+        for step, flags in zip(x, resets, strict=True):
+            state = cell(step, state, resets=flags)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        y = layer(x, resets=resets)[0]
+    torch.testing.assert_close(torch.stack(outputs), y)
+    if grad:
+        got, want = (torch.autograd.grad(out.sin().sum(), x)[0] for out in (torch.stack(outputs), y))
+        torch.testing.assert_close(got, want)
+    alone = cell(x[0, 0], state[0][0] if name == "GRUCell" else None, resets=torch.tensor(True))
+    torch.testing.assert_close(alone, cell(x[0, 0]))
+    with pytest.raises(RuntimeError, match=r"Expected resets of size \(2,\)"):
+        cell(x[0], state, resets=resets)
+
+
 def test_refusals_of_cells() -> None:
     x = torch.randn(5, 2, 3)
     with pytest.raises(TypeError, match="return_cells should be of type bool, got: int"):

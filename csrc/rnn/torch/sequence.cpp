@@ -119,6 +119,15 @@ void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data()
 namespace on_cpu {
 
 SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& a) {
+  SequenceOutputs results = sequence_results(cell, a);
+  auto& [y, h_n, c_n, saved, cells] = results;
+  if (!c_n.get()) c_n = absent(y.dtype());
+  if (!saved.get()) saved = absent(torch_dtype(compute_type(check_float(a.x, "x"))));
+  if (!cells.get()) cells = absent(c_n.dtype());
+  return results;
+}
+
+SequenceOutputs sequence_results(CellKind cell, const SequenceForwardArguments& a) {
   Sequence call;
   read_call(cell, a, &call);
   const LayerShape& shape = call.shape;
@@ -143,13 +152,14 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   const DType of_h = call.dtypes.result(a.h_dtype, "h_dtype"), of_c = call.dtypes.result(a.c_dtype, "c_dtype");
   Tensor y = call.empty_rows(shape.D * shape.outputs(), of_h);
   Tensor h_n = new_state(true, shape.outputs(), of_h, call, &params.h_n);
-  Tensor c_n = new_state(lstm, shape.H, lstm ? of_c : of_h, call, &params.c_n);
-  Tensor saved = call.empty_records(a.save, {shape.record()});
-  Tensor cells = a.cells ? call.empty_rows(shape.D * shape.H, of_c) : absent(torch_dtype(lstm ? of_c : of_h));
+  Tensor c_n, saved, cells;
+  if (lstm) c_n = new_state(true, shape.H, of_c, call, &params.c_n);
+  if (a.save) saved = call.empty_records(true, {shape.record()});
+  if (a.cells) cells = call.empty_rows(shape.D * shape.H, of_c);
   if (shape.B > 0) {
     params.y = call.output_rows(y);
     if (a.cells) params.cells = call.output_rows(cells);
-    params.saved = data_if(a.save, saved);
+    if (a.save) params.saved = saved.data();
     rnn_forward(params, runtime);
     remember_shape(shape);
   }
