@@ -265,7 +265,7 @@ def test_cells_walk_as_layers(name: str, grad: bool) -> None:
     if grad:
         got, want = (torch.autograd.grad(out.sin().sum(), x)[0] for out in (torch.stack(outputs), y))
         torch.testing.assert_close(got, want)
-    alone = cell(x[0, 0], state[0][0] if name == "GRUCell" else None, resets=torch.tensor(True))
+    alone = cell(x[0, 0], state[0] if name == "GRUCell" else None, resets=torch.tensor(True))
     torch.testing.assert_close(alone, cell(x[0, 0]))
     with pytest.raises(RuntimeError, match=r"Expected resets of size \(2,\)"):
         cell(x[0], state, resets=resets)
