@@ -124,7 +124,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         return KINDS[rnn_mode(self.nonlinearity)].mode
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None) -> Tensor:
-        """As in torch.nn; `resets`, bool [B], sets the state of the sequences whose flag is set to zero before the step."""
+        """As in torch.nn. `resets`, bool [B]: the step takes a state of zeros for the sequences whose flag is set."""
         if resets is not None:
             hx = _reset(input, hx, resets)
         mode = _ELMAN_MODES.get(self.nonlinearity)
