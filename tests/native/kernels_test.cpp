@@ -28,7 +28,7 @@ void compare(const Case& c, const char* name, const Buffer& got, const Buffer& w
   const double relative = dtype == DType::bf16 ? 0x1p-7 : dtype == DType::f16 ? 0x1p-10 : 0;
   double absolute = epsilon * (100 + 8 * static_cast<double>(c.shape.T)) * (1 + largest);
   if (pairs) absolute += 0x1p-9 * (1 + largest);
-  if (c.shape.D == 2 && std::strcmp(name, "dx") == 0) absolute += relative * largest;
+  if (c.shape.D == 2 && std::strcmp(name, "dx") == 0) absolute += 2 * relative * largest;
   if (std::strcmp(name, kFixed) == 0) absolute += 1 / 32767.0;
   for (int64_t i = 0; i < want.count(); ++i) {
     if (got.same_bits(i, want, i)) continue;  // includes the NaN of elements that neither has written

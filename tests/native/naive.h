@@ -1,7 +1,7 @@
 // An oracle for the recurrent layers, as slow and plain as possible: it computes one sequence after the other and one
 // time step after the other, and every number is a double. It takes the same structs as the kernels and shares no code
-// with them. With `pairs` the operands of matrix products are rounded to bf16, as the kernels that multiply pairs of
-// bf16 do.
+// with them. With `pairs` the operands of matrix products and the terms of bias gradients are rounded to bf16, as the
+// kernels that multiply pairs of bf16 do.
 #pragma once
 
 #include <algorithm>
@@ -381,8 +381,8 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
         for (int64_t i = 0; i < s.I; ++i) dx.values[row * s.I + i] += dx_row[i];
         dw_ih.add_outer(input, x);
         dw_hh.add_outer(hidden, operand(h_prev, pairs));
-        db_ih.add_outer(g.input, one);
-        db_hh.add_outer(g.hidden, one);
+        db_ih.add_outer(input, one);
+        db_hh.add_outer(hidden, one);
 
         dh.assign(static_cast<size_t>(O), 0.0);
         const bool cut = reset || (p.bptt_steps > 0 && step > 0 && step % p.bptt_steps == 0);
