@@ -84,7 +84,7 @@ MUTANTS = (
     # c of every step and its gradient.
     Mutant("sequence_forward.h", "c = now.live[i] ? out[i][Cell::kStateSlot] : 0.0f;", "c = out[i][Cell::kStateSlot];",
            "plain"),
-    Mutant("sequence_backward.h", "dcs[at] + now.dcells[i]", "dcs[at]", "plain"),
+    Mutant("sequence_backward.h", "kCellState && kFetchAhead) dc[i] += now.dcells[i];", "kCellState) {}", "plain"),
     Mutant("cell_kernels.h", "        dc[i] += dcells[i];\n", "", "plain"),
     Mutant("sequence_forward.h", "return u < p.H && term < p.H ?", "return u < p.H ?", "asan"),
 )  # fmt: skip

@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         const int at = (chunk + Turns::column(thread, i)) * kUnits + unit;
         const bool busy = Turns::has_cell(thread, i);
         carry[i] = busy ? carries[at] : 0.0f;
-        dc[i] = busy && Cell::kCellState ? dcs[at] + now.dcells[i] : 0.0f;
+        dc[i] = busy && Cell::kCellState ? dcs[at] : 0.0f;
+        if (Cell::kCellState && !kFetchAhead) dc[i] += now.dcells[i];  // no register keeps it until it is needed
       }
       if (kFetchAhead && !last_chunk) fetch(s, t, chunk + kColumns, &next);
       if (kFetchAhead && last_chunk && more) fetch(s + 1, next_t, 0, &next);
@@ -181,6 +182,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         if (any_live && busy) {
           carry[i] += add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
           if (now.live[i]) {
+            if (Cell::kCellState && kFetchAhead) dc[i] += now.dcells[i];
             if constexpr (!kFetchAhead) inputs[i] = backward_inputs<Cell, S>(now.record[i], now.state[i]);
             carry[i] = step_backward(relu, inputs[i], now.dy[i] + carry[i], &dc[i], grads[i]);
             if (now.cut[i]) carry[i] = dc[i] = 0.0f;
