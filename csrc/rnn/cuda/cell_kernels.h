@@ -93,9 +93,9 @@ __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_consta
   if (j >= p.H || b >= p.B) return;
 
   const int length = row_length(p.rows, p.B, b);
-  const float zeros[kWidth] = {};
   if (p.rows.t >= length) {
     if (p.rows.offsets) return;
+    const float zeros[kWidth] = {};
     store_state<kWidth, S>(p.y, b, j, zeros);
     if constexpr (Cell::kCellState) store_state<kWidth, S>(p.cells, b, j, zeros);
     return;

@@ -187,11 +187,11 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         if (now.live[i]) states[b * kUnits + unit] = now.resets >> i & 1 ? 0.0f : out[i][Cell::kStateSlot];
         if (!exists || first + b >= p.B) continue;
         if (now.live[i] || !p.offsets) {
-          const int64_t at = row_offset(p.y, p.offsets, t, first + b);
-          y[at] = from_float<S>(now.live[i] ? h_new[i] : 0.0f);
+          const int64_t row = row_offset(p.y, p.offsets, t, first + b);
+          y[row] = from_float<S>(now.live[i] ? h_new[i] : 0.0f);
           if constexpr (Cell::kCellState) {
             const float c = now.live[i] ? out[i][Cell::kStateSlot] : 0.0f;
-            if (p.cells) static_cast<S*>(p.cells)[at + d * p.H + j] = from_float<S>(c);
+            if (p.cells) static_cast<S*>(p.cells)[row + d * p.H + j] = from_float<S>(c);
           }
         }
         if (!now.live[i]) continue;
@@ -213,9 +213,9 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
     for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
-      const int64_t at = row_offset(p.y, nullptr, t, first + b);
-      y[at] = from_float<S>(0.0f);
-      if (p.cells) static_cast<S*>(p.cells)[at + d * p.H + j] = from_float<S>(0.0f);
+      const int64_t row = row_offset(p.y, nullptr, t, first + b);
+      y[row] = from_float<S>(0.0f);
+      if (p.cells) static_cast<S*>(p.cells)[row + d * p.H + j] = from_float<S>(0.0f);
     }
   }
 }
