@@ -153,6 +153,10 @@ inline void check_cell_state(CellKind cell, const OptionalTensor& c, const char*
   DLK_CHECK(cell_traits(cell).cell_state || !c, what, " must be None: ", mode_name(cell), " has no cell state");
 }
 
+inline void check_cells_exist(CellKind cell, bool wanted) {
+  DLK_CHECK(cell_traits(cell).cell_state || !wanted, "cells must be False: ", mode_name(cell), " has no cell state");
+}
+
 // Checks the arguments that forward and backward of a sequence have in common, except for the values of lengths, and
 // fills `shape`, whose cell and dtype must be filled in before. Returns a copy of batch_sizes, empty for padded x.
 template <class Arguments>

@@ -132,7 +132,7 @@ SequenceOutputs sequence_results(CellKind cell, const SequenceForwardArguments& 
   read_call(cell, a, &call);
   const LayerShape& shape = call.shape;
   const bool lstm = cell_traits(cell).cell_state;
-  DLK_CHECK(lstm || !a.cells, "cells must be False: ", mode_name(cell), " has no cell state");
+  check_cells_exist(cell, a.cells);
   const Runtime runtime = current_runtime();
 
   ForwardParams params{};
