@@ -14,6 +14,7 @@ from dlkernels.attention import explain as of_attention
 from dlkernels.integrations import recurrent_operators, sdpa_operator
 from dlkernels.integrations.switch import Switch
 from dlkernels.rnn import explain as of_rnn
+from dlkernels.rnn.routing import Extras
 
 __all__ = ["Explanation", "LayerExplanation", "explain"]
 
@@ -62,14 +63,16 @@ def _switches(layer: Module) -> list[Switch]:
     return [recurrent_operators.SWITCH]
 
 
-def _layer(
-    layer: Module, input: Tensor | PackedSequence, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0
-) -> Explanation:
+def _layer(layer: Module, input: Tensor | PackedSequence, hx: Any = None, **extras: Any) -> Explanation:
     if not isinstance(input, (Tensor, PackedSequence)):
         raise TypeError(f"explain(): argument 'input' must be Tensor or PackedSequence, not {type(input).__name__}")
     if not isinstance(layer, of_rnn.LAYERS):
         return _not_ours(layer, input)
-    return of_rnn.explain_layer(layer, input, hx, lengths, bptt_steps)
+    try:
+        given = Extras(**extras)
+    except TypeError as error:
+        raise TypeError(str(error).replace("Extras.__new__()", "explain()")) from None
+    return of_rnn.explain_layer(layer, input, hx, given)
 
 
 def _not_ours(layer: Module, input: Any) -> Explanation:

@@ -75,7 +75,9 @@ struct ForwardParams {
   const void* packed;          // what rnn_pack() wrote for these weights, or null
   const int64_t* batch_sizes;  // [T], descending: x, y are packed; else null
   const int64_t* lengths;      // [B], in 0..T, already checked; else null
+  const uint8_t* resets;       // [rows], 0 or 1, or null: see SequenceLayout
   RowTensor<void*> y;          // features: D*O; padding rows are written as 0
+  RowTensor<void*> cells;      // features: D*H, c of every step, lstm only; data null = not wanted; padding as in y
   StateTensor<void*> h_n;      // [D, B, O]
   StateTensor<void*> c_n;      // [D, B, H], lstm only
   void* saved;                 // [D, rows, R] of the compute type, or null (inference): slots of H, then h' if it is
@@ -94,8 +96,10 @@ struct BackwardParams {
   StateTensor<const void*> h0, c0;
   DirectionWeights weights[2];
   const int64_t *batch_sizes, *lengths;
+  const uint8_t* resets;
   const void* saved;                    // what the forward saved; its other results are not needed
   RowTensor<const void*> dy;            // features: D*O; data null = zeros
+  RowTensor<const void*> dcells;        // features: D*H; data null = zeros
   StateTensor<const void*> dh_n, dc_n;  // [D, B, O], [D, B, H]; null = zeros
   int64_t bptt_steps;                   // 0 = never cut; else gradients stop at every multiple of it
   RowTensor<void*> dx;                  // data null = not wanted; padding rows are written as 0

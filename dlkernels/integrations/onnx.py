@@ -51,18 +51,19 @@ def _layer(kind: Kind) -> Any:
         x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], packed: Tensor | None,
         batch_sizes: Tensor | None, lengths: Tensor | None, bidirectional: bool, batch_first: bool, save: bool,
         deterministic: bool, product_dtype: int = -1, h_dtype: int = -1, c_dtype: int = -1,
+        resets: Tensor | None = None, cells: bool = False,
     ) -> Any:  # fmt: skip
         directions = 2 if bidirectional else 1
         hidden, proj, _ = sizes(kind, weights, directions)
         if batch_sizes is not None or product_dtype != -1:
             return NotImplemented
         nothing = x.new_empty((0,))
-        if proj or x.dtype == torch.bfloat16:  # which ONNX's LSTM has not
-            results = reference.sequence(
+        if proj or x.dtype == torch.bfloat16 or resets is not None or cells:  # which ONNX's LSTM has not
+            y, h_n, c_n, *all_c = reference.sequence(
                 kind.mode, x, h0, c0, weights, batch_sizes, lengths, bidirectional, batch_first, 0,
-                h_dtype=dtype_of(h_dtype, x), c_dtype=dtype_of(c_dtype, x),
+                h_dtype=dtype_of(h_dtype, x), c_dtype=dtype_of(c_dtype, x), resets=resets, return_cells=cells,
             )  # fmt: skip
-            return (*results, nothing)
+            return y, h_n, c_n, nothing, *(all_c or [nothing])
         steps = x.transpose(0, 1) if batch_first else x
         T, B = steps.shape[0], steps.shape[1]
         order = _ORDER[kind.mode]
@@ -95,7 +96,7 @@ def _layer(kind: Kind) -> Any:
         y = y.transpose(1, 2).flatten(2)
         if batch_first:
             y = y.transpose(0, 1)
-        return y, last[0], last[1] if kind.has_cell_state else nothing, nothing
+        return y, last[0], last[1] if kind.has_cell_state else nothing, nothing, nothing
 
     return layer
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from dlkernels._core.extension import HAVE_NATIVE
 from dlkernels._core.private_torch import is_tracing
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer
-from dlkernels.rnn import functional
+from dlkernels.rnn import checks, functional
 from dlkernels.rnn.kinds import KINDS, rnn_mode
 from dlkernels.rnn.operators import direct
 from dlkernels.rnn.operators.cell import plain_cell
@@ -48,6 +48,16 @@ def _unchecked(mode: str, cell: _Cell, x: Any, h: Any, c: Any) -> Sequence[Tenso
     except KeyError:  # a parametrized weight
         return None
     return plain_cell(mode, given)
+
+
+def _reset(input: Tensor, hx: Any, resets: Any) -> Any:
+    """hx with zeros where a flag is set."""
+    flags = checks.resets(resets, tuple(input.shape[:-1]), input.device).unsqueeze(-1)
+    if isinstance(hx, Tensor):
+        return torch.where(flags, 0, hx)
+    if isinstance(hx, (tuple, list)):
+        return tuple(torch.where(flags, 0, state) if isinstance(state, Tensor) else state for state in hx)
+    return hx
 
 
 def _weights(cell: Any) -> Weights:
@@ -113,7 +123,10 @@ class RNNCell(_Cell, torch.nn.RNNCell):
     def _mode(self) -> str:  # type: ignore[override]
         return KINDS[rnn_mode(self.nonlinearity)].mode
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None) -> Tensor:
+        """As in torch.nn. `resets`, bool [B]: the step takes a state of zeros for the sequences whose flag is set."""
+        if resets is not None:
+            hx = _reset(input, hx, resets)
         mode = _ELMAN_MODES.get(self.nonlinearity)
         if mode is not None:
             served = _served(mode, self, input, hx)
@@ -136,7 +149,10 @@ class GRUCell(_Cell, torch.nn.GRUCell):
     __module__ = PUBLIC_MODULE
     _mode = "gru"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None) -> Tensor:
+        """As in torch.nn, with `resets` as in `RNNCell.forward`."""
+        if resets is not None:
+            hx = _reset(input, hx, resets)
         served = _served("gru", self, input, hx)
         if served is not None:
             return served  # type: ignore[no-any-return]
@@ -154,7 +170,12 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     __module__ = PUBLIC_MODULE
     _mode = "lstm"
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, resets: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As in torch.nn, with `resets` as in `RNNCell.forward`."""
+        if resets is not None:
+            hx = _reset(input, hx, resets)
         served = _served("lstm", self, input, hx)
         if served is not None:
             return served  # type: ignore[no-any-return]

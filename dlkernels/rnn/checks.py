@@ -189,6 +189,25 @@ def lengths(value: Any, batch: int, device: torch.device) -> Tensor:
     return value.to(device, torch.int64)
 
 
+def resets(value: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`value` on `device`, a bool tensor with an entry for each row of the input."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"resets should be a tensor, got: {type(value).__name__}")
+    if value.dtype != torch.bool:
+        raise TypeError(f"resets should be of dtype torch.bool, got: {value.dtype}")
+    if value.shape != shape:
+        raise RuntimeError(f"Expected resets of size {shape}, one for each row of the input, got {tuple(value.shape)}")
+    return value.to(device)
+
+
+def return_cells(kind: Kind, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"return_cells should be of type bool, got: {type(value).__name__}")
+    if value and not kind.has_cell_state:
+        raise ValueError(f"return_cells: {kind.layer} has no cell state")
+    return value
+
+
 def values_for_reference(
     x: Tensor, sizes: Tensor | None, lengths: Tensor | None, steps: int
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip

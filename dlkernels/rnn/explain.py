@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from dlkernels.rnn.kinds import KINDS
 from dlkernels.rnn.layers import RecurrentLayer
 from dlkernels.rnn.normalised_cells import LayerNormGRUCell, LayerNormLSTMCell
 from dlkernels.rnn.prepacked import BITS
-from dlkernels.rnn.routing import route_of_call
+from dlkernels.rnn.routing import NO_EXTRAS, Extras, route_of_call
 
 __all__ = ["LAYERS", "explain_layer"]
 
@@ -36,17 +36,16 @@ class _Call:
     states: list[Tensor]
     steps: int
     batch: int
-    lengths: Tensor | None = None
-    bptt_steps: int = 0
+    extras: Extras = NO_EXTRAS
 
 
 def explain_layer(
-    layer: Module, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None, bptt_steps: int
+    layer: Module, input: Tensor | PackedSequence, hx: Any, extras: Extras
 ) -> Explanation:  # fmt: skip
     """Tells what a call of one of LAYERS with these arguments would run. An input of another size, dtype or device than
     the layer's raises the error of the call itself."""
     if isinstance(layer, RecurrentLayer):
-        call = _layer_call(layer, input, hx, lengths, bptt_steps)
+        call = _layer_call(layer, input, hx, extras)
         layers = _explain_stack(layer, call)
     else:
         call = _cell_call(input, hx)
@@ -59,7 +58,7 @@ def _states(hx: Any) -> list[Tensor]:
 
 
 def _layer_call(
-    layer: RecurrentLayer, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int
+    layer: RecurrentLayer, input: Any, hx: Any, extras: Extras
 ) -> _Call:  # fmt: skip
     states = _states(hx)
     if isinstance(input, PackedSequence):
@@ -72,11 +71,15 @@ def _layer_call(
         data = input
         time, rows = (1, 0) if layer.batch_first and input.dim() == 3 else (0, 1)
         steps, batch = input.size(time), input.size(rows) if input.dim() == 3 else 1
-        text = describe("input", input) + (", with lengths" if lengths is not None else "")
-    if bptt_steps:
-        text += f", gradients cut every {bptt_steps} steps"
+        text = describe("input", input) + (", with lengths" if extras.lengths is not None else "")
+    if extras.bptt_steps:
+        text += f", gradients cut every {extras.bptt_steps} steps"
+    if extras.resets is not None:
+        text += ", with resets"
+    if extras.return_cells:
+        text += ", c of every step returned"
     text += ", given hx" if states else ", hx zeros"
-    return _Call(text, data, states, steps, batch, lengths, bptt_steps)
+    return _Call(text, data, states, steps, batch, extras)
 
 
 def _cell_call(input: Any, hx: Any) -> _Call:
@@ -107,8 +110,11 @@ def _explain_stack(layer: RecurrentLayer, call: _Call) -> tuple[LayerExplanation
             "I": layer.input_size if index == 0 else outputs,
             "H": layer.hidden_size, "P": layer.proj_size, "D": directions,
         }  # fmt: skip
+        here = call
+        if varied is not None and index < layer.num_layers - 1:  # only the last layer returns its cells
+            here = replace(call, extras=call.extras._replace(return_cells=False))
         explained.append(
-            _explain_one(f"layer {index}", layer.op_mode, call, tensors, sizes, packed, varied is not None)
+            _explain_one(f"layer {index}", layer.op_mode, here, tensors, sizes, packed, varied is not None)
         )
     return tuple(explained)
 
@@ -168,8 +174,7 @@ def _explain_one(
     dtype = _compute_dtype(call.input)
     probe = torch.empty(0, dtype=dtype, device=call.input.device)
     decided = route_of_call(
-        mode, probe, *tensors, projected=sizes["P"] > 0, varies=varies, lengths=call.lengths,
-        bptt_steps=call.bptt_steps,
+        mode, probe, *tensors, projected=sizes["P"] > 0, varies=varies, extras=call.extras
     )  # fmt: skip
     grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if not decided.native:

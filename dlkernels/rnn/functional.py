@@ -35,7 +35,7 @@ from dlkernels.rnn.operators import by_torch, direct
 from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceConfig, SequenceInputs
 from dlkernels.rnn.operators.cell import cell
 from dlkernels.rnn.operators.sequence import sequence
-from dlkernels.rnn.routing import is_call_for_torch, route
+from dlkernels.rnn.routing import Extras, is_call_for_torch, route
 from dlkernels.rnn.variants import Rates, Variation, check_gains, of_layer, variation
 
 __all__ = [
@@ -56,8 +56,8 @@ def lstm(
     input: Tensor, hx: Pair | None, weights: Sequence[Tensor], *, num_layers: int = 1, bidirectional: bool = False,
     batch_first: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None, bptt_steps: int | None = 0, packed: Sequence[Tensor] | None = None,
-    zoneout: Rates = 0.0, recurrent_dropout: float = 0.0,
-) -> tuple[Tensor, Pair]:  # fmt: skip
+    resets: Tensor | None = None, return_cells: bool = False, zoneout: Rates = 0.0, recurrent_dropout: float = 0.0,
+) -> tuple[Tensor, Pair] | tuple[Tensor, Pair, Tensor]:  # fmt: skip
     """Long short-term memory (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000).
 
         i = sigmoid(W_ii x + b_ii + W_hi h + b_hi)      f = sigmoid(W_if x + b_if + W_hf h + b_hf)
@@ -77,6 +77,11 @@ def lstm(
     bptt_steps: k > 0 cuts the gradient that flows through the state before every k-th step (truncated back-propagation
         through time); 0 or None never cuts.
     packed: one buffer of `dlkernels.rnn.operators.pack` for each layer, made of these weights.
+    resets: bool, [T, B], [B, T] if `batch_first`, [T] of unbatched input, or [rows] in the order of packed input. A
+        flag at step t separates the steps before t from those from t on, in every layer: the forward direction takes
+        step t, and the reverse direction step t - 1, with a state of zeros, and no gradient crosses the boundary. A
+        flag at a sequence's first step drops h_0 and c_0 of the forward direction; flags in the padding have no effect.
+    return_cells: whether c of every step of the last layer is returned too.
     zoneout: a rate, or a pair of them for c and for h (Krueger et al. 2017). When `training`, each unit keeps its old
         value with that probability; otherwise the state is the average that this gives. h' is computed from the c'
         before that. Not with a projection.
@@ -84,11 +89,12 @@ def lstm(
         1 / (1 - p), multiplies h where it enters W_hh h (Gal and Ghahramani 2016). Not with a projection.
 
     All masks are drawn from torch's generator. Returns output (the layout of `input`, D*O features) and (h_n, c_n),
-    shaped as hx.
+    shaped as hx; with `return_cells` also the cell states in the layout of the output with D*H features, 0 in the
+    padding.
     """
     return run(KINDS["lstm"], input, hx, weights, Stack(
-        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed,
-        variation(KINDS["lstm"], zoneout, recurrent_dropout, training),
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, resets,
+        return_cells, variation(KINDS["lstm"], zoneout, recurrent_dropout, training),
     ))  # fmt: skip
 
 
@@ -96,7 +102,7 @@ def gru(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, num_layers: int = 1, bidirectional: bool = False,
     batch_first: bool = False, dropout: float = 0.0, training: bool = False, lengths: Tensor | None = None,
     batch_sizes: Tensor | None = None, bptt_steps: int | None = 0, packed: Sequence[Tensor] | None = None,
-    zoneout: float = 0.0, recurrent_dropout: float = 0.0,
+    resets: Tensor | None = None, zoneout: float = 0.0, recurrent_dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gated recurrent units (Cho et al. 2014), with torch's and cuDNN's reset gate after the matrix product.
 
@@ -107,8 +113,8 @@ def gru(
     zoneout: one rate. The z * h of h' is not dropped by `recurrent_dropout`. Returns output and h_n.
     """
     return run(KINDS["gru"], input, hx, weights, Stack(
-        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed,
-        variation(KINDS["gru"], zoneout, recurrent_dropout, training),
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, resets,
+        False, variation(KINDS["gru"], zoneout, recurrent_dropout, training),
     ))  # fmt: skip
 
 
@@ -116,7 +122,7 @@ def rnn(
     input: Tensor, hx: Tensor | None, weights: Sequence[Tensor], *, nonlinearity: str = "tanh", num_layers: int = 1,
     bidirectional: bool = False, batch_first: bool = False, dropout: float = 0.0, training: bool = False,
     lengths: Tensor | None = None, batch_sizes: Tensor | None = None, bptt_steps: int | None = 0,
-    packed: Sequence[Tensor] | None = None,
+    packed: Sequence[Tensor] | None = None, resets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Simple recurrent layer (Elman 1990): h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu by `nonlinearity`.
 
@@ -124,7 +130,7 @@ def rnn(
     Returns output and h_n. ValueError for another nonlinearity.
     """
     return run(KINDS[rnn_mode(nonlinearity)], input, hx, weights, Stack(
-        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed
+        num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, resets
     ))  # fmt: skip
 
 
@@ -166,27 +172,30 @@ class Stack(NamedTuple):
     batch_sizes: Tensor | None = None
     bptt_steps: int | None = 0
     packed: Sequence[Tensor] | None = None
+    resets: Tensor | None = None
+    return_cells: bool = False
     variation: Variation | None = None
 
 
-def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack) -> tuple[Tensor, Any]:
+def run(kind: Kind, input: Any, hx: Any, weights: Sequence[Tensor], stack: Stack) -> tuple[Any, ...]:
     """The common implementation of `lstm`, `gru` and `rnn`."""
     h0, c0 = (None, None) if hx is None else checks.states(kind, kind.function, hx)
     if not isinstance(input, Tensor):
         checks.tensor(kind.function, "input", input)
     if stack.batch_sizes is None and input.dim() == 2:
-        y, h_n, c_n = _unbatched(kind, input, h0, c0, weights, stack)
+        y, h_n, c_n, cells = _unbatched(kind, input, h0, c0, weights, stack)
     else:
-        y, h_n, c_n = _batched(kind, input, h0, c0, weights, stack)
-    return y, (h_n, c_n) if kind.has_cell_state else h_n
+        y, h_n, c_n, cells = _batched(kind, input, h0, c0, weights, stack)
+    states = (h_n, c_n) if kind.has_cell_state else h_n
+    return (y, states, cells) if stack.return_cells else (y, states)
 
 
 def _batched(
     kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, varied = stack
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, *extra = stack
     found = None
-    if not bptt_steps and varied is None and not _is_compiling():
+    if not bptt_steps and extra == _NO_EXTRAS and not _is_compiling():
         found = direct.layers_without_gradients(
             kind.mode, x, h0, c0, weights, packed, batch_sizes, lengths, num_layers, bidirectional, batch_first,
             dropout, training,
@@ -195,19 +204,27 @@ def _batched(
         return arrange(kind, x, h0, c0, weights, stack).run()
     if dropout:
         checks.dropout(dropout)
-    return found[0], found[1], found[-1]
+    return found[0], found[1], found[-1], None
 
 
 def _unbatched(
     kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     checks.weight_count(kind, weights, stack.num_layers, 2 if stack.bidirectional else 1)
     checks.state_ranks(False, h0, c0)
     if stack.lengths is not None:
         raise ValueError("lengths: needs batched 3-D input, got 2-D input")
     h0, c0 = (None if state is None else state.unsqueeze(1) for state in (h0, c0))
-    y, h_n, c_n = _batched(kind, x.unsqueeze(1), h0, c0, weights, stack._replace(batch_first=False))
-    return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if kind.has_cell_state else c_n
+    resets = stack.resets
+    if resets is not None:
+        resets = checks.resets(resets, (x.shape[0],), x.device).unsqueeze(1)
+    stack = stack._replace(batch_first=False, resets=resets)
+    y, h_n, c_n, cells = _batched(kind, x.unsqueeze(1), h0, c0, weights, stack)
+    cells = cells.squeeze(1) if cells is not None and stack.return_cells else None
+    return y.squeeze(1), h_n.squeeze(1), c_n.squeeze(1) if kind.has_cell_state else c_n, cells
+
+
+_NO_EXTRAS = [None, False, None]  # no resets, no cells, no variation
 
 
 class Call(NamedTuple):
@@ -221,13 +238,17 @@ class Call(NamedTuple):
     packed: Sequence[Tensor] | None
     variation: Variation | None = None
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(y, h_n, c_n)."""
+    @property
+    def extras(self) -> Extras:
+        return Extras(self.given.lengths, self.cfg.bptt_steps, self.given.resets, self.cfg.cells)
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(y, h_n, c_n, cells); cells is empty or None unless the call wants it."""
         cfg, given, num_layers, dropout, training, packed, varied = self
         if varied is not None:
             return _layer_by_layer(cfg, given, num_layers, dropout, None, varied, training)
-        if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x, given.lengths, cfg.bptt_steps):
-            return by_torch.layers(cfg, given, num_layers, dropout, training)
+        if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x, self.extras):
+            return *by_torch.layers(cfg, given, num_layers, dropout, training), None
         if num_layers == 1:
             return sequence(cfg, given if packed is None else given._replace(packed=packed[0]))
         return _layer_by_layer(cfg, given, num_layers, dropout, packed)
@@ -237,7 +258,8 @@ def arrange(
     kind: Kind, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], stack: Stack
 ) -> Call:
     """Checks a call with batched or packed input."""
-    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, varied = stack
+    num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, *_ = stack
+    resets, return_cells, varied = stack.resets, stack.return_cells, stack.variation
     directions = 2 if bidirectional else 1
     count = checks.weight_count(kind, weights, num_layers, directions)
     checks.rank(kind.layer, x, batch_sizes is not None)
@@ -266,6 +288,8 @@ def arrange(
         if lengths is not None:
             raise ValueError("lengths: packed input has its own, pass lengths or batch_sizes")
         checks.batch_sizes(x, batch_sizes)
+        if resets is not None:
+            resets = checks.resets(resets, (x.shape[0],), x.device)
         batch_first, steps = False, 0
         # The number of sequences is a tensor's value. Compiled code does not read it: the operator checks the states.
         batch = None if torch.compiler.is_compiling() or (h0 is None and c0 is None) else int(batch_sizes[0])
@@ -275,6 +299,9 @@ def arrange(
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if lengths is not None:
             lengths = checks.lengths(lengths, batch, x.device)
+        if resets is not None:
+            resets = checks.resets(resets, (x.shape[0], x.shape[1]), x.device)
+            resets = resets.transpose(0, 1) if batch_first else resets
 
     features = x.shape[-1]
     for layer in range(num_layers):
@@ -300,9 +327,9 @@ def arrange(
 
     cfg = SequenceConfig(
         kind.mode, bool(bidirectional), bool(batch_first), steps_between_cuts,
-        torch.are_deterministic_algorithms_enabled(), types,
+        torch.are_deterministic_algorithms_enabled(), types, checks.return_cells(kind, return_cells),
     )  # fmt: skip
-    given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights)
+    given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights, resets)
     return Call(cfg, given, num_layers, dropout if training else 0.0, training, packed, varied)
 
 
@@ -316,8 +343,9 @@ def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
 def _layer_by_layer(
     cfg: SequenceConfig, given: SequenceInputs, num_layers: int, dropout: float, packed: Sequence[Tensor] | None,
     varied: Variation | None = None, training: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    x, h0, c0, *_, weights = given
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x, h0, c0, *_, weights, _ = given
+    cells, return_cells = None, cfg.cells
     count = len(weights) // num_layers
     directions = 2 if cfg.bidirectional else 1
     h_n, c_n = [], []
@@ -332,6 +360,7 @@ def _layer_by_layer(
         if swapped and layer == num_layers - 1:
             x = x.transpose(0, 1)
             cfg = cfg._replace(batch_first=True)
+        cfg = cfg._replace(cells=return_cells and layer == num_layers - 1)
         here = slice(layer * directions, (layer + 1) * directions)
         of_layer_cfg, inputs = cfg, given._replace(
             x=x, h0=None if h0 is None else h0[here], c0=None if c0 is None else c0[here],
@@ -339,10 +368,11 @@ def _layer_by_layer(
         )  # fmt: skip
         if varied is not None:
             of_layer_cfg, inputs = of_layer(varied, cfg, inputs, layer, num_layers, training)
-        x, h, c = sequence(of_layer_cfg, inputs)
+        x, h, c, cells = sequence(of_layer_cfg, inputs)
         h_n.append(h)
         c_n.append(c)
-    return x, torch.cat(h_n), torch.cat(c_n) if KINDS[cfg.mode].has_cell_state else c_n[0]
+    assert cells is not None
+    return x, torch.cat(h_n), torch.cat(c_n) if KINDS[cfg.mode].has_cell_state else c_n[0], cells
 
 
 def _cell(

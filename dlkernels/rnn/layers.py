@@ -8,7 +8,7 @@ Nothing is cached between calls: the weights are looked up by name in every forw
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dlkernels.rnn import functional
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
 from dlkernels.rnn.operators import direct
 from dlkernels.rnn.prepacked import Packing, Prepackable
-from dlkernels.rnn.routing import is_call_for_torch
+from dlkernels.rnn.routing import Extras, is_call_for_torch
 from dlkernels.rnn.variants import Rates, Variation, check_recurrent_dropout, variation, zoneout_rates
 
 __all__ = ["GRU", "LSTM", "RNN", "RecurrentLayer"]
@@ -126,31 +126,34 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
             raise RuntimeError("prepack: a weight is computed anew in every call; remove its parametrization first")
         return Packing(self.op_mode, weights, self.num_layers, bool(self.bidirectional))
 
-    def _called(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
-        if lengths is None and not bptt_steps:
+    def _called(
+        self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int, resets: Tensor | None,
+        return_cells: bool = False,
+    ) -> Any:  # fmt: skip
+        if lengths is None and not bptt_steps and return_cells is False:
             if type(input) is Tensor and not _is_compiling():
                 # With T = 1, the steps in Python of `_run` would take as long as the kernel.
-                served = direct.layer_module(self.__dict__, input, hx)
+                served = direct.layer_module(self.__dict__, input, hx, resets)
                 if served is not None:
-                    return served  # type: ignore[no-any-return]
-            if is_tracing() and self._varied([])[1] is None:
-                return self._traced(input, hx)  # type: ignore[no-any-return]
-        return self._run(input, hx, lengths, bptt_steps)
+                    return served
+            if resets is None and is_tracing() and self._varied([])[1] is None:
+                return self._traced(input, hx)
+        return self._run(input, hx, Extras(lengths, bptt_steps, resets, return_cells))
 
-    def _run(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
+    def _run(self, input: Any, hx: Any, extras: Extras) -> Any:
         # `functional.run` does the checks. The calls on the arguments here, such as `dim()`, are those that torch.nn
         # makes as well, so that arguments of a wrong type raise the same exceptions.
         weights, varied = self._varied(self.weight_list())
-        if extension.prefers_torch and varied is None and self._is_torchs(input, weights, lengths, bptt_steps):
+        if extension.prefers_torch and varied is None and self._is_torchs(input, weights, extras):
             extension.announce_torch()
             try:
-                return self._traced(input, hx)  # type: ignore[no-any-return]
+                return self._traced(input, hx)
             finally:
                 self.__dict__.pop("_flat", None)  # torch's forward has read the list
         packed_input = isinstance(input, PackedSequence)
         batch_sizes = None
         if packed_input:
-            if lengths is not None:
+            if extras.lengths is not None:
                 raise ValueError("lengths: a PackedSequence has its own, pass one or the other")
             input, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
@@ -164,14 +167,19 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
             raise TypeError(f"bidirectional should be of type bool, got: {type(self.bidirectional).__name__}")
         given = hx if isinstance(hx, (tuple, list)) else (hx,)
         stack = functional.Stack(
-            self.num_layers, self.bidirectional, self.batch_first, self.dropout, self.training, lengths, batch_sizes,
-            bptt_steps, None if varied is not None else self._usable_buffers(weights, input, *given), varied,
+            self.num_layers, self.bidirectional, self.batch_first, self.dropout, self.training, extras.lengths,
+            batch_sizes, extras.bptt_steps,
+            None if varied is not None else self._usable_buffers(weights, input, *given), extras.resets,
+            extras.return_cells, varied,
         )  # fmt: skip
-        output, hidden = functional.run(self._kind, input, hx, weights, stack)
+        result = functional.run(self._kind, input, hx, weights, stack)
         if not packed_input:
-            return output, hidden
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self.permute_hidden(hidden, unsorted_indices)
+            return result
+        output, hidden, *cells = result
+        output, *cells = (
+            PackedSequence(each, batch_sizes, sorted_indices, unsorted_indices) for each in (output, *cells)
+        )
+        return output, self.permute_hidden(hidden, unsorted_indices), *cells
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -180,13 +188,13 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
                 text += f", {name}={getattr(self, name)}"
         return text
 
-    def _is_torchs(self, input: Any, weights: list[Tensor], lengths: Tensor | None, bptt_steps: int) -> bool:
+    def _is_torchs(self, input: Any, weights: list[Tensor], extras: Extras) -> bool:
         """Whether torch.nn's forward runs the call, without our checks before it. That looks the weights up more than
         once, which computes parametrized ones more than once; and it accepts packed rows that belong to no sequence."""
         return (
             type(input) is Tensor
             and self._flat is None
-            and is_call_for_torch(self.op_mode, input, lengths, bptt_steps)
+            and is_call_for_torch(self.op_mode, input, extras)
             and all(type(weight) is torch.nn.Parameter for weight in weights)
         )
 
@@ -210,20 +218,27 @@ class RecurrentLayer(KnownLayer, Prepackable, RNNBase):
 class _OneState(RecurrentLayer):
     @overload
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, bptt_steps: int = 0
-    ) -> tuple[Tensor, Tensor]: ...
+        self, input: Tensor, hx: Tensor | None = None, *, lengths: Tensor | None = None, bptt_steps: int = 0,
+        resets: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     @overload
     def forward(
-        self, input: PackedSequence, hx: Tensor | None = None, *, lengths: None = None, bptt_steps: int = 0
-    ) -> tuple[PackedSequence, Tensor]: ...
+        self, input: PackedSequence, hx: Tensor | None = None, *, lengths: None = None, bptt_steps: int = 0,
+        resets: Tensor | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...  # fmt: skip
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
-        """As in torch.nn, with two more arguments. `lengths` [B] replaces packing: rows may have any order, outputs
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0,
+        resets: Tensor | None = None,
+    ) -> Any:  # fmt: skip
+        """As in torch.nn, with three more arguments. `lengths` [B] replaces packing: rows may have any order, outputs
         after a sequence's end are 0, and h_n is its last state. `bptt_steps` = k cuts the gradient of the state before
-        every k-th step (0: never).
+        every k-th step (0: never). `resets`, bool [T, B] ([B, T] if `batch_first`, [rows] for a PackedSequence, in the
+        order of its data): a flag at step t separates the steps before t from those from t on. The forward direction
+        takes step t, and the reverse direction step t - 1, with a state of zeros, and no gradient crosses the boundary.
         """
-        return self._called(input, hx, lengths, bptt_steps)
+        return self._called(input, hx, lengths, bptt_steps, resets)
 
 
 class RNN(_OneState):
@@ -317,21 +332,35 @@ class LSTM(RecurrentLayer):
     @overload
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
-        bptt_steps: int = 0,
+        bptt_steps: int = 0, resets: Tensor | None = None, return_cells: Literal[False] = False,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...  # fmt: skip
 
     @overload
     def forward(
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: None = None,
-        bptt_steps: int = 0,
+        bptt_steps: int = 0, resets: Tensor | None = None, return_cells: Literal[False] = False,
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]: ...  # fmt: skip
 
-    def forward(self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0) -> Any:
-        """As in torch.nn, with two more arguments. `lengths` [B] replaces packing: rows may have any order, outputs
-        after a sequence's end are 0, and h_n and c_n are its last state. `bptt_steps` = k cuts the gradient of the
-        state before every k-th step (0: never).
+    @overload
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None,
+        bptt_steps: int = 0, resets: Tensor | None = None, return_cells: Literal[True],
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *, lengths: None = None,
+        bptt_steps: int = 0, resets: Tensor | None = None, return_cells: Literal[True],
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor], PackedSequence]: ...  # fmt: skip
+
+    def forward(
+        self, input: Any, hx: Any = None, *, lengths: Tensor | None = None, bptt_steps: int = 0,
+        resets: Tensor | None = None, return_cells: bool = False,
+    ) -> Any:  # fmt: skip
+        """As `GRU.forward`, where h_n and c_n are the last states. With `return_cells` there is a third result: c of
+        every step of the last layer, in the layout of the output with D*H features, 0 in the padding.
         """
-        return self._called(input, hx, lengths, bptt_steps)
+        return self._called(input, hx, lengths, bptt_steps, resets, return_cells)
 
     _kind = KINDS["lstm"]
 

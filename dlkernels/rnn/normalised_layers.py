@@ -12,6 +12,7 @@ from dlkernels._core.tools import PUBLIC_MODULE
 from dlkernels.rnn.layers import GRU, LSTM, RecurrentLayer
 from dlkernels.rnn.normalised import check_eps
 from dlkernels.rnn.prepacked import Packing
+from dlkernels.rnn.routing import Extras
 from dlkernels.rnn.variants import Rates, Variation, gain_shapes, split_weights, zoneout_rates
 
 __all__ = ["LayerNormGRU", "LayerNormLSTM", "reset_gains"]
@@ -57,8 +58,11 @@ class _Normalised(RecurrentLayer):
         )
         return plain, Variation(gains, self.eps, zoneout_rates(kind, self.zoneout), self.recurrent_dropout)
 
-    def _called(self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int) -> tuple[Any, Any]:
-        return self._run(input, hx, lengths, bptt_steps)
+    def _called(
+        self, input: Any, hx: Any, lengths: Tensor | None, bptt_steps: int, resets: Tensor | None,
+        return_cells: bool = False,
+    ) -> Any:  # fmt: skip
+        return self._run(input, hx, Extras(lengths, bptt_steps, resets, return_cells))
 
     def _packing(self) -> Packing:
         raise RuntimeError("prepack: layers with layer normalisation have no packed weights")

@@ -25,6 +25,8 @@ class Test : Case {
     const reference::Result peer = reference::run<float>(p, [&](double v) { return rounded(o.dtype, v); });
     bool ok = true;
     ok &= compare("y", packed_or_padded(y, o.D * o.H, gap), exact.y, peer.y, false, o.dtype);
+    if (o.cells)
+      ok &= compare("cells", packed_or_padded(cells, o.D * o.H, gap), exact.cells, peer.cells, false, o.dtype);
     ok &= compare("h_n", h_n.values(), exact.h_n, peer.h_n, false, o.dtype);
     if (o.cell == CellKind::lstm) ok &= compare("c_n", c_n.values(), exact.c_n, peer.c_n, false, o.dtype);
     for (const auto* of : {&dgates_rounded, &dgates_exact}) {
@@ -61,8 +63,10 @@ class Test : Case {
     h_n = Array(o.dtype, states);
     if (o.cell == CellKind::lstm) c_n = Array(o.dtype, states);
     y = Array(o.dtype, elements(o.D * o.H, gap));
+    if (o.cells) cells = Array(o.dtype, elements(o.D * o.H, gap));
     saved = Array(DType::f32, static_cast<size_t>(o.D) * rows * S * o.H);
     lengths_of_kernels = Numbers<int64_t>(lengths);
+    resets = Numbers<uint8_t>(flags_of_rows());
     if (packed) {
       offsets = Numbers<int>(std::vector<int>(static_cast<size_t>(o.T) + 1));
       run_kernels([&] { return launch_offsets(batch_sizes.data(), o.T, offsets.data(), nullptr); });
@@ -78,6 +82,7 @@ class Test : Case {
     f.layout = forward_plan.layout;
     f.offsets = offsets.data();
     f.lengths = lengths_of_kernels.data();
+    f.resets = resets.data();
     for (int d = 0; d < o.D; ++d) {
       gates[d] = to_rows(p.gates, static_cast<size_t>(d) * o.T * o.B * GH, DType::f32, GH, 0);
       f.gates[d] = view<const float*>(gates[d], static_cast<int64_t>(GH), 0);
@@ -87,6 +92,7 @@ class Test : Case {
     }
     f.h0 = h0.data(), f.c0 = c0.data();
     f.y = view<void*>(y, o.D * o.H, gap);
+    f.cells = cells.data();
     f.h_n = h_n.data(), f.c_n = c_n.data();
     f.saved = static_cast<float*>(saved.data());
     f.saved_rows = rows;
@@ -127,6 +133,8 @@ class Test : Case {
     const int64_t features = static_cast<int64_t>(slots) * o.H;
     const bool by_steps = backward_plan.kind == SequencePlan::steps;
     const Array dy = p.dy.empty() ? Array() : to_rows(p.dy, 0, o.dtype, static_cast<size_t>(o.D) * o.H, gap);
+    const Array dcells =
+        p.dcells.empty() ? Array() : to_rows(p.dcells, 0, o.dtype, static_cast<size_t>(o.D) * o.H, gap);
     const Array dh_n(o.dtype, p.dh_n), dc_n(o.dtype, p.dc_n);
     Array dgates[2];
     const int tiles = by_steps ? ceil_div(o.B, kSegmentRows) : backward_plan.groups / o.D;
@@ -142,8 +150,10 @@ class Test : Case {
     q.layout = backward_plan.layout;
     q.offsets = offsets.data();
     q.lengths = lengths_of_kernels.data();
+    q.resets = resets.data();
     q.h0 = h0.data(), q.c0 = c0.data();
     q.dy = view<const void*>(dy, o.D * o.H, gap);
+    q.dcells = view<const void*>(dcells, o.D * o.H, gap);
     q.saved = static_cast<const float*>(saved.data());
     q.saved_rows = rows;
     q.dh_n = dh_n.data(), q.dc_n = dc_n.data();
@@ -206,6 +216,7 @@ class Test : Case {
                                 o.H,
                                 q.offsets,
                                 q.lengths,
+                                q.resets,
                                 d == 1,
                                 q.saved + d * rows * S * o.H,
                                 at(h0, static_cast<size_t>(d) * o.B * o.H),
@@ -221,7 +232,8 @@ class Test : Case {
     }
   }
 
-  // The h before each step, [D, T, B, H], from the h after each step, [T, B, D*H]. It is 0 past the end of a sequence.
+  // The h before each step, [D, T, B, H], from the h after each step, [T, B, D*H]. It is 0 past the end of a
+  // sequence and where the step is reset.
   Values hidden_before(const Values& after) const {
     Values all;
     for (int d = 0; d < o.D; ++d) {
@@ -230,9 +242,10 @@ class Test : Case {
           const int from = d == 0 ? t - 1 : t + 1, length = p.lengths[b];
           for (int j = 0; j < o.H; ++j) {
             double h = 0;
-            if (t < length && from >= 0 && from < length) {
+            const bool has_state = t < length && !p.is_reset(d, t, b);
+            if (has_state && from >= 0 && from < length) {
               h = after[((static_cast<size_t>(from) * o.B + b) * o.D + d) * o.H + j];
-            } else if (t < length && !p.h0.empty()) {
+            } else if (has_state && !p.h0.empty()) {
               h = p.h0[(static_cast<size_t>(d) * o.B + b) * o.H + j];
             }
             all.push_back(h);
@@ -274,9 +287,10 @@ class Test : Case {
     return false;
   }
 
-  Array w_hh, b_ih, b_hh, h0, c0, y, h_n, c_n, saved, dh0, dc0, exchange;
+  Array w_hh, b_ih, b_hh, h0, c0, y, cells, h_n, c_n, saved, dh0, dc0, exchange;
   Numbers<int> offsets;
   Numbers<int64_t> lengths_of_kernels;
+  Numbers<uint8_t> resets;
   Numbers<unsigned> counters;
   Values dgates_rounded, dgates_exact, before, db_ih, db_hh;
 };

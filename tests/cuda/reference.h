@@ -21,11 +21,19 @@ struct Problem {
   std::vector<int> lengths;                     // [B]
   std::vector<double> gates, w_hh, b_ih, b_hh;  // [D, T, B, G*H], [D, G*H, H], [D, G*H] or empty
   std::vector<double> h0, c0;                   // [D, B, H] or empty
-  std::vector<double> dy, dh_n, dc_n;           // [T, B, D*H], [D, B, H]; or empty
+  std::vector<double> dy, dcells, dh_n, dc_n;   // [T, B, D*H], [D, B, H]; or empty
+  std::vector<bool> resets;                     // [T, B] or empty
+
+  // Whether direction d takes step t with a state of zeros: the flag lies between it and the step that it took before.
+  bool is_reset(int d, int t, int b) const {
+    if (resets.empty()) return false;
+    if (d == 0) return resets[static_cast<size_t>(t) * B + b];
+    return t + 1 < lengths[b] && resets[static_cast<size_t>(t + 1) * B + b];
+  }
 };
 
 struct Result {
-  std::vector<double> y, h_n, c_n;                     // [T, B, D*H], [D, B, H]
+  std::vector<double> y, cells, h_n, c_n;              // [T, B, D*H], [D, B, H]
   std::vector<double> dgates, dh0, dc0, db_ih, db_hh;  // [D, T, B, slots, H], [D, B, H], [D, G*H]
 };
 
@@ -36,6 +44,7 @@ Result run(const Problem& p, const Round& round) {
   const auto at = [](const std::vector<double>& v, size_t i) { return v.empty() ? C(0) : static_cast<C>(v[i]); };
   Result r;
   r.y.assign(static_cast<size_t>(p.T) * p.B * p.D * H, 0.0);
+  r.cells = r.y;
   r.h_n.assign(static_cast<size_t>(p.D) * p.B * H, 0.0);
   r.c_n = r.dh0 = r.dc0 = r.h_n;
   r.dgates.assign(static_cast<size_t>(p.D) * p.T * p.B * slots * H, 0.0);
@@ -44,6 +53,8 @@ Result run(const Problem& p, const Round& round) {
   struct Step {
     std::vector<C> i, f, g, o, c, h;  // of the lstm; gru stores r, z, n and W_hn h + b_hn in i, f, g, o; rnn only h
   };
+  Step none;  // the state before a step that is reset
+  none.h.assign(H, C(0)), none.c = none.h;
   for (int d = 0; d < p.D; ++d) {
     const double* w = p.w_hh.data() + static_cast<size_t>(d) * G * H * H;
     for (int b = 0; b < p.B; ++b) {
@@ -57,7 +68,7 @@ Result run(const Problem& p, const Round& round) {
         zero.c.push_back(at(p.c0, state + j));
       }
       for (int s = 0; s < length; ++s) {
-        const Step& before = steps[s];
+        const Step& before = p.is_reset(d, time(s), b) ? none : steps[s];
         Step& now = steps[s + 1];
         const size_t row = (static_cast<size_t>(d) * p.T + time(s)) * p.B + b;
         std::vector<C> operand(H);
@@ -90,7 +101,9 @@ Result run(const Problem& p, const Round& round) {
             h = p.cell == CellKind::rnn_tanh ? std::tanh(sum) : sum < C(0) ? C(0) : sum;
           }
           now.h.push_back(h);
-          r.y[(static_cast<size_t>(time(s)) * p.B + b) * p.D * H + static_cast<size_t>(d) * H + j] = h;
+          const size_t feature = (static_cast<size_t>(time(s)) * p.B + b) * p.D * H + static_cast<size_t>(d) * H + j;
+          r.y[feature] = h;
+          if (p.cell == CellKind::lstm) r.cells[feature] = now.c[j];
         }
       }
       for (int j = 0; j < H; ++j) {
@@ -101,12 +114,14 @@ Result run(const Problem& p, const Round& round) {
       std::vector<C> dh(H), dc(H);
       for (int j = 0; j < H; ++j) dh[j] = at(p.dh_n, state + j), dc[j] = at(p.dc_n, state + j);
       for (int s = length - 1; s >= 0; --s) {
-        const Step &before = steps[s], &now = steps[s + 1];
+        const bool reset = p.is_reset(d, time(s), b);
+        const Step &before = reset ? none : steps[s], &now = steps[s + 1];
         const size_t row = (static_cast<size_t>(d) * p.T + time(s)) * p.B + b;
         std::vector<C> hidden(static_cast<size_t>(G) * H), next(H, C(0));
         for (int j = 0; j < H; ++j) {
-          const C grad =
-              dh[j] + at(p.dy, (static_cast<size_t>(time(s)) * p.B + b) * p.D * H + static_cast<size_t>(d) * H + j);
+          const size_t feature = (static_cast<size_t>(time(s)) * p.B + b) * p.D * H + static_cast<size_t>(d) * H + j;
+          const C grad = dh[j] + at(p.dy, feature);
+          dc[j] += at(p.dcells, feature);
           C out[4];
           if (p.cell == CellKind::lstm) {
             const C tanh_c = std::tanh(now.c[j]), sum = dc[j] + grad * now.o[j] * (C(1) - tanh_c * tanh_c);
@@ -135,7 +150,7 @@ Result run(const Problem& p, const Round& round) {
             hidden[static_cast<size_t>(g) * H + j] = static_cast<C>(round(to_hidden));
           }
         }
-        if (p.bptt_steps > 0 && s > 0 && s % p.bptt_steps == 0) {
+        if (reset || (p.bptt_steps > 0 && s > 0 && s % p.bptt_steps == 0)) {
           dh.assign(H, C(0));
           dc.assign(H, C(0));
           continue;

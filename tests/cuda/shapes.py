@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 _FACTORS: dict[str, tuple[str | int, ...]] = {
-    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu"),
+    "cell": ("lstm", "lstm_cells", "gru", "rnn_tanh", "rnn_relu"),
     "dtype": ("f32", "bf16", "f16"),
     "path": ("best", "small", "wide", "grid", "smallgrid", "steps"),
     "T": (1, 2, 5, 33),
@@ -22,6 +22,7 @@ _FACTORS: dict[str, tuple[str | int, ...]] = {
     "D": (1, 2),
     "form": ("padded", "lengths", "packed"),
     "options": ("b", "hb", "hbk", "hbf", "hg", "-"),
+    "resets": ("", "r"),
 }
 _NAMES = list(_FACTORS)
 _LIMITED = [_NAMES.index(name) for name in ("path", "T", "B", "H", "D")]  # the factors that determine the cost
@@ -100,14 +101,15 @@ def _covering(allowed: Allowed, seed: int) -> list[str]:
         best = max(candidates, key=lambda row: len(_pairs(row) & left))
         covered = _pairs(best)
         missing = [pair for pair in missing if pair not in covered]
-        rows.append(":".join(map(str, best)))
+        *parts, resets = map(str, best)
+        rows.append(":".join(parts) + resets)
     return rows
 
 
 def _every_kernel() -> Iterator[str]:
     """A shape for each sequence kernel: with room for one group, the batch determines the columns."""
-    rest = itertools.cycle(itertools.product(("lengths", "padded", "packed"), ("hbk", "hb", "bf", "hg")))
-    for cell, dtype in itertools.product(("lstm", "gru", "rnn_tanh"), ("f32", "bf16", "f16")):
+    rest = itertools.cycle(itertools.product(("lengths", "padded", "packed"), ("hbkr", "hb", "bfr", "hg")))
+    for cell, dtype in itertools.product(("lstm_cells", "gru", "rnn_tanh"), ("f32", "bf16", "f16")):
         kinds = [("small", B) for B in ((1, 2, 4, 8) if dtype == "f32" else (8, 16))]
         kinds += [("smallgrid", B) for _, B in kinds]
         if dtype != "f32" and cell != "rnn_tanh":
@@ -140,7 +142,8 @@ def work(shape: str) -> int:
 
 
 def _row(shape: str) -> Row:
-    return tuple(int(part) if part.isdigit() else part for part in shape.split(":"))
+    parts = (*shape.removesuffix("r").split(":"), "r" if shape.endswith("r") else "")
+    return tuple(int(part) if part.isdigit() else part for part in parts)
 
 
 def check() -> None:

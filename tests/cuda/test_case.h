@@ -1,10 +1,11 @@
 // One case of the kernels' test: its name, the random layer that the name describes, and the layout of rows in memory.
 //   cell:dtype:path:T:B:H:D:form:options, for example lstm:bf16:best:5:8:40:2:lengths:hb
+// cell: lstm_cells is an lstm that also returns c of every step and takes the gradient of that.
 // path: grid or steps forces that kind of plan; best is the plan for the GPU, a cluster where possible; small and
 // smallgrid plan for a GPU with room for few groups, wide for one without clusters of the usual slices. form: padded,
 // lengths or packed. options: b biases, h initial states and gradients of the final ones, k backward truncated every
 // two steps, f batch first (and a gap between rows), g no gradient of y, n an h_0 that begins with a NaN all of whose
-// bits are set, - none.
+// bits are set, r resets, in the padding too, - none.
 #pragma once
 
 #include <algorithm>
@@ -24,6 +25,7 @@ namespace dlk {
 struct Options {
   CellKind cell;
   DType dtype;
+  bool cells;
   std::string path, form, flags, text;
   int T, B, H, D;
   bool has(char flag) const { return flags.find(flag) != std::string::npos; }
@@ -53,7 +55,8 @@ inline Options parse(const std::string& text) {
   };
   Options o;
   o.text = text;
-  o.cell = static_cast<CellKind>(index(part[0], {"lstm", "gru", "rnn_tanh", "rnn_relu"}));
+  o.cells = part[0] == "lstm_cells";
+  o.cell = static_cast<CellKind>(index(o.cells ? "lstm" : part[0], {"lstm", "gru", "rnn_tanh", "rnn_relu"}));
   o.dtype = static_cast<DType>(index(part[1], {"f32", "-", "bf16", "f16"}));
   o.path = part[2];
   o.T = std::stoi(part[3]), o.B = std::stoi(part[4]), o.H = std::stoi(part[5]), o.D = std::stoi(part[6]);
@@ -119,6 +122,8 @@ class Case {
       }
     }
     if (!o.has('g')) p.dy = uniform(T * B * D * H, 1, o.dtype);
+    if (o.cells) p.dcells = uniform(T * B * D * H, 1, o.dtype);
+    for (size_t i = 0; o.has('r') && i < T * B; ++i) p.resets.push_back(random_() % 3 == 0);
   }
 
   void make_layout() {
@@ -178,6 +183,16 @@ class Case {
   size_t place(int64_t features, int64_t row_gap, int t, int b) const {
     const Strides s = strides(features, row_gap);
     return static_cast<size_t>(packed ? (first_row[t] + b) * s.t : t * s.t + b * s.b);
+  }
+  // The flags of `resets` in the order of the rows; empty if there are none.
+  std::vector<uint8_t> flags_of_rows() const {
+    std::vector<uint8_t> flags(p.resets.empty() ? 0 : static_cast<size_t>(rows));
+    for (int t = 0; t < o.T && !flags.empty(); ++t) {
+      for (int b = 0; b < o.B; ++b) {
+        if (exists(t, b)) flags[first_row[t] + b] = p.resets[static_cast<size_t>(t) * o.B + b];
+      }
+    }
+    return flags;
   }
   bool exists(int t, int b) const { return !packed || t < p.lengths[b]; }
   template <class Pointer>

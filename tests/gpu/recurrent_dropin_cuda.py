@@ -161,8 +161,8 @@ def judge(named: dict[str, tuple[Tensor, Tensor, Tensor, torch.dtype]], product:
 def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> None:
     case = a_case(mode, dtype=BF16, batch_first=form == "batch_first")
     data = make_data(case).to(DEVICE)
-    batch_first, lengths, sizes = form == "batch_first", None, None
-    x64, dy = data.x, data.dy
+    batch_first, lengths, sizes, lstm = form == "batch_first", None, None, mode == "lstm"
+    x64, dy, resets = data.x, data.dy, (data.x[..., 0] < -0.5).contiguous()
     if batch_first:
         x64, dy = x64.transpose(0, 1), dy.transpose(0, 1)
     if form == "lengths":
@@ -170,9 +170,9 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
     if form == "packed":
         sizes = torch.arange(case.T, 0, -1).clamp(max=case.B)
         rows = int(sizes.sum())
-        x64, dy = x64.flatten(0, 1)[:rows], dy.flatten(0, 1)[:rows]
+        x64, dy, resets = x64.flatten(0, 1)[:rows], dy.flatten(0, 1)[:rows], resets.flatten()[:rows]
     B = case.B if sizes is None else int(sizes[0])
-    dh_n, dc_n = data.dh[:, :B], data.dc[:, :B] if mode == "lstm" else None
+    dh_n, dc_n, dcells = data.dh[:, :B], *((data.dc[:, :B], dy.flip(0)) if lstm else (None, None))
     given64 = [x64, data.h0[:, :B], *([data.c0[:, :B]] if data.c0 is not None else []), *data.params.values()]
 
     def run(types: Types, dtypes: Sequence[torch.dtype], product: torch.dtype) -> list[Tensor]:
@@ -180,31 +180,33 @@ def test_each_tensor_of_a_layer_in_a_dtype_of_its_own(mode: str, form: str) -> N
         x, h0 = x64.to(of_x), given64[1].to(of_h)
         c0 = None if data.c0 is None else given64[2].to(of_c)
         weights = [value.to(of_weights) for value in data.params.values()]
-        y, h_n, c_n, saved = op(mode)(x, h0, c0, weights, None, sizes, lengths, True, batch_first, True, False, *types)
+        y, h_n, c_n, saved, cells = op(mode)(
+            x, h0, c0, weights, None, sizes, lengths, True, batch_first, True, False, *types, resets, lstm
+        )
         assert saved.dtype == F32
         grads = op(f"{mode}_backward")(
             dy.to(product), dh_n.to(product), None if dc_n is None else dc_n.to(product), x, h0, c0, weights,
-            saved, sizes, lengths, True, batch_first, 0, False, True, True, True, False, types.product,
+            saved, sizes, lengths, True, batch_first, 0, False, True, True, True, False, types.product, resets,
+            None if dcells is None else dcells.to(of_c),
         )  # fmt: skip
-        lstm = mode == "lstm"
-        return [y, h_n, *([c_n] if lstm else []), *grads[: 3 if lstm else 2], *grads[3:]]
+        return [y, h_n, *([c_n, cells] if lstm else []), *grads[: 3 if lstm else 2], *grads[3:]]
 
     leaves = [value.cpu().detach().requires_grad_() for value in given64]
-    states = (leaves[1], leaves[2]) if mode == "lstm" else (leaves[1], None)
+    states = (leaves[1], leaves[2]) if lstm else (leaves[1], None)
     outputs = reference.sequence(
         mode, leaves[0], *states, leaves[len(given64) - len(data.params) :], sizes,
-        None if lengths is None else lengths.cpu(), True, batch_first,
-    )[: 3 if mode == "lstm" else 2]  # fmt: skip
-    cotangents = [value.cpu() for value in (dy, dh_n, dc_n) if value is not None]
+        None if lengths is None else lengths.cpu(), True, batch_first, resets=resets.cpu(), return_cells=lstm,
+    )[: 4 if lstm else 2]  # fmt: skip
+    cotangents = [value.cpu() for value in (dy, dh_n, dc_n, dcells) if value is not None]
     exact = [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
-    names = ["y", "h_n", *(["c_n"] if mode == "lstm" else []), "dx", "dh0", *(["dc0"] if mode == "lstm" else [])]
+    names = ["y", "h_n", *(["c_n", "cells"] if lstm else []), "dx", "dh0", *(["dc0"] if lstm else [])]
     names += [f"d{name}" for name in data.params]
     # The kind of plan and the half of MIXED rotate, so that each occurs with several modes and forms.
     turn = MODES.index(mode) + FORMS.index(form)
     with best_plan(KINDS[turn % 3]):
         for product, *dtypes in MIXED[turn % 2 :: 2]:
             ours, plain = run(numbers(product), dtypes, product), run(SAME, [product] * 4, product)
-            states_of = dtypes[:3] if mode == "lstm" else dtypes[:2]
+            states_of = dtypes[:3] if lstm else dtypes[:2]
             expected = [*[product] * len(outputs), *states_of, *[dtypes[3]] * len(data.params)]
             judge(dict(zip(names, zip(ours, plain, exact, expected, strict=True), strict=True)), product)
             if CUDA_KERNELS:  # these round their operands to the dtype of the products; the CPU kernels need not

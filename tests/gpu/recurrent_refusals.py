@@ -32,7 +32,7 @@ def forward(gates: int = 4) -> dict[str, Any]:
     return {
         "x": torch.zeros(T, B, I), "h0": None, "c0": None, "weights": weights(gates), "packed": None,
         "batch_sizes": None, "lengths": None, "bidirectional": False, "batch_first": False, "save": True,
-        "deterministic": False,
+        "deterministic": False, "product_dtype": -1, "h_dtype": -1, "c_dtype": -1, "resets": None, "cells": False,
     }  # fmt: skip
 
 
@@ -42,6 +42,7 @@ def backward(gates: int = 4, slots: int = 5) -> dict[str, Any]:
         "weights": weights(gates), "saved": torch.zeros(1, T, B, slots * H),
         "batch_sizes": None, "lengths": None, "bidirectional": False, "batch_first": False, "bptt_steps": 0,
         "deterministic": False, "need_x": True, "need_state": True, "need_weights": True, "gate_grads": False,
+        "product_dtype": -1, "resets": None, "dcells": None,
     }  # fmt: skip
 
 
@@ -109,13 +110,25 @@ OF_LAYERS: dict[str, dict[str, Any]] = {
     "h0 of another batch": {"h0": torch.zeros(1, B + 1, H)},
     "h0 of two dimensions": {"h0": torch.zeros(B, H)},
     "c0 of another dtype": {"c0": torch.zeros(1, B, H, dtype=torch.float64)},
-}
+    "resets of bytes": {"resets": torch.zeros(T, B, dtype=torch.uint8)},
+    "resets of another batch": {"resets": torch.zeros(T, B + 1, dtype=torch.bool)},
+    "resets of batch-first x in its order": {
+        "x": torch.zeros(B, T, I), "batch_first": True, "resets": torch.zeros(B, T, dtype=torch.bool),
+    },
+    "resets of one dimension": {"resets": torch.zeros(ROWS, dtype=torch.bool)},
+    "resets of packed x in two dimensions": {**packed([10, 10]), "resets": torch.zeros(2, 10, dtype=torch.bool)},
+    "resets of fewer rows": {**packed([10, 10]), "resets": torch.zeros(ROWS - 1, dtype=torch.bool)},
+}  # fmt: skip
 MISTAKES: dict[str, Mistake] = {
     **{f"{operator}, {name}": (operator, changes) for operator in LAYER for name, changes in OF_LAYERS.items()},
     "gru, projection": ("gru", {"weights": weights(3, (1, H))}),
     "gru, c0": ("gru", {"c0": torch.zeros(1, B, H)}),
     "gru_backward, c0": ("gru_backward", {"c0": torch.zeros(1, B, H)}),
     "gru_backward, dc_n": ("gru_backward", {"dc_n": torch.zeros(1, B, H)}),
+    "gru, cells": ("gru", {"cells": True}),
+    "gru_backward, dcells": ("gru_backward", {"dcells": torch.zeros(T, B, H)}),
+    "lstm_backward, dcells of another size": ("lstm_backward", {"dcells": torch.zeros(T, B, H + 1)}),
+    "lstm_backward, dcells of another dtype": ("lstm_backward", {"dcells": torch.zeros(T, B, H).double()}),
     "lstm_backward, dy of another dtype": ("lstm_backward", {"dy": torch.zeros(T, B, H, dtype=torch.bfloat16)}),
     "lstm_backward, dh_n of another size": ("lstm_backward", {"dh_n": torch.zeros(1, B, H + 1)}),
     "lstm_backward, saved of nothing": ("lstm_backward", {"saved": torch.zeros(0)}),

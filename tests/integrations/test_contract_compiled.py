@@ -115,23 +115,23 @@ def test_inputs_of_the_graph_edited(entry: Entry, backend: str, follow: bool) ->
 
 def _all_edited(of_cell: bool, edits: bool, *given: Tensor) -> Tensor:
     """Calls an LSTM and then sets its arguments to zero if `edits`."""
-    args = [value * 1 for value in given]
-    x, h0, c0, *weights, lengths = args
+    args = [value.clone() for value in given]
+    x, h0, c0, *weights, lengths, resets = args
     if of_cell:
         results = list(functional.lstm_cell(x[0], (h0[0], c0[0]), *weights))
     else:
-        y, state = functional.lstm(x, (h0, c0), weights, lengths=lengths)
-        results = [y, *state]
+        y, state, *cells = functional.lstm(x, (h0, c0), weights, lengths=lengths, resets=resets, return_cells=True)
+        results = [y, *state, *cells]
     for value in args if edits else ():
         value.zero_()
     return weighted(results)
 
 
 @pytest.mark.parametrize("of_cell", [False, True], ids=["layer", "cell"])
-def test_states_lengths_and_weights_edited(of_cell: bool) -> None:
+def test_states_lengths_resets_and_weights_edited(of_cell: bool) -> None:
     shapes = ((4, 3, 5), (1, 3, 6), (1, 3, 6), (24, 5), (24, 6), (24,), (24,))
     leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    given = [*leaves, torch.tensor([4, 1, 2])]
+    given = [*leaves, torch.tensor([4, 1, 2]), torch.rand(4, 3) < 0.5]
     right = torch.autograd.grad(_all_edited(of_cell, False, *given), leaves)
     compiled = torch.compile(_all_edited, backend="aot_eager", fullgraph=True)
     assert_same(list(torch.autograd.grad(compiled(of_cell, True, *given), leaves)), list(right))

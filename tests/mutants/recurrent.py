@@ -23,6 +23,7 @@ MODULES = ("tests/rnn/test_direct_modules.py",)
 MIXED = ("tests/rnn/test_autocast.py -k 'operators_take or cells_with'", "tests/rnn/test_autocast.py")
 NARROW_FIRST = "tests/rnn/test_prepack_weights.py -k 'not_finite or extremes or serves'"
 NARROW = (NARROW_FIRST, "tests/rnn/test_prepack_weights.py")
+RESETS = ("tests/rnn/test_resets.py -k 'pieces or first or cross or cells'", "tests/rnn/test_resets.py")
 REFUSALS = ("tests/rnn/test_operator_refusals.py", "tests/rnn/test_bad_input.py", "tests/rnn/test_allocations.py")
 
 RECURRENT: tuple[Mutant, ...] = (
@@ -91,9 +92,9 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("forward-projection-barrier", CPU + "forward_walk.h", "if (!s().P) return;\n      member.sync();",
            "if (!s().P) return;", "the projection reads outputs that another thread is still computing",
            ("tests/rnn/test_interactions.py", "native tsan")),
-    Mutant("forward-padding", CPU + "forward.h", "for (int64_t t = layout_.length(i); t < s_.T; ++t)",
-           "for (int64_t t = layout_.length(i) + 1; t < s_.T; ++t)", "the first row of padding is not written",
-           ("tests/rnn/test_packed.py", *GRID)),
+    Mutant("forward-padding", CPU + "forward.h", "for (int64_t t = layout_.length(i); t < s_.T && rows.data; ++t)",
+           "for (int64_t t = layout_.length(i) + 1; t < s_.T && rows.data; ++t)",
+           "the first row of padding is not written", ("tests/rnn/test_packed.py", *GRID)),
     Mutant("forward-slots", CPU + "forward.h", "by_rows ? team.rank * ((s_.B + team.size - 1) / team.size) : 0}",
            "by_rows ? team.rank * (s_.B / team.size) : 0}", "with an odd batch two threads share a state slot",
            CHUNKS),
@@ -290,4 +291,30 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("module-dropout", TORCH + "direct_modules.cpp",
            "    require(drawn == 0 || call.layers == 1 || !flag(module.get(training)));\n", "",
            "dropout is not drawn in a call without gradients", MODULES),
+    # Resets, c of every step.
+    Mutant("reset-reverse", CPU + "sequence_layout.h", "const int64_t flagged = d == 0 ? t : t + 1;",
+           "const int64_t flagged = t;", "resets of the reverse direction are searched at the wrong steps", RESETS),
+    Mutant("reset-reverse-row", CPU + "sequence_layout.h", "&& resets_[row(t + 1, sequence(i))];",
+           "&& resets_[row(t, sequence(i))];", "the reverse direction takes the flag of another step", RESETS),
+    Mutant("reset-padding", CPU + "sequence_layout.h", "return t + 1 < length(i) && resets_", "return resets_",
+           "flags in the padding reset the state of the reverse direction", RESETS),
+    Mutant("reset-c", CPU + "forward_walk.h", "{ V::zero().store(c(i, j)); }", "{ (void)j; }",
+           "a reset keeps c", RESETS),
+    Mutant("reset-cut", CPU + "backward_walk.h",
+           "    if (subset.is_reset(d, d == 0 ? t + 1 : t - 1, i)) return true;\n", "",
+           "gradients cross a reset", RESETS),
+    Mutant("reset-c-before", CPU + "backward_cells.h", "at.reset ? V::zero()", "false ? V::zero()",
+           "the forget gate's gradient uses the c before a reset", RESETS),
+    Mutant("reset-h-before", CPU + "backward_products.h", "  if (row.reset) return V::zero();\n", "",
+           "the gradient of W_hh uses the h before a reset", RESETS),
+    Mutant("reset-first", CPU + "backward_walk.h", "return d == 0 && subset.is_reset(d, 0, i);", "return false;",
+           "a flag at the first step does not drop the gradients of h0 and c0", RESETS),
+    Mutant("reset-time-major", TORCH + "direct.h",
+           "    if (a.resets && a.batch_first) a.resets = transposed(a.resets);\n", "",
+           "resets of a batch-first module are read as time-major ones, or refused", MODULES),
+    Mutant("cells-padding", CPU + "forward.h", "      clear_padding(p_.cells, s_.H, i);\n", "",
+           "c of steps in the padding is not 0", RESETS),
+    Mutant("cells-gradient", CPU + "backward_cells.h",
+           "      if (dcells) dc = dc + load_any<C>(backward.p_.dcells.dtype, dcells, j, n);\n", "",
+           "the gradient of c of every step is lost", RESETS),
 )  # fmt: skip

@@ -83,6 +83,8 @@ struct Case {
   int64_t gap = 0;  // unused elements between rows
   int64_t bptt_steps = 0;
   std::vector<int64_t> batch_sizes, lengths;  // at most one of them
+  std::vector<uint8_t> resets;                // [rows], or empty
+  bool cells = false, dcells = false;
 
   bool packed() const { return !batch_sizes.empty(); }
   int64_t length(int64_t b) const {
@@ -114,7 +116,7 @@ struct Case {
     std::snprintf(line, sizeof line,
                   "%s %s%s%s (x %s weights %s h0 %s c0 %s h %s c %s) %s T=%d B=%d I=%d H=%d P=%d D=%d threads=%d %s "
                   "bias=%d h0=%d c0=%d save=%d prepacked=%d "
-                  "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d",
+                  "deterministic=%d dy=%d dh_n=%d dc_n=%d batch_first=%d gap=%d bptt=%d resets=%d cells=%d dcells=%d",
                   mode_name(s.cell), dtypes[int(s.dtype)], s.narrow ? " narrow" : "", s.one_step ? " one step" : "",
                   dtypes[int(types.x)], dtypes[int(types.weights)], dtypes[int(types.h0)], dtypes[int(types.c0)],
                   dtypes[int(types.h)], dtypes[int(types.c)], isa_name(isa), int(s.T), int(s.B), int(s.I), int(s.H),
@@ -122,7 +124,8 @@ struct Case {
                   packed()          ? "packed"
                   : lengths.empty() ? "padded"
                                     : "lengths",
-                  bias, h0, c0, save, prepacked, deterministic, dy, dh_n, dc_n, batch_first, int(gap), int(bptt_steps));
+                  bias, h0, c0, save, prepacked, deterministic, dy, dh_n, dc_n, batch_first, int(gap), int(bptt_steps),
+                  !resets.empty(), cells, dcells);
     return line;
   }
 };
@@ -190,6 +193,12 @@ inline Case random_case(Random& random, const std::vector<Isa>& isas) {
     c.batch_first = chance(random, 0.4);
     s.rows = s.T * s.B;
   }
+  if (!s.one_step && chance(random, 0.3)) {
+    const double share = pick(random, {0.02, 0.3, 1.0});
+    for (int64_t row = 0; row < s.rows; ++row) c.resets.push_back(chance(random, share));
+  }
+  c.cells = s.cell == CellKind::lstm && chance(random, 0.3);
+  c.dcells = s.cell == CellKind::lstm && chance(random, 0.3);
   return c;
 }
 
@@ -211,7 +220,7 @@ inline Case chunks_split_by_rows(CellKind cell, Isa isa) {
 
 struct Inputs {
   Buffer x, h0, c0, weights[2][5];
-  Buffer dy, dh_n, dc_n;
+  Buffer dy, dh_n, dc_n, dcells;
 
   Inputs(const Case& c, Random& random) {
     const LayerShape& s = c.shape;
@@ -234,6 +243,7 @@ struct Inputs {
     dy = make(c.dy, c.elements(s.D * O), c.types.h, 1);
     dh_n = make(c.dh_n, s.D * s.B * O, c.types.h, 1);
     dc_n = make(c.dc_n && lstm, s.D * s.B * H, c.types.c, 1);
+    dcells = make(c.dcells, c.elements(s.D * H), c.types.c, 1);
   }
   Inputs() = default;
 
@@ -250,7 +260,7 @@ StateTensor<Pointer> state(const Buffer& buffer) {
 }
 
 struct Outputs {
-  Buffer y, h_n, c_n, saved;
+  Buffer y, h_n, c_n, saved, cells;
 
   Outputs(const Case& c, bool save) {
     const LayerShape& s = c.shape;
@@ -258,6 +268,7 @@ struct Outputs {
     h_n = Buffer(s.D * s.B * s.outputs(), c.types.h);
     if (s.cell == CellKind::lstm) c_n = Buffer(s.D * s.B * s.H, c.types.c);
     if (save) saved = Buffer(s.D * s.rows * s.record(), naive::compute_dtype(s.dtype));
+    if (c.cells) cells = Buffer(c.elements(s.D * s.H), c.types.c);
   }
 };
 
@@ -329,7 +340,9 @@ inline ForwardParams forward_params(const Case& c, const Inputs& in, const Outpu
   p.packed = prepacked;
   p.batch_sizes = c.packed() ? c.batch_sizes.data() : nullptr;
   p.lengths = c.lengths.empty() ? nullptr : c.lengths.data();
+  p.resets = c.resets.empty() ? nullptr : c.resets.data();
   p.y = c.view<void*>(out.y, s.D * s.outputs());
+  p.cells = c.view<void*>(out.cells, s.D * s.H);
   p.h_n = state<void*>(out.h_n);
   p.c_n = state<void*>(out.c_n);
   p.saved = out.saved.get();
@@ -351,6 +364,8 @@ inline BackwardParams backward_params(const Case& c, const Inputs& in, const Out
   }
   p.batch_sizes = c.packed() ? c.batch_sizes.data() : nullptr;
   p.lengths = c.lengths.empty() ? nullptr : c.lengths.data();
+  p.resets = c.resets.empty() ? nullptr : c.resets.data();
+  p.dcells = c.view<const void*>(in.dcells, s.D * s.H);
   p.saved = out.saved.get();
   p.dy = c.view<const void*>(in.dy, s.D * s.outputs());
   p.dh_n = state<const void*>(in.dh_n);

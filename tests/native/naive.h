@@ -1,7 +1,7 @@
 // An oracle for the recurrent layers, as slow and plain as possible: it computes one sequence after the other and one
 // time step after the other, and every number is a double. It takes the same structs as the kernels and shares no code
-// with them. With `pairs` the operands of matrix products are rounded to bf16, as the kernels that multiply pairs of
-// bf16 do.
+// with them. With `pairs` the operands of matrix products and the terms of bias gradients are rounded to bf16, as the
+// kernels that multiply pairs of bf16 do.
 #pragma once
 
 #include <algorithm>
@@ -159,7 +159,13 @@ inline Vector saved_h(const LayerShape& s, const Vector& record) {
 struct Walk {
   const LayerShape& shape;
   const int64_t *batch_sizes, *lengths;
+  const uint8_t* resets = nullptr;
 
+  // Whether the state is zero before step s of direction d: a flag at t stands between the steps t - 1 and t.
+  bool is_reset(int d, int64_t s, int64_t length, int64_t b) const {
+    const int64_t later = d == 0 ? time(d, s, length) : time(d, s, length) + 1;
+    return resets && later < length && resets[row(later, b)];
+  }
   int64_t length(int64_t b) const {
     if (lengths) return lengths[b];
     if (!batch_sizes) return shape.T;
@@ -192,7 +198,7 @@ struct Walk {
 inline void forward(const ForwardParams& p, bool pairs = false) {
   const LayerShape& s = p.shape;
   const int64_t H = s.H, O = s.outputs(), S = saved_slots(s.cell), GH = gate_count(s.cell) * H;
-  const Walk walk{s, p.batch_sizes, p.lengths};
+  const Walk walk{s, p.batch_sizes, p.lengths, p.resets};
 
   for (int d = 0; d < s.D; ++d) {
     const Weights w(p.weights[d], s, pairs);
@@ -202,6 +208,10 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
       Vector c = load_vector(s.cell == CellKind::lstm ? p.c0.data : nullptr, state * H, H, p.c0.dtype);
       for (int64_t step = 0; step < length; ++step) {
         const int64_t t = walk.time(d, step, length);
+        if (walk.is_reset(d, step, length, b)) {
+          h.assign(h.size(), 0.0);
+          c.assign(c.size(), 0.0);
+        }
         const Vector x = operand(load_vector(p.x.data, walk.offset(p.x, t, b), s.I, p.x.dtype), pairs);
         Vector from_x = w.b_ih, from_h = w.b_hh;
         w.w_ih.add_product(x, &from_x);
@@ -243,15 +253,20 @@ inline void forward(const ForwardParams& p, bool pairs = false) {
         if (s.P) saved.insert(saved.end(), h.begin(), h.end());
         store_record(s, p.saved, d * s.rows + walk.row(t, b), saved);
         if (p.y.data) store_vector(p.y.data, walk.offset(p.y, t, b) + d * O, h, p.y.dtype);
+        if (p.cells.data) store_vector(p.cells.data, walk.offset(p.cells, t, b) + d * H, c, p.cells.dtype);
       }
       store_vector(p.h_n.data, state * O, h, p.h_n.dtype);
       if (s.cell == CellKind::lstm) store_vector(p.c_n.data, state * H, c, p.c_n.dtype);
     }
   }
-  if (!p.y.data) return;
-  walk.padding([&](int64_t t, int64_t b) {
-    store_vector(p.y.data, walk.offset(p.y, t, b), Vector(static_cast<size_t>(s.D * O), 0.0), p.y.dtype);
-  });
+  const auto clear_padding = [&](const RowTensor<void*>& rows, int64_t features) {
+    if (!rows.data) return;
+    walk.padding([&](int64_t t, int64_t b) {
+      store_vector(rows.data, walk.offset(rows, t, b), Vector(static_cast<size_t>(s.D * features), 0.0), rows.dtype);
+    });
+  };
+  clear_padding(p.y, O);
+  clear_padding(p.cells, H);
 }
 
 // The gradients that one backward step through the cell equations gives.
@@ -314,7 +329,7 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
   const int64_t H = s.H, O = s.outputs(), GH = gate_count(s.cell) * H;
   const int64_t slots = gate_grad_slots(s.cell);
   const bool lstm = s.cell == CellKind::lstm;
-  const Walk walk{s, p.batch_sizes, p.lengths};
+  const Walk walk{s, p.batch_sizes, p.lengths, p.resets};
   const DType compute = compute_dtype(s.dtype);
   Matrix dx(s.rows, s.I);
 
@@ -334,12 +349,18 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
         const Vector x = operand(load_vector(p.x.data, walk.offset(p.x, t, b), s.I, p.x.dtype), pairs);
         const Vector saved = record(t), y = saved_h(s, saved);
         const Vector past = step > 0 ? record(before) : Vector();
-        const Vector h_prev = step > 0 ? saved_h(s, past) : load_vector(p.h0.data, state * O, O, p.h0.dtype);
+        Vector h_prev = step > 0 ? saved_h(s, past) : load_vector(p.h0.data, state * O, O, p.h0.dtype);
         Vector c_prev;
         if (lstm) {
           c_prev = step > 0 ? Vector(past.begin() + 4 * H, past.begin() + 5 * H) : c0;
         }
+        const bool reset = walk.is_reset(d, step, length, b);
+        if (reset) {
+          h_prev.assign(h_prev.size(), 0.0);
+          c_prev.assign(c_prev.size(), 0.0);
+        }
 
+        if (p.dcells.data) add(load_vector(p.dcells.data, walk.offset(p.dcells, t, b) + d * H, H, p.dcells.dtype), &dc);
         if (p.dy.data) add(load_vector(p.dy.data, walk.offset(p.dy, t, b) + d * O, O, p.dy.dtype), &dh);
         Vector d_raw = dh;
         if (s.P) {
@@ -360,11 +381,11 @@ inline void backward(const BackwardParams& p, bool pairs = false) {
         for (int64_t i = 0; i < s.I; ++i) dx.values[row * s.I + i] += dx_row[i];
         dw_ih.add_outer(input, x);
         dw_hh.add_outer(hidden, operand(h_prev, pairs));
-        db_ih.add_outer(g.input, one);
-        db_hh.add_outer(g.hidden, one);
+        db_ih.add_outer(input, one);
+        db_hh.add_outer(hidden, one);
 
         dh.assign(static_cast<size_t>(O), 0.0);
-        const bool cut = p.bptt_steps > 0 && step > 0 && step % p.bptt_steps == 0;
+        const bool cut = reset || (p.bptt_steps > 0 && step > 0 && step % p.bptt_steps == 0);
         if (cut) {
           dc.assign(static_cast<size_t>(H), 0.0);
         } else {

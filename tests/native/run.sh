@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds and runs the torch-free tests under sanitizers: run.sh [asan|tsan|avx512] [cases] [seed]
-# CXX is the compiler, OPT its optimisation level (-O1), BUILD the folder of the objects. UNITS= (empty) multiplies bf16
+# CXX is the compiler, OPT its optimisation level (-Og), BUILD the folder of the objects. UNITS= (empty) multiplies bf16
 # with the machine's own instructions instead of their emulation. ISAS=scalar compiles the scalar kernels only, which is
 # enough for tsan: the barriers are in code that all instruction sets share. The mode avx512 uses no sanitizers: it runs
 # the AVX-512 kernels on a machine that has AVX2 only, through avx512_emulation.h (GCC only).
@@ -28,7 +28,7 @@ if [ "$mode" != avx512 ] && ! grep -q avx512bw /proc/cpuinfo; then
   units=-DDLK_NO_AVX512 bf16_test=
 fi
 UNITS=${UNITS-$units}
-FLAGS="$UNITS -std=c++17 -Wall -Wextra ${OPT:--O1} -g1 -fno-omit-frame-pointer -pthread $extra"
+FLAGS="$UNITS -std=c++17 -Wall -Wextra ${OPT:--Og} -g1 -fno-omit-frame-pointer -pthread $extra"
 # The other instruction sets are compiled from the same source as the scalar one, which is built with these checks.
 # With them the others take twice as long to compile (recurrent kernels for avx2: pointer-overflow alone 79 s, not 59).
 FEW=-fno-sanitize=null,alignment,object-size,pointer-overflow

@@ -113,6 +113,7 @@ void each_result(const Outputs& a, const Outputs& b, const Gradients& left, cons
 
 void run_case(Case c, Random& random) {
   c.save = true, c.shape.narrow = false, c.shape.one_step = false, c.gate_grads = false;
+  c.resets.clear(), c.cells = c.dcells = false;  // these have no kernels here
   const bool neutral = chance(random, 0.4);
   const Inputs in(c, random);
   const VariantInputs of(c, neutral, random);

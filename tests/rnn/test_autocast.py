@@ -105,7 +105,7 @@ def test_operators_take_each_tensor_in_its_dtype(isa: str, mode: str, product: t
         shapes = [(gates * H, I), (gates * H, P or H), (gates * H,), (gates * H,), *([(P, H)] if P else [])]
         weights = [_random(shape, of_weights) for shape in shapes]
         types = _numbers(product, of_h, torch.float32)
-        y, h_n, c_n, saved = op(name)(x, h0, c0, weights, None, None, None, False, False, True, False, *types)
+        y, h_n, c_n, saved, _ = op(name)(x, h0, c0, weights, None, None, None, False, False, True, False, *types)
         dy, dh_n, dc_n = _random(tuple(y.shape), of_h), _random(tuple(h_n.shape), of_h), None
         if c0 is not None:
             dc_n = _random(tuple(c_n.shape), torch.float32)

@@ -45,8 +45,8 @@ PREPACK: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def called(layer: Any, x: Any, hx: Any = None) -> Any:
-    return direct.layer_module(layer.__dict__, x, hx)
+def called(layer: Any, x: Any, hx: Any = None, resets: Any = None) -> Any:
+    return direct.layer_module(layer.__dict__, x, hx, resets)
 
 
 def tensors(result: Any) -> list[Tensor]:
@@ -222,10 +222,24 @@ def test_gradient_of_the_input() -> None:
     assert x.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("batch_first", (False, True))
+@pytest.mark.parametrize("name", ("LSTM", "GRU", "RNN"))
+def test_resets(name: str, batch_first: bool) -> None:
+    layer = getattr(dlkernels.nn, name)(I, H, num_layers=2, bidirectional=True, batch_first=batch_first)
+    x = torch.randn((B, T, I) if batch_first else (T, B, I))
+    resets = torch.rand(x.shape[:2]) < 0.5
+    want = tensors(layer(x, resets=resets))
+    with torch.no_grad():
+        got = tensors(called(layer, x, None, resets))
+        assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+        for wrong in (resets.T, resets[0], resets.float(), resets.tolist()):
+            assert called(layer, x, None, wrong) is None
+
+
 def test_declines_wrong_arguments() -> None:
     x = torch.randn(T, B, I)
     for wrong in ((), (None, x, None), ({}, x, None), ({"_parameters": 3}, x, None), ({"_parameters": {}}, x, None)):
-        assert direct.layer_module(*wrong) is None
+        assert direct.layer_module(*wrong, None) is None
         assert direct.cell_module("gru", *wrong) is None
     cell = dlkernels.nn.GRUCell(I, H).requires_grad_(False)
     assert direct.cell_module("gru2", cell.__dict__, x[0], None) is None

@@ -79,7 +79,7 @@ def test_opcheck_pack(mode: str, proj: int, bidirectional: bool) -> None:
 def test_values(mode: str, proj: int, layout: str, bidirectional: bool) -> None:
     call = Call(mode, proj, bidirectional, layout)
     a = call.args
-    y, h_n, c_n, saved = call.forward()
+    y, h_n, c_n, saved, _ = call.forward()
     hx = None
     if a["h0"] is not None:
         a["h0"].requires_grad_()
@@ -276,7 +276,7 @@ def test_an_empty_batch(mode: str, proj: int, bidirectional: bool) -> None:
     call = Call(mode, proj, bidirectional)
     d = call.directions
     call.args.update(x=torch.empty(T, 0, I, dtype=torch.float64), h0=None, c0=None)
-    y, h_n, c_n, _ = call.forward()
+    y, h_n, c_n, *_ = call.forward()
     assert y.shape == (T, 0, d * (proj or H)) and h_n.shape == (d, 0, proj or H)
     assert c_n.shape == ((d, 0, H) if mode == "lstm" else (0,))
     dx, _, _, *dweights = call.backward()
@@ -292,7 +292,7 @@ def test_sequences_of_no_steps(mode: str, proj: int, bidirectional: bool) -> Non
     call = Call(mode, proj, bidirectional, "lengths")
     none = torch.zeros(B, dtype=torch.int64)
     call.args["lengths"] = none
-    y, h_n, c_n, _ = call.forward()
+    y, h_n, c_n, *_ = call.forward()
     assert not y.any() and torch.equal(h_n, call.args["h0"])
     args = call.backward_args()
     dx, dh0, dc0, *dweights = op(f"{mode}_backward")(*args.values())
@@ -317,7 +317,7 @@ def test_no_input_features(mode: str) -> None:
     gates = GATES[mode] * H
     weights = [torch.empty(gates, 0), torch.randn(gates, H), torch.randn(gates), torch.randn(gates)]
     x = torch.empty(T, B, 0)
-    y, h_n, _, saved = op(mode)(x, None, None, weights, None, None, None, False, False, True, False)
+    y, h_n, _, saved, _ = op(mode)(x, None, None, weights, None, None, None, False, False, True, False)
     assert y.isfinite().all() and torch.equal(y[-1], h_n[0])
     dc_n = torch.ones(1, B, H) if mode == "lstm" else None
     grads = op(f"{mode}_backward")(

@@ -17,6 +17,7 @@ from dlkernels.rnn.routing import route
 from tests.support.differentiated_calls import (
     LENGTHS,
     MODES,
+    RESETS,
     VARIANTS,
     Case,
     CellCase,
@@ -80,11 +81,31 @@ def test_vmap_over_states_lengths_and_two_levels() -> None:
     lengths = torch.tensor([[1, 3], [2, 0], [3, 3]])
     got = torch.vmap(lambda n: sequence(case.cfg, SequenceInputs(x, h0, c0, None, None, n, weights)))(lengths)
     for i, n in enumerate(lengths):
-        all_close([t[i] for t in got], reference.sequence("lstm", x, h0, c0, weights, None, n, True))
+        all_close([t[i] for t in got[:3]], reference.sequence("lstm", x, h0, c0, weights, None, n, True))
     hs = torch.randn(3, 2, *h0.shape, dtype=h0.dtype)  # type: ignore[union-attr]
     inner = torch.vmap(lambda h: sequence(case.cfg, SequenceInputs(x, h, c0, None, None, LENGTHS, weights)))
     got = torch.vmap(inner)(hs)
-    all_close([t[2, 1] for t in got], reference.sequence("lstm", x, hs[2, 1], c0, weights, None, LENGTHS, True))
+    all_close([t[2, 1] for t in got[:3]], reference.sequence("lstm", x, hs[2, 1], c0, weights, None, LENGTHS, True))
+
+
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_vmap_over_resets(batch_first: bool) -> None:
+    case = Case("lstm", bidirectional=True, batch_first=batch_first, cells=True)
+    x, h0, c0, weights = case.split(case.tensors)
+    resets = torch.rand(4, *RESETS.shape) < 0.5
+
+    def call(flags: Tensor) -> tuple[Tensor, ...]:
+        return sequence(case.cfg, SequenceInputs(x, h0, c0, None, None, None, weights, flags))
+
+    def expected(flags: Tensor) -> tuple[Tensor, ...]:
+        return reference.sequence(
+            "lstm", x, h0, c0, weights, None, None, True, batch_first, resets=flags, return_cells=True
+        )
+
+    got, want = torch.vmap(call)(resets), [torch.stack(each) for each in zip(*map(expected, resets), strict=True)]
+    all_close(got, want)
+    cotangents = [torch.randn_like(out) for out in want]
+    all_close(torch.autograd.grad(got, case.tensors, cotangents), torch.autograd.grad(want, case.tensors, cotangents))
 
 
 def test_vmap_in_vmap_of_grad() -> None:

@@ -466,3 +466,30 @@ def test_settings_may_change_later(name: str) -> None:
         assert module(x)[0].eq(0).all()
         module.zoneout = 0.0
         assert torch.equal(module(x)[0], plain)
+
+
+@pytest.mark.filterwarnings("ignore:dlkernels runs a call on its PyTorch reference path")
+@pytest.mark.parametrize("variant", ("LayerNormLSTM-all-evaluated", "LayerNormGRU-all-evaluated", "LSTM-zoneout-rates"))
+def test_resets_and_cells_run_on_the_reference(variant: str) -> None:
+    case = replace(VARIANTS[variant], layers=2)
+    module = case.module(torch.float64)
+    x, states, _ = case.arguments(torch.float64)
+    assert states is not None
+    hx: Any = states if case.lstm else states[0]
+    resets = torch.zeros(5, 3, dtype=torch.bool)
+    resets[3] = True
+    options = {"return_cells": True} if case.lstm else {}
+    y, last, *cells = module(x, hx, resets=resets, **options)
+    first, second = module(x[:3], hx), module(x[3:])
+    torch.testing.assert_close(y, torch.cat((first[0], second[0])))
+    torch.testing.assert_close(last, second[1])
+    if case.lstm:
+        torch.testing.assert_close(cells[0][4], last[1][1])
+        torch.testing.assert_close(cells[0][2], first[1][1][1])
+    if extension.HAVE_NATIVE:
+        explained = dlkernels.explain(module, x, hx, resets=resets)
+        assert explained.kernel == "reference"
+        assert "have no kernel with layer normalisation" in str(explained)
+    (grad,) = torch.autograd.grad(y[3:].sum(), module.weight_ih_l0)
+    (alone,) = torch.autograd.grad(second[0].sum(), module.weight_ih_l0)
+    torch.testing.assert_close(grad, alone)

@@ -18,6 +18,8 @@ MODES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 T, B, I, H, P = 3, 2, 2, 3, 2
 BATCH_SIZES = torch.tensor([2, 2, 1])
 LENGTHS = torch.tensor([1, 3])
+RESETS = torch.tensor([[False, True], [True, False], [False, True]])  # [T, B]
+PACKED_RESETS = torch.tensor([False, True, False, False, True])
 
 # The arguments of `Case` by name of the variant.
 VARIANTS = {
@@ -35,6 +37,16 @@ VARIANTS = {
     "truncated-every-step": {"bptt_steps": 1, "lengths": True, "bidirectional": True},
     "truncated-packed": {"bptt_steps": 2, "packed": True, "bidirectional": True},
     "no-state": {"state": False},
+    "resets": {"resets": True, "bidirectional": True},
+    "resets-lengths": {"resets": True, "lengths": True, "bidirectional": True, "batch_first": True},
+    "resets-packed": {"resets": True, "packed": True, "bidirectional": True},
+    "resets-truncated": {"resets": True, "bptt_steps": 1, "bidirectional": True},
+    "resets-no-state": {"resets": True, "state": False},
+    "cells": {"cells": True, "bidirectional": True, "resets": True},
+    "cells-lengths": {"cells": True, "lengths": True, "batch_first": True},
+    "cells-packed": {"cells": True, "packed": True, "bidirectional": True},
+    "cells-truncated": {"cells": True, "bptt_steps": 2},
+    "cells-projected": {"cells": True, "projected": True, "bidirectional": True},
 }  # fmt: skip
 
 
@@ -43,7 +55,7 @@ def cases() -> list[Any]:
         pytest.param(mode, name, id=f"{mode}-{name}")
         for mode in MODES
         for name, variant in VARIANTS.items()
-        if mode == "lstm" or "projected" not in variant
+        if mode == "lstm" or not variant.keys() & {"projected", "cells"}
     ]
 
 
@@ -53,10 +65,11 @@ class Case:
     def __init__(
         self, mode: str, projected: bool = False, bias: bool = True, bidirectional: bool = False,
         batch_first: bool = False, lengths: bool = False, packed: bool = False, bptt_steps: int = 0, state: bool = True,
-        dtype: torch.dtype = torch.float64,
+        resets: bool = False, cells: bool = False, dtype: torch.dtype = torch.float64,
     ) -> None:  # fmt: skip
-        self.cfg = SequenceConfig(mode, bidirectional, batch_first, bptt_steps)
+        self.cfg = SequenceConfig(mode, bidirectional, batch_first, bptt_steps, cells=cells)
         self.lengths = LENGTHS if lengths else None
+        self.resets = (PACKED_RESETS if packed else RESETS) if resets else None
         self.batch_sizes = BATCH_SIZES if packed else None
         directions, outputs, rows = 1 + bidirectional, P if projected else H, reference.GATES[mode] * H
         shape = (5, I) if packed else (B, T, I) if batch_first else (T, B, I)
@@ -77,15 +90,15 @@ class Case:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         x, h0, c0, weights = self.split(tensors)
-        outs = sequence(self.cfg, SequenceInputs(x, h0, c0, None, self.batch_sizes, self.lengths, weights))
-        return outs if self.cfg.mode == "lstm" else outs[:2]
+        outs = sequence(self.cfg, SequenceInputs(x, h0, c0, None, self.batch_sizes, self.lengths, weights, self.resets))
+        return outs[: 2 + (self.cfg.mode == "lstm") + self.cfg.cells]
 
     def expected(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         x, h0, c0, weights = self.split(tensors)
         cfg = self.cfg
         outs = reference.sequence(
             cfg.mode, x, h0, c0, weights, self.batch_sizes, self.lengths, cfg.bidirectional, cfg.batch_first,
-            cfg.bptt_steps,
+            cfg.bptt_steps, resets=self.resets, return_cells=cfg.cells,
         )  # fmt: skip
         return outs if cfg.mode == "lstm" else outs[:2]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a layer. With `packed` the lengths are passed as a PackedSequence, not as lengths=."""
+    """A call of a layer. With `packed` the lengths are passed as a PackedSequence, not as lengths=. `resets` is the
+    share of flags in the argument of that name, `cells` whether c of every step is returned."""
 
     mode: str
     T: int = 5
@@ -45,6 +47,8 @@ class Case:
     packed: bool = False
     hx: bool = True
     bptt_steps: int = 0
+    resets: float = 0.0
+    cells: bool = False
     cotangents: str = "yhc"
     dtype: torch.dtype = torch.float32
     seed: int = 0
@@ -80,7 +84,7 @@ def layer_kwargs(case: Case) -> dict[str, Any]:
 
 @dataclass
 class Data:
-    """Float64 values that are exact in the case's dtype; time-major."""
+    """Float64 values that are exact in the case's dtype, and flags; time-major."""
 
     x: Tensor
     h0: Tensor | None
@@ -89,9 +93,11 @@ class Data:
     dh: Tensor
     dc: Tensor
     params: dict[str, Tensor]
+    dcells: Tensor | None = None
+    resets: Tensor | None = None
 
     def to(self, device: str) -> Data:
-        fields = {name: getattr(self, name) for name in ("x", "h0", "c0", "dy", "dh", "dc")}
+        fields = {name: getattr(self, name) for name in ("x", "h0", "c0", "dy", "dh", "dc", "dcells", "resets")}
         moved = {name: None if value is None else value.to(device) for name, value in fields.items()}
         return Data(**moved, params={name: value.to(device) for name, value in self.params.items()})
 
@@ -130,7 +136,9 @@ def make_data(case: Case) -> Data:
                 name: torch.where(sign.view(-1, *[1] * (p.dim() - 1)), -p.abs(), p.abs()) for name, p in params.items()
             }
     dy, dh, dc = draw(case.T, case.B, case.D * case.O), draw(states, case.B, case.O), draw(states, case.B, case.H)
-    return Data(x, h0, c0, dy, dh, dc, params)
+    dcells = draw(case.T, case.B, case.D * case.H) if case.cells else None
+    resets = torch.rand(case.T, case.B, generator=generator) < case.resets if case.resets else None
+    return Data(x, h0, c0, dy, dh, dc, params, dcells, resets)
 
 
 def new_layer(case: Case, data: Data, dtype: torch.dtype, package: Any = dlkernels.nn, **more: Any) -> torch.nn.Module:
@@ -156,9 +164,11 @@ def leaf(values: Tensor | None, dtype: torch.dtype, contiguous: bool, batch_firs
 
 
 def gradients(case: Case, data: Data, dtype: torch.dtype, outputs: Results, leaves: dict[str, Tensor]) -> Results:
-    wanted = [("y", data.dy), ("h_n", data.dh), ("c_n", data.dc)]
+    wanted = [("y", data.dy), ("h_n", data.dh), ("c_n", data.dc), ("cells", data.dcells)]
     picked = [
-        (outputs[k], d) for k, d in wanted if k in outputs and k[0] in case.cotangents and outputs[k].requires_grad
+        (outputs[k], d)
+        for k, d in wanted
+        if k in outputs and d is not None and k[0] in case.cotangents and outputs[k].requires_grad
     ]
     if not picked:  # the oracle, when every length is 0 and the states are not given
         return {f"d{name}": torch.zeros_like(at) for name, at in leaves.items()}
@@ -178,7 +188,9 @@ def run_layer(
     """Returns outputs and gradients, always time-major and padded with zeros. Lengths are passed to torch.nn as a
     PackedSequence, and to dlkernels as lengths= or as a PackedSequence, depending on the case."""
     ours = package is dlkernels.nn
-    more = {"bptt_steps": case.bptt_steps} if case.bptt_steps else {}
+    more: dict[str, Any] = {"bptt_steps": case.bptt_steps} if case.bptt_steps else {}
+    if case.cells:
+        more["return_cells"] = True
     if layer is None:
         layer = new_layer(case, data, dtype, package)
     layer.requires_grad_(grad)
@@ -186,17 +198,24 @@ def run_layer(
     h0, c0 = leaf(data.h0, dtype, case.contiguous), leaf(data.c0, dtype, case.contiguous)
     hx = None if h0 is None else (h0, c0) if case.is_lstm else h0
     with torch.set_grad_enabled(grad):
-        if case.lengths is None:
-            y, state = layer(x, hx, **more)
-        elif ours and not case.packed:
-            y, state = layer(x, hx, lengths=torch.tensor(case.lengths, device=x.device), **more)
+        lengths = None if case.lengths is None else torch.tensor(case.lengths)
+        if lengths is None or (ours and not case.packed):
+            if data.resets is not None:
+                more["resets"] = data.resets.transpose(0, 1) if case.batch_first else data.resets
+            if lengths is not None:
+                more["lengths"] = lengths.to(x.device)
+            y, state, *cells = layer(x, hx, **more)
         else:
-            packed = pack_padded_sequence(x, torch.tensor(case.lengths), case.batch_first, enforce_sorted=False)
-            packed_y, state = layer(packed, hx, **more)
-            y = pad_packed_sequence(packed_y, case.batch_first, total_length=case.T)[0]
+            if data.resets is not None:
+                more["resets"] = pack_padded_sequence(data.resets, lengths, enforce_sorted=False).data
+            packed = pack_padded_sequence(x, lengths, case.batch_first, enforce_sorted=False)
+            y, state, *cells = layer(packed, hx, **more)
+            y, *cells = (pad_packed_sequence(each, case.batch_first, total_length=case.T)[0] for each in (y, *cells))
         if case.batch_first:
-            y = y.transpose(0, 1)
+            y, *cells = (each.transpose(0, 1) for each in (y, *cells))
         outputs = {"y": y, "h_n": state[0], "c_n": state[1]} if case.is_lstm else {"y": y, "h_n": state}
+        if cells:
+            outputs["cells"] = cells[0]
     assert all(o.dtype == dtype for o in outputs.values())
     if not grad:
         return outputs
@@ -209,15 +228,15 @@ def run_layer(
 
 def run_torch_alone(case: Case, data: Data, dtype: torch.dtype) -> Results:
     """Computes the defined results with torch.nn: it runs every layer, direction and sequence separately and cuts a
-    sequence into pieces of bptt_steps, with the state detached between them. This is the oracle for lengths of 0 and
-    for bptt_steps, which torch.nn lacks."""
+    sequence into pieces: of bptt_steps, with the state detached between them, where the state is reset, and of single
+    steps for c of every step. This is the oracle for lengths of 0 and for what torch.nn lacks."""
     params = {name: p.to(dtype).requires_grad_() for name, p in data.params.items()}
     x, h0, c0 = leaf(data.x, dtype, True), leaf(data.h0, dtype, True), leaf(data.c0, dtype, True)
     lengths = case.lengths or (case.T,) * case.B
     zeros = torch.zeros(case.layers * case.D, case.B, max(case.O, case.H), dtype=dtype)
     layer_input, h_n, c_n = x, [], []
     for layer in range(case.layers):
-        outputs = []
+        outputs, cells = [], []
         for direction in range(case.D):
             suffix = f"_l{layer}" + ("_reverse" if direction else "")
             single = dataclasses.replace(
@@ -227,38 +246,63 @@ def run_torch_alone(case: Case, data: Data, dtype: torch.dtype) -> Results:
             names = {name: f"{name[:-3]}{suffix}" for name, _ in module.named_parameters()}
             weights = {name: params[full] for name, full in names.items()}
             index = layer * case.D + direction
-            columns, h_last, c_last = [], [], []
+            columns, h_last, c_last, cell_columns = [], [], [], []
             for b, length in enumerate(lengths):
                 h = (zeros[index, b : b + 1, : case.O] if h0 is None else h0[index, b : b + 1]).unsqueeze(0)
                 c = (zeros[index, b : b + 1, : case.H] if c0 is None else c0[index, b : b + 1]).unsqueeze(0)
                 sequence = layer_input[:length, b : b + 1]
                 sequence = sequence.flip(0) if direction else sequence
-                pieces = []
-                for start in range(0, length, case.bptt_steps or max(length, 1)):
-                    if start:
+                resets = reset_steps(data, b, length, direction)
+                cuts = set(range(0, length, case.bptt_steps)) - {0} if case.bptt_steps else set()
+                borders = sorted({0, length} | cuts | resets | set(range(length if case.cells else 0)))
+                pieces, cell_pieces = [], []
+                for start, end in itertools.pairwise(borders):
+                    if start in cuts:
                         h, c = h.detach(), c.detach()
-                    piece = sequence[start : start + (case.bptt_steps or length)]
-                    y, state = torch.func.functional_call(module, weights, (piece, (h, c) if case.is_lstm else h))
+                    if start in resets:
+                        h, c = torch.zeros_like(h), torch.zeros_like(c)
+                    given = (sequence[start:end], (h, c) if case.is_lstm else h)
+                    y, state = torch.func.functional_call(module, weights, given)
                     h, c = state if case.is_lstm else (state, c)
                     pieces.append(y)
-                column = torch.cat(pieces) if pieces else sequence.new_zeros(0, 1, case.O)
-                column = column.flip(0) if direction else column
-                columns.append(torch.cat([column, column.new_zeros(case.T - length, 1, case.O)]))
+                    cell_pieces.append(c)
+                columns.append(padded_column(pieces, direction, case.T, case.O, dtype))
                 h_last.append(h[0])
                 c_last.append(c[0])
+                if case.cells:
+                    cell_columns.append(padded_column(cell_pieces, direction, case.T, case.H, dtype))
             outputs.append(torch.cat(columns, 1))
+            if case.cells:
+                cells.append(torch.cat(cell_columns, 1))
             h_n.append(torch.cat(h_last))
             c_n.append(torch.cat(c_last))
         layer_input = torch.cat(outputs, 2)
     results = {"y": layer_input, "h_n": torch.stack(h_n)}
     if case.is_lstm:
         results["c_n"] = torch.stack(c_n)
+    if case.cells:
+        results["cells"] = torch.cat(cells, 2)
     leaves = {k: v for k, v in {"x": x, "h0": h0, "c0": c0, **params}.items() if v is not None}
     return {**{k: v.detach() for k, v in results.items()}, **gradients(case, data, dtype, results, leaves)}
 
 
+def reset_steps(data: Data, b: int, length: int, direction: int) -> set[int]:
+    """The steps of sequence b, in the order of the direction, that begin with a state of zeros."""
+    if data.resets is None:
+        return set()
+    flagged = [t for t in range(length) if data.resets[t, b]]
+    return {length - t for t in flagged if t > 0} if direction else set(flagged)
+
+
+def padded_column(pieces: list[Tensor], direction: int, steps: int, features: int, dtype: torch.dtype) -> Tensor:
+    """The results of one sequence's steps, in the order of time and padded with zeros: [steps, 1, features]."""
+    column = torch.cat(pieces) if pieces else torch.zeros(0, 1, features, dtype=dtype)
+    column = column.flip(0) if direction else column
+    return torch.cat([column, column.new_zeros(steps - column.shape[0], 1, features)])
+
+
 def torch_results(case: Case, data: Data, dtype: torch.dtype) -> Results:
-    if case.bptt_steps or (case.lengths is not None and 0 in case.lengths):
+    if case.bptt_steps or case.resets or case.cells or (case.lengths is not None and 0 in case.lengths):
         return run_torch_alone(case, data, dtype)
     return run_layer(case, data, dtype, torch.nn)
 
@@ -296,9 +340,10 @@ def neighbour(values: Tensor | None, dtype: torch.dtype, generator: torch.Genera
 def neighbours(case: Case, data: Data) -> Iterator[Data]:
     generator = torch.Generator().manual_seed(case.seed)
     for _ in range(NEIGHBOURS):
-        moved = {k: neighbour(getattr(data, k), case.dtype, generator) for k in ("x", "h0", "c0", "dy", "dh", "dc")}
+        floats = ("x", "h0", "c0", "dy", "dh", "dc", "dcells")
+        moved = {k: neighbour(getattr(data, k), case.dtype, generator) for k in floats}
         params = {name: neighbour(p, case.dtype, generator) for name, p in data.params.items()}
-        yield Data(**moved, params=params)
+        yield Data(**moved, params=params, resets=data.resets)
 
 
 def errors_nearby(case: Case, data: Data, device: str = "cpu") -> dict[str, tuple[float, float]]:

@@ -52,11 +52,11 @@ class Call:
             "batch_first": layout == "batch_first", "save": True, "deterministic": False,
         }  # fmt: skip
 
-    def forward(self, **changes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, **changes: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return op(self.mode)(*{**self.args, **changes}.values())
 
     def backward_args(self, **changes: Any) -> dict[str, Any]:
-        y, h_n, c_n, saved = self.forward()
+        y, h_n, c_n, saved, _ = self.forward()
         a = self.args
         args = {
             "dy": torch.randn_like(y), "dh_n": torch.randn_like(h_n),

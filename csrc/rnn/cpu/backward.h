@@ -59,9 +59,9 @@ class Backward {
       dir.ih = scratch.take<C>(fresh_ || !p_.dx.data ? 0 : ih_.elements());
       dir.hr = scratch.take<C>(fresh_ ? 0 : hr_.elements());
       dir.gates = scratch.take<C>(keeps_gates() ? buffer_rows_ * ld_gates_ : 0);
-      dir.rounded = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + kSpareRows) * ld_operand_ : 0);
+      dir.rounded = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + spare_rows()) * ld_operand_ : 0);
       dir.proj = scratch.take<C>(buffer_rows_ * ld_proj_);
-      dir.rounded_proj = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + kSpareRows) * ld_proj_ : 0);
+      dir.rounded_proj = scratch.take<Operand<C>>(kPairs ? (buffer_rows_ + spare_rows()) * ld_proj_ : 0);
       dir.cell_out = s_.P ? scratch.take<C>(chunk_rows_ * ld_unit_) : nullptr;
       dir.carry = Cell::kCellState || Cell::kDirectPath ? scratch.take<C>(s_.B * ld_unit_) : nullptr;
       dir.rows = scratch.take<Row>(chunk_rows_);
@@ -155,6 +155,7 @@ class Backward {
   struct Row {
     int64_t t, b;  // time step and sequence
     bool first;    // this is the sequence's first step: the state before it is h0, c0
+    bool reset;    // the state before the step is zero
   };
 
   struct Direction {
@@ -172,6 +173,11 @@ class Backward {
   };
 
   int64_t zero_count() const { return ld_operand_; }
+  // If the batch is split, the rows of a thread's tile lie as many rows apart as there are threads (SequenceSubset).
+  int64_t spare_rows() const {
+    if (plan_.split != Plan::rows) return kSpareRows;
+    return kSpareRows * (plan_.directions_side_by_side ? (plan_.threads + 1) / 2 : plan_.threads);
+  }
   // With pairs, products and bias gradients take the rounded gate gradients. The others are for gate_grads only.
   bool keeps_gates() const { return !kPairs || p_.gate_grads; }
   bool wants_weights() const { return p_.grads[0].w_ih != nullptr; }
@@ -254,7 +260,7 @@ class Backward {
       alive = all.alive(t, alive);
       dir.first[k] = row;
       for (int64_t j = 0; j < alive; ++j, ++row)
-        dir.rows[row] = {t, all.sequence(j), d == 0 ? t == 0 : t == all.length(j) - 1};
+        dir.rows[row] = {t, all.sequence(j), d == 0 ? t == 0 : t == all.length(j) - 1, all.is_reset(d, t, j)};
     }
     dir.row_count = row;
   }

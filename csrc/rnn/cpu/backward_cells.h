@@ -15,7 +15,7 @@ struct Backward<C, Cell>::Walk::CellRow {
   const Row& at;
   const bool is_joining, is_cut;
   const C *saved, *past;  // the records of this step and of the one before it in time; no `past` at the first step
-  const void* dy;
+  const void *dy, *dcells;
   C *carry, *gates;
   Operand<C>* rounded;
 
@@ -26,15 +26,20 @@ struct Backward<C, Cell>::Walk::CellRow {
         row(row),
         at(walk.dir.rows[row]),
         is_joining(walk.is_joining(i)),
-        is_cut(walk.cut(i, at.t)),
+        is_cut(!is_joining && walk.cut(i, at.t)),
         saved(backward.saved_record(walk.d, at.t, at.b)),
         past(at.first ? nullptr : backward.saved_record(walk.d, backward.past(walk.d, at.t), at.b)),
-        dy(backward.p_.dy.data ? advance(backward.p_.dy.data, backward.p_.dy.dtype,
-                                         backward.layout_.at(backward.p_.dy, at.t, at.b) + walk.d * backward.O_)
-                               : nullptr),
+        dy(gradient(backward.p_.dy, backward.O_)),
+        dcells(gradient(backward.p_.dcells, backward.s_.H)),
         carry(walk.carry(i)),
         gates(backward.keeps_gates() ? backward.gates(walk.d, parity) + row * backward.ld_gates_ : nullptr),
         rounded(kPairs ? backward.rounded(walk.d, parity) + row * backward.ld_operand_ : nullptr) {}
+
+  // The row of this direction's features in the gradient of an output of every step.
+  DLK_INLINE const void* gradient(const RowTensor<const void*>& of, int64_t features) const {
+    if (!of.data) return nullptr;
+    return advance(of.data, of.dtype, backward.layout_.at(of, at.t, at.b) + walk.d * features);
+  }
 
   // The part of dh that does not come through W_hh: dy, and dh_n or the gru's direct path from the next step.
   DLK_INLINE V incoming(int64_t j, int n) const {
@@ -57,13 +62,15 @@ struct Backward<C, Cell>::Walk::CellRow {
       slots[k] = k < Cell::kStateSlot || keeps_state ? backward.record_.load(saved, k, j, n) : V::zero();
     if constexpr (Cell::kCellState) {
       V dc = V::zero();
-      const V previous = past ? backward.record_.load(past, Cell::kStateSlot, j, n)
-                              : load_state<C>(backward.p_.c0, walk.state(i, H) + j, n);
+      const V previous = at.reset ? V::zero()
+                         : past   ? backward.record_.load(past, Cell::kStateSlot, j, n)
+                                  : load_state<C>(backward.p_.c0, walk.state(i, H) + j, n);
       if (is_joining) {
         dc = load_state<C>(backward.p_.dc_n, walk.state(i, H) + j, n);
       } else if (!is_cut) {
         dc = V::load(carry + j);
       }
+      if (dcells) dc = dc + load_any<C>(backward.p_.dcells.dtype, dcells, j, n);
       if (!keeps_state) slots[Cell::kStateSlot] = Cell::state(slots, previous);
       V factors[Cell::kFactors];
       const V out = Cell::factors(slots, previous, factors);

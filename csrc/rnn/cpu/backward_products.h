@@ -111,6 +111,7 @@ const void* Backward<C, Cell>::x_row(const Row& row) const {
 // h before the row's step: n values from output j on.
 template <class C, class Cell>
 DLK_INLINE Vec<C> Backward<C, Cell>::past_h(int d, const Row& row, int64_t j, int n) const {
+  if (row.reset) return V::zero();
   if (row.first) return load_state<C>(p_.h0, (d * s_.B + row.b) * O_ + j, n);
   const C* saved = saved_record(d, past(d, row.t), row.b);
   if (s_.P) return load_part(saved + record_.projected + j, n);

@@ -48,8 +48,10 @@ struct Backward<C, Cell>::Walk {
     }
   }
 
-  // Whether bptt_steps cuts the gradient of the state between step t and the next one.
+  // Whether no gradient of the state passes between step t and the next one: at a reset, and where bptt_steps cuts it.
+  // There is a next step unless the sequence is_joining.
   bool cut(int64_t i, int64_t t) const {
+    if (subset.is_reset(d, d == 0 ? t + 1 : t - 1, i)) return true;
     if (backward.p_.bptt_steps <= 0) return false;
     const int64_t next_step = d == 0 ? t + 1 : subset.length(i) - t;
     return next_step % backward.p_.bptt_steps == 0;
@@ -176,23 +178,29 @@ struct Backward<C, Cell>::Walk {
         });
   }
 
-  // Writes the gradients of h0 and c0 of the sequences whose first step has been processed.
+  // Writes the gradients of h0 and c0 of the sequences whose first step has been processed. They are zero if that step
+  // was reset, which only the first step in time can be.
   void finish_sequences(int64_t alive) const {
     if (alive >= next_alive) return;
+    const auto is_dropped = [&](int64_t i) { return d == 0 && subset.is_reset(d, 0, i); };
     if (backward.p_.dh0) {
-      products(
-          alive, next_alive, [](int64_t) { return false; },
-          [&](int64_t i, auto each_vector) {
-            each_vector([&](int64_t j, int n, V dh) {
-              if constexpr (Cell::kDirectPath) dh = dh + V::load(carry(i) + j);
-              store_state<C>(backward.p_.dh0, state(i, backward.O_) + j, dh, n);
-            });
-          });
+      products(alive, next_alive, is_dropped, [&](int64_t i, auto each_vector) {
+        const bool dropped = is_dropped(i);
+        each_vector([&](int64_t j, int n, V dh) {
+          if constexpr (Cell::kDirectPath) dh = dropped ? V::zero() : dh + V::load(carry(i) + j);
+          store_state<C>(backward.p_.dh0, state(i, backward.O_) + j, dh, n);
+        });
+      });
     }
     if (backward.p_.dc0 && member.rank == 0) {
-      for (int64_t i = alive; i < next_alive; ++i)
-        store_row(backward.p_.dc0.dtype, advance(backward.p_.dc0.data, backward.p_.dc0.dtype, state(i, s().H)), s().H,
-                  carry(i));
+      for (int64_t i = alive; i < next_alive; ++i) {
+        void* to = advance(backward.p_.dc0.data, backward.p_.dc0.dtype, state(i, s().H));
+        if (is_dropped(i)) {
+          std::memset(to, 0, s().H * item_size(backward.p_.dc0.dtype));
+        } else {
+          store_row(backward.p_.dc0.dtype, to, s().H, carry(i));
+        }
+      }
     }
   }
 };

@@ -99,18 +99,24 @@ class Forward {
     walk.go();
   }
 
-  // Writes zeros to the padding rows of y.
+  // Writes zeros to the padding rows of y and cells.
   void finish(const Member& team) const {
-    if (layout_.uniform() || layout_.packed() || !p_.y.data) return;
+    if (layout_.uniform() || layout_.packed()) return;
     int64_t begin, end;
     team.share(s_.B, 1, &begin, &end);
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t t = layout_.length(i); t < s_.T; ++t)
-        std::memset(advance(p_.y.data, p_.y.dtype, layout_.at(p_.y, t, layout_.sequence(i))), 0,
-                    s_.D * O_ * item_size(p_.y.dtype));
+    for (int64_t i = begin; i < end; ++i) {
+      clear_padding(p_.y, O_, i);
+      clear_padding(p_.cells, s_.H, i);
+    }
   }
 
  private:
+  void clear_padding(const RowTensor<void*>& rows, int64_t features, int64_t i) const {
+    for (int64_t t = layout_.length(i); t < s_.T && rows.data; ++t)
+      std::memset(advance(rows.data, rows.dtype, layout_.at(rows, t, layout_.sequence(i))), 0,
+                  s_.D * features * item_size(rows.dtype));
+  }
+
   struct Tables {
     const void** x;     // address of each row
     C** saved;          // record of each row: first holds the products, then the activations

@@ -167,8 +167,21 @@ struct Forward<C, Cell>::Walk {
     }
   }
 
+  // Sets the state to zero where the caller's flags say so.
+  void reset_states(int64_t t, int64_t parity, int64_t alive) const {
+    int64_t begin, end;
+    member.share(alive, 1, &begin, &end);
+    for (int64_t i = begin; i < end; ++i) {
+      if (!subset.is_reset(d, t, i)) continue;
+      each_vector(forward.O_, [&](int64_t j, int n) { put_h(parity, i, j, n, V::zero()); });
+      if constexpr (Cell::kCellState) each_vector(s().H, [&](int64_t j, int) { V::zero().store(c(i, j)); });
+    }
+    member.sync();
+  }
+
   void step(int64_t nth, int64_t first, int64_t alive) {
     const int64_t t = time(nth), parity = nth & 1;
+    if (forward.layout_.may_reset(d, t)) reset_states(t, parity, alive);
     ending = d == 1 ? t == 0 : t + 1 == forward.layout_.steps() || subset.alive(t + 1, alive) < alive;
     if constexpr (kDots) {
       if (forward.plan_.recurrence == Plan::dot) step_dot(t, parity, first, alive);
@@ -370,6 +383,9 @@ struct Forward<C, Cell>::Walk {
       saved[Cell::kStateSlot].store(c(u.i, u.j));
       if (forward.p_.c_n && is_last(u.i, t))
         store_state<C>(forward.p_.c_n, state(u.i, s().H) + u.j, saved[Cell::kStateSlot], u.n);
+      if (const RowTensor<void*>& cells = forward.p_.cells; cells.data)
+        store_any<C>(cells.dtype, cells.data, forward.layout_.at(cells, t, subset.sequence(u.i)) + d * s().H + u.j,
+                     saved[Cell::kStateSlot], u.n);
     }
     if (s().P) {
       if constexpr (!kQuads) store_operands<C>(cell_out(u.i) + u.j, out, u.n);

@@ -42,7 +42,7 @@ PackedHeader header_of(const LayerShape& shape, Isa isa) {
 void rnn_forward(const ForwardParams& params, const Runtime& runtime) {
   const LayerShape& shape = params.shape;
   Plan plan = rnn_plan(shape, runtime.isa, runtime.threads, false, params.deterministic, params.packed != nullptr);
-  const SequenceLayout layout(shape, params.batch_sizes, params.lengths);
+  const SequenceLayout layout(shape, params.batch_sizes, params.lengths, params.resets);
   const void* panels = params.packed ? static_cast<const char*>(params.packed) + kHeaderBytes : nullptr;
   const KernelTable& table = kernels(plan.isa, shape.weights);
   const int members = table.forward(params, panels, plan, runtime, layout);
@@ -52,7 +52,7 @@ void rnn_forward(const ForwardParams& params, const Runtime& runtime) {
 
 void rnn_backward(const BackwardParams& params, const Runtime& runtime) {
   Plan plan = rnn_plan(params.shape, runtime.isa, runtime.threads, true, params.deterministic, false);
-  const SequenceLayout layout(params.shape, params.batch_sizes, params.lengths);
+  const SequenceLayout layout(params.shape, params.batch_sizes, params.lengths, params.resets);
   const KernelTable& table = kernels(plan.isa, Weights::given);
   const int members = table.backward(params, plan, runtime, layout);
   plan.isa = table.isa;

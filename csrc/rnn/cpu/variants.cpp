@@ -32,14 +32,14 @@ Plan variant_plan(const LayerShape& shape, Isa isa, int threads, bool backward) 
 void variant_forward(const VariantForwardParams& params, const Runtime& runtime) {
   const ForwardParams& layer = params.layer;
   const Plan plan = variant_plan(layer.shape, runtime.isa, runtime.threads, false);
-  const SequenceLayout layout(layer.shape, layer.batch_sizes, layer.lengths);
+  const SequenceLayout layout(layer.shape, layer.batch_sizes, layer.lengths, nullptr);
   set_last_run({plan, table_of(plan.isa).forward(params, plan, runtime, layout), false});
 }
 
 void variant_backward(const VariantBackwardParams& params, const Runtime& runtime) {
   const BackwardParams& layer = params.layer;
   const Plan plan = variant_plan(layer.shape, runtime.isa, runtime.threads, true);
-  const SequenceLayout layout(layer.shape, layer.batch_sizes, layer.lengths);
+  const SequenceLayout layout(layer.shape, layer.batch_sizes, layer.lengths, nullptr);
   set_last_run({plan, table_of(plan.isa).backward(params, plan, runtime, layout), true});
 }
 

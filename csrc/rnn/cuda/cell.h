@@ -21,8 +21,10 @@ struct StepRows {
   const int* offsets;      // first packed row of each step, [T + 1], null = padded; packed rows are all alive
   const int64_t* lengths;  // [B], clamped to 0..T by the kernel; null = T
   bool reverse;            // time runs from the end
+  const uint8_t* resets;   // [rows], time-major; null = none
 };
 
+// If the next step of a row is reset, new_state and h receive 0 instead of the state.
 struct CellForward {
   CellKind cell;
   int B, H;
@@ -33,7 +35,7 @@ struct CellForward {
   StateRows<const void*> state;     // c (lstm) or h (gru) before the step; data null = zeros
   StateRows<void*> new_state;       // the same after it; may be `state`; data null = not wanted
   StateRows<void*> h, y;            // both receive h', either may be absent; rows not alive: y is 0, h is not written
-  StateRows<void*> c_n;             // receives c' too, or absent
+  StateRows<void*> c_n, cells;      // receive c' too, or absent; rows not alive: cells is 0, c_n is not written
   StateRows<float*> saved;          // R a row, or absent
 };
 
@@ -49,6 +51,7 @@ struct CellBackward {
   StateRows<const float*> product;  // dgates(next) W_hh, or absent
   StateRows<float*> carry;          // rest of dh from the next step; receives that for the step before; or absent
   StateRows<const void*> dc;        // gradient of c', or absent
+  StateRows<const void*> dcells;    // another gradient of c', or absent; the two are added
   StateRows<void*> new_dc;          // gradient of c; may be `dc`; or absent
   StateRows<void*> dgates;          // gate_grad_slots*H a row, in the layer's dtype; 0 in rows that are not alive
   StateRows<float*> gate_grads;     // the same in float32, or absent
@@ -70,9 +73,19 @@ struct BiasSums {
   void *b_ih, *b_hh;  // [G*H]
 };
 
+// Sets the states of the sequences whose step is reset to 0: h [B, H] in the layer's dtype, and `state` [B, H] unless
+// it is null.
+struct InitialResets {
+  int B, H;
+  StepRows rows;
+  void* h;
+  float* state;
+};
+
 // Return CUDA's error number, 0 for success.
 int launch_cell(const CellForward& params, DType dtype, void* stream);
 int launch_cell(const CellBackward& params, DType dtype, void* stream);
+int launch_initial_resets(const InitialResets& params, DType dtype, void* stream);
 int launch_bias_sums(const BiasSums& params, DType dtype, void* stream);
 
 }  // namespace dlk

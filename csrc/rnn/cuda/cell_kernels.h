@@ -71,6 +71,20 @@ DLK_DEVICE int row_length(const StepRows& rows, int B, int b) {
   return sequence_length(rows.offsets, rows.lengths, rows.T, B, b);
 }
 
+DLK_DEVICE bool row_is_reset(const StepRows& rows, int t, int B, int b, int length) {
+  return is_reset(rows.resets, rows.offsets, B, rows.reverse, t, b, length);
+}
+
+template <class S>
+__global__ void __launch_bounds__(kCellThreads) initial_resets(const __grid_constant__ InitialResets p) {
+  const int j = static_cast<int>(blockIdx.y) * kUnitThreads + static_cast<int>(threadIdx.x) % kUnitThreads;
+  const int b = static_cast<int>(blockIdx.x) * kRowThreads + static_cast<int>(threadIdx.x) / kUnitThreads;
+  if (j >= p.H || b >= p.B || !row_is_reset(p.rows, p.rows.t, p.B, b, row_length(p.rows, p.B, b))) return;
+  const int64_t at = static_cast<int64_t>(b) * p.H + j;
+  static_cast<S*>(p.h)[at] = from_float<S>(0.0f);
+  if (p.state) p.state[at] = 0.0f;
+}
+
 template <class Cell, class S, int kWidth>
 __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_constant__ CellForward p) {
   constexpr int kGates = Cell::kGates;
@@ -78,9 +92,12 @@ __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_consta
   const int b = static_cast<int>(blockIdx.x) * kRowThreads + static_cast<int>(threadIdx.x) / kUnitThreads;
   if (j >= p.H || b >= p.B) return;
 
-  if (p.rows.t >= row_length(p.rows, p.B, b)) {
+  const int length = row_length(p.rows, p.B, b);
+  if (p.rows.t >= length) {
+    if (p.rows.offsets) return;
     const float zeros[kWidth] = {};
-    if (!p.rows.offsets) store_state<kWidth, S>(p.y, b, j, zeros);
+    store_state<kWidth, S>(p.y, b, j, zeros);
+    if constexpr (Cell::kCellState) store_state<kWidth, S>(p.cells, b, j, zeros);
     return;
   }
   float x[kGates][kWidth], hidden[kGates][kWidth], state[kWidth];
@@ -108,10 +125,22 @@ __global__ void __launch_bounds__(kCellThreads) cell_forward(const __grid_consta
     for (int s = 0; s < Cell::kSaved; ++s) out[s][i] = saved[s];
   }
 
-  store_state<kWidth, S>(p.h, b, j, h);
+  // What the next step takes.
+  const int next = p.rows.reverse ? p.rows.t - 1 : p.rows.t + 1;
+  const bool ends = next >= 0 && row_is_reset(p.rows, next, p.B, b, length);
+  float next_h[kWidth], next_state[kWidth];
+  DLK_UNROLL
+  for (int i = 0; i < kWidth; ++i) {
+    next_h[i] = ends ? 0.0f : h[i];
+    next_state[i] = ends ? 0.0f : out[Cell::kStateSlot][i];
+  }
+  store_state<kWidth, S>(p.h, b, j, next_h);
   store_state<kWidth, S>(p.y, b, j, h);
-  store_state<kWidth, S>(p.new_state, b, j, out[Cell::kStateSlot]);
-  if constexpr (Cell::kCellState) store_state<kWidth, S>(p.c_n, b, j, out[Cell::kStateSlot]);
+  store_state<kWidth, S>(p.new_state, b, j, next_state);
+  if constexpr (Cell::kCellState) {
+    store_state<kWidth, S>(p.c_n, b, j, out[Cell::kStateSlot]);
+    store_state<kWidth, S>(p.cells, b, j, out[Cell::kStateSlot]);
+  }
   DLK_UNROLL
   for (int s = 0; s < Cell::kSaved; ++s) store_state<kWidth, S>(p.saved, b, static_cast<int64_t>(s) * p.H + j, out[s]);
 }
@@ -135,18 +164,21 @@ __global__ void __launch_bounds__(kCellThreads) cell_backward(const __grid_const
     DLK_UNROLL
     for (int i = 0; i < kWidth; ++i) carry[i] += product[i];
     if (live) {
-      float saved[Cell::kSaved][kWidth], state[kWidth], dy[kWidth], dc[kWidth];
+      float saved[Cell::kSaved][kWidth], state[kWidth] = {}, dy[kWidth], dc[kWidth], dcells[kWidth];
       DLK_UNROLL
       for (int s = 0; s < Cell::kSaved; ++s) {
         load_state<kWidth, S>(p.saved, b, static_cast<int64_t>(s) * p.H + j, saved[s]);
       }
       const int own_step = p.rows.reverse ? length - 1 - p.rows.t : p.rows.t;
-      load_state<kWidth, S>(own_step == 0 ? p.first : p.state, b, j, state);
+      const bool reset = row_is_reset(p.rows, p.rows.t, p.B, b, length);
+      if (!reset) load_state<kWidth, S>(own_step == 0 ? p.first : p.state, b, j, state);
       load_state<kWidth, S>(p.dy, b, j, dy);
       load_state<kWidth, S>(p.dc, b, j, dc);
-      cut = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
+      load_state<kWidth, S>(p.dcells, b, j, dcells);
+      cut = reset || (p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0);
       DLK_UNROLL
       for (int i = 0; i < kWidth; ++i) {
+        dc[i] += dcells[i];
         float one[Cell::kSaved], dgates[kSlots];
         DLK_UNROLL
         for (int s = 0; s < Cell::kSaved; ++s) one[s] = saved[s][i];

@@ -35,9 +35,10 @@ __global__ void __launch_bounds__(kThreads) hidden_before(const __grid_constant_
   const int before = p.reverse ? t + 1 : t - 1;
   const float* record = nullptr;
   const S* first = nullptr;
-  if (t < length && before >= 0 && before < length) {
+  const bool reset = is_reset(p.resets, p.offsets, p.B, p.reverse, t, b, length);
+  if (t < length && !reset && before >= 0 && before < length) {
     record = p.saved + row_number(p.offsets, p.B, before, b) * Cell::kSaved * p.H;
-  } else if (t < length && p.h0) {
+  } else if (t < length && !reset && p.h0) {
     first = static_cast<const S*>(p.h0) + static_cast<int64_t>(b) * p.H;
   }
   S* to = static_cast<S*>(p.to.data) + row_offset(p.to, p.offsets, t, b);

@@ -18,12 +18,13 @@ struct CopyRows {
 int launch_copy_rows(const CopyRows& params, void* stream);
 
 // to(t, b) = h before step t of one direction, from what the forward saved: the other factor of W_hh's gradient. Rows
-// that are not alive become 0.
+// that are not alive become 0, and so do those whose step is reset.
 struct HiddenBefore {
   CellKind cell;
   int T, B, H;
   const int* offsets;      // [T + 1], null = padded
   const int64_t* lengths;  // [B], clamped to 0..T by the kernel; null = T
+  const uint8_t* resets;   // [rows], time-major; null = none
   bool reverse;            // time runs from the end
   const float* saved;      // [rows, R], time-major
   const void* h0;          // [B, H] in the layer's dtype: before a sequence's first step; null = zeros

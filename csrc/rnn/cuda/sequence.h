@@ -151,11 +151,13 @@ struct SequenceForward {
   SharedLayout layout;
   const int* offsets;                // [T + 1], null = padded
   const int64_t* lengths;            // [B], clamped to 0..T by the kernel; null = T
+  const uint8_t* resets;             // [rows], time-major, 0 or 1; null = none (is_reset() in walk.h)
   RowTensor<const float*> gates[2];  // W_ih x, without biases: features G*H
   const void* w_hh[2];               // [G*H, H]
   const void *b_ih[2], *b_hh[2];     // [G*H] or null
   const void *h0, *c0;               // [D, B, H] or null
   RowTensor<void*> y;                // features D*H
+  void* cells;                       // c of every step with the strides of y, lstm only; null = not wanted
   void *h_n, *c_n;                   // [D, B, H]
   float* saved;                      // [D, rows, R], time-major, or null
   int64_t saved_rows;                // rows of one direction in `saved`
@@ -170,10 +172,12 @@ struct SequenceBackward {
   SharedLayout layout;
   const int* offsets;
   const int64_t* lengths;
+  const uint8_t* resets;
   const void* w_hh[2];
   const void *h0, *c0;
-  RowTensor<const void*> dy;  // features D*H; data null = zeros
-  const float* saved;         // as the forward wrote it
+  RowTensor<const void*> dy;      // features D*H; data null = zeros
+  RowTensor<const void*> dcells;  // features D*H, gradient of c of every step, lstm only; data null = zeros
+  const float* saved;             // as the forward wrote it
   int64_t saved_rows;
   const void *dh_n, *dc_n;  // [D, B, H] or null
   int64_t bptt_steps;

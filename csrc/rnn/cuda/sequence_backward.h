@@ -10,7 +10,8 @@
 // The other part of dh that passes from step to step (`carry`: dh_n at first, then the gru's direct path) and dc are
 // kept in shared memory in float32. At a step at which a sequence is not alive, dc stays as it is and the product with
 // W_hh is added to `carry`. After the last step `carry` is thus the gradient of h_0, at whichever step a sequence ends.
-// bptt_steps cuts gradients by passing on zeros. Each thread sums the bias gradients of its unit, in a fixed order.
+// bptt_steps and resets cut gradients by passing on zeros; a reset at a sequence's first step also makes the gradients
+// of h_0 and c_0 zero. Each thread sums the bias gradients of its unit, in a fixed order.
 #pragma once
 
 #include "group.h"
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   const int64_t rows0 = d * p.saved_rows;
   const float* saved = p.saved + rows0 * Cell::kSaved * p.H + j;
   const S* dy = p.dy.data ? static_cast<const S*>(p.dy.data) + d * p.H + j : nullptr;
+  const S* dcells = p.dcells.data ? static_cast<const S*>(p.dcells.data) + d * p.H + j : nullptr;
   const RowTensor<void*>& dgates = p.dgates[d];
   float* gate_grads = p.gate_grads ? p.gate_grads + rows0 * kSlots * p.H + j : nullptr;
   float bias_sums[kSlots] = {};
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
   // before it is processed, except with wide slices, whose weights leave no registers for two chunks at a time.
   constexpr bool kFetchAhead = !is_wide(kGates, kUnits);
   struct Inputs {
-    float record[kTurns][Cell::kSaved], state[kTurns], dy[kTurns];
+    float record[kTurns][Cell::kSaved], state[kTurns], dy[kTurns], dcells[kTurns];
     bool live[kTurns], cut[kTurns];
   };
   const auto fetch = [&](int s, int t, int chunk, Inputs* in) {
@@ -102,7 +104,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       const bool live = exists && s < steps && t < length;
       in->live[i] = live;
       in->cut[i] = false;
-      in->state[i] = in->dy[i] = 0.0f;
+      in->state[i] = in->dy[i] = in->dcells[i] = 0.0f;
       DLK_UNROLL
       for (int k = 0; k < Cell::kSaved; ++k) in->record[i][k] = 0.0f;
       if (!live) continue;
@@ -110,9 +112,13 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
       DLK_UNROLL
       for (int k = 0; k < Cell::kSaved; ++k) in->record[i][k] = saved[(row * Cell::kSaved + k) * p.H];
       if (dy) in->dy[i] = to_float(dy[row_offset(p.dy, p.offsets, t, first + b)]);
+      if constexpr (Cell::kCellState) {
+        if (dcells) in->dcells[i] = to_float(dcells[row_offset(p.dcells, p.offsets, t, first + b)]);
+      }
       const int own_step = d == 0 ? t : length - 1 - t;
-      in->cut[i] = p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0;
-      if constexpr (kIsRnn<Cell>) continue;
+      const bool reset = is_reset(p.resets, p.offsets, p.B, d, t, first + b, length);
+      in->cut[i] = reset || (p.bptt_steps > 0 && own_step > 0 && own_step % p.bptt_steps == 0);
+      if (kIsRnn<Cell> || reset) continue;
       if (own_step == 0) {
         in->state[i] = load_or_zero<S>(Cell::kCellState ? p.c0 : p.h0, (state0 + b) * p.H + j);
       } else {
@@ -144,6 +150,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         const bool busy = Turns::has_cell(thread, i);
         carry[i] = busy ? carries[at] : 0.0f;
         dc[i] = busy && Cell::kCellState ? dcs[at] : 0.0f;
+        if (Cell::kCellState && !kFetchAhead) dc[i] += now.dcells[i];  // no register keeps it until it is needed
       }
       if (kFetchAhead && !last_chunk) fetch(s, t, chunk + kColumns, &next);
       if (kFetchAhead && last_chunk && more) fetch(s + 1, next_t, 0, &next);
@@ -175,6 +182,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_backward(const _
         if (any_live && busy) {
           carry[i] += add_parts<kShape.splits>(part + column * (kShape.rows + 4) + unit, kPart);
           if (now.live[i]) {
+            if (Cell::kCellState && kFetchAhead) dc[i] += now.dcells[i];
             if constexpr (!kFetchAhead) inputs[i] = backward_inputs<Cell, S>(now.record[i], now.state[i]);
             carry[i] = step_backward(relu, inputs[i], now.dy[i] + carry[i], &dc[i], grads[i]);
             if (now.cut[i]) carry[i] = dc[i] = 0.0f;

@@ -9,6 +9,9 @@
 // end, and a sequence begins at its own last step; until then its h is h_0. c, and h for the gru, stay in shared memory
 // in float32, each element accessed by one thread only. Saved for the backward: what the cell saves (csrc/rnn/cells),
 // in float32; the last slot is the state after the step.
+//
+// If a sequence's next step is reset, zeros are sent and kept in place of its h and its state. Its results and records
+// are the true ones.
 #pragma once
 
 #include "group.h"
@@ -63,12 +66,16 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
     if (u < p.H && (g < kGates ? !apart : apart)) sum += load_or_zero<S>(p.b_hh[d], at);
     bias[i] = sum;
   }
+  // Only the first direction can begin with a reset: the flag of a sequence's last step in time would lie behind it.
+  const auto drops_initial = [&](int b) {
+    return d == 0 && is_reset(p.resets, p.offsets, p.B, 0, 0, first + b, lengths[b]);
+  };
   for (int i = thread; thread < Turns::kThreads && i < p.tile * kUnits; i += Turns::kThreads) {
     const int b = i / kUnits;
     const int64_t at = (state0 + b) * p.H + j;
-    const bool there = exists && first + b < p.B;
+    const bool there = exists && first + b < p.B, dropped = drops_initial(b);
     const float h = there ? load_or_zero<S>(p.h0, at) : 0.0f;
-    states[i] = Cell::kCellState ? (there ? load_or_zero<S>(p.c0, at) : 0.0f) : h;
+    states[i] = dropped ? 0.0f : Cell::kCellState ? (there ? load_or_zero<S>(p.c0, at) : 0.0f) : h;
     if (there && lengths[b] == 0) {
       static_cast<S*>(p.h_n)[at] = from_float<S>(h);
       if constexpr (Cell::kCellState) static_cast<S*>(p.c_n)[at] = from_float<S>(states[i]);
@@ -81,7 +88,7 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   auto group = make_group<S, kCluster>(p, shared, kUnits);
   group.begin(
       [&](int b, int term) {
-        const bool there = term < p.H && first + b < p.B;
+        const bool there = term < p.H && first + b < p.B && !drops_initial(b);
         return from_float<S>(there ? load_or_zero<S>(p.h0, (state0 + b) * p.H + term) : 0.0f);
       },
       [&](int b) { return reads(first_t, b); });
@@ -95,12 +102,17 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   struct Inputs {
     float x[kTurns][kGates];
     bool live[kTurns];
+    unsigned resets;  // bit i: the sequence of cell i takes its next step with zeros; the bits share a register
   };
   const auto fetch = [&](int t, int chunk, Inputs* in) {
+    const int next_t = d == 0 ? t + 1 : t - 1;
+    in->resets = 0;
     DLK_UNROLL
     for (int i = 0; i < kTurns; ++i) {
       const int b = chunk + Turns::column(thread, i);
       in->live[i] = Turns::has_cell(thread, i) && t < lengths[b];
+      const bool reset = in->live[i] && is_reset(p.resets, p.offsets, p.B, d, next_t, first + b, lengths[b]);
+      in->resets |= static_cast<unsigned>(reset) << i;
       const bool given = exists && in->live[i];
       const float* from = given ? gates.data + row_offset(gates, p.offsets, t, first + b) + j : nullptr;
       DLK_UNROLL
@@ -162,7 +174,8 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
           h_new[i] = step_forward<Cell, S>(relu, now.x[i], hidden, state[i], out[i]);
         }
         // Lanes without a cell take part, because send() exchanges items between lanes.
-        const float item = !now.live[i] ? idle[i] : exists ? h_new[i] : 0.0f;
+        const bool passes = exists && !(now.resets >> i & 1);
+        const float item = !now.live[i] ? idle[i] : passes ? h_new[i] : 0.0f;
         if (sends) group.send(s, b, j, {item}, busy);
       }
 
@@ -171,10 +184,15 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
         const int b = chunk + Turns::column(thread, i);
         if (!Turns::has_cell(thread, i)) break;
         if (any_live) group.template retire<1>(s, b, j);
-        if (now.live[i]) states[b * kUnits + unit] = out[i][Cell::kStateSlot];
+        if (now.live[i]) states[b * kUnits + unit] = now.resets >> i & 1 ? 0.0f : out[i][Cell::kStateSlot];
         if (!exists || first + b >= p.B) continue;
         if (now.live[i] || !p.offsets) {
-          y[row_offset(p.y, p.offsets, t, first + b)] = from_float<S>(now.live[i] ? h_new[i] : 0.0f);
+          const int64_t row = row_offset(p.y, p.offsets, t, first + b);
+          y[row] = from_float<S>(now.live[i] ? h_new[i] : 0.0f);
+          if constexpr (Cell::kCellState) {
+            const float c = now.live[i] ? out[i][Cell::kStateSlot] : 0.0f;
+            if (p.cells) static_cast<S*>(p.cells)[row + d * p.H + j] = from_float<S>(c);
+          }
         }
         if (!now.live[i]) continue;
         if (saved) {
@@ -195,7 +213,9 @@ __global__ void __launch_bounds__(kSequenceThreads, 1) sequence_forward(const __
   if (p.offsets || !exists) return;
   for (int t = steps; t < p.T; ++t) {
     for (int b = thread / kUnits; b < p.tile && first + b < p.B; b += Turns::kApart) {
-      y[row_offset(p.y, nullptr, t, first + b)] = from_float<S>(0.0f);
+      const int64_t row = row_offset(p.y, nullptr, t, first + b);
+      y[row] = from_float<S>(0.0f);
+      if (p.cells) static_cast<S*>(p.cells)[row + d * p.H + j] = from_float<S>(0.0f);
     }
   }
 }

@@ -57,6 +57,13 @@ int run_forward_steps(const SequenceForward& p, const ForwardSteps& steps, DType
   const int size = dtype == DType::f32 ? 4 : 2;
   const bool f32 = dtype == DType::f32, lstm = cell_traits(p.cell).cell_state;
   const StepPlaces places(steps.batch_sizes, p.T, p.B);
+  if (p.resets) {
+    // A reset of a sequence's first step, which only the first direction can have. Those of later steps are left to
+    // the cell kernel of the step before.
+    const InitialResets first{
+        p.B, p.H, {0, p.T, p.offsets, p.lengths, false, p.resets}, p.h_n, has_state(p.cell) ? steps.state : nullptr};
+    if (const int error = launch_initial_resets(first, dtype, stream)) return error;
+  }
   for (int s = 0; s < p.T; ++s) {
     for (int d = 0; d < p.D; ++d) {
       const int t = d == 0 ? s : p.T - 1 - s;
@@ -65,7 +72,7 @@ int run_forward_steps(const SequenceForward& p, const ForwardSteps& steps, DType
       cell.cell = p.cell;
       cell.B = p.B;
       cell.H = p.H;
-      cell.rows = {t, p.T, p.offsets, p.lengths, d == 1};
+      cell.rows = {t, p.T, p.offsets, p.lengths, d == 1, p.resets};
       cell.gates_x = places.rows<const float*>(p.gates[d], t, 0, 4, true);
       cell.gates_h = {steps.gates_h, gates, true};
       cell.b_ih = p.b_ih[d];
@@ -76,7 +83,10 @@ int run_forward_steps(const SequenceForward& p, const ForwardSteps& steps, DType
       }
       cell.h = {at(p.h_n, d * states * size), H, f32};
       cell.y = places.rows<void*>(p.y, t, d * H, size, f32);
-      if (lstm) cell.c_n = {at(p.c_n, d * states * size), H, f32};
+      if (lstm) {
+        cell.c_n = {at(p.c_n, d * states * size), H, f32};
+        cell.cells = places.rows<void*>(RowTensor<void*>{p.cells, p.y.t, p.y.b, p.y.dtype}, t, d * H, size, f32);
+      }
       if (p.saved) cell.saved = places.records(p.saved + d * p.saved_rows * slots, t, slots);
       if (const int error = launch_cell(cell, dtype, stream)) return error;
     }
@@ -101,7 +111,7 @@ int run_backward_steps(const SequenceBackward& p, const BackwardSteps& steps, DT
       cell.cell = p.cell;
       cell.B = p.B;
       cell.H = p.H;
-      cell.rows = {t, p.T, p.offsets, p.lengths, d == 1};
+      cell.rows = {t, p.T, p.offsets, p.lengths, d == 1, p.resets};
       cell.bptt_steps = p.bptt_steps;
       const float* records = p.saved + d * p.saved_rows * saved;
       cell.saved = places.records(records, t, saved);
@@ -111,6 +121,7 @@ int run_backward_steps(const SequenceBackward& p, const BackwardSteps& steps, DT
         cell.first = {at(lstm ? p.c0 : p.h0, d * states * size), H, f32};
       }
       cell.dy = places.rows<const void*>(p.dy, t, d * H, size, f32);
+      cell.dcells = places.rows<const void*>(p.dcells, t, d * H, size, f32);
       if (s > 0) cell.product = {steps.product, H, true};
       cell.carry = {steps.carry + d * states, H, true};
       if (lstm) {

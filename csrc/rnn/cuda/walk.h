@@ -35,6 +35,14 @@ DLK_DEVICE int sequence_length(const int* offsets, const int64_t* lengths, int T
   return begin;
 }
 
+// Whether direction d takes step t of sequence b, which has `length` steps, with a state of zeros. A flag at a step
+// separates it from the step before it in time, so direction 1 finds the flag of step t at the step after it in time.
+// Flags in the padding have no effect.
+DLK_DEVICE bool is_reset(const uint8_t* resets, const int* offsets, int B, int d, int t, int b, int length) {
+  const int flagged = d == 0 ? t : t + 1;
+  return resets && flagged < length && resets[row_number(offsets, B, flagged, b)];
+}
+
 // Fills `lengths` (shared memory) with the lengths of the tile, followed by the largest of each chunk of sequences;
 // returns the largest of all. Synchronises the threads of the block.
 template <int kColumns, class Params>

@@ -3,6 +3,9 @@
 // The *_dtype arguments are what autocast asks for, as numbers of DType; -1 stands for the dtype of x. With a
 // product_dtype the tensors may have any dtypes except float64, and products may be rounded to product_dtype. Without
 // it all tensors have the same dtype.
+//
+// resets: bool [T, B], or [rows] of packed x. cells: whether c of every step of the lstm is wanted, and dcells its
+// gradient; both have the layout of y, with D*H features, and are stored time-major.
 #pragma once
 
 #include "rnn/params.h"
@@ -26,7 +29,9 @@ using TensorList = std::vector<Tensor>;
   ARGUMENT(bool, deterministic, "")         \
   ARGUMENT(int64_t, product_dtype, "=-1")   \
   ARGUMENT(int64_t, h_dtype, "=-1")         \
-  ARGUMENT(int64_t, c_dtype, "=-1")
+  ARGUMENT(int64_t, c_dtype, "=-1")         \
+  ARGUMENT(OptionalTensor, resets, "=None") \
+  ARGUMENT(bool, cells, "=False")
 DLK_ARGUMENTS(SequenceForwardArguments, DLK_SEQUENCE_FORWARD)
 
 #define DLK_SEQUENCE_BACKWARD(ARGUMENT)     \
@@ -48,7 +53,9 @@ DLK_ARGUMENTS(SequenceForwardArguments, DLK_SEQUENCE_FORWARD)
   ARGUMENT(bool, need_state, "")            \
   ARGUMENT(bool, need_weights, "")          \
   ARGUMENT(bool, gate_grads, "")            \
-  ARGUMENT(int64_t, product_dtype, "=-1")
+  ARGUMENT(int64_t, product_dtype, "=-1")   \
+  ARGUMENT(OptionalTensor, resets, "=None") \
+  ARGUMENT(OptionalTensor, dcells, "=None")
 DLK_ARGUMENTS(SequenceBackwardArguments, DLK_SEQUENCE_BACKWARD)
 
 // With layer normalisation, zoneout and recurrent dropout. `gains`, for each direction: norm_ih, norm_hh, then for the

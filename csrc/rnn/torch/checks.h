@@ -132,8 +132,51 @@ inline size_t check_weights(const TensorList& weights, const Dtypes& dtypes, con
   return count;
 }
 
+// A time-major copy of resets, which are on the CPU and have been checked; empty if absent.
+inline std::vector<uint8_t> read_resets(const OptionalTensor& resets) {
+  if (!resets) return {};
+  const bool padded = resets.dim() == 2;
+  const int64_t T = resets.size(0), B = padded ? resets.size(1) : 1;
+  const int64_t t_stride = resets.strides()[0], b_stride = padded ? resets.strides()[1] : 0;
+  const uint8_t* from = static_cast<const uint8_t*>(resets.data());
+  std::vector<uint8_t> flags(static_cast<size_t>(T * B));
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t b = 0; b < B; ++b) {
+      flags[static_cast<size_t>(t * B + b)] =
+          __atomic_load_n(from + t * t_stride + b * b_stride, __ATOMIC_RELAXED) != 0;
+    }
+  }
+  return flags;
+}
+
 inline void check_cell_state(CellKind cell, const OptionalTensor& c, const char* what) {
   DLK_CHECK(cell_traits(cell).cell_state || !c, what, " must be None: ", mode_name(cell), " has no cell state");
+}
+
+inline void check_cells_exist(CellKind cell, bool wanted) {
+  DLK_CHECK(cell_traits(cell).cell_state || !wanted, "cells must be False: ", mode_name(cell), " has no cell state");
+}
+
+// The arguments `resets` and `dcells`, or absent ones if the operator has none.
+inline const OptionalTensor& absent_argument() {
+  static const OptionalTensor none;
+  return none;
+}
+template <class Arguments>
+auto resets_of(const Arguments& a, int) -> decltype((a.resets)) {
+  return a.resets;
+}
+template <class Arguments>
+const OptionalTensor& resets_of(const Arguments&, long) {
+  return absent_argument();
+}
+template <class Arguments>
+auto dcells_of(const Arguments& a, int) -> decltype((a.dcells)) {
+  return a.dcells;
+}
+template <class Arguments>
+const OptionalTensor& dcells_of(const Arguments&, long) {
+  return absent_argument();
 }
 
 // Checks the arguments that forward and backward of a sequence have in common, except for the values of lengths, and
@@ -147,6 +190,10 @@ std::vector<int64_t> read_sequence(const Arguments& a, const Dtypes& dtypes, con
   check_cell_state(shape->cell, a.c0, "c0");
   if (a.h0) dtypes.check(a.h0, "h0", {shape->D, shape->B, shape->outputs()}, device);
   if (a.c0) dtypes.check(a.c0, "c0", {shape->D, shape->B, shape->H}, device);
+  const int32_t flag = aoti_torch_dtype_bool();
+  const OptionalTensor& resets = resets_of(a, 0);
+  if (resets && a.batch_sizes) check_tensor(resets, "resets", flag, {shape->rows}, device);
+  if (resets && !a.batch_sizes) check_tensor(resets, "resets", flag, {shape->T, shape->B}, device);
   return batch_sizes;
 }
 
@@ -155,17 +202,21 @@ template <class Arguments>
 void check_sequence_gradients(const Arguments& a, const Dtypes& dtypes, const Device* device, const LayerShape& shape,
                               int64_t record) {
   check_cell_state(shape.cell, a.dc_n, "dc_n");
+  const OptionalTensor& dcells = dcells_of(a, 0);
+  check_cell_state(shape.cell, dcells, "dcells");
   DLK_CHECK_VALUE(a.bptt_steps >= 0, "bptt_steps must not be negative, got ", a.bptt_steps);
   if (a.dh_n) dtypes.check(a.dh_n, "dh_n", {shape.D, shape.B, shape.outputs()}, device);
   if (a.dc_n) dtypes.check(a.dc_n, "dc_n", {shape.D, shape.B, shape.H}, device);
-  const int64_t features = shape.D * shape.outputs();
+  const int64_t features = shape.D * shape.outputs(), of_cells = shape.D * shape.H;
   const int32_t compute = torch_dtype(compute_type(shape.dtype));
   if (a.batch_sizes) {
     if (a.dy) dtypes.check(a.dy, "dy", {shape.rows, features}, device);
+    if (dcells) dtypes.check(dcells, "dcells", {shape.rows, of_cells}, device);
     check_tensor(a.saved, "saved", compute, {shape.D, shape.rows, record}, device);
   } else {
     const int64_t outer = a.batch_first ? shape.B : shape.T, inner = a.batch_first ? shape.T : shape.B;
     if (a.dy) dtypes.check(a.dy, "dy", {outer, inner, features}, device);
+    if (dcells) dtypes.check(dcells, "dcells", {outer, inner, of_cells}, device);
     check_tensor(a.saved, "saved", compute, {shape.D, shape.T, shape.B, record}, device);
   }
 }

@@ -31,6 +31,7 @@ PyObject* layers(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call.packed = args[5];
     call.batch_sizes = args[6];
     call.lengths = args[7];
+    call.resets = Py_None;
     call.layers = PyLong_AsLongLong(args[8]);
     require(!PyErr_Occurred());
     call.bidirectional = flag(args[9]);

@@ -241,7 +241,7 @@ struct Stack {
         a.weights.push_back(std::move(weights[static_cast<size_t>(layer) * count + i]));
       }
       if (!packed.empty()) a.packed = OptionalTensor(packed[static_cast<size_t>(layer)].release());
-      auto [y, h, c, saved] = on_cpu::sequence_forward(cell, a);
+      auto [y, h, c, saved, cells] = on_cpu::sequence_results(cell, a);
       results[0] = std::move(y);
       h_n.push_back(std::move(h));
       c_n.push_back(std::move(c));
@@ -261,6 +261,14 @@ inline OptionalTensor as_one_step(const OptionalTensor& tensor) {
   return OptionalTensor(view_of(tensor, 3, sizes, strides));
 }
 
+// A view of a matrix with its dimensions exchanged.
+inline OptionalTensor transposed(const OptionalTensor& tensor) {
+  require(tensor.dim() == 2);
+  const int64_t sizes[] = {tensor.size(1), tensor.size(0)};
+  const int64_t strides[] = {tensor.strides()[1], tensor.strides()[0]};
+  return OptionalTensor(view_of(tensor, 2, sizes, strides));
+}
+
 // The only entry of the first dimension, a view.
 inline Tensor first_of(const Tensor& tensor) {
   const int64_t sizes[] = {tensor.size(1), tensor.size(2)};
@@ -269,10 +277,10 @@ inline Tensor first_of(const Tensor& tensor) {
 
 // The Python arguments of a call of layers. Absent tensors are None; `packed` is None or a tuple with what `pack`
 // returned for each layer. With one_step, x and the states are those of a cell, without the dimension of time or
-// layers.
+// layers. resets: [T, B], or [B, T] with batch_first.
 struct StackCall {
   CellKind cell;
-  PyObject *x, *h0, *c0, *batch_sizes, *lengths, *packed;
+  PyObject *x, *h0, *c0, *batch_sizes, *lengths, *resets, *packed;
   PyObject* const* weights;  // of all layers
   Py_ssize_t number;         // of weights
   int64_t layers;
@@ -287,7 +295,7 @@ struct StackCall {
     for (Py_ssize_t i = 0; i < number; ++i) given.add(weights[i]);
     for (Py_ssize_t i = 0; i < buffers; ++i) given.add(PyTuple_GET_ITEM(packed, i));
     given.add(x);
-    for (PyObject* tensor : {h0, c0, batch_sizes, lengths}) given.add_if(tensor);
+    for (PyObject* tensor : {h0, c0, batch_sizes, lengths, resets}) given.add_if(tensor);
     require_plain_call();
 
     Stack stack{};
@@ -307,6 +315,8 @@ struct StackCall {
     stack.c0 = handles.take_if(c0);
     a.batch_sizes = handles.take_if(batch_sizes);
     a.lengths = handles.take_if(lengths);
+    a.resets = handles.take_if(resets);
+    if (a.resets && a.batch_first) a.resets = transposed(a.resets);
     if (one_step) {
       a.x = as_one_step(OptionalTensor(a.x.release()));
       stack.h0 = as_one_step(stack.h0);

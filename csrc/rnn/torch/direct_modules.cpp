@@ -93,7 +93,7 @@ Object item(const Object& list, Py_ssize_t at) {
 
 }  // namespace
 
-// layer_module(module.__dict__, x, hx) -> (y, h_n) or (y, (h_n, c_n)) or None
+// layer_module(module.__dict__, x, hx, resets) -> (y, h_n) or (y, (h_n, c_n)) or None
 PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
   static PyObject *const names = Module::interned("_flat_weights_names"), *const flat = Module::interned("_flat"),
                          *const mode = Module::interned("mode"), *const num_layers = Module::interned("num_layers"),
@@ -103,7 +103,7 @@ PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
                          *const zoneout = Module::interned("zoneout"),
                          *const recurrent_dropout = Module::interned("recurrent_dropout");
   return served_or_none([&]() -> PyObject* {
-    require(count == 3 && torch_side.tensor && !prefers_torch());
+    require(count == 4 && torch_side.tensor && !prefers_torch());
     const Module module(args[0]);
     PyObject* weight_names = module.get(names);
     require(PyList_Check(weight_names) && PyList_GET_SIZE(weight_names) > 0);
@@ -119,6 +119,7 @@ PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
     const bool has_cell_state = cell_traits(call.cell).cell_state;
     call.x = args[1];
     call.batch_sizes = call.lengths = Py_None;
+    call.resets = args[3];
     take_states(args[2], has_cell_state, &call);
     call.weights = weights.data();
     call.number = static_cast<Py_ssize_t>(weights.size());
@@ -151,7 +152,7 @@ PyObject* cell_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call.cell = cell_of(args[0]);
     const bool has_cell_state = cell_traits(call.cell).cell_state;
     call.x = args[2];
-    call.batch_sizes = call.lengths = Py_None;
+    call.batch_sizes = call.lengths = call.resets = Py_None;
     take_states(args[3], has_cell_state, &call);
     call.weights = weights;
     call.number = number;

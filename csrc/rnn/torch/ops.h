@@ -10,7 +10,7 @@
 
 namespace dlk {
 
-using SequenceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, h_n, c_n, saved
+using SequenceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // y, h_n, c_n, saved, cells
 
 #define DLK_RECURRENT_OPERATORS                                                       \
   SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& a); \
@@ -19,7 +19,9 @@ using SequenceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // y, h_n, 
   TensorList cell_backward(CellKind cell, const CellBackwardArguments& a);
 namespace on_cpu {
 DLK_RECURRENT_OPERATORS
-}
+// sequence_forward without the tensors of shape [0] that stand for results that are not there; those are null.
+SequenceOutputs sequence_results(CellKind cell, const SequenceForwardArguments& a);
+}  // namespace on_cpu
 namespace on_cuda {
 DLK_RECURRENT_OPERATORS
 }

@@ -7,7 +7,8 @@ STABLE_TORCH_LIBRARY(dlkernels, library) {
     const auto define = [&](const char* suffix, const std::string& arguments, const char* results) {
       library.def((mode + suffix + "(" + arguments + ") -> " + results).c_str());
     };
-    define("", dlk::SequenceForwardArguments::schema(), "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved)");
+    define("", dlk::SequenceForwardArguments::schema(),
+           "(Tensor y, Tensor h_n, Tensor c_n, Tensor saved, Tensor cells)");
     define("_backward", dlk::SequenceBackwardArguments::schema(), "Tensor[]");
     define("_cell", dlk::CellForwardArguments::schema(), "Tensor[]");
     define("_cell_backward", dlk::CellBackwardArguments::schema(), "Tensor[]");

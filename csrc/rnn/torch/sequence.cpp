@@ -23,9 +23,20 @@ const void* read_packed(const Tensor& packed, bool save, Isa isa, on_cpu::Sequen
 namespace on_cpu {
 
 SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& a) {
+  SequenceOutputs results = sequence_results(cell, a);
+  auto& [y, h_n, c_n, saved, cells] = results;
+  if (!c_n.get()) c_n = absent(y.dtype());
+  if (!saved.get()) saved = absent(torch_dtype(compute_type(check_float(a.x, "x"))));
+  if (!cells.get()) cells = absent(c_n.dtype());
+  return results;
+}
+
+SequenceOutputs sequence_results(CellKind cell, const SequenceForwardArguments& a) {
   Sequence call;
   read_call(cell, a, &call);
   const LayerShape& shape = call.shape;
+  const bool lstm = cell_traits(cell).cell_state;
+  check_cells_exist(cell, a.cells);
   const Runtime runtime = current_runtime();
 
   ForwardParams params{};
@@ -39,21 +50,24 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   params.weights[1] = call.weights[1];
   params.batch_sizes = values_or_null(call.batch_sizes);
   params.lengths = values_or_null(call.lengths);
+  params.resets = values_or_null(call.resets);
   params.deterministic = a.deterministic;
 
-  const bool lstm = cell_traits(cell).cell_state;
   const DType of_h = call.dtypes.result(a.h_dtype, "h_dtype"), of_c = call.dtypes.result(a.c_dtype, "c_dtype");
   Tensor y = call.empty_rows(shape.D * shape.outputs(), of_h);
   Tensor h_n = new_state(true, shape.outputs(), of_h, call, &params.h_n);
-  Tensor c_n = new_state(lstm, shape.H, lstm ? of_c : of_h, call, &params.c_n);
-  Tensor saved = call.empty_records(a.save, {shape.record()});
+  Tensor c_n, saved, cells;
+  if (lstm) c_n = new_state(true, shape.H, of_c, call, &params.c_n);
+  if (a.save) saved = call.empty_records(true, {shape.record()});
+  if (a.cells) cells = call.empty_rows(shape.D * shape.H, of_c);
   if (shape.B > 0) {
     params.y = call.output_rows(y);
-    params.saved = data_if(a.save, saved);
+    if (a.cells) params.cells = call.output_rows(cells);
+    if (a.save) params.saved = saved.data();
     rnn_forward(params, runtime);
     remember_shape(shape);
   }
-  return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved)};
+  return {std::move(y), std::move(h_n), std::move(c_n), std::move(saved), std::move(cells)};
 }
 
 TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) {
@@ -73,8 +87,10 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   params.weights[1] = call.weights[1];
   params.batch_sizes = values_or_null(call.batch_sizes);
   params.lengths = values_or_null(call.lengths);
+  params.resets = values_or_null(call.resets);
   params.saved = call.inputs.contiguous(a.saved);
   if (a.dy) params.dy = call.rows(a.dy);
+  if (a.dcells) params.dcells = call.rows(a.dcells);
   params.dh_n = take_state(a.dh_n, &call);
   params.dc_n = take_state(a.dc_n, &call);
   params.bptt_steps = a.bptt_steps;

@@ -11,6 +11,7 @@ struct Sequence {
   LayerShape shape{};
   DirectionWeights weights[2]{};
   std::vector<int64_t> batch_sizes, lengths;  // the call's own copies, empty if not given
+  std::vector<uint8_t> resets;
   Dtypes dtypes;
   int t_dim = 0, b_dim = 1;
   Inputs inputs;
@@ -78,6 +79,7 @@ void read_call(CellKind cell, const Arguments& a, Sequence* call) {
   call->batch_sizes = read_sequence(a, call->dtypes, nullptr, &shape);
   if (!a.batch_sizes && a.batch_first) std::swap(call->t_dim, call->b_dim);
   if (a.lengths) call->lengths = read_lengths(a.lengths, shape.T);
+  call->resets = read_resets(resets_of(a, 0));
 }
 
 inline StateTensor<const void*> take_state(const OptionalTensor& state, Sequence* call) {
@@ -92,7 +94,8 @@ inline Tensor new_state(bool wanted, int64_t size, DType dtype, const Sequence& 
   return std::move(out.tensor);
 }
 
-inline const int64_t* values_or_null(const std::vector<int64_t>& values) {
+template <class T>
+const T* values_or_null(const std::vector<T>& values) {
   return values.empty() ? nullptr : values.data();
 }
 

@@ -79,7 +79,7 @@ void read_variant(CellKind cell, const Arguments& a, Sequence* call) {
   check_variant(a, *call);
 }
 
-SequenceOutputs variant_forward(CellKind cell, const VariantForwardArguments& a) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> variant_forward(CellKind cell, const VariantForwardArguments& a) {
   Sequence call;
   read_variant(cell, a, &call);
   const LayerShape& shape = call.shape;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlkernels.rnn.dtypes import SAME, Types
 
-__all__ = ["CellConfig", "CellInputs", "SequenceConfig", "SequenceInputs", "VariantConfig", "Wanted"]
+__all__ = ["CellConfig", "CellInputs", "Places", "SequenceConfig", "SequenceInputs", "VariantConfig", "Wanted"]
 
 
 class VariantConfig(NamedTuple):
@@ -47,20 +47,23 @@ class SequenceConfig(NamedTuple):
     bptt_steps: int = 0
     deterministic: bool = False
     types: Types = SAME
+    cells: bool = False
     variant: VariantConfig | None = None
 
     @property
     def batch_dim(self) -> int:
-        """The batch dimension of padded x, y and dy. It is 1 for h0, c0, h_n and c_n, and 2 for the saved tensor."""
+        """The batch dimension of padded x, y, cells and their gradients. It is 1 for h0, c0, h_n, c_n and resets, and 2
+        for the saved tensor."""
         return 0 if self.batch_first else 1
 
 
 class SequenceInputs(NamedTuple):
-    """The tensors of a layer. The Functions take them in this order, the weights one by one.
+    """The tensors of a layer.
 
     x: [T, B, I], or [B, T, I] if `batch_first`, or packed [rows, I] with `batch_sizes`, int64 [T]. h0: [D, B, O],
     c0: [D, B, H]; None is zeros. `packed`: `dlkernels.rnn.operators.pack` of the weights. `lengths`: int64 [B] within
     0..T. `weights`, per direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], and behind these what `VariantConfig` says.
+    `resets`: bool [T, B] even if `batch_first`, or [rows] of packed input: the steps that begin with a state of zeros.
     """
 
     x: Tensor
@@ -70,6 +73,19 @@ class SequenceInputs(NamedTuple):
     batch_sizes: Tensor | None
     lengths: Tensor | None
     weights: Sequence[Tensor]
+    resets: Tensor | None = None
+
+
+class Places(NamedTuple):
+    """Which rows are steps of which sequence, and where the state is reset: what a formula of gradients needs of
+    SequenceInputs besides the tensors that have gradients."""
+
+    batch_sizes: Tensor | None
+    lengths: Tensor | None
+    resets: Tensor | None
+
+    def inputs(self, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> SequenceInputs:
+        return SequenceInputs(x, h0, c0, None, self.batch_sizes, self.lengths, weights, self.resets)
 
 
 class CellConfig(NamedTuple):

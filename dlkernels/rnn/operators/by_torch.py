@@ -24,7 +24,7 @@ def layers(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, h_n, c_n) of all layers of a stack, of checked arguments; c_n is h_n where there is no cell state."""
     extension.announce_torch()
-    x, h0, c0, _, batch_sizes, _, weights = given
+    x, h0, c0, _, batch_sizes, _, weights, _ = given
     kind, directions = KINDS[cfg.mode], 2 if cfg.bidirectional else 1
     if h0 is None:
         batch = x.shape[0 if cfg.batch_first else 1] if batch_sizes is None else int(batch_sizes[0])

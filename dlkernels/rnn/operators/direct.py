@@ -40,7 +40,8 @@ def _not_served(*arguments: Any) -> None:
 layers: Callable[..., list[Tensor] | None] = _not_served
 # cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh) -> [h'], followed by c' for the lstm.
 cell: Callable[..., list[Tensor] | None] = _not_served
-# layer_module(module.__dict__, x, hx) -> (y, h_n) or (y, (h_n, c_n)): what the module's forward returns for 3-D input.
+# layer_module(module.__dict__, x, hx, resets) -> (y, h_n) or (y, (h_n, c_n)): what the module's forward returns for 3-D
+# input.
 layer_module: Callable[..., Any] = _not_served
 # cell_module(mode, module.__dict__, x, hx) -> h' or (h', c').
 cell_module: Callable[..., Any] = _not_served

@@ -10,19 +10,21 @@ from torch import Tensor
 from dlkernels._core.gradients import Tensors, pullback
 from dlkernels.rnn import reference
 from dlkernels.rnn.dtypes import dtype_of
-from dlkernels.rnn.operators.arguments import CellConfig, SequenceConfig, SequenceInputs
+from dlkernels.rnn.operators.arguments import CellConfig, Places, SequenceConfig, SequenceInputs
 
 
-def run_sequence(cfg: SequenceConfig, given: SequenceInputs, **cut: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Computes a layer's call with PyTorch operations."""
-    x, h0, c0, _, batch_sizes, lengths, weights = given
+def run_sequence(cfg: SequenceConfig, given: SequenceInputs, **cut: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes a layer's call with PyTorch operations: (y, h_n, c_n, cells)."""
+    x, h0, c0, _, batch_sizes, lengths, weights, resets = given
     if cfg.variant is not None:
         parts = variant_parts(cfg, weights)
         weights, cut["variant"] = parts.plain, _reference_variant(cfg, parts)
-    return reference.sequence(
+    y, h_n, c_n, *cells = reference.sequence(
         cfg.mode, x, h0, c0, weights, batch_sizes, lengths, cfg.bidirectional, cfg.batch_first, cfg.bptt_steps,
-        h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x), **cut,
+        h_dtype=dtype_of(cfg.types.h, x), c_dtype=dtype_of(cfg.types.c, x), resets=resets, return_cells=cfg.cells,
+        **cut,
     )  # fmt: skip
+    return y, h_n, c_n, cells[0] if cells else c_n.new_empty(0)
 
 
 class Parts(NamedTuple):
@@ -68,10 +70,10 @@ def run_cell(
 
 
 def sequence_gradients(
-    cfg: SequenceConfig, batch_sizes: Tensor | None, lengths: Tensor | None, cotangents: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-) -> list[Tensor | None]:  # fmt: skip
-    """Gradients for inputs = (x, h0, c0, *weights) given cotangents = (dy, dh_n, dc_n), as the backward op has them.
+    cfg: SequenceConfig, places: Places, cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients for inputs = (x, h0, c0, *weights) given cotangents = (dy, dh_n, dc_n, dcells), as the backward op has
+    them.
 
     With truncation (bptt_steps) the first-order gradient is not a derivative of the outputs: the state that enters a
     cut step counts as a constant, but in the gradient formula it is still the value that all earlier steps produced.
@@ -80,7 +82,7 @@ def sequence_gradients(
     """
 
     def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, *weights: Tensor, **cut: Any) -> Tensors:
-        return run_sequence(cfg, SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights), **cut)
+        return run_sequence(cfg, places.inputs(x, h0, c0, weights), **cut)
 
     if not cfg.bptt_steps:
         return pullback(run, inputs, cotangents)

@@ -12,6 +12,7 @@ from dlkernels.rnn import records
 from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, DirectionWeights, Kind, split_directions
 from dlkernels.rnn.operators.arguments import CellInputs, SequenceConfig, SequenceInputs
+from dlkernels.rnn.reference import states_are_reset
 
 __all__ = ["cell_weight_grads", "sequence_weight_grads", "unfold_groups"]
 
@@ -62,7 +63,7 @@ def sequence_weight_grads(
 ) -> list[Tensor]:
     """Weight gradients [groups, *shape] of padded input whose batch is groups x B, from the gate gradients."""
     kind, product_dtype = KINDS[cfg.mode], dtype_of(cfg.types.product, given.x)
-    x, h0, _, _, _, lengths, weights = given
+    x, h0, _, _, _, lengths, weights, resets = given
     if cfg.batch_first:
         x = x.transpose(0, 1)
     steps = torch.arange(x.shape[0], device=x.device)[:, None]
@@ -82,6 +83,8 @@ def sequence_weight_grads(
             h_before = torch.cat((h[1:], first))
             if lengths is not None:
                 h_before = torch.where((steps == lengths - 1)[:, :, None], first, h_before)
+        if resets is not None:
+            h_before = torch.where(states_are_reset(resets, lengths, d)[:, :, None], 0, h_before)
         grads += _group_grads(w, *_gate_halves(kind, dgates[d]), x, h_before, groups)
         if w.w_hr is not None:
             grads.append(_per_group(dproj[d], kind.hidden_of(record), groups, w.w_hr.dtype))

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from dlkernels._core.private_torch import forward_ad
 from dlkernels.rnn.kinds import KINDS
-from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs
+from dlkernels.rnn.operators.arguments import Places, SequenceConfig, SequenceInputs
 from dlkernels.rnn.operators.formulas import run_sequence, sequence_gradients
 
 __all__ = ["truncated_sequence"]
 
 
-def truncated_sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n) of one layer."""
-    x, h0, c0, _, batch_sizes, lengths, weights = given
-    return Truncated.apply(_Call(cfg), batch_sizes, lengths, x, h0, c0, *weights)  # type: ignore[no-any-return, no-untyped-call]
+def truncated_sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, h_n, c_n, cells) of one layer."""
+    x, h0, c0, _, batch_sizes, lengths, weights, resets = given
+    return Truncated.apply(_Call(cfg), batch_sizes, lengths, resets, x, h0, c0, *weights)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -36,32 +36,28 @@ class _Call:
 
     @property
     def outputs(self) -> int:
-        """How many of y, h_n and c_n there are."""
-        return 3 if KINDS[self.cfg.mode].has_cell_state else 2
+        """How many of y, h_n, c_n and cells there are."""
+        return 2 + KINDS[self.cfg.mode].has_cell_state + self.cfg.cells
 
-    def run(self, batch_sizes: Tensor | None, lengths: Tensor | None, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    def run(self, places: Sequence[Tensor | None], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         x, h0, c0, *weights = inputs
-        given = SequenceInputs(x, h0, c0, None, batch_sizes, lengths, weights)
-        return run_sequence(self.cfg._replace(bptt_steps=0), given)
+        return run_sequence(self.cfg._replace(bptt_steps=0), Places(*places).inputs(x, h0, c0, weights))
 
     def gradients(
-        self, batch_sizes: Tensor | None, lengths: Tensor | None, cotangents: Sequence[Tensor | None],
-        inputs: Sequence[Tensor | None],
-    ) -> list[Tensor | None]:  # fmt: skip
-        of_all = [*cotangents[: self.outputs], None][:3]
-        return sequence_gradients(self.cfg, batch_sizes, lengths, of_all, inputs)
+        self, places: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        of_all = [*cotangents[: self.outputs], None, None][:4]
+        return sequence_gradients(self.cfg, Places(*places), of_all, inputs)
 
 
 class Truncated(torch.autograd.Function):
-    """(call, batch_sizes, lengths, x, h0, c0, *weights) -> (y, h_n, c_n)."""
+    """(call, *Places, x, h0, c0, *weights) -> (y, h_n, c_n, cells)."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        call: _Call, batch_sizes: Tensor | None, lengths: Tensor | None, *inputs: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        return call.run(batch_sizes, lengths, inputs)
+    def forward(call: _Call, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return call.run(tensors[:3], tensors[3:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -74,30 +70,30 @@ class Truncated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        batch_sizes, lengths, *inputs = ctx.saved_tensors
-        return (None, None, None, *ctx.call.gradients(batch_sizes, lengths, cotangents, inputs))
+        tensors = ctx.saved_tensors
+        return (None, None, None, None, *ctx.call.gradients(tensors[:3], cotangents, tensors[3:]))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         """The gradients are linear in the cotangents, and the transpose of that map takes tangents to tangents."""
         call: _Call = ctx.call
-        batch_sizes, lengths, *saved = ctx.saved_tensors
-        inputs = [None if tensor is None else _primal(tensor) for tensor in saved]
+        places = ctx.saved_tensors[:3]
+        inputs = [None if tensor is None else _primal(tensor) for tensor in ctx.saved_tensors[3:]]
         present = {at: t for at, t in enumerate(inputs) if t is not None and t.is_floating_point()}
 
         def gradients(*cotangents: Tensor) -> tuple[Tensor | None, ...]:
-            found = call.gradients(batch_sizes, lengths, cotangents, inputs)
+            found = call.gradients(places, cotangents, inputs)
             return tuple(found[at] for at in present)
 
-        of_inputs = tangents[3:]
+        of_inputs = tangents[4:]
         # torch turns forward mode off for this method, but the formula may have tangents of another, outer jvp.
         with forward_ad._set_fwd_grad_enabled(True):
-            outputs = call.run(batch_sizes, lengths, inputs)[: call.outputs]
+            outputs = call.run(places, inputs)[: call.outputs]
             transpose = torch.func.vjp(gradients, *map(torch.zeros_like, outputs))[1]
             found = transpose(tuple(
                 torch.zeros_like(tensor) if of_inputs[at] is None else of_inputs[at] for at, tensor in present.items()
             ))  # fmt: skip
-        return (*found, None)[:3]
+        return (*found, None, None)[:4]
 
 
 def _primal(dual: Tensor) -> Tensor:

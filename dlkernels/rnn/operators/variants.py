@@ -30,24 +30,27 @@ def record_size(kind: Kind, hidden: int, normalised: bool) -> int:
     return size + 2 * kind.gates * hidden + _MOMENTS if normalised else size
 
 
-def forward(cfg: SequenceConfig, given: SequenceInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, h_n, c_n, saved), as those of a plain layer; `saved` is [D, rows, `record_size`]."""
-    x, h0, c0, _, batch_sizes, lengths, _ = given
+def forward(cfg: SequenceConfig, given: SequenceInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y, h_n, c_n, saved, cells), as those of a plain layer; `saved` is [D, rows, `record_size`], cells are empty."""
+    x, h0, c0, _, batch_sizes, lengths, _, resets = given
+    assert resets is None
+    assert not cfg.cells
     parts = variant_parts(cfg, given.weights)
-    return _operators[cfg.mode](  # type: ignore[no-any-return]
+    results = _operators[cfg.mode](
         x, h0, c0, *_tensors(parts), batch_sizes, lengths, *_numbers(cfg), cfg.bidirectional, cfg.batch_first, save,
         *cfg.types,
     )  # fmt: skip
+    return (*results, results[2].new_empty(0))
 
 
 def backward(
     cfg: SequenceConfig, wanted: Wanted, cotangents: Sequence[Tensor | None], given: SequenceInputs, saved: Tensor
 ) -> list[Tensor]:
-    """[dx, dh0, dc0, *dweights] from cotangents = (dy, dh_n, dc_n); the gradients of masks are empty."""
-    x, h0, c0, _, batch_sizes, lengths, _ = given
+    """[dx, dh0, dc0, *dweights] from cotangents = (dy, dh_n, dc_n, None); the gradients of masks are empty."""
+    x, h0, c0, _, batch_sizes, lengths, _, _ = given
     parts = variant_parts(cfg, given.weights)
     grads = _backward_operators[cfg.mode](
-        *cotangents, x, h0, c0, *_tensors(parts), saved, batch_sizes, lengths, *_numbers(cfg), cfg.bidirectional,
+        *cotangents[:3], x, h0, c0, *_tensors(parts), saved, batch_sizes, lengths, *_numbers(cfg), cfg.bidirectional,
         cfg.batch_first, cfg.bptt_steps, wanted.x, wanted.state, wanted.weights, cfg.types.product,
     )  # fmt: skip
     masks = sum(mask is not None for mask in (parts.dropout, parts.mask_c, parts.mask_h))
@@ -72,7 +75,7 @@ def register(fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> Non
     def of_forward(
         kind: Kind, weights: Sequence[Tensor], gains: Sequence[Tensor], save: bool, **others: Any
     ) -> tuple[Tensor, ...]:
-        *results, saved = fake(kind, weights=weights, save=save, **others)
+        *results, saved, _ = fake(kind, weights=weights, save=save, **others)
         if save:
             hidden = weights[1].shape[0] // kind.gates
             saved = saved.new_empty((*saved.shape[:-1], record_size(kind, hidden, bool(gains))))

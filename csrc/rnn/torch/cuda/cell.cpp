@@ -29,7 +29,7 @@ struct CellCall : Call {
     b_hh = operand_or_absent(a.b_hh);
   }
   bool has_work() const { return shape.B > 0 && shape.H > 0; }
-  StepRows rows() const { return {0, 1, nullptr, nullptr, false}; }
+  StepRows rows() const { return {0, 1, nullptr, nullptr, false, nullptr}; }
   template <class Pointer>
   StateRows<Pointer> state_rows(Pointer data) const {
     return {data, shape.H, f32()};

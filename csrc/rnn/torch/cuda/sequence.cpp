@@ -38,6 +38,7 @@ Params common_params(const SequenceCall& call, const OptionalTensor& h0, const O
   p.layout = plan.layout;
   if (call.is_packed()) p.offsets = static_cast<const int*>(call.offsets.data());
   if (call.has_lengths) p.lengths = static_cast<const int64_t*>(call.lengths.data());
+  p.resets = call.flags();
   for (int d = 0; d < shape.D; ++d) p.w_hh[d] = call.weights[d].w_hh.data();
   p.h0 = pointer(h0);
   p.c0 = pointer(c0);
@@ -55,6 +56,7 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   DLK_CHECK(!a.packed, "prepacked weights are for the CPU");
   SequenceCall call(cell, a.x, a.product_dtype);
   read_call(a, &call);
+  check_cells_exist(cell, a.cells);
   const int32_t of_h = call.result_dtype(a.h_dtype, "h_dtype"), of_c = call.result_dtype(a.c_dtype, "c_dtype");
   take_arguments(a, true, &call);
   const OptionalTensor h0 = call.operand_or_absent(a.h0), c0 = call.operand_or_absent(a.c0);
@@ -65,6 +67,7 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   Tensor h_n = call.on.empty({shape.D, shape.B, shape.H}, call.dtype);
   Tensor c_n = lstm ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(of_h);
   Tensor saved = a.save ? call.empty_saved() : call.on.absent(aoti_torch_dtype_float32());
+  Tensor cells = a.cells ? call.empty_rows(shape.D * shape.H) : call.on.absent(of_c);
   if (shape.B > 0) {
     const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), false);
     SequenceForward p = common_params<SequenceForward>(call, h0, c0, plan);
@@ -80,6 +83,7 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
       }
     }
     p.y = call.strided_rows<void*>(y);
+    if (a.cells) p.cells = cells.data();
     p.h_n = h_n.data();
     if (lstm) p.c_n = c_n.data();
     if (a.save) p.saved = static_cast<float*>(saved.data());
@@ -104,7 +108,8 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
     }
   }
   return {returned_as(std::move(y), of_h), returned_as(std::move(h_n), of_h),
-          returned_as(std::move(c_n), lstm ? of_c : of_h), std::move(saved)};
+          returned_as(std::move(c_n), lstm ? of_c : of_h), std::move(saved),
+          returned_as(std::move(cells), lstm ? of_c : of_h)};
 }
 
 }  // namespace on_cuda
@@ -154,6 +159,7 @@ void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tens
   hidden.T = T, hidden.B = B, hidden.H = static_cast<int>(H);
   if (call->is_packed()) hidden.offsets = static_cast<const int*>(call->offsets.data());
   if (call->has_lengths) hidden.lengths = static_cast<const int64_t*>(call->lengths.data());
+  hidden.resets = call->flags();
   hidden.to = call->rows(before.data(), H, shape.dtype);
   for (int d = 0; d < shape.D; ++d) {
     multiply(transposed(input_side(d)), inputs, *dweights[2 * d]);
@@ -188,8 +194,9 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   const OptionalTensor h0 = call.operand_or_absent(a.h0), c0 = call.operand_or_absent(a.c0);
   const OptionalTensor dh_n = call.operand_or_absent(a.dh_n), dc_n = call.operand_or_absent(a.dc_n);
   const Tensor saved = contiguous_as(a.saved, aoti_torch_dtype_float32());
-  Tensor dy;
+  Tensor dy, dcells;
   if (a.dy) dy = call.row_operand(a.dy);
+  if (a.dcells) dcells = call.row_operand(a.dcells);
 
   TensorList grads;
   grads.reserve(a.weights.size() + 5);
@@ -220,6 +227,7 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   const bool by_steps = plan.kind == SequencePlan::steps;
   SequenceBackward p = common_params<SequenceBackward>(call, h0, c0, plan);
   if (a.dy) p.dy = call.strided_rows<const void*>(dy);
+  if (a.dcells) p.dcells = call.strided_rows<const void*>(dcells);
   p.saved = static_cast<const float*>(saved.data());
   p.dh_n = pointer(dh_n);
   p.dc_n = pointer(dc_n);

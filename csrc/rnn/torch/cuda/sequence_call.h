@@ -33,6 +33,8 @@ struct SequenceCall : Call {
     if (is_packed()) return {tensor.data(), strides[0], 0, shape.dtype};
     return {tensor.data(), strides[batch_first ? 1 : 0], strides[batch_first ? 0 : 1], shape.dtype};
   }
+  // The flags of resets that the kernels read, null if there are none.
+  const uint8_t* flags() const { return has_resets ? static_cast<const uint8_t*>(resets.data()) : nullptr; }
   // A new tensor with the dimensions of x; time comes first in memory, as in torch.
   Tensor empty_rows(int64_t features) const {
     if (is_packed()) return on.empty({shape.rows, features}, dtype);
@@ -58,9 +60,9 @@ struct SequenceCall : Call {
   }
 
   GpuWeights weights[2];
-  std::vector<int64_t> batch_sizes;  // the call's own, empty for padded x
-  Tensor offsets, lengths, x;        // x: rows without gaps, time-major if by_time, else sequence-major
-  bool has_lengths = false, batch_first = false, by_time = true;
+  std::vector<int64_t> batch_sizes;    // the call's own, empty for padded x
+  Tensor offsets, lengths, resets, x;  // x: rows without gaps, time-major if by_time, else sequence-major
+  bool has_lengths = false, has_resets = false, batch_first = false, by_time = true;
 };
 
 // Whether time comes first in the memory of batch-first x, as in the output of another layer.
@@ -75,6 +77,7 @@ void read_call(const Arguments& a, SequenceCall* call) {
   call->batch_sizes = read_sequence(a, call->dtypes, &call->on.device(), &shape);
   call->batch_first = a.batch_first && !a.batch_sizes;
   call->has_lengths = static_cast<bool>(a.lengths);
+  call->has_resets = static_cast<bool>(a.resets);
   call->weights[0].bias = call->weights[1].bias = a.weights.size() / static_cast<size_t>(shape.D) >= 4;
   DLK_CHECK(shape.P == 0, "weights: there are no CUDA kernels for projections");
   DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
@@ -98,9 +101,10 @@ void take_arguments(const Arguments& a, bool any_order, SequenceCall* call) {
   const bool as_it_lies = any_order && call->batch_first && a.x.dtype() == call->dtype && lies_by_time(a.x);
   call->by_time = !call->batch_first || as_it_lies;
   call->x = as_it_lies ? another_handle(a.x) : call->operand(a.x);
-  // Copied, because blocks that wait for each other at barriers must see the same lengths, even if the caller's tensor
-  // is written to while the kernel runs.
+  // Copied, because blocks that wait for each other must see the same lengths and flags, even if the caller's tensors
+  // are written to while the kernel runs.
   if (a.lengths) call->lengths = contiguous_copy(a.lengths);
+  if (a.resets) call->resets = contiguous_copy(a.resets);
   if (call->is_packed() && shape.B > 0) {
     call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
     check_launch(
