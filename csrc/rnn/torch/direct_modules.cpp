@@ -108,7 +108,8 @@ PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count) {
     PyObject* weight_names = module.get(names);
     require(PyList_Check(weight_names) && PyList_GET_SIZE(weight_names) > 0);
     if (is_trained(module.parameter(PyList_GET_ITEM(weight_names, 0)))) Py_RETURN_NONE;
-    require(!module.has(flat) && !module.has(zoneout) && !module.has(recurrent_dropout));
+    require(!module.has(flat));
+    require(!module.has(zoneout) && !module.has(recurrent_dropout));
     std::vector<PyObject*> weights(static_cast<size_t>(PyList_GET_SIZE(weight_names)));
     for (size_t i = 0; i < weights.size(); ++i) {
       weights[i] = module.parameter(PyList_GET_ITEM(weight_names, static_cast<Py_ssize_t>(i)));
