@@ -4,6 +4,7 @@
 
 resets: a call with `resets=` beside the same call without it.
 cells: an LSTM with `return_cells=True` beside one without.
+layer-norm: LayerNormLSTM and LayerNormGRU beside the plain layers.
 policy: the update of a recurrent policy by torch.nn.LSTM step by step, with the state multiplied by 0 where an episode
     begins, as libraries for reinforcement learning do it, beside one call of ours with `resets=`. torch.mm with the
     same multiplications is timed too: a layer that did nothing else would reach "most".
@@ -11,12 +12,14 @@ policy: the update of a recurrent policy by torch.nn.LSTM step by step, with the
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 import dlkernels.nn
+from dlkernels.bench.cases import SHORT_DTYPE
 from dlkernels.bench.layers import LayerCase
 from dlkernels.bench.timing import Budget, alternate
 
@@ -73,6 +76,18 @@ def beside_plain() -> Iterator[Comparison]:
             yield Comparison(f"cells-{size}", 1 / 1.3, plain, called(layer, x, training, return_cells=True))
 
 
+def layer_norm() -> Iterator[Comparison]:
+    for name, dtype, H, training in itertools.product(
+        ("LSTM", "GRU"), ("float32", "bfloat16"), (256, 512, 1024), (False, True)
+    ):
+        B, T = 32, 50
+        plain = getattr(dlkernels.nn, name)(H, H, dtype=getattr(torch, dtype))
+        normalised = getattr(dlkernels.nn, f"LayerNorm{name}")(H, H, dtype=getattr(torch, dtype))
+        x = torch.randn(T, B, H).to(getattr(torch, dtype))
+        size = f"{name.lower()}-{'train' if training else 'infer'}-{SHORT_DTYPE[dtype]}-B{B}-T{T}-I{H}-H{H}"
+        yield Comparison(f"layer-norm-{size}", 1 / 1.3, called(plain, x, training), called(normalised, x, training))
+
+
 def policy() -> Iterator[Comparison]:
     for B, T, I, H in SHAPES[:2]:
         theirs, ours = torch.nn.LSTM(I, H), dlkernels.nn.LSTM(I, H)
@@ -99,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found: dict[str, dict[str, Any]] = {}
-    for case in (*beside_plain(), *policy()):
+    for case in itertools.chain(beside_plain(), layer_norm(), policy()):
         name = f"{case.name}-{options.threads}t"
         if not ratios.is_chosen(name, options):
             continue

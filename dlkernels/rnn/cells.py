@@ -23,6 +23,7 @@ from dlkernels.rnn.kinds import KINDS, rnn_mode
 from dlkernels.rnn.operators import direct
 from dlkernels.rnn.operators.cell import plain_cell
 from dlkernels.rnn.prepacked import Packing, Prepackable
+from dlkernels.rnn.variants import Rates, mix_states, zoneout_rates
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -85,6 +86,16 @@ def _check(name: str, input: Any, states: dict[str, Any], weights: Weights) -> N
 
 class _Cell(KnownLayer, Prepackable):
     _mode: str
+    zoneout: Rates = 0.0  # an attribute of the instance only if it is not 0
+
+    def _set_zoneout(self, zoneout: Any) -> None:
+        zoneout_rates(KINDS[self._mode], zoneout)
+        if zoneout:
+            self.zoneout = zoneout
+
+    def extra_repr(self) -> str:
+        text: str = super().extra_repr()
+        return f"{text}, zoneout={self.zoneout}" if self.zoneout else text
 
     def weight_list(self) -> list[Tensor]:
         """The weights as they are now, those that exist."""
@@ -105,7 +116,8 @@ class _Cell(KnownLayer, Prepackable):
         """torch.nn.Module calls this only while torch.jit.trace runs. The trace then records the operator of torch.nn's
         own cell, unless a subclass has another forward."""
         theirs = _RECORDED.get(type(self).forward)
-        if theirs is None or "forward" in self.__dict__ or not is_tracing():
+        beyond_torch = self.zoneout or kwargs.get("resets") is not None
+        if theirs is None or beyond_torch or "forward" in self.__dict__ or not is_tracing():
             return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
         self.__dict__["forward"] = MethodType(theirs, self)
         try:
@@ -144,15 +156,22 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
-    """`torch.nn.GRUCell` on a fused kernel."""
+    """`torch.nn.GRUCell` on a fused kernel, with `zoneout` by name as in `dlkernels.nn.GRU`."""
 
     __module__ = PUBLIC_MODULE
     _mode = "gru"
+
+    def __init__(self, *args: Any, zoneout: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_zoneout(zoneout)
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None) -> Tensor:
         """As in torch.nn, with `resets` as in `RNNCell.forward`."""
         if resets is not None:
             hx = _reset(input, hx, resets)
+        if self.zoneout:
+            new = functional.gru_cell(input, hx, *_weights(self), packed=self._packed(input, hx))
+            return mix_states(KINDS["gru"], self.zoneout, (hx,), (new,), self.training)[0]
         served = _served("gru", self, input, hx)
         if served is not None:
             return served  # type: ignore[no-any-return]
@@ -165,10 +184,14 @@ class GRUCell(_Cell, torch.nn.GRUCell):
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
-    """`torch.nn.LSTMCell` on a fused kernel."""
+    """`torch.nn.LSTMCell` on a fused kernel, with `zoneout` by name as in `dlkernels.nn.LSTM`."""
 
     __module__ = PUBLIC_MODULE
     _mode = "lstm"
+
+    def __init__(self, *args: Any, zoneout: Rates = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._set_zoneout(zoneout)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, resets: Tensor | None = None
@@ -176,6 +199,11 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         """As in torch.nn, with `resets` as in `RNNCell.forward`."""
         if resets is not None:
             hx = _reset(input, hx, resets)
+        if self.zoneout:
+            old: Any = (None, None) if hx is None else tuple(hx)
+            new = functional.lstm_cell(input, hx, *_weights(self), packed=self._packed(input, *old))
+            mixed = mix_states(KINDS["lstm"], self.zoneout, old, new, self.training)
+            return mixed[0], mixed[1]
         served = _served("lstm", self, input, hx)
         if served is not None:
             return served  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from dlkernels._core.dtypes import compute_dtype
 from dlkernels.rnn.kinds import Kind, kind_of
 from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs, VariantConfig
 
-__all__ = ["Variation", "gain_shapes", "of_layer", "split_weights", "variation", "zoneout_rates"]
+__all__ = ["Variation", "gain_shapes", "mix_states", "of_layer", "split_weights", "variation", "zoneout_rates"]
 
 Rates = float | tuple[float, float]
 
@@ -56,6 +56,22 @@ def zoneout_rates(kind: Kind, value: Any) -> tuple[float, float]:
             f"{pair}, got {value!r}"
         )
     return (rates[0] if kind.has_cell_state else 0.0), rates[1]
+
+
+def mix_states(
+    kind: Kind, zoneout: Any, old: Sequence[Tensor | None], new: Sequence[Tensor], training: bool
+) -> list[Tensor]:
+    """The states of a cell after zoneout. old and new are h, then c for the lstm; old None is zeros. When `training`,
+    it draws the masks from torch's generator, that of c before that of h, as a layer of one step does."""
+    of_c, of_h = zoneout_rates(kind, zoneout)
+    mixed: list[Tensor] = []
+    for before, after, rate in reversed(list(zip(old, new, (of_h, of_c), strict=False))):
+        before = torch.zeros_like(after) if before is None else before
+        if rate and training:
+            mixed.append(torch.where(torch.rand(after.shape, device=after.device) < rate, before, after))
+        else:
+            mixed.append(rate * before + (1 - rate) * after if rate else after)
+    return mixed[::-1]
 
 
 def check_recurrent_dropout(value: Any) -> None:

@@ -493,3 +493,34 @@ def test_resets_and_cells_run_on_the_reference(variant: str) -> None:
     (grad,) = torch.autograd.grad(y[3:].sum(), module.weight_ih_l0)
     (alone,) = torch.autograd.grad(second[0].sum(), module.weight_ih_l0)
     torch.testing.assert_close(grad, alone)
+
+
+@pytest.mark.parametrize("name", ("LSTM", "GRU"))
+def test_zoneout_of_cells_is_that_of_layers(name: str) -> None:
+    rates: Any = (0.3, 0.6) if name == "LSTM" else 0.4
+    cell = getattr(dlkernels.nn, f"{name}Cell")(5, 7, zoneout=rates, dtype=torch.float64)
+    layer = getattr(dlkernels.nn, name)(5, 7, zoneout=rates, dtype=torch.float64)
+    layer.load_state_dict({f"{key}_l0": value for key, value in cell.state_dict().items()})
+    assert f"zoneout={rates}" in repr(cell) and "zoneout" not in repr(getattr(dlkernels.nn, f"{name}Cell")(5, 7))
+    x = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+    h, c = (torch.randn(3, 7, dtype=torch.float64) for _ in range(2))
+    state: Any = (h, c) if name == "LSTM" else h
+    # In training a cell draws the masks of a layer of one step.
+    torch.manual_seed(SEED)
+    after = cell(x[0], state)
+    torch.manual_seed(SEED)
+    of_layer = layer(x[:1], (h[None], c[None]) if name == "LSTM" else h[None])[1]
+    for got, want in zip(*(each if isinstance(each, tuple) else (each,) for each in (after, of_layer)), strict=True):
+        torch.testing.assert_close(got, want[0])
+    cell.eval(), layer.eval()
+    state, outputs = None, []
+    for step in x:
+        state = cell(step, state)
+        outputs.append(state[0] if isinstance(state, tuple) else state)
+    y = layer(x)[0]
+    torch.testing.assert_close(torch.stack(outputs), y)
+    got, want = (torch.autograd.grad(out.sin().sum(), x)[0] for out in (torch.stack(outputs), y))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(cell(x[0, 0]), cell(x[0])[0] if name == "GRU" else tuple(s[0] for s in cell(x[0])))
+    with pytest.raises(ValueError, match="zoneout should be a number"):
+        getattr(dlkernels.nn, f"{name}Cell")(5, 7, zoneout=2)

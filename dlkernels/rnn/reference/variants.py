@@ -32,9 +32,9 @@ class Variant(NamedTuple):
         of n; then they are multiplied by their gains, and the biases b_ih and b_hh follow. The lstm's h' is
         o tanh(LN(c') gain + bias), and c' itself is not normalised.
     eps: is added to the variance.
-    dropout: [D, B, H], multiplies h where it enters W_hh h and nowhere else (Gal and Ghahramani 2016, equation 7): 0 or
+    dropout: [D, B, H], multiplies h where it enters W_hh h and nowhere else (Gal and Ghahramani 2016): 0 or
         1 / (1 - p). None for ones.
-    zoneout_c, zoneout_h: what of c and of h keeps its old value (Krueger et al. 2017, equations 2 and 3): bool
+    zoneout_c, zoneout_h: what of c and of h keeps its old value (Krueger et al. 2017): bool
         [D, T, B, H], or [D, rows, H] for packed data, or a rate, by which the old and the new value are averaged. h' is
         computed from c' before that has been zoned out.
     """
