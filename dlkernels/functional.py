@@ -2,7 +2,8 @@
 
 from dlkernels.attention.functional import attention, attention_map
 from dlkernels.attention.sdpa import scaled_dot_product_attention
-from dlkernels.rnn.functional import gru, gru_cell, lstm, lstm_cell, rnn, rnn_cell
+from dlkernels.rnn.functional import gru, lstm, rnn
+from dlkernels.rnn.functional_cells import gru_cell, lstm_cell, rnn_cell
 from dlkernels.rnn.normalised import layer_norm_gru, layer_norm_gru_cell, layer_norm_lstm, layer_norm_lstm_cell
 
 __all__ = [

@@ -20,7 +20,7 @@ from dlkernels._core.private_torch import are_transforms_active, composite, skip
 from dlkernels._core.routing import ONLY_SCALAR
 from dlkernels.integrations import counts
 from dlkernels.integrations.switch import PLAIN, Kernels, Switch
-from dlkernels.rnn import functional
+from dlkernels.rnn import functional, functional_cells
 from dlkernels.rnn.kinds import KINDS, Kind
 from dlkernels.rnn.operators import cell, direct
 from dlkernels.rnn.routing import route
@@ -160,7 +160,7 @@ def _cell(of: _Operator) -> Callable[..., Any]:
         def arrange() -> Callable[[], Any]:
             if not fits:
                 raise ValueError("there are not two states")
-            arranged = functional.arrange_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh)
+            arranged = functional_cells.arrange_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh)
             return lambda: cell.cell(*arranged)
 
         results = of.serve(x, False, arrange, (x, hx, w_ih, w_hh, b_ih, b_hh))

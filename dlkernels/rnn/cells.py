@@ -18,7 +18,7 @@ from torch import Tensor
 from dlkernels._core.extension import HAVE_NATIVE
 from dlkernels._core.private_torch import is_tracing
 from dlkernels._core.tools import PUBLIC_MODULE, KnownLayer
-from dlkernels.rnn import checks, functional
+from dlkernels.rnn import checks, functional_cells
 from dlkernels.rnn.kinds import KINDS, rnn_mode
 from dlkernels.rnn.operators import direct
 from dlkernels.rnn.operators.cell import plain_cell
@@ -152,7 +152,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         if mode is None:
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         packed = self._packed(input, hx)
-        return functional.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, packed=packed)
+        return functional_cells.rnn_cell(input, hx, *weights, nonlinearity=self.nonlinearity, packed=packed)
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -170,7 +170,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
         if resets is not None:
             hx = _reset(input, hx, resets)
         if self.zoneout:
-            new = functional.gru_cell(input, hx, *_weights(self), packed=self._packed(input, hx))
+            new = functional_cells.gru_cell(input, hx, *_weights(self), packed=self._packed(input, hx))
             return mix_states(KINDS["gru"], self.zoneout, (hx,), (new,), self.training)[0]
         served = _served("gru", self, input, hx)
         if served is not None:
@@ -180,7 +180,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
             return out[0]
         weights = _weights(self)
         _check("GRUCell", input, {} if hx is None else {"hidden": hx}, weights)
-        return functional.gru_cell(input, hx, *weights, packed=self._packed(input, hx))
+        return functional_cells.gru_cell(input, hx, *weights, packed=self._packed(input, hx))
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
@@ -201,7 +201,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
             hx = _reset(input, hx, resets)
         if self.zoneout:
             old: Any = (None, None) if hx is None else tuple(hx)
-            new = functional.lstm_cell(input, hx, *_weights(self), packed=self._packed(input, *old))
+            new = functional_cells.lstm_cell(input, hx, *_weights(self), packed=self._packed(input, *old))
             mixed = mix_states(KINDS["lstm"], self.zoneout, old, new, self.training)
             return mixed[0], mixed[1]
         served = _served("lstm", self, input, hx)
@@ -220,7 +220,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         _check("LSTMCell", input, states, weights)
         if hx is not None and input.dim() == 1:
             hx = hx[0], hx[1]
-        return functional.lstm_cell(input, hx, *weights, packed=self._packed(input, *states.values()))
+        return functional_cells.lstm_cell(input, hx, *weights, packed=self._packed(input, *states.values()))
 
 
 _RECORDED: dict[Any, Any] = {

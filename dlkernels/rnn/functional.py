@@ -32,20 +32,12 @@ from dlkernels.rnn import checks
 from dlkernels.rnn.dtypes import SAME, Types, recurrent_types
 from dlkernels.rnn.kinds import KINDS, Kind, rnn_mode
 from dlkernels.rnn.operators import by_torch, direct
-from dlkernels.rnn.operators.arguments import CellConfig, CellInputs, SequenceConfig, SequenceInputs
-from dlkernels.rnn.operators.cell import cell
+from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs
 from dlkernels.rnn.operators.sequence import sequence
 from dlkernels.rnn.routing import Extras, is_call_for_torch, route
 from dlkernels.rnn.variants import Rates, Variation, check_gains, of_layer, variation
 
-__all__ = [
-    "gru",
-    "gru_cell",
-    "lstm",
-    "lstm_cell",
-    "rnn",
-    "rnn_cell",
-]
+__all__ = ["gru", "lstm", "rnn"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -132,32 +124,6 @@ def rnn(
     return run(KINDS[rnn_mode(nonlinearity)], input, hx, weights, Stack(
         num_layers, bidirectional, batch_first, dropout, training, lengths, batch_sizes, bptt_steps, packed, resets
     ))  # fmt: skip
-
-
-def lstm_cell(
-    input: Tensor, hx: Pair | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None, *, packed: Tensor | None = None,
-) -> Pair:  # fmt: skip
-    """One step of `lstm`: input [B, I] or [I], hx = (h, c) [B, H] or [H] each or None for zeros -> (h', c').
-    `packed` is a buffer of `dlkernels.rnn.operators.pack`, made of these weights."""
-    out = _cell(KINDS["lstm"], input, hx, w_ih, w_hh, b_ih, b_hh, packed)
-    return out[0], out[1]
-
-
-def gru_cell(
-    input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None, *, packed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """One step of `gru`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'. `packed` as for `lstm_cell`."""
-    return _cell(KINDS["gru"], input, hx, w_ih, w_hh, b_ih, b_hh, packed)[0]
-
-
-def rnn_cell(
-    input: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None, *, nonlinearity: str = "tanh", packed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """One step of `rnn`: input [B, I] or [I], hx [B, H] or [H] or None for zeros -> h'. `packed` as for `lstm_cell`."""
-    return _cell(KINDS[rnn_mode(nonlinearity)], input, hx, w_ih, w_hh, b_ih, b_hh, packed)[0]
 
 
 class Stack(NamedTuple):
@@ -274,7 +240,7 @@ def arrange(
         types = recurrent_types(kind.mode, x, h0, c0, weights, projected=projected, batch_sizes=batch_sizes)
         mixed = types != SAME
     if mixed:
-        weights = _of_one_dtype(types, weights)
+        weights = of_one_dtype(types, weights)
         if packed is not None and DTYPES[types.product] != weights[0].dtype:
             packed = None
     gains = () if varied is None or varied.gains is None else varied.gains
@@ -333,7 +299,7 @@ def arrange(
     return Call(cfg, given, num_layers, dropout if training else 0.0, training, packed, varied)
 
 
-def _of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+def of_one_dtype(types: Types, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """The weights in one dtype, which the operators require; it may differ from the dtypes of the other tensors."""
     if all(weight.dtype == weights[0].dtype for weight in weights):
         return weights
@@ -373,58 +339,3 @@ def _layer_by_layer(
         c_n.append(c)
     assert cells is not None
     return x, torch.cat(h_n), torch.cat(c_n) if KINDS[cfg.mode].has_cell_state else c_n[0], cells
-
-
-def _cell(
-    kind: Kind, x: Tensor, hx: Any, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None,
-    packed: Tensor | None,
-) -> Sequence[Tensor]:  # fmt: skip
-    function, name = f"{kind.function}_cell", f"{kind.layer}Cell"
-    h, c = checks.states(kind, function, hx) if kind.has_cell_state else (hx, None)
-    for argument, value in (("input", x), ("w_ih", w_ih), ("w_hh", w_hh)):
-        checks.tensor(function, argument, value)
-    for argument, optional in (("hx", h), ("b_ih", b_ih), ("b_hh", b_hh)):
-        if optional is not None:
-            checks.tensor(function, argument, optional)
-    if x.dim() != 2:
-        checks.cell_rank(name, x)
-        h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
-        states = h if not kind.has_cell_state or h is None else (h, c)
-        out = _cell(kind, x.unsqueeze(0), states, w_ih, w_hh, b_ih, b_hh, packed)
-        return [state.squeeze(0) for state in out[: 2 if kind.has_cell_state else 1]]
-    cfg, given = arrange_cell(kind, x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if extension.prefers_torch and is_call_for_torch(cfg.mode, given.x):
-        return by_torch.cell(cfg.mode, given)
-    if packed is None or cfg.types != SAME:
-        return cell(cfg, given)
-    # Only layers have operators that take packed weights; a cell is a layer of one step.
-    h, c = (None if state is None else state.unsqueeze(0) for state in (h, c))
-    weights = (w_ih, w_hh) if given.b_ih is None or given.b_hh is None else (w_ih, w_hh, given.b_ih, given.b_hh)
-    out = sequence(
-        SequenceConfig(kind.mode, deterministic=cfg.deterministic),
-        SequenceInputs(x.unsqueeze(0), h, c, packed, None, None, weights),
-    )
-    return [state.squeeze(0) for state in out[1 : 3 if kind.has_cell_state else 2]]
-
-
-def arrange_cell(
-    kind: Kind, x: Tensor, h: Tensor | None, c: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> tuple[CellConfig, CellInputs]:  # fmt: skip
-    """Checks one step of a batch and returns it as `operators.cell.cell` takes it."""
-    if b_ih is None and b_hh is not None:
-        b_ih = torch.zeros_like(b_hh)
-    elif b_hh is None and b_ih is not None:
-        b_hh = torch.zeros_like(b_ih)
-    weights: Sequence[Tensor] = (w_ih, w_hh) if b_ih is None or b_hh is None else (w_ih, w_hh, b_ih, b_hh)
-    types = recurrent_types(kind.mode, x, h, c, weights, layer=False)
-    if types != SAME:
-        weights = _of_one_dtype(types, weights)
-        w_ih, w_hh, *biases = weights
-        b_ih, b_hh = biases or (None, None)
-    checks.same_kind(x, (h, c), weights, RuntimeError, mixed=types != SAME)
-    checks.cell(f"{kind.layer}Cell", x, h, c, w_ih, w_hh, kind.gates)
-    if b_ih is not None:
-        checks.cell_biases(b_ih, b_hh, w_ih.shape[0])
-    cfg = CellConfig(kind.mode, torch.are_deterministic_algorithms_enabled(), types)
-    return cfg, CellInputs(x, h, c, w_ih, w_hh, b_ih, b_hh)
