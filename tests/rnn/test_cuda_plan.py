@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 import dlkernels
 from dlkernels._core import extension
+from dlkernels._core.routing import no_kernel
 from dlkernels.attention.routing import route as attention_route
 from dlkernels.rnn.routing import route
 
@@ -175,7 +176,7 @@ def test_a_module_without_cuda_kernels_says_so(cuda: None, monkeypatch: pytest.M
         dlkernels.attention.triton, "_device_reason", lambda index: ""
     )  # a torch with CUDA would query the driver
     reason = f"the compiled module has no CUDA kernels: {why}"
-    assert route(x) == ("reference", reason)
+    assert route(x) == no_kernel(reason)
     explained = dlkernels.explain(layer, x)
     assert (explained.kernel, explained.layers[0].reason) == ("reference", reason)
     # The CUDA kernels for attention are written in Triton and do not depend on how the module was compiled.
@@ -185,8 +186,8 @@ def test_a_module_without_cuda_kernels_says_so(cuda: None, monkeypatch: pytest.M
 def test_what_has_no_cuda_kernel(cuda: None) -> None:
     x = torch.empty(2, 4, 3, device="cuda")
     assert route(x).path == "op"
-    assert route(x.double()) == ("reference", "no kernel for torch.float64 on cuda")
-    assert route(x, projected=True) == ("reference", "no CUDA kernel for projections")
+    assert route(x.double()) == no_kernel("no kernel for torch.float64 on cuda")
+    assert route(x, projected=True) == no_kernel("no CUDA kernel for projections")
     projected = dlkernels.nn.LSTM(3, 5, proj_size=2, device="cuda")
     assert dlkernels.explain(projected, x).layers[0].reason == "no CUDA kernel for projections"
 
