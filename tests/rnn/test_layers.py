@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 
 import dlkernels
 from dlkernels._core import extension
-from dlkernels.rnn import functional
+from dlkernels.rnn import functional_cells
 
 LAYERS = ("RNN", "LSTM", "GRU")
 CELLS = ("RNNCell", "LSTMCell", "GRUCell")
@@ -162,13 +162,13 @@ def test_cells(name: str, bias: bool) -> None:
 def test_common_calls_of_cells_go_past_the_checks(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
     function = f"{name.lower().removesuffix('cell')}_cell"
-    honest = getattr(functional, function)
+    honest = getattr(functional_cells, function)
 
     def spy(*args, **options):
         checked.append(name)
         return honest(*args, **options)
 
-    monkeypatch.setattr(functional, function, spy)
+    monkeypatch.setattr(functional_cells, function, spy)
     cell = getattr(dlkernels.nn, name)(4, 6)
     with torch.set_grad_enabled(training):
         out = cell(torch.randn(3, 4))
