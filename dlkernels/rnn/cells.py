@@ -23,7 +23,7 @@ from dlkernels.rnn.kinds import KINDS, rnn_mode
 from dlkernels.rnn.operators import direct
 from dlkernels.rnn.operators.cell import plain_cell
 from dlkernels.rnn.prepacked import Packing, Prepackable
-from dlkernels.rnn.variants import Rates, mix_states, zoneout_rates
+from dlkernels.rnn.variants import Rates, zoneout_of_cell, zoneout_rates
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell"]
 
@@ -171,7 +171,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
             hx = _reset(input, hx, resets)
         if self.zoneout:
             new = functional_cells.gru_cell(input, hx, *_weights(self), packed=self._packed(input, hx))
-            return mix_states(KINDS["gru"], self.zoneout, (hx,), (new,), self.training)[0]
+            return zoneout_of_cell(KINDS["gru"], self.zoneout, (hx,), (new,), self.training)[0]
         served = _served("gru", self, input, hx)
         if served is not None:
             return served  # type: ignore[no-any-return]
@@ -202,7 +202,7 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
         if self.zoneout:
             old: Any = (None, None) if hx is None else tuple(hx)
             new = functional_cells.lstm_cell(input, hx, *_weights(self), packed=self._packed(input, *old))
-            mixed = mix_states(KINDS["lstm"], self.zoneout, old, new, self.training)
+            mixed = zoneout_of_cell(KINDS["lstm"], self.zoneout, old, new, self.training)
             return mixed[0], mixed[1]
         served = _served("lstm", self, input, hx)
         if served is not None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from dlkernels._core.dtypes import compute_dtype
 from dlkernels.rnn.kinds import Kind, kind_of
 from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs, VariantConfig
+from dlkernels.rnn.reference.variants import mix_states
 
-__all__ = ["Variation", "gain_shapes", "mix_states", "of_layer", "split_weights", "variation", "zoneout_rates"]
+__all__ = ["Variation", "gain_shapes", "of_layer", "split_weights", "variation", "zoneout_of_cell", "zoneout_rates"]
 
 Rates = float | tuple[float, float]
 
@@ -58,7 +59,7 @@ def zoneout_rates(kind: Kind, value: Any) -> tuple[float, float]:
     return (rates[0] if kind.has_cell_state else 0.0), rates[1]
 
 
-def mix_states(
+def zoneout_of_cell(
     kind: Kind, zoneout: Any, old: Sequence[Tensor | None], new: Sequence[Tensor], training: bool
 ) -> list[Tensor]:
     """The states of a cell after zoneout. old and new are h, then c for the lstm; old None is zeros. When `training`,
@@ -67,10 +68,8 @@ def mix_states(
     mixed: list[Tensor] = []
     for before, after, rate in reversed(list(zip(old, new, (of_h, of_c), strict=False))):
         before = torch.zeros_like(after) if before is None else before
-        if rate and training:
-            mixed.append(torch.where(torch.rand(after.shape, device=after.device) < rate, before, after))
-        else:
-            mixed.append(rate * before + (1 - rate) * after if rate else after)
+        drawn = torch.rand(after.shape, device=after.device) < rate if rate and training else rate
+        mixed.append(mix_states(drawn, before, after))
     return mixed[::-1]
 
 

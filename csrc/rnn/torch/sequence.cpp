@@ -41,16 +41,7 @@ SequenceOutputs sequence_results(CellKind cell, const SequenceForwardArguments& 
 
   ForwardParams params{};
   if (a.packed) params.packed = read_packed(a.packed, a.save, runtime.isa, &call);
-  params.shape = shape;
-  params.x = call.rows(a.x);
-  params.h0 = take_state(a.h0, &call);
-  params.c0 = take_state(a.c0, &call);
-  take_weights(a.weights, &call);
-  params.weights[0] = call.weights[0];
-  params.weights[1] = call.weights[1];
-  params.batch_sizes = values_or_null(call.batch_sizes);
-  params.lengths = values_or_null(call.lengths);
-  params.resets = values_or_null(call.resets);
+  take_inputs(a, &call, &params);
   params.deterministic = a.deterministic;
 
   const DType of_h = call.dtypes.result(a.h_dtype, "h_dtype"), of_c = call.dtypes.result(a.c_dtype, "c_dtype");
@@ -78,42 +69,15 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   const bool lstm = cell_traits(cell).cell_state;
 
   BackwardParams params{};
-  params.shape = shape;
-  params.x = call.rows(a.x);
-  params.h0 = take_state(a.h0, &call);
-  params.c0 = take_state(a.c0, &call);
-  take_weights(a.weights, &call);
-  params.weights[0] = call.weights[0];
-  params.weights[1] = call.weights[1];
-  params.batch_sizes = values_or_null(call.batch_sizes);
-  params.lengths = values_or_null(call.lengths);
-  params.resets = values_or_null(call.resets);
-  params.saved = call.inputs.contiguous(a.saved);
-  if (a.dy) params.dy = call.rows(a.dy);
-  if (a.dcells) params.dcells = call.rows(a.dcells);
-  params.dh_n = take_state(a.dh_n, &call);
-  params.dc_n = take_state(a.dc_n, &call);
-  params.bptt_steps = a.bptt_steps;
+  take_inputs(a, &call, &params);
+  take_cotangents(a, &call, &params);
   params.deterministic = a.deterministic;
 
   TensorList grads;
   grads.reserve(a.weights.size() + 5);
-  grads.push_back(a.need_x ? empty_like(a.x) : absent(a.x.dtype()));
-  if (a.need_x) params.dx = call.output_rows(grads.back());
-  const DType of_x = call.dtypes.of(a.x);
-  const DType of_h0 = a.h0 ? params.h0.dtype : of_x, of_c0 = a.c0 ? params.c0.dtype : of_x;
-  grads.push_back(new_state(a.need_state, shape.outputs(), of_h0, call, &params.dh0));
-  grads.push_back(new_state(a.need_state && lstm, shape.H, of_c0, call, &params.dc0));
+  add_input_gradients(a, call, &params, &grads);
   for (const Tensor& weight : a.weights) grads.push_back(a.need_weights ? empty_like(weight) : absent(weight.dtype()));
-  if (a.need_weights) {
-    const size_t count = a.weights.size() / static_cast<size_t>(shape.D);
-    for (int d = 0; d < shape.D; ++d) {
-      const Tensor* w = &grads[3 + static_cast<size_t>(d) * count];
-      const bool bias = count >= 4, projected = count % 2 == 1;
-      params.grads[d] = {w[0].data(), w[1].data(), bias ? w[2].data() : nullptr, bias ? w[3].data() : nullptr,
-                         projected ? w[count - 1].data() : nullptr};
-    }
-  }
+  if (a.need_weights) take_weight_gradients(grads, a.weights.size(), shape.D, &params);
   if (a.gate_grads) {
     grads.push_back(call.empty_records(true, {gate_grad_slots(cell), shape.H}));
     params.gate_grads = grads.back().data();

@@ -99,6 +99,55 @@ const T* values_or_null(const std::vector<T>& values) {
   return values.empty() ? nullptr : values.data();
 }
 
+// Fills in what the forward and the backward of a layer read alike.
+template <class Arguments, class Params>
+void take_inputs(const Arguments& a, Sequence* call, Params* params) {
+  params->shape = call->shape;
+  params->x = call->rows(a.x);
+  params->h0 = take_state(a.h0, call);
+  params->c0 = take_state(a.c0, call);
+  take_weights(a.weights, call);
+  params->weights[0] = call->weights[0];
+  params->weights[1] = call->weights[1];
+  params->batch_sizes = values_or_null(call->batch_sizes);
+  params->lengths = values_or_null(call->lengths);
+  params->resets = values_or_null(call->resets);
+}
+
+// Fills in what the backward reads besides.
+template <class Arguments>
+void take_cotangents(const Arguments& a, Sequence* call, BackwardParams* params) {
+  params->saved = call->inputs.contiguous(a.saved);
+  if (a.dy) params->dy = call->rows(a.dy);
+  if (const OptionalTensor& dcells = dcells_of(a, 0)) params->dcells = call->rows(dcells);
+  params->dh_n = take_state(a.dh_n, call);
+  params->dc_n = take_state(a.dc_n, call);
+  params->bptt_steps = a.bptt_steps;
+}
+
+// Makes the first results of the backward, the gradients of x, h0 and c0.
+template <class Arguments>
+void add_input_gradients(const Arguments& a, const Sequence& call, BackwardParams* params, TensorList* grads) {
+  const LayerShape& shape = call.shape;
+  grads->push_back(a.need_x ? empty_like(a.x) : absent(a.x.dtype()));
+  if (a.need_x) params->dx = call.output_rows(grads->back());
+  const DType of_x = call.dtypes.of(a.x);
+  const bool of_c = a.need_state && cell_traits(shape.cell).cell_state;
+  grads->push_back(new_state(a.need_state, shape.outputs(), a.h0 ? params->h0.dtype : of_x, call, &params->dh0));
+  grads->push_back(new_state(of_c, shape.H, a.c0 ? params->c0.dtype : of_x, call, &params->dc0));
+}
+
+// Where the kernels write the gradients of the weights of each direction; `grads` has them from number 3 on.
+inline void take_weight_gradients(const TensorList& grads, size_t weights, int directions, BackwardParams* params) {
+  const size_t count = weights / static_cast<size_t>(directions);
+  for (int d = 0; d < directions; ++d) {
+    const Tensor* w = &grads[3 + static_cast<size_t>(d) * count];
+    const bool bias = count >= 4, projected = count % 2 == 1;
+    params->grads[d] = {w[0].data(), w[1].data(), bias ? w[2].data() : nullptr, bias ? w[3].data() : nullptr,
+                        projected ? w[count - 1].data() : nullptr};
+  }
+}
+
 inline void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
 
 }  // namespace dlk::on_cpu

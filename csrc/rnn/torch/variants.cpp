@@ -85,15 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> variant_forward(CellKind cell, const 
   const LayerShape& shape = call.shape;
   VariantForwardParams params{};
   ForwardParams& layer = params.layer;
-  layer.shape = shape;
-  layer.x = call.rows(a.x);
-  layer.h0 = take_state(a.h0, &call);
-  layer.c0 = take_state(a.c0, &call);
-  take_weights(a.weights, &call);
-  layer.weights[0] = call.weights[0];
-  layer.weights[1] = call.weights[1];
-  layer.batch_sizes = values_or_null(call.batch_sizes);
-  layer.lengths = values_or_null(call.lengths);
+  take_inputs(a, &call, &layer);
   params.variant = take_variant(a, &call);
 
   const bool lstm = cell_traits(cell).cell_state;
@@ -119,39 +111,19 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
   check_sequence_gradients(a, call.dtypes, nullptr, shape, variant_record(cell, shape.H, normalised));
   VariantBackwardParams params{};
   BackwardParams& layer = params.layer;
-  layer.shape = shape;
-  layer.x = call.rows(a.x);
-  layer.h0 = take_state(a.h0, &call);
-  layer.c0 = take_state(a.c0, &call);
-  take_weights(a.weights, &call);
-  layer.weights[0] = call.weights[0];
-  layer.weights[1] = call.weights[1];
-  layer.batch_sizes = values_or_null(call.batch_sizes);
-  layer.lengths = values_or_null(call.lengths);
-  layer.saved = call.inputs.contiguous(a.saved);
-  if (a.dy) layer.dy = call.rows(a.dy);
-  layer.dh_n = take_state(a.dh_n, &call);
-  layer.dc_n = take_state(a.dc_n, &call);
-  layer.bptt_steps = a.bptt_steps;
+  take_inputs(a, &call, &layer);
+  take_cotangents(a, &call, &layer);
   params.variant = take_variant(a, &call);
 
   TensorList grads;
   grads.reserve(3 + a.weights.size() + a.gains.size());
-  grads.push_back(a.need_x ? empty_like(a.x) : absent(a.x.dtype()));
-  if (a.need_x) layer.dx = call.output_rows(grads.back());
-  const DType of_x = call.dtypes.of(a.x);
-  grads.push_back(new_state(a.need_state, shape.H, a.h0 ? layer.h0.dtype : of_x, call, &layer.dh0));
-  grads.push_back(new_state(a.need_state && lstm, shape.H, a.c0 ? layer.c0.dtype : of_x, call, &layer.dc0));
+  add_input_gradients(a, call, &layer, &grads);
   for (const TensorList* list : {&a.weights, &a.gains})
     for (const Tensor& weight : *list) grads.push_back(a.need_weights ? empty_like(weight) : absent(weight.dtype()));
   if (a.need_weights) {
-    const size_t count = a.weights.size() / static_cast<size_t>(shape.D);
+    take_weight_gradients(grads, a.weights.size(), shape.D, &layer);
     const GainList list = gain_list(shape, a.weights, a.gains);
-    for (int d = 0; d < shape.D; ++d) {
-      const Tensor* w = &grads[3 + static_cast<size_t>(d) * count];
-      const bool bias = count == 4;
-      layer.grads[d] = {w[0].data(), w[1].data(), bias ? w[2].data() : nullptr, bias ? w[3].data() : nullptr, nullptr};
-      if (!normalised) continue;
+    for (int d = 0; d < shape.D && normalised; ++d) {
       const Tensor* g = &grads[3 + a.weights.size() + static_cast<size_t>(d) * list.count];
       params.gains[d] = {params.variant.gains[d].dtype, g[0].data(), g[1].data(), list.of_c ? g[2].data() : nullptr,
                          list.bias ? g[3].data() : nullptr};

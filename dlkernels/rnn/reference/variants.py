@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from dlkernels.rnn.kinds import DirectionWeights
 from dlkernels.rnn.reference.cells import step
 
-__all__ = ["Gains", "OneDirection", "Variant"]
+__all__ = ["Gains", "OneDirection", "Variant", "mix_states"]
 
 
 class Gains(NamedTuple):
@@ -92,8 +92,8 @@ class OneDirection(NamedTuple):
             gh = self._normalised_gates(mode, linear(seen, w.w_hh), self.gains.hh, w.b_hh)
             new_h, new_c = step(mode, gi, gh, h, c, self._normalised_c)
         if c is not None and new_c is not None:
-            new_c = _zoneout(self.zoneout_c, s, c, new_c)
-        return _zoneout(self.zoneout_h, s, h, new_h), new_c
+            new_c = mix_states(_at(self.zoneout_c, s), c, new_c)
+        return mix_states(_at(self.zoneout_h, s), h, new_h), new_c
 
     def _normalised_gates(self, mode: str, products: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
         if mode == "gru":
@@ -115,7 +115,12 @@ class OneDirection(NamedTuple):
         return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
 
 
-def _zoneout(zoneout: Tensor | float, s: int, old: Tensor, new: Tensor) -> Tensor:
+def _at(zoneout: Tensor | float, s: int) -> Tensor | float:
+    return zoneout[s] if isinstance(zoneout, Tensor) else zoneout
+
+
+def mix_states(zoneout: Tensor | float, old: Tensor, new: Tensor) -> Tensor:
+    """The state after zoneout: a mask tells which units keep their old value, a rate how much of it each keeps."""
     if isinstance(zoneout, Tensor):
-        return torch.where(zoneout[s], old, new)
+        return torch.where(zoneout, old, new)
     return new if zoneout == 0 else zoneout * old + (1 - zoneout) * new
