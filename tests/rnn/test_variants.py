@@ -399,12 +399,15 @@ def test_lengths_hide_what_is_behind_them() -> None:
         assert x.grad.isfinite().all()
 
 
-def test_autocast() -> None:
-    module = dlkernels.nn.LayerNormLSTM(4, 6)
+@pytest.mark.parametrize("name", ("LSTM", "GRU"))
+def test_autocast(name: str) -> None:
+    """The results have the dtypes of the plain layer's."""
+    module, plain = getattr(dlkernels.nn, f"LayerNorm{name}")(4, 6), getattr(dlkernels.nn, name)(4, 6)
     x = torch.randn(5, 3, 4, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y, _ = module(x)
-    assert y.dtype in (torch.bfloat16, torch.float32)
+        (y, state), (plain_y, plain_state) = module(x), plain(x)
+    assert y.dtype == plain_y.dtype
+    assert [one.dtype for one in state] == [one.dtype for one in plain_state]
     torch.testing.assert_close(y.float(), module(x)[0], rtol=0.05, atol=0.05)
     y.float().sum().backward()
     assert {p.grad.dtype for p in module.parameters()} == {torch.float32}

@@ -116,6 +116,82 @@ class SelfAttention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Beyond(nn.Module):
+    """A layer of ours with what torch.nn lacks. `by_steps` computes it in PyTorch operations from the same parameters,
+    and takes torch's place in the table."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.is_ours = False
+
+    def forward(self, x: Tensor) -> Any:
+        return self.by_kernels(x) if self.is_ours else self.by_steps(x)
+
+    def by_kernels(self, x: Tensor) -> Any:
+        return self.layer(x)
+
+    def by_steps(self, x: Tensor) -> Any:
+        raise NotImplementedError
+
+
+class Resetting(Beyond):
+    """An LSTM with `resets=` and `return_cells=True`."""
+
+    resets: Tensor
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dlkernels.nn.LSTM(I, H, dtype=dtype))
+        self.register_buffer("resets", torch.rand(T, B) < 0.4)
+
+    def by_kernels(self, x: Tensor) -> Any:
+        return self.layer(x, resets=self.resets, return_cells=True)
+
+    def by_steps(self, x: Tensor) -> Any:
+        w_ih, w_hh, b_ih, b_hh = self.layer.parameters()
+        h = c = x.new_zeros(B, H)
+        ys, cells = [], []
+        for step, flags in zip(x, self.resets, strict=True):
+            kept = ~flags[:, None]
+            gates = step @ w_ih.t() + b_ih + (h * kept) @ w_hh.t() + b_hh
+            i, f, g, o = gates.chunk(4, -1)
+            c = f.sigmoid() * (c * kept) + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            ys.append(h)
+            cells.append(c)
+        return torch.stack(ys), (h[None], c[None]), torch.stack(cells)
+
+
+class Normalised(Beyond):
+    """A LayerNormGRU."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dlkernels.nn.LayerNormGRU(I, H, dtype=dtype))
+
+    def by_steps(self, x: Tensor) -> Any:
+        w_ih, w_hh, b_ih, b_hh, norm_ih, norm_hh = self.layer.parameters()
+
+        def normalised(products: Tensor) -> Tensor:
+            parts = products.split([2 * H, H], -1)
+            return torch.cat([nn.functional.layer_norm(part, part.shape[-1:]) for part in parts], -1)
+
+        h = x.new_zeros(B, H)
+        ys = []
+        for step in x:
+            gi, gh = normalised(step @ w_ih.t()) * norm_ih + b_ih, normalised(h @ w_hh.t()) * norm_hh + b_hh
+            (ri, zi, ni), (rh, zh, nh) = gi.chunk(3, -1), gh.chunk(3, -1)
+            z, n = (zi + zh).sigmoid(), (ni + (ri + rh).sigmoid() * nh).tanh()
+            h = (1 - z) * n + z * h
+            ys.append(h)
+        return torch.stack(ys), h[None]
+
+
+def _by_kernels(module: nn.Module) -> nn.Module:
+    ours = copy.deepcopy(module)
+    ours.is_ours = True  # type: ignore[assignment]
+    return ours
+
+
 class Enabled(nn.Module):
     """torch's own module, called while `dlkernels.enable` is on."""
 
@@ -191,7 +267,11 @@ ATTENTION = [
         _draw((2, T, 8)),
     ),
 ]
-ENTRIES = [*LAYERS, *CELLS, *ATTENTION]
+BEYOND = [
+    Entry("LSTM with resets and cells", Resetting, _draw((T, B, I)), _by_kernels),
+    Entry("LayerNormGRU", Normalised, _draw((T, B, I)), _by_kernels),
+]
+ENTRIES = [*LAYERS, *CELLS, *ATTENTION, *BEYOND]
 ENABLED = [
     replace(entry, name=f"enabled {entry.name}", swap=Enabled)
     for entry in ENTRIES
