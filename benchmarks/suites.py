@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dlkernels.bench import plots
-from dlkernels.bench.cli import Command, Job, Part, attention_grid, layer_grid, peer_grid
+from dlkernels.bench.cli import Command, Job, Part, attention_grid, fast_dtypes, layer_grid, peer_grid
 from dlkernels.bench.runner import AnyCase, Runner
 from dlkernels.bench.timing import Budget
 
@@ -28,7 +28,7 @@ def attention_targets(args: argparse.Namespace) -> Sequence[AnyCase]:
 
 
 def models(args: argparse.Namespace) -> Sequence[Any]:
-    return switched.cases(tuple(MODELS), args.dtypes, args.threads or (torch.get_num_threads(),), 1.0)
+    return switched.cases(tuple(MODELS), fast_dtypes(args), args.threads or (torch.get_num_threads(),), 1.0)
 
 
 class ProjectCommand(Command):

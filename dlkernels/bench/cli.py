@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 import torch
 
+from .._core.private_torch import onednn_takes_bf16
 from . import attention, calibrate, cases, layers, machine, peers, peers_report, plots, report
 from .runner import AnyCase, Result, Runner
 from .timing import Budget
@@ -29,15 +30,31 @@ Job = Callable[[], dict[str, Any]]
 
 
 def layer_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
-    return layers.grid(_threads(args), args.dtypes, args.quick)
+    return layers.grid(_threads(args), _dtypes(args), args.quick)
 
 
 def attention_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
-    return attention.grid(_threads(args), args.dtypes, args.quick)
+    return attention.grid(_threads(args), _dtypes(args), args.quick)
 
 
 def peer_grid(args: argparse.Namespace) -> Sequence[AnyCase]:
-    return peers.grid(args.threads or (1, 2), args.dtypes, args.quick)
+    return peers.grid(args.threads or (1, 2), fast_dtypes(args), args.quick)
+
+
+def _dtypes(args: argparse.Namespace) -> list[str]:
+    return args.dtypes or ["float32", "bfloat16"]
+
+
+def fast_dtypes(args: argparse.Namespace) -> list[str]:
+    """The dtypes to measure in suites of large cases. Says so if bfloat16 is left out."""
+    if args.dtypes or onednn_takes_bf16():
+        return _dtypes(args)
+    print(
+        "bfloat16 is left out: torch multiplies it in scalar code on this processor, and a training step can take "
+        "minutes; --dtypes float32,bfloat16 measures it all the same",
+        file=sys.stderr,
+    )
+    return ["float32"]
 
 
 class Command:
@@ -71,7 +88,7 @@ class Command:
         add("--quick", action="store_true", help="less of everything: under a minute")
         add("--only", metavar="PATTERN", action="append", default=[], help="cases whose name contains or matches this")
         add("--threads", metavar="N,...", type=_list_of(_thread_count), help="thread counts (default: 1 and all cores)")
-        add("--dtypes", metavar="NAME,...", type=_list_of(str, DTYPES), default=["float32", "bfloat16"])
+        add("--dtypes", metavar="NAME,...", type=_list_of(str, DTYPES), help="default: float32,bfloat16")
         add("--seconds", metavar="S", type=_seconds, help="measuring time for each case")
         add("--out", metavar="DIR", type=Path, help="where results go (default: benchmarks/results)")
         add("--no-plot", action="store_true", help="no pictures")

@@ -15,6 +15,7 @@ from dlkernels._core import extension
 from dlkernels._core.autocast import autocast_dtype
 from dlkernels._core.private_torch import are_transforms_active
 from dlkernels.rnn import operators
+from dlkernels.rnn.operators import direct
 
 __all__ = ["BITS", "Prepackable", "Prepacked", "check_weights", "why_not_packable"]
 
@@ -26,12 +27,19 @@ BITS = {torch.bfloat16: 16, torch.int8: 8}
 class Prepacked(NamedTuple):
     """The packed weights of a layer, one buffer for each entry of its stack, and which tensors they were made from.
     `dtype` is that of the packed weights if they have fewer bits than the layer's, else None. Direct calls read it by
-    position (csrc/rnn/torch/direct_modules.cpp)."""
+    position (csrc/rnn/torch/direct_modules.cpp).
+
+    `aliases` share the memory of `weights`, which so is not used again for other values: a weight that is still the
+    same object, but has been given other memory (`.data = ...`, `torch.utils.swap_tensors`), is recognized by its
+    address. The weights themselves must not have another owner, with which `swap_tensors` would refuse them. `held` is
+    what direct calls use of `aliases` and `buffers`."""
 
     weights: tuple[Tensor, ...]
     versions: tuple[int, ...]
     buffers: tuple[Tensor, ...]
     dtype: torch.dtype | None
+    aliases: tuple[Tensor, ...]
+    held: Any
 
     def why_not(self, weights: list[Tensor], given: Iterable[Any]) -> str:
         """Why these buffers must not replace `weights` in a call with the tensors `given`, made now; empty if they may.
@@ -39,8 +47,8 @@ class Prepacked(NamedTuple):
         if torch.compiler.is_compiling():
             return "compiled code could not notice that the weights were written to"
         # A loop: with any() and map() this took 5 of the 25 us of a small call.
-        for now, then, version in zip(weights, self.weights, self.versions, strict=True):
-            if now is not then:
+        for now, then, alias, version in zip(weights, self.weights, self.aliases, self.versions, strict=True):
+            if now is not then or now.data_ptr() != alias.data_ptr():
                 return "the weights are no longer the tensors that were packed"
             if version >= 0 and now._version != version:
                 return "the weights were written to after prepack()"
@@ -99,7 +107,8 @@ class Prepackable(Module):
 
         The copy is not part of the state: saving, copying, pickling and `to()` leave it out. Replacing a parameter or
         writing to it in a way that autograd can see (an optimizer's step, `load_state_dict`, `copy_`) disables the
-        copy, but a write through `.data` or numpy is NOT noticed: call `prepack()` again after it, or `unpack()`.
+        copy, and so does giving it other memory (`.data = ...`). But writing to its memory through `.data` or numpy is
+        NOT noticed: call `prepack()` again after it, or `unpack()`.
         Under torch.compile the copy is not used.
         """
         self.unpack()
@@ -119,7 +128,10 @@ class Prepackable(Module):
                 operators.pack(mode, own[at : at + per_layer], bidirectional, *bits)
                 for at in range(0, len(own), per_layer)
             )
-        self._prepacked = Prepacked(tuple(own), tuple(map(_version, own)), buffers, weights)
+            aliases = tuple(weight.detach() for weight in own)
+        self._prepacked = Prepacked(
+            tuple(own), tuple(map(_version, own)), buffers, weights, aliases, direct.hold(aliases, buffers)
+        )
         return self
 
     def unpack(self) -> Self:

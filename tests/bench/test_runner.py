@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import charlm, readme, result_files, targets
 from benchmarks.suites import ProjectCommand
-from dlkernels.bench import cases, layers, machine, report
+from dlkernels.bench import cases, cli, layers, machine, report
 from dlkernels.bench.cli import Command, Progress
 from dlkernels.bench.layers import Inputs, LayerCase, Workload, ours, theirs
 from dlkernels.bench.report import geometric_mean, summarize
@@ -351,6 +351,22 @@ class TestCommand:
     def test_bad_arguments(self, bad: tuple[str, str], command: type[Command]) -> None:
         with pytest.raises(SystemExit):
             command().run(list(bad))
+
+    @pytest.mark.parametrize("command", [Command, ProjectCommand])
+    @pytest.mark.parametrize("suite", ["peers", "models"])
+    def test_slow_bfloat16_is_left_out(
+        self, suite: str, command: type[Command], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if suite not in command.suites:
+            return
+        for fast, given, measured in (
+            (False, [], False), (True, [], True), (False, ["--dtypes", "float32,bfloat16"], True)
+        ):  # fmt: skip
+            monkeypatch.setattr(cli, "onednn_takes_bf16", lambda fast=fast: fast)
+            assert command().run(["--suite", suite, "--list", *given]) == 0
+            printed = capsys.readouterr()
+            assert ("bf16" in printed.out) == measured
+            assert printed.err.startswith("bfloat16 is left out") == (not measured)
 
     def test_the_command_of_the_wheel(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """The command in the wheel measures the grid of the main suite and trains no model."""

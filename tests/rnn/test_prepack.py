@@ -332,3 +332,39 @@ def test_every_layer_of_the_stack_is_watched(layer_index: int, how: str, native)
         theirs.load_state_dict(one.state_dict())
         expected = run_layer(case, data, case.dtype, torch.nn, grad=False, layer=theirs)
         torch.testing.assert_close(infer(one, case)["y"], expected["y"])
+
+
+def exchange(weight: torch.nn.Parameter, value: torch.Tensor) -> None:
+    torch.utils.swap_tensors(weight, torch.nn.Parameter(value))
+
+
+@pytest.mark.parametrize("call", ["plain", "with lengths", "cell"])
+@pytest.mark.parametrize("give", [lambda p, value: setattr(p, "data", value), exchange], ids=["data", "swap_tensors"])
+def test_other_memory_takes_the_copy_out_of_use(give, call: str, native) -> None:
+    """Such a weight is the same object, and its version may be the same too. `load_state_dict(assign=True)` exchanges
+    tensors where torch.__future__.set_swap_module_params_on_conversion is on."""
+    layer: torch.nn.Module
+    if call == "cell":
+        layer, fresh, x = dlkernels.nn.GRUCell(4, 5), torch.nn.GRUCell(4, 5), torch.randn(2, 4)
+    else:
+        layer, fresh, x = dlkernels.nn.LSTM(4, 5), torch.nn.LSTM(4, 5), torch.randn(3, 2, 4)
+    options = {"lengths": torch.tensor([3, 3])} if call == "with lengths" else {}
+    for name, weight in layer.named_parameters():
+        layer.prepack()
+        give(weight, torch.randn(weight.shape))
+        fresh.load_state_dict(layer.state_dict())
+        with torch.no_grad():
+            found, expected = layer(x, **options), fresh(x)
+        if call != "cell":
+            found, expected = found[0], expected[0]
+        torch.testing.assert_close(found, expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_loaded_by_exchange(native, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    layer, x = dlkernels.nn.GRU(4, 5), torch.randn(3, 2, 4)
+    for _ in range(3):  # memory and objects that were freed are used again
+        fresh = torch.nn.GRU(4, 5)
+        layer.prepack().load_state_dict(fresh.state_dict(), assign=True)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x)[0], fresh(x)[0])

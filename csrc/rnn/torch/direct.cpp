@@ -59,7 +59,8 @@ PyObject* connect(PyObject*, PyObject* args) {
   side.requires_grad = PyUnicode_InternFromString("requires_grad");
   side.is_neg = PyUnicode_InternFromString("is_neg");
   side.version = PyUnicode_InternFromString("_version");
-  if (!side.current_level || !side.requires_grad || !side.is_neg || !side.version) return nullptr;
+  side.data_ptr = PyUnicode_InternFromString("data_ptr");
+  if (!side.current_level || !side.requires_grad || !side.is_neg || !side.version || !side.data_ptr) return nullptr;
   for (PyObject* object : {side.tensor, side.parameter, side.to_handles, side.from_handles, side.is_deterministic,
                            side.forward_ad, side.must_be_false}) {
     Py_INCREF(object);
@@ -78,6 +79,7 @@ PyMethodDef methods[] = {
     {"cell", as_method(cell), METH_FASTCALL, "A step of a cell without gradients, in a plain call; else None."},
     {"layer_module", as_method(layer_module), METH_FASTCALL, "A call of a layer module like `layers`; else None."},
     {"cell_module", as_method(cell_module), METH_FASTCALL, "A call of a cell module like `cell`; else None."},
+    {"hold", as_method(hold), METH_FASTCALL, "Keeps what calls with packed weights need of them, as a capsule."},
     {"connect", connect, METH_VARARGS, "Passes what `layers` and `cell` use of torch."},
     {nullptr, nullptr, 0, nullptr},
 };

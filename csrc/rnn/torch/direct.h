@@ -35,7 +35,7 @@ struct TorchSide {
   PyObject* is_deterministic;           // a function
   PyObject* forward_ad;                 // a module, whose _current_level is negative if no tensor has a tangent
   PyObject* must_be_false;              // a tuple of functions: all return False or 0 in a plain call
-  PyObject *current_level, *requires_grad, *is_neg, *version;  // names
+  PyObject *current_level, *requires_grad, *is_neg, *version, *data_ptr;  // names
 };
 extern TorchSide torch_side;
 
@@ -81,15 +81,31 @@ inline bool is_plain_tensor(PyObject* object) {
   return type == torch_side.tensor || type == torch_side.parameter;
 }
 
+// The handles of a list of tensors. They keep the tensors alive.
+inline std::vector<Tensor> handles_of(PyObject* list) {
+  const Object capsules = checked(PyObject_CallOneArg(torch_side.to_handles, list));
+  require(PyList_Check(capsules.get()));
+  std::vector<Tensor> handles;
+  handles.reserve(static_cast<size_t>(PyList_GET_SIZE(capsules.get())));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(capsules.get()); ++i) {
+    handles.emplace_back(
+        static_cast<AtenTensorHandle>(PyCapsule_GetPointer(PyList_GET_ITEM(capsules.get(), i), nullptr)));
+  }
+  return handles;
+}
+
 // The tensors of a call. Subclasses may have an operator of their own, a tensor that requires a gradient needs
 // autograd, and the values of a negative view are not those in memory.
 class GivenTensors {
  public:
   GivenTensors() : list_(checked(PyList_New(0))), autograd_(aoti_torch_grad_mode_is_enabled()) {}
 
+  void require_no_gradient(PyObject* tensor) const {
+    require(!autograd_ || !is_true(checked(PyObject_GetAttr(tensor, torch_side.requires_grad))));
+  }
   void add(PyObject* tensor) {
     require(is_plain_tensor(tensor));
-    require(!autograd_ || !is_true(checked(PyObject_GetAttr(tensor, torch_side.requires_grad))));
+    require_no_gradient(tensor);
     require(!is_true(checked(PyObject_CallMethodNoArgs(tensor, torch_side.is_neg))));
     require(PyList_Append(list_.get(), tensor) == 0);
   }
@@ -97,16 +113,9 @@ class GivenTensors {
     if (tensor != Py_None) add(tensor);
   }
 
-  // The handles of the tensors in the order in which they were added. They keep the tensors alive.
+  // The handles of the tensors in the order in which they were added.
   std::vector<Tensor> handles() const {
-    const Object capsules = checked(PyObject_CallOneArg(torch_side.to_handles, list_.get()));
-    require(PyList_Check(capsules.get()));
-    std::vector<Tensor> handles;
-    handles.reserve(static_cast<size_t>(PyList_GET_SIZE(capsules.get())));
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(capsules.get()); ++i) {
-      handles.emplace_back(
-          static_cast<AtenTensorHandle>(PyCapsule_GetPointer(PyList_GET_ITEM(capsules.get(), i), nullptr)));
-    }
+    std::vector<Tensor> handles = handles_of(list_.get());
     for (const Tensor& tensor : handles) {
       require(tensor.on_cpu());
       void* data = nullptr;  // is null if the values are not in memory: a tensor of zeros, or freed storage
@@ -211,20 +220,44 @@ inline Tensor joined(const std::vector<Tensor>& states) {
   return all;
 }
 
+// The weights of all layers, and what `pack` returned for each layer; `packed` is empty if they are not packed.
+struct StackWeights {
+  std::vector<Tensor> weights, packed;
+};
+
+// Lends the weights of one layer to the arguments of a call.
+class LentWeights {
+ public:
+  LentWeights(const StackWeights& all, size_t layer, size_t count, SequenceForwardArguments* a) : a_(a) {
+    a->weights.reserve(count);  // what follows cannot throw, so no handle is deleted here
+    for (size_t i = 0; i < count; ++i) a->weights.emplace_back(all.weights[layer * count + i].get());
+    if (!all.packed.empty()) a->packed = OptionalTensor(all.packed[layer].get());
+  }
+  ~LentWeights() {
+    for (Tensor& weight : a_->weights) weight.release();
+    a_->weights.clear();
+    a_->packed.release();
+  }
+
+ private:
+  SequenceForwardArguments* a_;
+};
+
 struct Stack {
   CellKind cell;
   int64_t layers, directions;
-  OptionalTensor h0, c0;                // of all layers
-  std::vector<Tensor> weights, packed;  // the same
-  SequenceForwardArguments common;      // x is that of the first layer
+  OptionalTensor h0, c0;  // of all layers
+  const StackWeights* weights;
+  SequenceForwardArguments common;  // x is that of the first layer
 
   // y, h_n and c_n.
   std::vector<Tensor> run() {
     for (const OptionalTensor* state : {&h0, &c0}) {
       require(!*state || (state->dim() == 3 && state->size(0) == layers * directions));
     }
-    require(layers > 0 && !weights.empty() && weights.size() % static_cast<size_t>(layers) == 0);
-    const size_t count = weights.size() / static_cast<size_t>(layers);
+    const size_t number = weights->weights.size();
+    require(layers > 0 && number > 0 && number % static_cast<size_t>(layers) == 0);
+    const size_t count = number / static_cast<size_t>(layers);
     std::vector<Tensor> results(1), h_n, c_n;
     for (int64_t layer = 0; layer < layers; ++layer) {
       SequenceForwardArguments& a = common;
@@ -236,11 +269,7 @@ struct Stack {
         if (h0) a.h0 = layers_of(h0, layer * directions, directions);
         if (c0) a.c0 = layers_of(c0, layer * directions, directions);
       }
-      a.weights.clear();
-      for (size_t i = 0; i < count; ++i) {
-        a.weights.push_back(std::move(weights[static_cast<size_t>(layer) * count + i]));
-      }
-      if (!packed.empty()) a.packed = OptionalTensor(packed[static_cast<size_t>(layer)].release());
+      const LentWeights lent(*weights, static_cast<size_t>(layer), count, &a);
       auto [y, h, c, saved, cells] = on_cpu::sequence_results(cell, a);
       results[0] = std::move(y);
       h_n.push_back(std::move(h));
@@ -276,13 +305,14 @@ inline Tensor first_of(const Tensor& tensor) {
 }
 
 // The Python arguments of a call of layers. Absent tensors are None; `packed` is None or a tuple with what `pack`
-// returned for each layer. With one_step, x and the states are those of a cell, without the dimension of time or
-// layers. resets: [T, B], or [B, T] with batch_first.
+// returned for each layer. `held`, if not null, replaces the values of `weights` and `packed`. With one_step, x and the
+// states are those of a cell, without the dimension of time or layers. resets: [T, B], or [B, T] with batch_first.
 struct StackCall {
   CellKind cell;
   PyObject *x, *h0, *c0, *batch_sizes, *lengths, *resets, *packed;
   PyObject* const* weights;  // of all layers
   Py_ssize_t number;         // of weights
+  const StackWeights* held;
   int64_t layers;
   bool bidirectional, batch_first, one_step;
 
@@ -292,8 +322,15 @@ struct StackCall {
     const Py_ssize_t buffers = packed == Py_None ? 0 : PyTuple_GET_SIZE(packed);
     require(buffers == 0 || buffers == layers);
     GivenTensors given;  // the weights first: if a gradient is wanted, it is mostly theirs
-    for (Py_ssize_t i = 0; i < number; ++i) given.add(weights[i]);
-    for (Py_ssize_t i = 0; i < buffers; ++i) given.add(PyTuple_GET_ITEM(packed, i));
+    if (held) {
+      for (Py_ssize_t i = 0; i < number; ++i) {
+        require(is_plain_tensor(weights[i]));
+        given.require_no_gradient(weights[i]);
+      }
+    } else {
+      for (Py_ssize_t i = 0; i < number; ++i) given.add(weights[i]);
+      for (Py_ssize_t i = 0; i < buffers; ++i) given.add(PyTuple_GET_ITEM(packed, i));
+    }
     given.add(x);
     for (PyObject* tensor : {h0, c0, batch_sizes, lengths, resets}) given.add_if(tensor);
     require_plain_call();
@@ -308,8 +345,12 @@ struct StackCall {
     a.batch_first = batch_first && batch_sizes == Py_None;
     a.deterministic = is_deterministic();
     Handles handles(given.handles());
-    for (Py_ssize_t i = 0; i < number; ++i) stack.weights.push_back(handles.take());
-    for (Py_ssize_t i = 0; i < buffers; ++i) stack.packed.push_back(handles.take());
+    StackWeights own;
+    if (!held) {
+      for (Py_ssize_t i = 0; i < number; ++i) own.weights.push_back(handles.take());
+      for (Py_ssize_t i = 0; i < buffers; ++i) own.packed.push_back(handles.take());
+    }
+    stack.weights = held ? held : &own;
     a.x = handles.take();
     stack.h0 = handles.take_if(h0);
     stack.c0 = handles.take_if(c0);
@@ -352,6 +393,7 @@ inline std::vector<Tensor> call_cell(CellKind cell, PyObject* x, PyObject* h, Py
 }
 
 // The functions of Python's module that direct_modules.cpp defines.
+PyObject* hold(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* layer_module(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* cell_module(PyObject*, PyObject* const* args, Py_ssize_t count);
 

@@ -26,7 +26,7 @@ from dlkernels._core.private_torch import (
     tensors_of_handles,
 )
 
-__all__ = ["cell", "cell_module", "layer_module", "layers", "layers_without_gradients"]
+__all__ = ["cell", "cell_module", "hold", "layer_module", "layers", "layers_without_gradients"]
 
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -40,6 +40,8 @@ def _not_served(*arguments: Any) -> None:
 layers: Callable[..., list[Tensor] | None] = _not_served
 # cell(mode, x, h, c, w_ih, w_hh, b_ih, b_hh) -> [h'], followed by c' for the lstm.
 cell: Callable[..., list[Tensor] | None] = _not_served
+# hold(aliases, buffers) -> the two tuples of tensors as a capsule, for `Prepacked`.
+hold: Callable[..., Any] = _not_served
 # layer_module(module.__dict__, x, hx, resets) -> (y, h_n) or (y, (h_n, c_n)): what the module's forward returns for 3-D
 # input.
 layer_module: Callable[..., Any] = _not_served
@@ -64,6 +66,7 @@ if extension.native is not None:
         ),
     )
     layers, cell = extension.native.layers, extension.native.cell
+    hold = extension.native.hold
     layer_module, cell_module = extension.native.layer_module, extension.native.cell_module
 
 
