@@ -360,6 +360,21 @@ def test_other_memory_takes_the_copy_out_of_use(give, call: str, native) -> None
         torch.testing.assert_close(found, expected, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def test_another_weight_in_the_same_memory_takes_the_copy_out_of_use(native) -> None:
+    """It counts its versions anew, so that a write to it can give it the version of the one that was packed."""
+    layer, fresh, x = dlkernels.nn.LSTM(4, 5), torch.nn.LSTM(4, 5), torch.randn(3, 2, 4)
+    layer.prepack()
+    old = layer.weight_hh_l0
+    layer.weight_hh_l0 = torch.nn.Parameter(old.data)
+    with torch.no_grad():
+        while layer.weight_hh_l0._version < old._version:
+            layer.weight_hh_l0.mul_(0.5)
+        assert layer.weight_hh_l0._version == old._version > 0
+        fresh.load_state_dict(layer.state_dict())
+        for options in ({}, {"lengths": torch.tensor([3, 3])}):
+            torch.testing.assert_close(layer(x, **options)[0], fresh(x)[0])
+
+
 def test_loaded_by_exchange(native, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     layer, x = dlkernels.nn.GRU(4, 5), torch.randn(3, 2, 4)
