@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.instruction_sets import available_isas, optimised, use_isa
+from tests.support.instruction_sets import available_isas, use_isa
 from tests.support.layer_cases import DTYPES, MODES, Case, check_case, second_looks
 from tests.support.settings import deterministic_algorithms, num_threads
 
 # Half of them is enough for an -O0 build, which test_grid, test_interactions and test_threads test as well.
-REQUIRED = 2000 if optimised() else 1000
+REQUIRED = 1000
 EXAMPLES = REQUIRED * 13 // 10  # hypothesis may draw a configuration twice
 ISAS = available_isas()
 

@@ -118,8 +118,6 @@ def test_inside_another_parallel_region() -> None:
         {"OMP_THREAD_LIMIT": "1"},
         {"OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "4"},
         {"OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "3"},
-        {"OMP_NUM_THREADS": "4"},
-        {"OMP_NUM_THREADS": "1"},
     ],
     ids=lambda v: ",".join(f"{k}={x}" for k, x in v.items()),
 )
