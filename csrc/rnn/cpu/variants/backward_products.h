@@ -117,19 +117,18 @@ void VariantBackward<C, Cell>::column_sums(const Member& team, int d, int64_t ro
       }
     }
   };
-  const auto part_of = [](int64_t from) {
-    return [from](const C* record, int64_t j, int n)
-               __attribute__((always_inline)) { return load_part(record + from + j, n); };
+  const auto product = [this](int slot) {
+    return [this, slot](const C* record, int64_t j, int n)
+               __attribute__((always_inline)) { return record_.load(record, slot, j, n); };
   };
-  add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih, dir.sums.g_ih, part_of(record_.input()));
-  if (!has_one_side()) add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh, dir.sums.g_hh, part_of(record_.hidden()));
+  add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih, dir.sums.g_ih, product(Record::kInput));
+  if (!has_one_side()) add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh, dir.sums.g_hh, product(Record::kHidden));
   if constexpr (Cell::kCellState) {
     if (!v_.normalised) return;
     add(s_.H, dir.of_c, ld_unit_, dir.sums.b_c, dir.sums.g_c,
         [this](const C* record, int64_t j, int n) __attribute__((always_inline)) {
-          const C* const moments = record + record_.moments();
-          return (load_part(record + record_.slot(Cell::kC) + j, n) - V::set1(moments[kMeanOfC])) *
-                 V::set1(moments[kOfC]);
+          const C* const moments = record + record_.at.moments;
+          return (load_part(record + record_.at.c + j, n) - V::set1(moments[kMeanOfC])) * V::set1(moments[kOfC]);
         });
   }
 }
