@@ -232,6 +232,13 @@ class VariantBackward {
     dir.first[count] = row;
   }
 
+  // Where column_sums() adds the products with factor(record, j, n).
+  template <class Factor>
+  struct Along {
+    C* to;
+    Factor factor;
+  };
+
   struct Walk;  // backward_rows.h
 
   // backward_products.h

@@ -2,7 +2,7 @@
 // the backward. First come slots of H values, which have 16 bits in a call of a 16-bit dtype for the reasons that plain
 // layers have (rnn/cpu/record.h): the gates as fixed16, and in that dtype the gru's W_hn h + b_hn after normalisation,
 // h', and with layer normalisation the normalised W_ih x and W_hh h, G slots each. The lstm's c' and the moments
-// (VariantRecord of rnn/variants.h) have the compute type.
+// (kMoments of rnn/variants.h) have the compute type.
 #pragma once
 
 #include "gemm/storage_access.h"
