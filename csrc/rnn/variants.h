@@ -22,10 +22,11 @@ struct Variant {
   const void* dropout;             // [D, B, H] of the compute type: multiplies h where it enters W_hh h; null = ones
   const uint8_t *mask_c, *mask_h;  // bools [D, rows, H]: where the state keeps its old value; null = the rate decides
   Gains<const void*> gains[2];
+  bool changes_c() const { return mask_c || zoneout_c != 0; }
 };
 
 struct VariantForwardParams {
-  ForwardParams layer;  // packed is null, shape.narrow is false
+  ForwardParams layer;  // packed is null
   Variant variant;
 };
 
@@ -35,15 +36,31 @@ struct VariantBackwardParams {
   Gains<void*> gains[2];  // gradients, with the dtypes of the gains; null when not wanted
 };
 
-// What the forward saves of a row, [D, rows, variant_record] values of the compute type. lstm: i, f, g, o, c' before
-// zoneout, c', h'; gru: r, z, n, W_hn h + b_hn after normalisation, h'; [H] each. With layer normalisation the
-// normalised W_ih x and W_hh h follow, [G*H] each, and kMoments numbers: the reciprocal standard deviations of W_ih x
-// and of W_hh h, two each (for the gru that of r and z, then that of n), and the mean and reciprocal standard deviation
-// of c'.
+// What the forward saves of a row, if all of it has the compute type: [D, rows, variant_record] values. lstm: i, f, g,
+// o, c' before zoneout, c', h'; gru: r, z, n, W_hn h + b_hn after normalisation, h'; [H] each. With layer normalisation
+// the normalised W_ih x and W_hh h follow, [G*H] each, and kMoments numbers: the reciprocal standard deviations of W_ih
+// x and of W_hh h, two each (for the gru that of r and z, then that of n), and the mean and reciprocal standard
+// deviation of c' before zoneout.
 constexpr int kMoments = 8;
 enum VariantMoment { kOfInput = 0, kOfHidden = 2, kMeanOfC = 4, kOfC = 5 };
 constexpr int64_t variant_record(CellKind cell, int64_t H, bool normalised) {
   return (cell_traits(cell).cell_state ? 7 : 5) * H + (normalised ? 2 * gate_count(cell) * H + kMoments : 0);
+}
+
+// The same record as the CPU's kernels have it (rnn/cpu/variants/record.h). Slots that have 16 bits if shape.narrow
+// come first; c' is there once unless zoneout changes it.
+struct VariantParts {
+  int64_t c, zoned_c, moments,
+      size;  // where c' before zoneout, c' and the moments begin, in values of the compute type
+};
+inline VariantParts variant_parts(const LayerShape& shape, const Variant& variant) {
+  const CellTraits traits = cell_traits(shape.cell);
+  const int of_h = traits.cell_state ? 1 : traits.narrow;  // slots: h', and the gru's W_hn h + b_hn
+  const int64_t first = (traits.bounded + of_h + (variant.normalised ? 2 * traits.gates : 0)) * shape.H;
+  const int64_t c = shape.narrow ? (first + 1) / 2 : first;
+  const int64_t zoned_c = c + (variant.changes_c() ? shape.H : 0);
+  const int64_t moments = traits.cell_state ? zoned_c + shape.H : c;
+  return {c, zoned_c, moments, moments + (variant.normalised ? kMoments : 0)};
 }
 
 Plan variant_plan(const LayerShape& shape, Isa isa, int threads, bool backward);

@@ -9,13 +9,19 @@ from torch import Tensor
 
 from dlkernels.rnn.kinds import Kind
 
-__all__ = ["size", "slots"]
+__all__ = ["has_halves", "of_slots", "size", "slots"]
 
 _FIXED_STEPS = 32767  # 1 in fixed point; a NaN is -32768
 
 
-def _has_halves(dtype: torch.dtype, device: torch.device) -> bool:
+def has_halves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether records have slots of 16 bits."""
     return dtype.itemsize == 2 and device.type != "cuda"
+
+
+def of_slots(hidden: int, whole: int, halves: int) -> int:
+    """The size of slots of the compute type and of slots of 16 bits, in values of the compute type."""
+    return whole * hidden + (halves * hidden + 1) // 2
 
 
 def size(
@@ -25,15 +31,15 @@ def size(
     `one_step`: the record of a cell, which has no state slot where the backward can do without."""
     drops_state = one_step and kind.state_follows and device.type != "cuda"
     count, halves = len(kind.slots) - drops_state, 0
-    if _has_halves(dtype, device):
+    if has_halves(dtype, device):
         halves = kind.bounded + kind.narrow - (drops_state and kind.narrow > 0)
-    return (count - halves) * hidden + (halves * hidden + 1) // 2 + proj
+    return of_slots(hidden, count - halves, halves) + proj
 
 
 def slots(kind: Kind, saved: Tensor, hidden: int, dtype: torch.dtype) -> list[Tensor]:
     """The slots of a layer's records [..., size], [..., H] each, in the compute type; with a projection, h' follows
     them."""
-    if not _has_halves(dtype, saved.device):
+    if not has_halves(dtype, saved.device):
         return list(torch.split(saved, hidden, -1))
     bounded, halves = kind.bounded * hidden, (kind.bounded + kind.narrow) * hidden
     at = (halves + 1) // 2

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dlkernels._core.dtypes import DTYPES, compute_dtype
 from dlkernels.rnn.kinds import KINDS
 from dlkernels.rnn.operators import variants as operators
 from tests.support.variant_cases import SEED, variants
@@ -55,13 +57,57 @@ def test_opcheck(mode: str, normalised: bool) -> None:
     torch.library.opcheck(forward, (), arguments(mode, **changed), test_utils=utils)
     torch.library.opcheck(forward, (), arguments(mode, **changed, save=False), test_utils=utils)
     saved = run(mode, **changed)[-1]
-    assert saved.shape[-1] == operators.record_size(KINDS[mode], H, normalised)
     backward = getattr(torch.ops.dlkernels, f"{mode}_variant_backward").default
     torch.library.opcheck(backward, (), backward_arguments(mode, saved, **changed), test_utils=utils)
     unwanted = {"need_x": False, "need_state": False, "need_weights": False}
     given = backward_arguments(mode, saved, **changed) | unwanted
     torch.library.opcheck(backward, (), given, test_utils=utils)
     assert all(grad.numel() == 0 for grad in backward(**given))
+
+
+def cast(given: Any, dtype: torch.dtype) -> Any:
+    """The tensors of floating point in `dtype`, and dropout in its compute type."""
+    if isinstance(given, dict):
+        of_dropout = {"dropout": compute_dtype(dtype)}
+        return {key: cast(value, of_dropout.get(key, dtype)) for key, value in given.items()}
+    if isinstance(given, list):
+        return [cast(each, dtype) for each in given]
+    return given.to(dtype) if isinstance(given, Tensor) and given.is_floating_point() else given
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+@pytest.mark.parametrize("changes_c", (False, True))
+@pytest.mark.parametrize("normalised", (False, True))
+@pytest.mark.parametrize("mode", operators.MODES)
+def test_size_of_a_record(mode: str, normalised: bool, changes_c: bool, dtype: torch.dtype) -> None:
+    """In a call of a 16-bit type all but c' and the moments has 16 bits, and c' is there once if zoneout leaves it
+    alone."""
+    lstm = mode == "lstm"
+    gains = {} if normalised else {"gains": []}
+    given = cast(arguments(mode, mask_c=None, zoneout_c=0.25 if changes_c and lstm else 0.0, **gains), dtype)
+    forward = getattr(torch.ops.dlkernels, f"{mode}_variant").default
+    torch.library.opcheck(forward, (), given, test_utils=("test_schema", "test_faketensor"))
+    saved = forward(**given)[-1]
+    assert saved.dtype == compute_dtype(dtype)
+    of_c, moments = (1 + changes_c) * lstm, 8 * normalised
+    others = (5 + (8 if lstm else 6) * normalised) * H
+    assert saved.shape[-1] == (others // 2 if dtype.itemsize == 2 else others) + of_c * H + moments
+    on_cuda = operators.record_size(KINDS[mode], H, normalised, changes_c, dtype, torch.device("cuda"))
+    assert on_cuda == others + (2 * H if lstm else 0) + moments
+
+
+@pytest.mark.parametrize("mode", operators.MODES)
+def test_the_type_of_products_decides(mode: str) -> None:
+    """As under autocast."""
+    sizes = []
+    for product in (torch.float32, torch.bfloat16):
+        given = arguments(mode) | {"product_dtype": DTYPES.index(product)}
+        given["weights"] = [weight.to(product) for weight in given["weights"]]
+        saved = run(mode, **given)[-1]
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert run(mode, **given)[-1].shape == saved.shape
+        sizes.append(saved.shape[-1])
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 @pytest.mark.parametrize(

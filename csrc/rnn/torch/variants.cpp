@@ -71,17 +71,10 @@ Variant take_variant(const Arguments& a, Sequence* call) {
   return variant;
 }
 
-// Reads what plain layers have too. All slots of the records have the compute type.
-template <class Arguments>
-void read_variant(CellKind cell, const Arguments& a, Sequence* call) {
-  read_call(cell, a, call);
-  call->shape.narrow = false;
-  check_variant(a, *call);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> variant_forward(CellKind cell, const VariantForwardArguments& a) {
   Sequence call;
-  read_variant(cell, a, &call);
+  read_call(cell, a, &call);
+  check_variant(a, call);
   const LayerShape& shape = call.shape;
   VariantForwardParams params{};
   ForwardParams& layer = params.layer;
@@ -93,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> variant_forward(CellKind cell, const 
   Tensor y = call.empty_rows(shape.D * shape.H, of_h);
   Tensor h_n = new_state(true, shape.H, of_h, call, &layer.h_n);
   Tensor c_n = new_state(lstm, shape.H, lstm ? of_c : of_h, call, &layer.c_n);
-  Tensor saved = call.empty_records(a.save, {variant_record(cell, shape.H, params.variant.normalised)});
+  Tensor saved = call.empty_records(a.save, {variant_parts(shape, params.variant).size});
   if (shape.B > 0) {
     layer.y = call.output_rows(y);
     layer.saved = data_if(a.save, saved);
@@ -105,15 +98,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> variant_forward(CellKind cell, const 
 
 TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
   Sequence call;
-  read_variant(cell, a, &call);
+  read_call(cell, a, &call);
+  check_variant(a, call);
   const LayerShape& shape = call.shape;
-  const bool lstm = cell_traits(cell).cell_state, normalised = !a.gains.empty();
-  check_sequence_gradients(a, call.dtypes, nullptr, shape, variant_record(cell, shape.H, normalised));
   VariantBackwardParams params{};
+  params.variant = take_variant(a, &call);
+  check_sequence_gradients(a, call.dtypes, nullptr, shape, variant_parts(shape, params.variant).size);
   BackwardParams& layer = params.layer;
   take_inputs(a, &call, &layer);
   take_cotangents(a, &call, &layer);
-  params.variant = take_variant(a, &call);
 
   TensorList grads;
   grads.reserve(3 + a.weights.size() + a.gains.size());
@@ -123,7 +116,7 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
   if (a.need_weights) {
     take_weight_gradients(grads, a.weights.size(), shape.D, &layer);
     const GainList list = gain_list(shape, a.weights, a.gains);
-    for (int d = 0; d < shape.D && normalised; ++d) {
+    for (int d = 0; d < shape.D && list.count; ++d) {
       const Tensor* g = &grads[3 + a.weights.size() + static_cast<size_t>(d) * list.count];
       params.gains[d] = {params.variant.gains[d].dtype, g[0].data(), g[1].data(), list.of_c ? g[2].data() : nullptr,
                          list.bias ? g[3].data() : nullptr};

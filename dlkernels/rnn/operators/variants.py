@@ -13,7 +13,8 @@ from torch import Tensor
 from dlkernels._core import extension
 from dlkernels._core.devices import register_fake
 from dlkernels._core.flops import register_formulas
-from dlkernels.rnn import flops
+from dlkernels.rnn import flops, records
+from dlkernels.rnn.dtypes import dtype_of
 from dlkernels.rnn.kinds import KINDS, Kind
 from dlkernels.rnn.operators.arguments import SequenceConfig, SequenceInputs, Wanted
 from dlkernels.rnn.operators.formulas import Parts, variant_parts
@@ -24,10 +25,17 @@ MODES = ("lstm", "gru")
 _MOMENTS = 8
 
 
-def record_size(kind: Kind, hidden: int, normalised: bool) -> int:
-    """The size of the record of a row, in values of the compute type (csrc/rnn/variants.h has its layout)."""
-    size = (7 if kind.has_cell_state else 5) * hidden
-    return size + 2 * kind.gates * hidden + _MOMENTS if normalised else size
+def record_size(
+    kind: Kind, hidden: int, normalised: bool, changes_c: bool, dtype: torch.dtype, device: torch.device
+) -> int:  # fmt: skip
+    """The size of the record of a row, in values of the compute type (csrc/rnn/variants.h has its layout). `dtype` is
+    the type to which products may be rounded, and `changes_c` says whether there is zoneout of c."""
+    others = kind.bounded + (1 if kind.has_cell_state else kind.narrow) + (2 * kind.gates if normalised else 0)
+    of_c = kind.has_cell_state * (2 if changes_c or device.type == "cuda" else 1)
+    moments = _MOMENTS if normalised else 0
+    if records.has_halves(dtype, device):
+        return records.of_slots(hidden, of_c, others) + moments
+    return (of_c + others) * hidden + moments
 
 
 def forward(cfg: SequenceConfig, given: SequenceInputs, save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -73,12 +81,15 @@ def register(fake: Callable[..., Any], backward_fake: Callable[..., Any]) -> Non
         return
 
     def of_forward(
-        kind: Kind, weights: Sequence[Tensor], gains: Sequence[Tensor], save: bool, **others: Any
-    ) -> tuple[Tensor, ...]:
-        *results, saved, _ = fake(kind, weights=weights, save=save, **others)
+        kind: Kind, x: Tensor, weights: Sequence[Tensor], gains: Sequence[Tensor], mask_c: Tensor | None,
+        zoneout_c: float, save: bool, product_dtype: int = -1, **others: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        *results, saved, _ = fake(kind, x=x, weights=weights, save=save, product_dtype=product_dtype, **others)
         if save:
-            hidden = weights[1].shape[0] // kind.gates
-            saved = saved.new_empty((*saved.shape[:-1], record_size(kind, hidden, bool(gains))))
+            hidden, changes_c = weights[1].shape[0] // kind.gates, mask_c is not None or zoneout_c != 0
+            dtype = dtype_of(product_dtype, x)
+            size = record_size(kind, hidden, bool(gains), changes_c, dtype, x.device)
+            saved = saved.new_empty((*saved.shape[:-1], size))
         return (*results, saved)
 
     def of_backward(kind: Kind, gains: Sequence[Tensor], need_weights: bool, **others: Any) -> list[Tensor]:

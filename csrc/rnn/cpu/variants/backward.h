@@ -18,7 +18,7 @@ DLK_ISA_BEGIN
 template <class C, class Cell>
 class VariantBackward {
   using V = Vec<C>;
-  using Record = VariantRecord<C, Cell>;
+  using Record = RowRecord<C, Cell>;
   static constexpr int64_t kSumRows = 16;  // rows in a partial sum of column sums, to keep rounding errors small
 
  public:
@@ -38,7 +38,7 @@ class VariantBackward {
         hh_(PanelShape::plain(G_, s_.H, V::size)),
         ih_(PanelShape::plain(G_, s_.I, V::size)),
         fresh_(layout.steps() <= 1),
-        record_(s_.H, v_.normalised) {}
+        record_(s_, v_) {}
 
   void carve(Scratch& scratch) {
     const bool weights = wants_weights();
@@ -173,16 +173,16 @@ class VariantBackward {
   int64_t past(int d, int64_t t) const { return d == 0 ? t - 1 : t + 1; }
   int64_t row_at(int d, int64_t t, int64_t b) const { return d * s_.rows + layout_.row(t, b); }
   const C* saved(int d, const Row& row) const {
-    return static_cast<const C*>(p_.saved) + row_at(d, row.t, row.b) * record_.size;
+    return static_cast<const C*>(p_.saved) + row_at(d, row.t, row.b) * record_.at.size;
   }
   // The record of the step before; null at a sequence's first step.
   const C* saved_past(int d, const Row& row) const {
     if (row.first) return nullptr;
-    return static_cast<const C*>(p_.saved) + row_at(d, past(d, row.t), row.b) * record_.size;
+    return static_cast<const C*>(p_.saved) + row_at(d, past(d, row.t), row.b) * record_.at.size;
   }
   // h before the row's step, and what recurrent dropout multiplies it by: n values from unit j on.
   DLK_INLINE V past_h(int d, const Row& row, const C* before, int64_t j, int n) const {
-    if (before) return load_part(before + record_.slot(Record::kH) + j, n);
+    if (before) return record_.load(before, Record::kH, j, n);
     return load_state<C>(p_.h0, (d * s_.B + row.b) * s_.H + j, n);
   }
   DLK_INLINE V dropped(int d, int64_t b, int64_t j, int n, V value) const {
@@ -231,6 +231,13 @@ class VariantBackward {
     }
     dir.first[count] = row;
   }
+
+  // Where column_sums() adds the products with factor(record, j, n).
+  template <class Factor>
+  struct Along {
+    C* to;
+    Factor factor;
+  };
 
   struct Walk;  // backward_rows.h
 

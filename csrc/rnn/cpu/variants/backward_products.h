@@ -72,65 +72,82 @@ void VariantBackward<C, Cell>::input_gradient(const Member& team, int worker, in
        });
 }
 
-// Adds the chunk's part of the gradients of biases and gains.
+// Adds the chunk's part of the gradients of biases and gains. The columns are taken in tiles, in which the rows of a
+// partial sum are read along the row: their pages are visited once for each tile.
 template <class C, class Cell>
 void VariantBackward<C, Cell>::column_sums(const Member& team, int d, int64_t rows, bool first) const {
   const Direction& dir = direction_[d];
-  constexpr int kAtOnce = 4;  // vectors of columns, so that a row's page is visited less often
-  // Adds the columns of `gates` to `sum`, and to `along` their products with what factor(record, j, n) returns.
-  const auto add = [&](int64_t columns, const C* gates, int64_t ld, C* sum, C* along, auto factor) {
+  constexpr int kAtOnce = 4, kTile = 128;  // in vectors of columns
+  // Adds the columns of `gates` to `sum`, and to each `along.to` their products with along.factor(record, j, n).
+  const auto add = [&](int64_t columns, const C* gates, int64_t ld, C* sum, auto... along) {
+    constexpr int kSums = 1 + sizeof...(along);
     int64_t begin, end;
     team.share(columns, kAtOnce * V::size, &begin, &end);
-    for (int64_t j0 = begin; j0 < end; j0 += kAtOnce * V::size) {
-      V sums[kAtOnce], alongs[kAtOnce];
-      DLK_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) sums[k] = alongs[k] = V::zero();
-      const auto valid = [&](int k) {
-        return static_cast<int>(std::clamp<int64_t>(end - j0 - k * V::size, 0, V::size));
-      };
+    const auto valid = [&](int64_t j) { return static_cast<int>(std::clamp<int64_t>(end - j, 0, V::size)); };
+    for (int64_t from = begin; from < end; from += kTile * V::size) {
+      const int64_t vectors = std::min<int64_t>(kTile, (end - from + V::size - 1) / V::size);
+      V sums[kTile][kSums];
+      for (int64_t v = 0; v < vectors; ++v) std::fill_n(sums[v], kSums, V::zero());
       for (int64_t r0 = 0; r0 < rows; r0 += kSumRows) {
-        V part[kAtOnce], part_along[kAtOnce];
-        DLK_UNROLL
-        for (int k = 0; k < kAtOnce; ++k) part[k] = part_along[k] = V::zero();
-        for (int64_t r = r0; r < std::min(rows, r0 + kSumRows); ++r) {
-          const C* const record = along ? saved(d, dir.rows[r]) : nullptr;
+        const int64_t count = std::min(rows - r0, kSumRows);
+        [[maybe_unused]] const C* records[kSumRows];  // not used without `along`
+        for (int64_t r = 0; r < count; ++r) records[r] = saved(d, dir.rows[r0 + r]);
+        for (int64_t v = 0; v < vectors; v += kAtOnce) {
+          V parts[kAtOnce][kSums];
+          DLK_UNROLL
+          for (int k = 0; k < kAtOnce; ++k) std::fill_n(parts[k], kSums, V::zero());
+          for (int64_t r = 0; r < count; ++r) {
+            DLK_UNROLL
+            for (int k = 0; k < kAtOnce; ++k) {
+              const int64_t j = from + (v + k) * V::size;
+              const int n = valid(j);
+              if (n == 0) continue;
+              const V value = load_part(gates + (r0 + r) * ld + j, n);
+              V* part = parts[k];
+              *part = *part + value;
+              ((++part, *part = fma(value, along.factor(records[r], j, n), *part)), ...);
+            }
+          }
           DLK_UNROLL
           for (int k = 0; k < kAtOnce; ++k) {
-            const int64_t j = j0 + k * V::size;
-            const int n = valid(k);
-            if (n == 0) continue;
-            const V value = load_part(gates + r * ld + j, n);
-            part[k] = part[k] + value;
-            if (along) part_along[k] = fma(value, factor(record, j, n), part_along[k]);
+            if (v + k >= vectors) continue;
+            DLK_UNROLL
+            for (int i = 0; i < kSums; ++i) sums[v + k][i] = sums[v + k][i] + parts[k][i];
           }
         }
-        DLK_UNROLL
-        for (int k = 0; k < kAtOnce; ++k) sums[k] = sums[k] + part[k], alongs[k] = alongs[k] + part_along[k];
       }
-      DLK_UNROLL
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int64_t j = j0 + k * V::size;
-        const int n = valid(k);
-        const auto put = [&](C* to, V value) { store_part(to + j, first ? value : load_part(to + j, n) + value, n); };
-        if (n > 0) put(sum, sums[k]);
-        if (n > 0 && along) put(along, alongs[k]);
+      C* const to[] = {sum, along.to...};
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t j = from + v * V::size;
+        const int n = valid(j);
+        for (int i = 0; i < kSums; ++i)
+          store_part(to[i] + j, first ? sums[v][i] : load_part(to[i] + j, n) + sums[v][i], n);
       }
     }
   };
-  const auto part_of = [](int64_t from) {
-    return [from](const C* record, int64_t j, int n)
-               __attribute__((always_inline)) { return load_part(record + from + j, n); };
+  if (!v_.normalised) {
+    add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih);
+    if constexpr (Cell::kHasPartedGate) add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh);
+    return;
+  }
+  const auto product = [this](C* to, int slot) {
+    const auto factor = [this, slot](const C* record, int64_t j, int n)
+                            __attribute__((always_inline)) { return record_.load(record, slot, j, n); };
+    return Along<decltype(factor)>{to, factor};
   };
-  add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih, dir.sums.g_ih, part_of(record_.input()));
-  if (!has_one_side()) add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh, dir.sums.g_hh, part_of(record_.hidden()));
+  const auto of_input = product(dir.sums.g_ih, Record::kInput), of_hidden = product(dir.sums.g_hh, Record::kHidden);
+  if constexpr (Cell::kHasPartedGate) {
+    add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih, of_input);
+    add(G_, dir.gates_hh, ld_gates_, dir.sums.b_hh, of_hidden);
+  } else {
+    add(G_, dir.gates_ih, ld_gates_, dir.sums.b_ih, of_input, of_hidden);
+  }
   if constexpr (Cell::kCellState) {
-    if (!v_.normalised) return;
-    add(s_.H, dir.of_c, ld_unit_, dir.sums.b_c, dir.sums.g_c,
-        [this](const C* record, int64_t j, int n) __attribute__((always_inline)) {
-          const C* const moments = record + record_.moments();
-          return (load_part(record + record_.slot(Cell::kC) + j, n) - V::set1(moments[kMeanOfC])) *
-                 V::set1(moments[kOfC]);
-        });
+    const auto normalised = [this](const C* record, int64_t j, int n) __attribute__((always_inline)) {
+      const C* const moments = record + record_.at.moments;
+      return (load_part(record + record_.at.c + j, n) - V::set1(moments[kMeanOfC])) * V::set1(moments[kOfC]);
+    };
+    add(s_.H, dir.of_c, ld_unit_, dir.sums.b_c, Along<decltype(normalised)>{dir.sums.g_c, normalised});
   }
 }
 
@@ -147,7 +164,7 @@ void VariantBackward<C, Cell>::store_weight_grads(const Member& team, int d) con
   store(of_weights, p_.grads[d].w_ih, dir.dw_ih, G_ * s_.I);
   store(of_weights, p_.grads[d].w_hh, dir.dw_hh, G_ * s_.H);
   store(of_weights, p_.grads[d].b_ih, dir.sums.b_ih, G_);
-  store(of_weights, p_.grads[d].b_hh, has_one_side() ? dir.sums.b_ih : dir.sums.b_hh, G_);
+  store(of_weights, p_.grads[d].b_hh, Cell::kHasPartedGate ? dir.sums.b_hh : dir.sums.b_ih, G_);
   if (!v_.normalised) return;
   store(of_gains, gain_grads_[d].ih, dir.sums.g_ih, G_);
   store(of_gains, gain_grads_[d].hh, dir.sums.g_hh, G_);

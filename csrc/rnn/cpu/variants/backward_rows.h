@@ -151,18 +151,16 @@ struct VariantBackward<C, Cell>::Walk {
       store_part(carry_h + j, kept, n);
       return rest;
     };
-    const auto slot = [&](int k, int64_t j, int n)
-                          __attribute__((always_inline)) { return load_part(saved + record.slot(k) + j, n); };
     if constexpr (Cell::kCellState) {
       C* const carry_c = dir.carry_c + unit_row(i);
       const Zoneout<C> zone_c = zoneout(backward.v_.mask_c, backward.v_.zoneout_c);
       const auto factors = [&](int64_t j, int n, V seen_c, V* to) __attribute__((always_inline)) {
         V slots[Cell::kSaved];
         DLK_UNROLL
-        for (int k = 0; k < Cell::kStateSlot; ++k) slots[k] = slot(k, j, n);
+        for (int k = 0; k < Cell::kBounded; ++k) slots[k] = record.load(saved, k, j, n);
         slots[Cell::kC] = seen_c;
         const V previous =
-            before ? load_part(before + record.slot(Record::kC) + j, n) : load_state<C>(p().c0, state(i) + j, n);
+            before ? load_part(before + record.at.zoned_c + j, n) : load_state<C>(p().c0, state(i) + j, n);
         Cell::factors(slots, previous, to);
       };
       // From the gradient of c' before zoneout, without that of the c' after it, to the gates and the old c.
@@ -184,18 +182,19 @@ struct VariantBackward<C, Cell>::Walk {
       if (!normalised) {
         each_vector_of<C>(H, [&](int64_t j, int n) __attribute__((always_inline)) {
           V factor[Cell::kFactors];
-          factors(j, n, slot(Cell::kC, j, n), factor);
+          factors(j, n, load_part(saved + record.at.c + j, n), factor);
           const V dh = of_output(j, n);
           store_part(gates_ih + Cell::kO * H + j, dh * factor[Cell::kFactorO], n);
           of_state(j, n, dh * factor[Cell::kFactorH], factor);
         });
         return;
       }
-      const V mean = V::set1(saved[record.moments() + kMeanOfC]), scale = V::set1(saved[record.moments() + kOfC]);
+      const V mean = V::set1(saved[record.at.moments + kMeanOfC]), scale = V::set1(saved[record.at.moments + kOfC]);
       C* const of_c = dir.of_c + r * backward.ld_unit_;
       V sum = V::zero(), along = V::zero();
-      const auto normalised_c = [&](int64_t j, int n)
-                                    __attribute__((always_inline)) { return (slot(Cell::kC, j, n) - mean) * scale; };
+      const auto normalised_c = [&](int64_t j, int n) __attribute__((always_inline)) {
+        return (load_part(saved + record.at.c + j, n) - mean) * scale;
+      };
       each_vector_of<C>(H, [&](int64_t j, int n) __attribute__((always_inline)) {
         const V c = normalised_c(j, n), gain = load_part(dir.constants.g_c + j, n);
         V factor[Cell::kFactors];
@@ -219,7 +218,7 @@ struct VariantBackward<C, Cell>::Walk {
       each_vector_of<C>(H, [&](int64_t j, int n) __attribute__((always_inline)) {
         V slots[Cell::kSaved], dgates[Cell::kGateGrads];
         DLK_UNROLL
-        for (int k = 0; k < Cell::kSaved; ++k) slots[k] = slot(k, j, n);
+        for (int k = 0; k < Cell::kSaved; ++k) slots[k] = record.load(saved, k, j, n);
         const V dh = of_output(j, n), old_h = backward.past_h(d, at, before, j, n);
         const V direct = Cell::backward(slots, old_h, dh, dgates);
         store_part(carry_h + j, load_part(carry_h + j, n) + direct, n);
@@ -233,10 +232,14 @@ struct VariantBackward<C, Cell>::Walk {
     }
     each_normalised_part<Cell>(H, [&](int part, int64_t from, int64_t size) {
       const int64_t product = product_row(r) + from;
-      normalise_backward(gates_ih + from, dir.constants.g_ih + from, saved + record.input() + from, size,
-                         saved[record.moments() + kOfInput + part], dir.product_ih + product);
-      normalise_backward(gates_hh + from, dir.constants.g_hh + from, saved + record.hidden() + from, size,
-                         saved[record.moments() + kOfHidden + part], dir.product_hh + product);
+      const auto values = [&](int slot) {
+        return [&record, saved, slot, from](int64_t j, int n)
+                   __attribute__((always_inline)) { return record.load(saved, slot, from + j, n); };
+      };
+      normalise_backward(gates_ih + from, dir.constants.g_ih + from, values(Record::kInput), size,
+                         saved[record.at.moments + kOfInput + part], dir.product_ih + product);
+      normalise_backward(gates_hh + from, dir.constants.g_hh + from, values(Record::kHidden), size,
+                         saved[record.at.moments + kOfHidden + part], dir.product_hh + product);
     });
   }
 };

@@ -14,6 +14,7 @@
 #include "rnn/cpu/sequence_layout.h"
 #include "rnn/cpu/states.h"
 #include "rnn/cpu/variants/moments.h"
+#include "rnn/cpu/variants/record.h"
 
 DLK_ISA_BEGIN
 
@@ -74,7 +75,7 @@ class VariantForward {
         ih_(PanelShape::plain(s_.I, G_, V::size)),
         hh_(PanelShape::plain(s_.H, G_, V::size)),
         fresh_(layout.steps() <= 1),
-        record_(s_.H, v_.normalised) {}
+        record_(s_, v_) {}
 
   void carve(Scratch& scratch) {
     for (int d = 0; d < s_.D; ++d) {
@@ -180,7 +181,7 @@ class VariantForward {
   const int64_t G_, chunk_, slots_, ld_gates_, ld_unit_, ld_operand_;
   const PanelShape ih_, hh_;
   const bool fresh_;  // weight panels are packed on the fly: with at most one step, packing all of them does not pay
-  const VariantRecord<C, Cell> record_;
+  const RowRecord<C, Cell> record_;
   Direction direction_[2] = {};
   Own own_[kMaxMembers] = {};
 };

@@ -9,6 +9,7 @@ DLK_ISA_BEGIN
 
 template <class C, class Cell>
 struct VariantForward<C, Cell>::Walk {
+  using Record = RowRecord<C, Cell>;
   const VariantForward& forward;
   const Direction& dir;
   Member member;
@@ -123,20 +124,25 @@ struct VariantForward<C, Cell>::Walk {
   // Normalises the products of one row, adds the biases, and applies the cell.
   void row(int64_t t, C* x, int64_t i) const {
     const int64_t H = s().H, b = subset.sequence(i), at = d * s().rows + forward.layout_.row(t, b);
-    C* const saved = p().saved ? static_cast<C*>(p().saved) + at * forward.record_.size : nullptr;
+    const Record& record = forward.record_;
+    C* const saved = p().saved ? static_cast<C*>(p().saved) + at * record.at.size : nullptr;
     C* const of_h = hidden(i);
     const VariantConstants<C>& constants = dir.constants;
     const C eps = static_cast<C>(forward.v_.eps);
     if (forward.v_.normalised) {
-      const VariantRecord<C, Cell>& record = forward.record_;
       each_normalised_part<Cell>(H, [&](int part, int64_t from, int64_t size) {
-        const C input_scale = normalise(x + from, size, constants.g_ih + from, constants.b_ih + from, eps,
-                                        saved ? saved + record.input() + from : nullptr);
-        const C hidden_scale = normalise(of_h + from, size, constants.g_hh + from, constants.b_hh + from, eps,
-                                         saved ? saved + record.hidden() + from : nullptr);
+        const auto keep = [&](int slot) {
+          return [&record, saved, slot, from](int64_t j, int n, V value) __attribute__((always_inline)) {
+            if (saved) record.store(saved, slot, from + j, value, n);
+          };
+        };
+        const C input_scale =
+            normalise(x + from, size, constants.g_ih + from, constants.b_ih + from, eps, keep(Record::kInput));
+        const C hidden_scale =
+            normalise(of_h + from, size, constants.g_hh + from, constants.b_hh + from, eps, keep(Record::kHidden));
         if (!saved) return;
-        saved[record.moments() + kOfInput + part] = input_scale;
-        saved[record.moments() + kOfHidden + part] = hidden_scale;
+        saved[record.at.moments + kOfInput + part] = input_scale;
+        saved[record.at.moments + kOfHidden + part] = hidden_scale;
       });
     }
     const auto zoneout = [&](const uint8_t* mask, double rate) {
@@ -149,7 +155,7 @@ struct VariantForward<C, Cell>::Walk {
       const V out = zone_h.apply(j, n, V::load(h(i) + j), value);
       put_h(i, j, n, out);
       store_any<C>(p().y.dtype, p().y.data, y + j, out, n);
-      if (saved) store_part(saved + forward.record_.slot(VariantRecord<C, Cell>::kH) + j, out, n);
+      if (saved) record.store(saved, Record::kH, j, out, n);
       if (last) store_state<C>(p().h_n, state(i) + j, out, n);
     };
     const auto gates = [&](int64_t j, V* of_input, V* of_hidden) __attribute__((always_inline)) {
@@ -175,8 +181,9 @@ struct VariantForward<C, Cell>::Walk {
         if (last) store_state<C>(p().c_n, state(i) + j, next, n);
         if (saved) {
           DLK_UNROLL
-          for (int k = 0; k < Cell::kSaved; ++k) store_part(saved + forward.record_.slot(k) + j, slots[k], n);
-          store_part(saved + forward.record_.slot(VariantRecord<C, Cell>::kC) + j, next, n);
+          for (int k = 0; k < Cell::kBounded; ++k) record.store(saved, k, j, slots[k], n);
+          store_part(saved + record.at.c + j, slots[Cell::kC], n);
+          if (record.at.zoned_c != record.at.c) store_part(saved + record.at.zoned_c + j, next, n);
         }
         if (forward.v_.normalised) {
           slots[Cell::kO].store(own.o + j);
@@ -188,8 +195,8 @@ struct VariantForward<C, Cell>::Walk {
       if (!forward.v_.normalised) return;
       const Moments<C> of_c = moments_of(own.c, H, eps);
       if (saved) {
-        saved[forward.record_.moments() + kMeanOfC] = of_c.mean;
-        saved[forward.record_.moments() + kOfC] = of_c.scale;
+        saved[record.at.moments + kMeanOfC] = of_c.mean;
+        saved[record.at.moments + kOfC] = of_c.scale;
       }
       const V mean = V::set1(of_c.mean), scale = V::set1(of_c.scale);
       each_vector_of<C>(H, [&](int64_t j, int n) __attribute__((always_inline)) {
@@ -204,7 +211,7 @@ struct VariantForward<C, Cell>::Walk {
         const V out = Cell::forward(of_input, of_hidden, V::load(h(i) + j), slots);
         if (saved) {
           DLK_UNROLL
-          for (int k = 0; k < Cell::kStateSlot; ++k) store_part(saved + forward.record_.slot(k) + j, slots[k], n);
+          for (int k = 0; k < Cell::kStateSlot; ++k) record.store(saved, k, j, slots[k], n);
         }
         emit(j, n, out);
       });

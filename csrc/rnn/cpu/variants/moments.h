@@ -1,31 +1,12 @@
-// Layer normalisation of one row, zoneout of one vector, and the record of a row.
+// Layer normalisation of one row and zoneout of one vector.
 #pragma once
 
 #include <cmath>
 #include <cstring>
 
 #include "gemm/storage_access.h"
-#include "rnn/variants.h"
 
 DLK_ISA_BEGIN
-
-// Where the parts of a saved record are (rnn/variants.h).
-template <class C, class Cell>
-struct VariantRecord {
-  static constexpr int kBefore = Cell::kStateSlot;                         // lstm: c' before zoneout
-  static constexpr int kC = kBefore + 1;                                   // lstm: c'
-  static constexpr int kH = Cell::kCellState ? kC + 1 : Cell::kStateSlot;  // h'
-  static constexpr int kSlots = kH + 1;
-
-  explicit VariantRecord(int64_t H, bool normalised)
-      : size(variant_record(Cell::kTraits.cell_state ? CellKind::lstm : CellKind::gru, H, normalised)), H(H) {}
-  const int64_t size, H;
-  // The first value of a slot, of the normalised products, and of the moments.
-  int64_t slot(int k) const { return k * H; }
-  int64_t input() const { return kSlots * H; }
-  int64_t hidden() const { return input() + Cell::kGates * H; }
-  int64_t moments() const { return hidden() + Cell::kGates * H; }
-};
 
 template <class C>
 struct Moments {
@@ -78,16 +59,16 @@ DLK_INLINE Moments<C> moments_of(const C* x, int64_t size, C eps) {
   return {mean, C(1) / std::sqrt(squares / static_cast<C>(size) + eps)};
 }
 
-// Replaces n values by their normalised ones times `gain` plus `bias`, and stores the normalised ones in `keep` unless
-// it is null. Returns the scale.
-template <class C>
-DLK_INLINE C normalise(C* x, int64_t size, const C* gain, const C* bias, C eps, C* keep) {
+// Replaces the values by their normalised ones times `gain` plus `bias`, and calls keep(j, n, normalised) for vectors
+// of the normalised ones. Returns the scale.
+template <class C, class Keep>
+DLK_INLINE C normalise(C* x, int64_t size, const C* gain, const C* bias, C eps, Keep keep) {
   using V = Vec<C>;
   const Moments<C> of = moments_of(x, size, eps);
   const V mean = V::set1(of.mean), scale = V::set1(of.scale);
   each_vector_of<C>(size, [&](int64_t j, int n) __attribute__((always_inline)) {
     const V normalised = (load_part(x + j, n) - mean) * scale;
-    if (keep) store_part(keep + j, normalised, n);
+    keep(j, n, normalised);
     store_part(x + j, fma(normalised, load_part(gain + j, n), load_part(bias + j, n)), n);
   });
   return of.scale;
@@ -100,9 +81,10 @@ DLK_INLINE Vec<C> rounded_product(Vec<C> a, Vec<C> b) {
   return fma(a, b, Vec<C>::zero());
 }
 
-// The gradient of normalise() for its input: from `out`, that of its result, to `to`.
-template <class C>
-DLK_INLINE void normalise_backward(const C* out, const C* gain, const C* normalised, int64_t size, C scale, C* to) {
+// The gradient of normalise() for its input: from `out`, that of its result, to `to`. normalised(j, n) returns what
+// keep() was called with.
+template <class C, class Normalised>
+DLK_INLINE void normalise_backward(const C* out, const C* gain, Normalised normalised, int64_t size, C scale, C* to) {
   using V = Vec<C>;
   const C sum = sum_of<C>(
       size,
@@ -112,14 +94,14 @@ DLK_INLINE void normalise_backward(const C* out, const C* gain, const C* normali
   const C along = sum_of<C>(
       size,
       [&](int64_t j, V total) __attribute__((always_inline)) {
-        return fma(V::load(out + j) * V::load(gain + j), V::load(normalised + j), total);
+        return fma(V::load(out + j) * V::load(gain + j), normalised(j, V::size), total);
       },
-      [&](int64_t j) { return out[j] * gain[j] * normalised[j]; });
+      [&](int64_t j) { return out[j] * gain[j] * hsum(normalised(j, 1)); });
   const V mean = V::set1(sum / static_cast<C>(size)), slope = V::set1(along / static_cast<C>(size)),
           times = V::set1(scale);
   each_vector_of<C>(size, [&](int64_t j, int n) __attribute__((always_inline)) {
     const V d = rounded_product(load_part(out + j, n), load_part(gain + j, n)) - mean;
-    store_part(to + j, fnma(load_part(normalised + j, n), slope, d) * times, n);
+    store_part(to + j, fnma(normalised(j, n), slope, d) * times, n);
   });
 }
 
