@@ -18,7 +18,7 @@ DLK_ISA_BEGIN
 template <class C, class Cell>
 class VariantBackward {
   using V = Vec<C>;
-  using Record = VariantRecord<C, Cell>;
+  using Record = VariantRecord<Cell>;
   static constexpr int64_t kSumRows = 16;  // rows in a partial sum of column sums, to keep rounding errors small
 
  public:

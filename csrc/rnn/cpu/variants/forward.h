@@ -180,7 +180,7 @@ class VariantForward {
   const int64_t G_, chunk_, slots_, ld_gates_, ld_unit_, ld_operand_;
   const PanelShape ih_, hh_;
   const bool fresh_;  // weight panels are packed on the fly: with at most one step, packing all of them does not pay
-  const VariantRecord<C, Cell> record_;
+  const VariantRecord<Cell> record_;
   Direction direction_[2] = {};
   Own own_[kMaxMembers] = {};
 };

@@ -128,7 +128,7 @@ struct VariantForward<C, Cell>::Walk {
     const VariantConstants<C>& constants = dir.constants;
     const C eps = static_cast<C>(forward.v_.eps);
     if (forward.v_.normalised) {
-      const VariantRecord<C, Cell>& record = forward.record_;
+      const VariantRecord<Cell>& record = forward.record_;
       each_normalised_part<Cell>(H, [&](int part, int64_t from, int64_t size) {
         const C input_scale = normalise(x + from, size, constants.g_ih + from, constants.b_ih + from, eps,
                                         saved ? saved + record.input() + from : nullptr);
@@ -149,7 +149,7 @@ struct VariantForward<C, Cell>::Walk {
       const V out = zone_h.apply(j, n, V::load(h(i) + j), value);
       put_h(i, j, n, out);
       store_any<C>(p().y.dtype, p().y.data, y + j, out, n);
-      if (saved) store_part(saved + forward.record_.slot(VariantRecord<C, Cell>::kH) + j, out, n);
+      if (saved) store_part(saved + forward.record_.slot(VariantRecord<Cell>::kH) + j, out, n);
       if (last) store_state<C>(p().h_n, state(i) + j, out, n);
     };
     const auto gates = [&](int64_t j, V* of_input, V* of_hidden) __attribute__((always_inline)) {
@@ -176,7 +176,7 @@ struct VariantForward<C, Cell>::Walk {
         if (saved) {
           DLK_UNROLL
           for (int k = 0; k < Cell::kSaved; ++k) store_part(saved + forward.record_.slot(k) + j, slots[k], n);
-          store_part(saved + forward.record_.slot(VariantRecord<C, Cell>::kC) + j, next, n);
+          store_part(saved + forward.record_.slot(VariantRecord<Cell>::kC) + j, next, n);
         }
         if (forward.v_.normalised) {
           slots[Cell::kO].store(own.o + j);

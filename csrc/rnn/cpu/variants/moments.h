@@ -1,4 +1,4 @@
-// Layer normalisation of one row, zoneout of one vector, and the record of a row.
+// Layer normalisation of one row and zoneout of one vector.
 #pragma once
 
 #include <cmath>
@@ -8,24 +8,6 @@
 #include "rnn/variants.h"
 
 DLK_ISA_BEGIN
-
-// Where the parts of a saved record are (rnn/variants.h).
-template <class C, class Cell>
-struct VariantRecord {
-  static constexpr int kBefore = Cell::kStateSlot;                         // lstm: c' before zoneout
-  static constexpr int kC = kBefore + 1;                                   // lstm: c'
-  static constexpr int kH = Cell::kCellState ? kC + 1 : Cell::kStateSlot;  // h'
-  static constexpr int kSlots = kH + 1;
-
-  explicit VariantRecord(int64_t H, bool normalised)
-      : size(variant_record(Cell::kTraits.cell_state ? CellKind::lstm : CellKind::gru, H, normalised)), H(H) {}
-  const int64_t size, H;
-  // The first value of a slot, of the normalised products, and of the moments.
-  int64_t slot(int k) const { return k * H; }
-  int64_t input() const { return kSlots * H; }
-  int64_t hidden() const { return input() + Cell::kGates * H; }
-  int64_t moments() const { return hidden() + Cell::kGates * H; }
-};
 
 template <class C>
 struct Moments {
