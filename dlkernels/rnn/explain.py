@@ -186,6 +186,9 @@ def _explain_one(
     assert native is not None
 
     def plan(backward: bool) -> dict[str, Any]:
+        if call.input.is_cuda and varies:
+            reason = "layer normalisation, zoneout or recurrent dropout: a product by torch and one kernel per step"
+            return {"kernel": f"cuda/steps/{mode}", "kind": "steps", "reason": reason}
         if call.input.is_cuda and name == "cell":
             reason = "products by torch, one fused kernel for gates and state"
             return {"kernel": f"cuda/cell/{mode}", "kind": "cell", "reason": reason}

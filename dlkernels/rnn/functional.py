@@ -285,9 +285,7 @@ def arrange(
         has_values
         and x.is_cpu
         and is_readable(batch_sizes, lengths)
-        and (
-            extension.prefers_torch or forward_ad._current_level >= 0 or not route(x, varies=varied is not None).native
-        )
+        and (extension.prefers_torch or forward_ad._current_level >= 0 or not route(x).native)
     ):
         batch_sizes, lengths = checks.values_for_reference(x, batch_sizes, lengths, steps)
 

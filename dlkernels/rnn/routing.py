@@ -52,22 +52,17 @@ def _why_no_kernel(x: Tensor, projected: bool) -> str:
 
 
 NO_MORE_OF_VARIANTS = "resets= and return_cells= have no kernel with layer normalisation, zoneout or recurrent dropout"
-NO_CUDA_VARIANTS = "there is no CUDA kernel for layer normalisation, zoneout and recurrent dropout"
 
 
-def route(
-    *tensors: Tensor | None, projected: bool = False, varies: bool = False, more: bool = False
-) -> Route:  # fmt: skip
+def route(*tensors: Tensor | None, projected: bool = False, more: bool = False) -> Route:
     """The route of a call with these tensors, made now. The first tensor is the input, and all have one device and
-    dtype. `projected` tells that the layer has a proj_size, `varies` that it has layer normalisation, zoneout or
-    recurrent dropout, and `more` that it also has resets or returns c of every step."""
+    dtype. `projected` tells that the layer has a proj_size, and `more` that it has resets or returns c of every step
+    beside layer normalisation, zoneout or recurrent dropout."""
     x = tensors[0]
     assert x is not None
     if not extension.HAVE_NATIVE:
         return no_kernel(f"no compiled kernels: {extension.why_not}")
     reason = _why_no_kernel(x, projected)
-    if varies and x.is_cuda and not reason:
-        return no_kernel(NO_CUDA_VARIANTS, warns=True)
     if more and not reason:
         return no_kernel(NO_MORE_OF_VARIANTS, warns=True)
     return no_kernel(reason) if reason else with_kernel(tensors)
@@ -88,7 +83,7 @@ def route_of_call(
     if varies:
         missing = "layer normalisation, zoneout or recurrent dropout"
     more = varies and (extras.resets is not None or extras.return_cells)
-    return or_torch(route(*tensors, projected=projected, varies=varies, more=more), x, missing)
+    return or_torch(route(*tensors, projected=projected, more=more), x, missing)
 
 
 def _missing(mode: str, x: Tensor, extras: Extras) -> str:

@@ -7,15 +7,15 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from emulated import RUNTIME, SOURCES, compiler, flags, object_of
+from emulated import PROGRAMS, RUNTIME, SOURCES, compiler, flags, object_of
 from ladder import BUILD, CSRC, CUDA, HERE, ROOT, Failure, Unit, call, must
 
 TORCH = CSRC / "rnn" / "torch"
 OWN = (
     TORCH / "cuda" / "registration.cpp", TORCH / "cuda" / "sequence.cpp", TORCH / "cuda" / "cell.cpp",
-    CUDA / "plan_cap.cpp", TORCH / "boundary.cpp", HERE / "boundary.cpp",
+    TORCH / "cuda" / "variants.cpp", CUDA / "plan_cap.cpp", TORCH / "boundary.cpp", HERE / "boundary.cpp",
 )  # fmt: skip
-KERNELS = tuple(source for source in SOURCES if source != "kernels_test.cpp")
+KERNELS = tuple(source for source in SOURCES if source not in PROGRAMS)
 TESTS = sorted((ROOT / "tests" / "gpu").glob("recurrent*_cuda.py"))
 LIBRARY = BUILD / "boundary.so"
 SHARDS = 4

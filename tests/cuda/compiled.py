@@ -17,7 +17,7 @@ from machine_code import TENSOR_PRODUCT, Instruction, Step, code_of, step_of
 
 ARCHS = ("80", "90a", "100a")
 # Roughly how long each file takes to compile for sm_90a, in seconds, and the factor for each architecture.
-SECONDS = {"sequence_forward": 15, "sequence_backward": 22, "cell": 5}
+SECONDS = {"sequence_forward": 15, "sequence_backward": 22, "cell": 5, "variants": 5}
 ARCH_FACTORS = {"80": 0.4, "90a": 1.0, "100a": 1.6}
 
 

@@ -106,7 +106,9 @@ SOURCES = {
     "sequence_forward_f16.cu": 4, "sequence_backward_f16.cu": 4,
     "sequence_forward_f32.cu": 2, "sequence_backward_f32.cu": 2,
     "cell.cu": 4, "rows.cu": 1, "sequence_plan.cpp": 1, "steps.cpp": 1, "kernels_test.cpp": 4,
+    "variants.cu": 3, "variant_steps.cpp": 1, "variants_test.cpp": 4,
 }  # fmt: skip
+PROGRAMS = ("kernels_test.cpp", "variants_test.cpp")
 
 
 def object_of(kind: str, source: str) -> Path:
@@ -114,7 +116,7 @@ def object_of(kind: str, source: str) -> Path:
 
 
 def build_object(kind: str, source: str) -> None:
-    folder = HERE if source == "kernels_test.cpp" else CUDA
+    folder = HERE if source in PROGRAMS else CUDA
     must([*compiler(kind), *flags(), "-x", "c++", "-c", folder / source, "-o", object_of(kind, source)])
 
 
@@ -168,6 +170,11 @@ def check_every_kernel_ran() -> None:
 
 # ---- Bugs planted in the kernels.
 # Shapes of one cell, so that compiling is fast. They cover several chunks, both directions and uneven lengths.
+VARIANT_SHAPES = (
+    "lstm:f32:variant:5:3:40:2:lengths:hbkldz",
+    "gru:f32:variant:5:3:40:2:lengths:hbkldz",
+    "lstm:bf16:variant:3:5:33:2:packed:hble",
+)
 MUTANT_SHAPES = (
     "lstm:bf16:small:3:40:40:2:lengths:hbk",
     "lstm:bf16:smallgrid:2:40:40:2:lengths:hb",
@@ -184,11 +191,17 @@ MUTANT_SHAPES = (
     # Resets and c of every step, in a cluster and step by step.
     "lstm_cells:bf16:small:5:33:40:2:lengths:hbr",
     "lstm_cells:f32:steps:5:24:40:2:lengths:hbr",
+    *VARIANT_SHAPES,
 )
 WAYS = ("forward", "backward")
-STEADY = ("cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "kernels_test.cpp")
+STEADY = (
+    "cell.cu", "rows.cu", "sequence_plan.cpp", "steps.cpp", "variants.cu", "variant_steps.cpp", *PROGRAMS,
+)  # fmt: skip
 # What is compiled again for a bug in these files; for a bug in another file it is a sequence kernel.
-OUTSIDE_SEQUENCES = {"rows.cu": "rows.cu", "cell_kernels.h": "cell.cu", "steps.cpp": "steps.cpp"}
+OUTSIDE_SEQUENCES = {
+    "rows.cu": "rows.cu", "cell_kernels.h": "cell.cu", "steps.cpp": "steps.cpp", "variant_rows.h": "variants.cu",
+    "variant_forward.h": "variants.cu", "variant_backward.h": "variants.cu", "variant_steps.cpp": "variant_steps.cpp",
+}  # fmt: skip
 
 
 def one_cell(kind: str, way: str, header_folder: Path, out: Path) -> None:
@@ -215,8 +228,8 @@ def link_mutant(kind: str, kernels: Sequence[Path], program: Path, replaced: str
     must([*compiler(kind), "-pthread", *kernels, *steady, RUNTIME, "-o", program])
 
 
-def notices(program: Path, seeds: Sequence[int] = SEEDS) -> bool:
-    runs = ((shape, seed) for seed in seeds for shape in MUTANT_SHAPES)
+def notices(program: Path, seeds: Sequence[int] = SEEDS, shapes: Sequence[str] = MUTANT_SHAPES) -> bool:
+    runs = ((shape, seed) for seed in seeds for shape in shapes)
     return any(call([program, shape], **environment(seed, 20000)).returncode != 0 for shape, seed in runs)
 
 
@@ -253,7 +266,7 @@ def mutated(number: int, mutant: Mutant) -> None:
         one_cell(kind, way, folder, changed)
         kept = [one_cell_of(kind, "forward" if way == "backward" else "backward")]
     link_mutant(kind, [changed, *kept], folder / "test", source)
-    if not notices(folder / "test"):
+    if not notices(folder / "test", shapes=VARIANT_SHAPES if "variant" in mutant.file else MUTANT_SHAPES):
         raise Failure(f"not noticed: {mutant}")
 
 

@@ -1,10 +1,8 @@
 // Compares the CUDA kernels with the reference: under emulation or, compiled by nvcc, on a GPU.
 //   kernels_test SHAPE...   where test_case.h describes the shapes
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "rnn/cuda/rows.h"
@@ -43,18 +41,6 @@ class Test : Case {
   }
 
  private:
-  // Launches kernels and waits for them.
-  template <class Launch>
-  void run_kernels(const Launch& launch) {
-    Memory::to_gpu();
-    int error = launch();
-    if (!error) error = Memory::from_gpu();
-    check(error);
-  }
-  void check(int error) {
-    if (error) std::fprintf(stderr, "%s: CUDA error %d\n", o.text.c_str(), error), std::exit(1);
-  }
-
   void forward() {
     const size_t GH = static_cast<size_t>(G) * o.H, states = static_cast<size_t>(o.D) * o.B * o.H;
     w_hh = Array(o.dtype, p.w_hh), b_ih = Array(o.dtype, p.b_ih), b_hh = Array(o.dtype, p.b_hh);
@@ -263,30 +249,6 @@ class Test : Case {
     counters = Numbers<unsigned>(std::vector<unsigned>(grid ? static_cast<size_t>(plan.groups) : 0));
   }
 
-  static void* at(const Array& array, size_t index) {
-    return array.data() ? static_cast<char*>(array.data()) + index * array.item() : nullptr;
-  }
-
-  // Our error may be at most twice that of the plain implementation in the same dtype (`peer`), three times for
-  // gradients, plus one eps of the largest value.
-  bool compare(const char* name, const Values& ours, const Values& exact, const Values& peer, bool grad, DType stored) {
-    double largest = 0, error = 0, theirs = 0;
-    size_t worst = 0;
-    for (size_t i = 0; i < exact.size(); ++i) {
-      if (std::isnan(exact[i]) && std::isnan(ours[i])) continue;
-      largest = std::max(largest, std::fabs(exact[i]));
-      theirs = std::max(theirs, std::fabs(rounded(stored, peer[i]) - exact[i]));
-      const double e = std::fabs(ours[i] - exact[i]);
-      if (!(e <= error)) error = e, worst = i;
-    }
-    const double eps = o.dtype == DType::bf16 ? 0.0078125 : o.dtype == DType::f16 ? 0.0009765625 : 1.1920929e-7;
-    const double limit = (grad ? 3 : 2) * theirs + eps * largest;
-    if (error <= limit) return true;
-    std::printf("%s: %s is off by %.3e, limit %.3e, at %zu of %zu: %.8g for %.8g\n", o.text.c_str(), name, error, limit,
-                worst, exact.size(), ours[worst], exact[worst]);
-    return false;
-  }
-
   Array w_hh, b_ih, b_hh, h0, c0, y, cells, h_n, c_n, saved, dh0, dc0, exchange;
   Numbers<int> offsets;
   Numbers<int64_t> lengths_of_kernels;
@@ -302,7 +264,8 @@ int main(int argc, char** argv) {
   int failures = 0;
   for (int i = 1; i < argc; ++i) {
     std::printf("%s\n", argv[i]), std::fflush(stdout);  // the last line names a shape whose kernels hang
-    failures += !dlk::Test(dlk::parse(argv[i])).run();
+    const dlk::Options options = dlk::parse(argv[i]);
+    failures += !(options.path == "variant" ? dlk::run_variant(options) : dlk::Test(options).run());
   }
   std::printf("%d shapes, %d failures\n", argc - 1, failures);
   return failures || argc < 2;

@@ -20,7 +20,10 @@ ARCH = "80" if _HERE.startswith("8") else _HERE  # 8.6 and 8.9 run the code for 
 PROGRAM = BUILD / "kernels-gpu"
 CLUSTERS = BUILD / "clusters-gpu"
 # The files that are C++ for the emulation too, and how long each takes to compile, in seconds.
-CPP = {HERE / "kernels_test.cpp": 6, CUDA / "sequence_plan.cpp": 2, CUDA / "steps.cpp": 2}
+CPP = {
+    HERE / "kernels_test.cpp": 6, HERE / "variants_test.cpp": 6, CUDA / "sequence_plan.cpp": 2, CUDA / "steps.cpp": 2,
+    CUDA / "variant_steps.cpp": 2,
+}  # fmt: skip
 
 
 def _nvcc() -> list[str]:

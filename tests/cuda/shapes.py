@@ -39,6 +39,26 @@ _LONG = (
     "rnn_relu:f32:smallgrid:12:8:40:1:padded:hbn",
 )
 
+# Layers with layer normalisation, zoneout and recurrent dropout. A part of one unit has no variance. With more than 512
+# units threads have several, and with more than 64 rows the sums have several segments.
+_VARIANTS = (
+    "lstm:f32:variant:5:3:40:2:lengths:hbkldz",
+    "gru:f32:variant:5:3:40:2:packed:hbkldz",
+    "gru:bf16:variant:3:5:33:1:lengths:bfle",
+    "lstm:f16:variant:4:2:70:1:padded:hbfldz",
+    "lstm:f32:variant:3:2:1:1:padded:hblz",
+    "gru:f32:variant:3:3:1:2:lengths:hble",
+    "lstm:bf16:variant:5:3:17:2:packed:hkd",
+    "gru:f16:variant:5:3:17:2:lengths:hbkdz",
+)
+_FURTHER_VARIANTS = (
+    "lstm:bf16:variant:3:5:33:2:packed:hble",
+    "gru:f16:variant:4:2:70:2:padded:hgld",
+    "lstm:f32:variant:2:9:16:1:packed:fe",
+    "gru:f32:variant:2:1:520:1:padded:hbl",
+    "lstm:f32:variant:1:80:8:1:lengths:hbldz",
+)
+
 Row = tuple[str | int, ...]
 Pair = tuple[int, str | int, int, str | int]
 Limits = tuple[str | int, ...]  # values of the limited factors
@@ -131,13 +151,15 @@ def _half_warps(shape: str) -> bool:
 
 @cache
 def all_shapes() -> list[str]:
-    return [*_covering(_affordable, seed=0), *_FURTHER_SMALL, *_every_kernel(), *_LONG]
+    covering = _covering(_affordable, seed=0)
+    return [*covering, *_FURTHER_SMALL, *_every_kernel(), *_LONG, *_VARIANTS, *_FURTHER_VARIANTS]
 
 
 @cache
 def small_shapes() -> list[str]:
     """The shapes that run under the sanitizers."""
-    return [*_covering(_small, seed=1), *_FURTHER_SMALL, *filter(_half_warps, _every_kernel()), *_LONG]
+    covering = _covering(_small, seed=1)
+    return [*covering, *_FURTHER_SMALL, *filter(_half_warps, _every_kernel()), *_LONG, *_VARIANTS]
 
 
 def work(shape: str) -> int:

@@ -6,9 +6,12 @@
 // lengths or packed. options: b biases, h initial states and gradients of the final ones, k backward truncated every
 // two steps, f batch first (and a gap between rows), g no gradient of y, n an h_0 that begins with a NaN all of whose
 // bits are set, r resets, in the padding too, - none.
+// The path `variant` is step by step with what these options add: l layer normalisation, d recurrent dropout, z zoneout
+// by masks, e zoneout by rates.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <limits>
@@ -73,6 +76,9 @@ inline GpuLimits this_gpu() {
   return kH200;
 #endif
 }
+
+// Runs a case of the path `variant` (variants_test.cpp) and tells whether it passed.
+bool run_variant(const Options& options);
 
 class Case {
  protected:
@@ -153,12 +159,13 @@ class Case {
     // All blocks of a grid run at the same time. More than 32 have more threads than ThreadSanitizer supports. A grid
     // of small groups would be taken for a cluster with many chunks, if there were room for one.
     gpu.multiprocessors = o.path == "smallgrid" ? of_grid : o.path == "small" ? 1 : std::max(32, of_grid);
-    if (o.path == "steps") gpu.multiprocessors = 0;
+    if (o.path == "steps" || o.path == "variant") gpu.multiprocessors = 0;
     forward_plan = sequence_plan(shape, gpu, false, 16);
     backward_plan = sequence_plan(shape, gpu, true, 16);
     const char* const kinds[] = {"cluster", "grid", "steps"};
     for (const SequencePlan* plan : {&forward_plan, &backward_plan}) {
-      if (!clusters && o.path != "smallgrid" && o.path != kinds[plan->kind]) {
+      const std::string forced = o.path == "variant" ? "steps" : o.path;
+      if (!clusters && o.path != "smallgrid" && forced != kinds[plan->kind]) {
         std::fprintf(stderr, "%s: planned as %s\n", o.text.c_str(), kinds[plan->kind]);
         std::exit(1);
       }
@@ -166,6 +173,42 @@ class Case {
       std::printf("plan %s %s %d %d\n", plan == &forward_plan ? "forward" : "backward", kinds[plan->kind], plan->units,
                   plan->columns);
     }
+  }
+
+  // Launches kernels and waits for them.
+  template <class Launch>
+  void run_kernels(const Launch& launch) {
+    Memory::to_gpu();
+    int error = launch();
+    if (!error) error = Memory::from_gpu();
+    check(error);
+  }
+  void check(int error) {
+    if (error) std::fprintf(stderr, "%s: CUDA error %d\n", o.text.c_str(), error), std::exit(1);
+  }
+
+  static void* at(const Array& array, size_t index) {
+    return array.data() ? static_cast<char*>(array.data()) + index * array.item() : nullptr;
+  }
+
+  // Our error may be at most twice that of the plain implementation in the same dtype (`peer`), three times for
+  // gradients, plus one eps of the largest value.
+  bool compare(const char* name, const Values& ours, const Values& exact, const Values& peer, bool grad, DType stored) {
+    double largest = 0, error = 0, theirs = 0;
+    size_t worst = 0;
+    for (size_t i = 0; i < exact.size(); ++i) {
+      if (std::isnan(exact[i]) && std::isnan(ours[i])) continue;
+      largest = std::max(largest, std::fabs(exact[i]));
+      theirs = std::max(theirs, std::fabs(rounded(stored, peer[i]) - exact[i]));
+      const double e = std::fabs(ours[i] - exact[i]);
+      if (!(e <= error)) error = e, worst = i;
+    }
+    const double eps = o.dtype == DType::bf16 ? 0.0078125 : o.dtype == DType::f16 ? 0.0009765625 : 1.1920929e-7;
+    const double limit = (grad ? 3 : 2) * theirs + eps * largest;
+    if (error <= limit) return true;
+    std::printf("%s: %s is off by %.3e, limit %.3e, at %zu of %zu: %.8g for %.8g\n", o.text.c_str(), name, error, limit,
+                worst, exact.size(), ours[worst], exact[worst]);
+    return false;
   }
 
   // The strides of a tensor with this many features per row; `elements` is its size, `place` the offset of row (t, b).

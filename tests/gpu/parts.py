@@ -71,7 +71,7 @@ def tests(run: Run) -> list[list[Worker]]:
     """Several processes, since most of the time goes into compiling and into float64 on the CPU."""
     shards = {
         "attention": max(1, min(10, run.cores - 5)), "recurrent": max(1, min(3, run.cores - 2)), "recurrent_torch": 1,
-        "recurrent_dropin": 1, "recurrent_resets": 1,
+        "recurrent_dropin": 1, "recurrent_resets": 1, "recurrent_variants": 1,
     }  # fmt: skip
 
     threads = {} if run.rehearse else {"OMP_NUM_THREADS": "2"}

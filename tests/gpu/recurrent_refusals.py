@@ -60,7 +60,35 @@ def step_backward(gates: int = 4, slots: int = 5) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def of_variant(gates: int) -> dict[str, Any]:
+    """Layer normalisation and all masks."""
+    mask = torch.zeros(1, T, B, H, dtype=torch.bool)
+    return {
+        "x": torch.zeros(T, B, I), "h0": None, "c0": None, "weights": weights(gates),
+        "gains": [torch.zeros(n * H) for n in ((4, 4, 1, 1) if gates == 4 else (3, 3))],
+        "dropout": torch.zeros(1, B, H), "mask_c": mask if gates == 4 else None, "mask_h": mask,
+    }  # fmt: skip
+
+
+OF_ROWS = {"batch_sizes": None, "lengths": None, "eps": 1e-5, "zoneout_c": 0.0, "zoneout_h": 0.0,
+           "bidirectional": False, "batch_first": False}  # fmt: skip
+
+
+def variant(gates: int = 4) -> dict[str, Any]:
+    return {**of_variant(gates), **OF_ROWS, "save": True}
+
+
+def variant_backward(gates: int = 4, slots: int = 7) -> dict[str, Any]:
+    return {
+        "dy": torch.zeros(T, B, H), "dh_n": None, "dc_n": None, **of_variant(gates),
+        "saved": torch.zeros(1, T, B, (slots + 2 * gates) * H + 8), **OF_ROWS, "bptt_steps": 0, "need_x": True,
+        "need_state": True, "need_weights": True,
+    }  # fmt: skip
+
+
 CALLS = {
+    "lstm_variant": variant(), "gru_variant": variant(3), "lstm_variant_backward": variant_backward(),
+    "gru_variant_backward": variant_backward(3, 5),
     "lstm": forward(), "gru": forward(3), "lstm_backward": backward(), "gru_backward": backward(3),
     "lstm_cell": step(), "gru_cell": step(3), "lstm_cell_backward": step_backward(),
     "gru_cell_backward": step_backward(3), "rnn_relu_cell_backward": step_backward(1, 1),
@@ -167,6 +195,24 @@ MISTAKES: dict[str, Mistake] = {
             "b_ih of another size": {"b_ih": torch.zeros(7)},
         }.items()
     },
+    **{
+        f"lstm_variant{way}, {name}": (f"lstm_variant{way}", changes) for way in ("", "_backward")
+        for name, changes in {
+            "one gain": {"gains": [torch.zeros(4 * H)]},
+            "a gain of another size": {"gains": [torch.zeros(n * H) for n in (4, 3, 1, 1)]},
+            "a gain of another dtype": {"gains": [torch.zeros(4 * H).double(), *variant()["gains"][1:]]},
+            "dropout of another size": {"dropout": torch.zeros(1, B, H + 1)},
+            "dropout of float64": {"dropout": torch.zeros(1, B, H).double()},
+            "mask_h of floats": {"mask_h": torch.zeros(1, T, B, H)},
+            "mask_c of another size": {"mask_c": torch.zeros(1, B, T, H, dtype=torch.bool)},
+            "negative eps": {"eps": -1.0},
+            "zoneout above 1": {"zoneout_h": 1.5},
+        }.items()
+    },
+    "gru_variant, mask_c": ("gru_variant", {"mask_c": torch.zeros(1, T, B, H, dtype=torch.bool)}),
+    "lstm_variant_backward, saved of a layer without gains": (
+        "lstm_variant_backward", {"saved": torch.zeros(1, T, B, 7 * H)},
+    ),
     "gru_cell, c": ("gru_cell", {"c": torch.zeros(B, H)}),
     "gru_cell_backward, dc": ("gru_cell_backward", {"dc": torch.zeros(B, H)}),
     "lstm_cell_backward, dh": ("lstm_cell_backward", {"dh": torch.zeros(B, H, dtype=torch.float64)}),

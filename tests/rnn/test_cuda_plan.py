@@ -206,6 +206,26 @@ def test_explain_names_the_cuda_plans(cuda: None, dtype: torch.dtype) -> None:
     assert dlkernels.explain(cell, torch.empty(4, 3, device="cuda", dtype=dtype)).kernel == "cuda/cell/gru"
 
 
+def test_variants_run_step_by_step(cuda: None) -> None:
+    x = torch.empty(7, 4, 3, device="cuda")
+    for layer, mode in (
+        (dlkernels.nn.LayerNormLSTM(3, 5, num_layers=2, device="cuda"), "lstm"),
+        (dlkernels.nn.GRU(3, 5, zoneout=0.1, device="cuda").eval(), "gru"),  # fake masks cannot be drawn
+    ):
+        explained = dlkernels.explain(layer, x)
+        assert explained.native and {one.kernel for one in explained.layers} == {f"cuda/steps/{mode}"}
+        assert all(one.forward["kind"] == one.backward["kind"] == "steps" for one in explained.layers)
+        with torch.no_grad():  # autograd would need the CUDA device
+            assert layer(x)[0].shape == (7, 4, 5)
+    cell = dlkernels.nn.LayerNormGRUCell(3, 5, device="cuda")
+    assert dlkernels.explain(cell, torch.empty(4, 3, device="cuda")).kernel == "cuda/steps/gru"
+    resets = torch.empty(7, 4, dtype=torch.bool, device="cuda")
+    layer = dlkernels.nn.LayerNormLSTM(3, 5, device="cuda")
+    assert "have no kernel with layer normalisation" in str(dlkernels.explain(layer, x, resets=resets))
+    wide = dlkernels.nn.LayerNormLSTM(3, 5, device="cuda", dtype=torch.float64)
+    assert dlkernels.explain(wide, x.double()).layers[0].reason == "no kernel for torch.float64 on cuda"
+
+
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_autocast_on_cuda(cuda: None, autocast: None, name: str) -> None:
     layer = getattr(dlkernels.nn, name)(3, 5, num_layers=2, device="cuda")

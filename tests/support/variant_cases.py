@@ -21,7 +21,8 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Case:
-    """A call of a layer, in training if `training`. With `packed` the lengths are those of a PackedSequence."""
+    """A call of a layer, in training if `training`. With `packed` the lengths are those of a PackedSequence. The oracle
+    runs on the CPU with the masks of the device."""
 
     name: str = "LayerNormLSTM"  # a class of dlkernels.nn
     T: int = 5
@@ -41,6 +42,7 @@ class Case:
     eps: float = 1e-5
     dtype: torch.dtype = torch.float64
     seed: int = 0  # of the numbers
+    device: str = "cpu"
 
     @property
     def lstm(self) -> bool:
@@ -84,11 +86,10 @@ class Case:
         if not self.training:
             return []
         rows = (sum(self.lengths or ()),) if self.packed else (self.T, self.B)
+        sizes = (1 + self.bidirectional, rows, self.B, self.H)
         torch.manual_seed(SEED)
         return [
-            variant_oracle.draw(
-                1 + self.bidirectional, rows, self.B, self.H, self.zoneout, self.recurrent_dropout, self.lstm
-            )
+            variant_oracle.draw(*sizes, self.zoneout, self.recurrent_dropout, self.lstm, self.device)
             for _ in range(self.layers)
         ]
 
@@ -99,6 +100,8 @@ def call(case: Case, module: Any, x: Tensor, states: Any, lengths: Tensor | None
     if case.packed:
         given = pack_padded_sequence(x, lengths, case.batch_first, enforce_sorted=False)
         lengths = None
+    elif lengths is not None:
+        lengths = lengths.to(x.device)
     if oracle:
         return variant_oracle.layers(module, given, states, lengths, dict(module.named_parameters()), case.masks())
     torch.manual_seed(SEED)
@@ -111,8 +114,10 @@ def call(case: Case, module: Any, x: Tensor, states: Any, lengths: Tensor | None
 
 def results(case: Case, dtype: torch.dtype, oracle: bool = False, gradients: bool = True) -> Results:
     """What the layer, or the oracle in this dtype, returns, and the gradients of all arguments and parameters."""
-    module = case.module(dtype)
+    device = "cpu" if oracle else case.device
+    module = case.module(dtype).to(device)
     x, states, lengths = case.arguments(dtype)
+    x, states = x.to(device), None if states is None else tuple(state.to(device) for state in states)
     inputs = {"x": x, **{f"state{k}": state for k, state in enumerate(states or ())}}
     for tensor in inputs.values():
         tensor.requires_grad_(gradients)
@@ -121,13 +126,13 @@ def results(case: Case, dtype: torch.dtype, oracle: bool = False, gradients: boo
     if gradients:
         generator = torch.Generator().manual_seed(3 * case.seed + 3)
         loss = sum(
-            (value * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(dtype)).sum()
+            (value * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)).sum()
             for value in found.values()
         )
         sources = {**inputs, **dict(module.named_parameters())}
         grads = torch.autograd.grad(loss, list(sources.values()))  # type: ignore[arg-type]
         found |= {f"d{name}": grad for name, grad in zip(sources, grads, strict=True)}
-    return {name: value.detach() for name, value in found.items()}
+    return {name: value.detach().cpu() for name, value in found.items()}
 
 
 def verdicts(case: Case, gradients: bool) -> dict[str, Verdict]:

@@ -25,18 +25,20 @@ class Masks:
 
 
 def draw(
-    directions: int, rows: tuple[int, ...], batch: int, hidden: int, zoneout: Any, recurrent_dropout: float, lstm: bool
-) -> Masks:
-    """The masks of one layer in training, from torch's generator in the order in which a layer draws them."""
+    directions: int, rows: tuple[int, ...], batch: int, hidden: int, zoneout: Any, recurrent_dropout: float, lstm: bool,
+    device: str = "cpu",
+) -> Masks:  # fmt: skip
+    """The masks of one layer in training, from the generator of `device` in the order in which a layer draws them. They
+    are on the CPU."""
     masks = Masks()
     if recurrent_dropout:
-        kept = torch.rand(directions, batch, hidden) >= recurrent_dropout
+        kept = torch.rand(directions, batch, hidden, device=device).cpu() >= recurrent_dropout
         masks.dropout = kept.double() / (1 - recurrent_dropout)
     of_c, of_h = zoneout if isinstance(zoneout, tuple) else (zoneout, zoneout)
     if of_c and lstm:
-        masks.zoneout_c = torch.rand(directions, *rows, hidden) < of_c
+        masks.zoneout_c = torch.rand(directions, *rows, hidden, device=device).cpu() < of_c
     if of_h:
-        masks.zoneout_h = torch.rand(directions, *rows, hidden) < of_h
+        masks.zoneout_h = torch.rand(directions, *rows, hidden, device=device).cpu() < of_h
     return masks
 
 

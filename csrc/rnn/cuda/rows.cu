@@ -37,13 +37,16 @@ __global__ void __launch_bounds__(kThreads) hidden_before(const __grid_constant_
   const S* first = nullptr;
   const bool reset = is_reset(p.resets, p.offsets, p.B, p.reverse, t, b, length);
   if (t < length && !reset && before >= 0 && before < length) {
-    record = p.saved + row_number(p.offsets, p.B, before, b) * Cell::kSaved * p.H;
+    record = p.saved + row_number(p.offsets, p.B, before, b) * (p.record ? p.record : Cell::kSaved * int64_t{p.H});
   } else if (t < length && !reset && p.h0) {
     first = static_cast<const S*>(p.h0) + static_cast<int64_t>(b) * p.H;
   }
   S* to = static_cast<S*>(p.to.data) + row_offset(p.to, p.offsets, t, b);
+  const float* dropout = p.dropout ? p.dropout + static_cast<int64_t>(b) * p.H : nullptr;
   for (int j = static_cast<int>(threadIdx.x) % 32; j < p.H; j += 32) {
-    to[j] = from_float<S>(record ? hidden_of<Cell, S>(record + j, p.H) : first ? to_float(first[j]) : 0.0f);
+    float h = first ? to_float(first[j]) : 0.0f;
+    if (record) h = p.record ? record[p.h + j] : hidden_of<Cell, S>(record + j, p.H);
+    to[j] = from_float<S>(dropout ? h * dropout[j] : h);
   }
 }
 
@@ -51,7 +54,8 @@ template <class S>
 __global__ void __launch_bounds__(kThreads) add_states(const __grid_constant__ AddStates p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= p.count) return;
-  static_cast<S*>(p.to)[i] = from_float<S>((p.a ? p.a[i] : 0.0f) + (p.b ? p.b[i] : 0.0f));
+  static_cast<S*>(p.to)[i] =
+      from_float<S>((p.a ? p.a[i] : 0.0f) + (p.b ? p.b[i] * (p.times ? p.times[i] : 1.0f) : 0.0f));
 }
 
 struct Offsets {

@@ -29,15 +29,20 @@ struct HiddenBefore {
   const float* saved;      // [rows, R], time-major
   const void* h0;          // [B, H] in the layer's dtype: before a sequence's first step; null = zeros
   RowTensor<void*> to;     // features H, in the layer's dtype
+  // Of layers with layer normalisation, zoneout or recurrent dropout, whose records hold h':
+  int64_t record = 0;              // floats in a record; 0 = the record of a plain layer, from which h' is computed
+  int64_t h = 0;                   // where h' begins in it
+  const float* dropout = nullptr;  // [B, H]: multiplies the h before the step; null = ones
 };
 
 int launch_hidden_before(const HiddenBefore& params, DType dtype, void* stream);
 
-// to = a + b, [count]; either may be null for zeros.
+// to = a + b * times, [count]; a or b may be null for zeros, and times for ones.
 struct AddStates {
   int64_t count;
   const float *a, *b;
   void* to;
+  const float* times = nullptr;
 };
 
 int launch_add_states(const AddStates& params, DType dtype, void* stream);

@@ -11,12 +11,15 @@
 namespace dlk {
 
 using SequenceOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // y, h_n, c_n, saved, cells
+using VariantOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;           // y, h_n, c_n, saved
 
 #define DLK_RECURRENT_OPERATORS                                                       \
   SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& a); \
   TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a);    \
   TensorList cell_forward(CellKind cell, const CellForwardArguments& a);              \
-  TensorList cell_backward(CellKind cell, const CellBackwardArguments& a);
+  TensorList cell_backward(CellKind cell, const CellBackwardArguments& a);            \
+  VariantOutputs variant_forward(CellKind cell, const VariantForwardArguments& a);    \
+  TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a);
 namespace on_cpu {
 DLK_RECURRENT_OPERATORS
 // sequence_forward without the tensors of shape [0] that stand for results that are not there; those are null.

@@ -66,7 +66,6 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   read_call(cell, a, &call);
   check_sequence_gradients(a, call.dtypes, nullptr, call.shape, call.shape.record());
   const LayerShape& shape = call.shape;
-  const bool lstm = cell_traits(cell).cell_state;
 
   BackwardParams params{};
   take_inputs(a, &call, &params);

@@ -152,7 +152,7 @@ def sequence(cfg: SequenceConfig, given: SequenceInputs) -> tuple[Tensor, Tensor
     varies = cfg.variant is not None
     projected = not varies and len(weights) // (2 if cfg.bidirectional else 1) % 2 == 1
     more = varies and (resets is not None or cfg.cells)
-    decided = route(x, h0, c0, *weights, projected=projected, varies=varies, more=more)
+    decided = route(x, h0, c0, *weights, projected=projected, more=more)
     path = decided.path
     if path == "op":
         y, h_n, c_n, _, cells = _forward(cfg, given, False)

@@ -9,5 +9,5 @@
 STABLE_TORCH_LIBRARY_IMPL(dlkernels, DLKERNELS_GPU_KEY, library) {
   namespace device = dlk::on_cuda;
   dlk::RecurrentOperators<device::sequence_forward, device::sequence_backward, device::cell_forward,
-                          device::cell_backward>::implement(library);
+                          device::cell_backward, device::variant_forward, device::variant_backward>::implement(library);
 }

@@ -4,6 +4,7 @@
 // Every launch goes to torch's current stream; nothing waits for the device and no value is read from it.
 #include "rnn/cuda/plan_cap.h"
 #include "rnn/cuda/steps.h"
+#include "rnn/torch/cuda/gradient_products.h"
 #include "rnn/torch/cuda/sequence_call.h"
 #include "rnn/torch/ops.h"
 
@@ -66,7 +67,7 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
   Tensor y = call.empty_rows(shape.D * shape.H);
   Tensor h_n = call.on.empty({shape.D, shape.B, shape.H}, call.dtype);
   Tensor c_n = lstm ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(of_h);
-  Tensor saved = a.save ? call.empty_saved() : call.on.absent(aoti_torch_dtype_float32());
+  Tensor saved = a.save ? call.empty_records(shape.record()) : call.on.absent(aoti_torch_dtype_float32());
   Tensor cells = a.cells ? call.empty_rows(shape.D * shape.H) : call.on.absent(of_c);
   if (shape.B > 0) {
     const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), false);
@@ -117,56 +118,31 @@ SequenceOutputs sequence_forward(CellKind cell, const SequenceForwardArguments& 
 namespace {
 
 // Computes dx and the weight gradients from the gate gradients. dgates[d] is [rows, slots * H], rows in the order of x.
-void products_of_gate_grads(SequenceCall* call, const Tensor* dgates, const Tensor& saved, const OptionalTensor& h0,
-                            const Tensor* dx, DType of_dx, Tensor* const* dweights) {
-  const LayerShape& shape = call->shape;
-  const int64_t gates = call->gates(), slots = call->slots(), H = shape.H;
+void products_of_gate_grads(const SequenceCall& call, const Tensor* dgates, const Tensor& saved,
+                            const OptionalTensor& h0, const Tensor* dx, DType of_dx, Tensor* const* dweights) {
+  const LayerShape& shape = call.shape;
+  const int64_t gates = call.gates(), slots = call.slots(), H = shape.H;
   // The first slots are those of the input side, in the order of w_ih's rows.
-  const auto input_side = [&](int d) { return matrix(dgates[d], shape.rows, gates, slots, 1); };
-  if (dx) {
-    if (shape.D == 1) {
-      multiply(input_side(0), call->weights[0].w_ih, matrix(*dx, shape.rows, shape.I));
-    } else {
-      Tensor parts[2];
-      for (int d = 0; d < 2; ++d) {
-        parts[d] = call->on.floats({shape.rows, shape.I});
-        multiply(input_side(d), call->weights[d].w_ih, parts[d]);
-      }
-      const AddStates sum{shape.rows * shape.I, static_cast<const float*>(parts[0].data()),
-                          static_cast<const float*>(parts[1].data()), dx->data()};
-      check_launch(launch_add_states(sum, of_dx, call->on.stream()));
-    }
-  }
+  Tensor input_side[2];
+  for (int d = 0; d < shape.D; ++d) input_side[d] = matrix(dgates[d], shape.rows, gates, slots, 1);
+  if (dx) input_gradient(call, input_side, *dx, of_dx);
   if (!dweights) return;
 
-  Tensor inputs = matrix(call->x, shape.rows, shape.I);
-  const int T = static_cast<int>(shape.T), B = static_cast<int>(shape.B);
-  if (call->has_lengths) {
-    Tensor masked = call->on.empty({shape.rows, shape.I}, call->dtype);
-    const CopyRows rows{T,
-                        B,
-                        shape.I,
-                        item_bytes(shape.dtype),
-                        static_cast<const int64_t*>(call->lengths.data()),
-                        call->rows(static_cast<const void*>(call->x.data()), shape.I, shape.dtype),
-                        call->rows(masked.data(), shape.I, shape.dtype)};
-    check_launch(launch_copy_rows(rows, call->on.stream()));
-    inputs = std::move(masked);
-  }
-  const Tensor before = call->on.empty({shape.rows, H}, call->dtype);
+  const Tensor inputs = alive_inputs(call);
+  const Tensor before = call.on.empty({shape.rows, H}, call.dtype);
   HiddenBefore hidden{};
   hidden.cell = shape.cell;
-  hidden.T = T, hidden.B = B, hidden.H = static_cast<int>(H);
-  if (call->is_packed()) hidden.offsets = static_cast<const int*>(call->offsets.data());
-  if (call->has_lengths) hidden.lengths = static_cast<const int64_t*>(call->lengths.data());
-  hidden.resets = call->flags();
-  hidden.to = call->rows(before.data(), H, shape.dtype);
+  hidden.T = static_cast<int>(shape.T), hidden.B = static_cast<int>(shape.B), hidden.H = static_cast<int>(H);
+  if (call.is_packed()) hidden.offsets = static_cast<const int*>(call.offsets.data());
+  if (call.has_lengths) hidden.lengths = static_cast<const int64_t*>(call.lengths.data());
+  hidden.resets = call.flags();
+  hidden.to = call.rows(before.data(), H, shape.dtype);
   for (int d = 0; d < shape.D; ++d) {
-    multiply(transposed(input_side(d)), inputs, *dweights[2 * d]);
+    multiply(transposed(input_side[d]), inputs, *dweights[2 * d]);
     hidden.reverse = d == 1;
     hidden.saved = static_cast<const float*>(saved.data()) + d * shape.rows * shape.record();
     hidden.h0 = h0 ? offset_by(h0, d * shape.B * H, item_bytes(shape.dtype)) : nullptr;
-    check_launch(launch_hidden_before(hidden, shape.dtype, call->on.stream()));
+    check_launch(launch_hidden_before(hidden, shape.dtype, call.on.stream()));
     // The hidden side of a parted gate has a slot of its own, the last.
     const int parted = cell_traits(shape.cell).parted_gate;
     const int64_t together = parted == kNone ? gates : parted * H;
@@ -281,7 +257,7 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
                         dweights[2 * d][3].data()};
     check_launch(launch_bias_sums(sums, call.dtypes.of(a.weights[0]), call.on.stream()));
   }
-  products_of_gate_grads(&call, dgates, saved, h0, a.need_x ? &grads[0] : nullptr, call.dtypes.of(a.x),
+  products_of_gate_grads(call, dgates, saved, h0, a.need_x ? &grads[0] : nullptr, call.dtypes.of(a.x),
                          a.need_weights ? dweights : nullptr);
   return returned();
 }

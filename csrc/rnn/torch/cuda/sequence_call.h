@@ -48,10 +48,10 @@ struct SequenceCall : Call {
     const bool dense = tensor.strides()[last] == 1 || tensor.size(last) <= 1;
     return dense && tensor.dtype() == dtype ? another_handle(tensor) : contiguous_as(tensor, dtype);
   }
-  // A new tensor for what the forward saves for the backward, time-major.
-  Tensor empty_saved() const {
-    if (is_packed()) return on.floats({shape.D, shape.rows, shape.record()});
-    return on.floats({shape.D, shape.T, shape.B, shape.record()});
+  // A new tensor for what the forward saves for the backward, `record` floats a row, time-major.
+  Tensor empty_records(int64_t record) const {
+    if (is_packed()) return on.floats({shape.D, shape.rows, record});
+    return on.floats({shape.D, shape.T, shape.B, record});
   }
   Tensor empty_gate_grads() const {
     const int64_t slots = gate_grad_slots(shape.cell);
@@ -77,7 +77,7 @@ void read_call(const Arguments& a, SequenceCall* call) {
   call->batch_sizes = read_sequence(a, call->dtypes, &call->on.device(), &shape);
   call->batch_first = a.batch_first && !a.batch_sizes;
   call->has_lengths = static_cast<bool>(a.lengths);
-  call->has_resets = static_cast<bool>(a.resets);
+  call->has_resets = static_cast<bool>(resets_of(a, 0));
   call->weights[0].bias = call->weights[1].bias = a.weights.size() / static_cast<size_t>(shape.D) >= 4;
   DLK_CHECK(shape.P == 0, "weights: there are no CUDA kernels for projections");
   DLK_CHECK(shape.rows < int64_t{1} << 31, "x has too many rows for the CUDA kernels: ", shape.rows);
@@ -104,7 +104,7 @@ void take_arguments(const Arguments& a, bool any_order, SequenceCall* call) {
   // Copied, because blocks that wait for each other must see the same lengths and flags, even if the caller's tensors
   // are written to while the kernel runs.
   if (a.lengths) call->lengths = contiguous_copy(a.lengths);
-  if (a.resets) call->resets = contiguous_copy(a.resets);
+  if (call->has_resets) call->resets = contiguous_copy(resets_of(a, 0));
   if (call->is_packed() && shape.B > 0) {
     call->offsets = call->on.empty({shape.T + 1}, aoti_torch_dtype_int32());
     check_launch(

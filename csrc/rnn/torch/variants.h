@@ -1,0 +1,54 @@
+// The arguments of the operators of layers with layer normalisation, zoneout and recurrent dropout: their checks, the
+// same on every device.
+#pragma once
+
+#include "rnn/torch/checks.h"
+
+namespace dlk {
+
+// The gains of one direction.
+struct GainList {
+  size_t count;  // 0 without layer normalisation
+  bool of_c, bias;
+};
+
+inline GainList gain_list(const LayerShape& shape, const TensorList& weights, const TensorList& gains) {
+  const bool of_c = cell_traits(shape.cell).cell_state;
+  const bool bias = of_c && weights.size() / static_cast<size_t>(shape.D) == 4;
+  return {gains.empty() ? 0 : size_t{2} + of_c + bias, of_c, bias};
+}
+
+// Checks what read_sequence() does not; `device` is null for the CPU.
+template <class Arguments>
+void check_variant(const Arguments& a, const Dtypes& dtypes, const Device* device, const LayerShape& shape) {
+  DLK_CHECK(shape.P == 0, "weights: a layer with zoneout or recurrent dropout has no projection");
+  const int64_t gates = gate_count(shape.cell) * shape.H;
+  const GainList list = gain_list(shape, a.weights, a.gains);
+  const size_t expected = list.count * static_cast<size_t>(shape.D);
+  DLK_CHECK(a.gains.size() == expected, "gains must hold norm_ih, norm_hh", list.of_c ? ", norm_c" : "",
+            list.bias ? ", bias_c" : "", " for each of ", shape.D, " directions, or nothing, got ", a.gains.size(),
+            " tensors");
+  for (size_t k = 0; k < a.gains.size(); ++k) {
+    const size_t which = k % list.count;
+    const char* const names[] = {"norm_ih", "norm_hh", "norm_c", "bias_c"};
+    check_tensor(a.gains[k], names[which], torch_dtype(dtypes.of(a.gains[0])), {which < 2 ? gates : shape.H}, device);
+  }
+  if (a.dropout)
+    check_tensor(a.dropout, "dropout", torch_dtype(compute_type(shape.dtype)), {shape.D, shape.B, shape.H}, device);
+  const auto check_mask = [&](const OptionalTensor& mask, const char* what) {
+    if (!mask) return;
+    if (a.batch_sizes) {
+      check_tensor(mask, what, aoti_torch_dtype_bool(), {shape.D, shape.rows, shape.H}, device);
+    } else {
+      check_tensor(mask, what, aoti_torch_dtype_bool(), {shape.D, shape.T, shape.B, shape.H}, device);
+    }
+  };
+  check_cell_state(shape.cell, a.mask_c, "mask_c");
+  check_mask(a.mask_c, "mask_c");
+  check_mask(a.mask_h, "mask_h");
+  DLK_CHECK_VALUE(a.eps >= 0, "eps must not be negative, got ", a.eps);
+  for (const double rate : {a.zoneout_c, a.zoneout_h})
+    DLK_CHECK_VALUE(rate >= 0 && rate <= 1, "zoneout_c and zoneout_h must lie in 0..1, got ", rate);
+}
+
+}  // namespace dlk
