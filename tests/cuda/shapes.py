@@ -44,7 +44,6 @@ _LONG = (
 _VARIANTS = (
     "lstm:f32:variant:5:3:40:2:lengths:hbkldz",
     "gru:f32:variant:5:3:40:2:packed:hbkldz",
-    "gru:bf16:variant:3:5:33:1:lengths:bfle",
     "lstm:f16:variant:4:2:70:1:padded:hbfldz",
     "lstm:f32:variant:3:2:1:1:padded:hblz",
     "gru:f32:variant:3:3:1:2:lengths:hble",
@@ -52,6 +51,7 @@ _VARIANTS = (
     "gru:f16:variant:5:3:17:2:lengths:hbkdz",
 )
 _FURTHER_VARIANTS = (
+    "gru:bf16:variant:3:5:33:1:lengths:bfle",
     "lstm:bf16:variant:3:5:33:2:packed:hble",
     "gru:f16:variant:4:2:70:2:padded:hgld",
     "lstm:f32:variant:2:9:16:1:packed:fe",

@@ -30,7 +30,7 @@ IN_FORMS = [
     (variant, form)
     for i, variant in enumerate(VARIANTS)
     for k, form in enumerate(FORMS)
-    if ON_GPU or (i + k) % len(FORMS) == 0
+    if ON_GPU or (i + k + 1) % len(FORMS) == 0
 ]
 IN_DTYPES = [
     (variant, dtype) for i, variant in enumerate(VARIANTS) for k, dtype in enumerate(DTYPES) if ON_GPU or k == 1 + i % 2
