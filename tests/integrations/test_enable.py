@@ -94,7 +94,13 @@ def test_autocast(name: str, mode: Callable[[], Any]) -> None:
     make, given = CALLS[name]
     module, x = make(), given()
     with mode(), torch.autocast("cpu", torch.bfloat16):
-        expected = module(x)
+        try:
+            expected = module(x)
+        except RuntimeError as error:  # oneDNN has no bfloat16 LSTM for machines without AVX-512
+            if "primitive descriptor" not in str(error):
+                raise
+            with torch.autocast("cpu", enabled=False):
+                expected = tuple(y.bfloat16() for y in flat(module(x)))
         with dlkernels.enable() as handle:
             found = module(x)
     assert served(handle) == {name: 1}

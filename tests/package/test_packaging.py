@@ -198,7 +198,9 @@ def test_import_is_quick_and_brings_no_triton() -> None:
     # The script records attempts to import Triton, because a failed import may be silent where Triton is not installed.
     script = """
 import sys, time
+begin = time.process_time()
 import torch
+of_torch = time.process_time() - begin
 asked_for = []
 class Finder:
     @staticmethod
@@ -207,17 +209,17 @@ class Finder:
 sys.meta_path.insert(0, Finder)
 begin = time.process_time()
 import dlkernels
-print(time.process_time() - begin)
+print((time.process_time() - begin) / of_torch)
 print([name for name in asked_for if name.partition(".")[0] == "triton"])
 """
-    seconds = []
+    ratios = []
     for _ in range(3):
         run = python("-c", script)
         assert run.returncode == 0, run.stderr
-        elapsed, triton = run.stdout.splitlines()
+        ratio, triton = run.stdout.splitlines()
         assert triton == "[]"
-        seconds.append(float(elapsed))
-    assert min(seconds) < 0.3, seconds
+        ratios.append(float(ratio))
+    assert min(ratios) < 0.3, ratios  # to the time that importing torch takes, which a busy machine lengthens alike
 
 
 def test_a_torch_without_onednn() -> None:
