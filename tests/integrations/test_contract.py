@@ -164,8 +164,8 @@ def test_values_dtypes_and_strides(entry: Entry) -> None:
                 torch.testing.assert_close(mine, other, **rough)
 
 
-# Operations step by step have other dtypes under autocast than torch's layers. rnn/test_resets.py and test_variants.py
-# test the dtypes of what stands for them in the table.
+# Operations step by step have other dtypes under autocast than torch's layers. rnn/test_resets.py and
+# rnn/test_variant_modules.py test the dtypes of what stands for them in the table.
 @pytest.mark.parametrize("entry", [entry for entry in (*ENTRIES, *ENABLED) if entry not in BEYOND], ids=repr)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("grad", [True, False])

@@ -299,7 +299,7 @@ RECURRENT: tuple[Mutant, ...] = (
     Mutant("module-zoneout", TORCH + "direct_modules.cpp",
            "    require(!module.has(zoneout) && !module.has(recurrent_dropout));\n", "",
            "a layer with zoneout runs as a plain one in a call without gradients",
-           ("tests/rnn/test_variants.py -k settings",)),
+           ("tests/rnn/test_variant_modules.py -k settings",)),
     # Resets, c of every step.
     Mutant("reset-reverse", CPU + "sequence_layout.h", "const int64_t flagged = d == 0 ? t : t + 1;",
            "const int64_t flagged = t;", "resets of the reverse direction are searched at the wrong steps", RESETS),
