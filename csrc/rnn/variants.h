@@ -36,41 +36,17 @@ struct VariantBackwardParams {
   Gains<void*> gains[2];  // gradients, with the dtypes of the gains; null when not wanted
 };
 
-// What the forward saves of a row, if all of it has the compute type: [D, rows, variant_record] values. lstm: i, f, g,
-// o, c' before zoneout, c', h'; gru: r, z, n, W_hn h + b_hn after normalisation, h'; [H] each. With layer normalisation
-// the normalised W_ih x and W_hh h follow, [G*H] each, and kMoments numbers: the reciprocal standard deviations of W_ih
-// x and of W_hh h, two each (for the gru that of r and z, then that of n), and the mean and reciprocal standard
-// deviation of c' before zoneout.
+// The end of what the forward saves of a row with layer normalisation, kMoments numbers: the reciprocal standard
+// deviations of W_ih x and of W_hh h, two each (for the gru that of r and z, then that of n), and the mean and
+// reciprocal standard deviation of c' before zoneout.
 constexpr int kMoments = 8;
 enum VariantMoment { kOfInput = 0, kOfHidden = 2, kMeanOfC = 4, kOfC = 5 };
 
-// Where the parts of a record are, for the constants of a cell (CellConstants).
-template <class Cell>
-struct VariantRecord {
-  static constexpr int kBefore = Cell::kStateSlot;                         // lstm: c' before zoneout
-  static constexpr int kC = kBefore + 1;                                   // lstm: c'
-  static constexpr int kH = Cell::kCellState ? kC + 1 : Cell::kStateSlot;  // h'
-  static constexpr int kSlots = kH + 1;
-
-  constexpr VariantRecord(int64_t H, bool normalised)
-      : size(kSlots * H + (normalised ? 2 * Cell::kGates * H + kMoments : 0)), H(H) {}
-  const int64_t size, H;
-  // The first value of a slot, of the normalised products, and of the moments.
-  constexpr int64_t slot(int k) const { return k * H; }
-  constexpr int64_t input() const { return kSlots * H; }
-  constexpr int64_t hidden() const { return input() + Cell::kGates * H; }
-  constexpr int64_t moments() const { return hidden() + Cell::kGates * H; }
-};
-
-constexpr int64_t variant_record(CellKind cell, int64_t H, bool normalised) {
-  return cell_traits(cell).cell_state ? VariantRecord<CellConstants<CellKind::lstm>>(H, normalised).size
-                                      : VariantRecord<CellConstants<CellKind::gru>>(H, normalised).size;
-}
-
-// The same record as the CPU's kernels have it (rnn/cpu/variants/record.h). Slots that have 16 bits if shape.narrow
-// come first; c' is there once unless zoneout changes it.
+// The record of a row on the CPU. Slots that have 16 bits if shape.narrow come first (rnn/cpu/variants/record.h has
+// their order), then the lstm's c', which is there once unless zoneout changes it, then the moments.
 struct VariantParts {
-  int64_t c, zoned_c, moments;  // where c' before zoneout, c' and the moments begin, in values of the compute type
+  // Where the lstm's c' before zoneout, its c' after zoneout and the moments begin, in values of the compute type.
+  int64_t c, zoned_c, moments;
   int64_t size;
 };
 inline VariantParts variant_parts(const LayerShape& shape, const Variant& variant) {

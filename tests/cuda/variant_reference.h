@@ -222,7 +222,12 @@ VariantResult run_variant(const VariantProblem& v, const Round& round) {
           back(&of_x, now.x[k], v.g_ih, &dg_ih);
           back(&of_h, now.hidden[k], v.g_hh, &dg_hh);
         }
-        for (int i = 0; i < GH; ++i) r.of_input[row * GH + i] = of_x[i], r.of_hidden[row * GH + i] = of_h[i];
+        // Where the two sides differ, the gradients of products with an h_0 of zeros are left out.
+        const bool left_out = s == 0 && p.h0.empty() && !(lstm && !v.normalised);
+        for (int i = 0; i < GH; ++i) {
+          r.of_input[row * GH + i] = of_x[i];
+          r.of_hidden[row * GH + i] = left_out ? C(0) : of_h[i];
+        }
         if (p.bptt_steps > 0 && s > 0 && s % p.bptt_steps == 0) {
           dh.assign(H, C(0));
           dc.assign(H, C(0));

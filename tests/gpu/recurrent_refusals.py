@@ -206,9 +206,11 @@ MISTAKES: dict[str, Mistake] = {
             "mask_h of floats": {"mask_h": torch.zeros(1, T, B, H)},
             "mask_c of another size": {"mask_c": torch.zeros(1, B, T, H, dtype=torch.bool)},
             "negative eps": {"eps": -1.0},
-            "zoneout above 1": {"zoneout_h": 1.5},
+            "zoneout_h above 1": {"zoneout_h": 1.5},
+            "zoneout_c below 0": {"zoneout_c": -0.5},
         }.items()
     },
+    "gru_variant, zoneout_c": ("gru_variant", {"zoneout_c": 0.5}),
     "gru_variant, mask_c": ("gru_variant", {"mask_c": torch.zeros(1, T, B, H, dtype=torch.bool)}),
     "lstm_variant_backward, saved of a layer without gains": (
         "lstm_variant_backward", {"saved": torch.zeros(1, T, B, 7 * H)},

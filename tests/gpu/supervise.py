@@ -103,9 +103,9 @@ def _run_worker(worker: Worker, folder: Path, until: float) -> Outcome:
     }  # fmt: skip
     problem = "" if time.time() < until else OVER
     while not problem and time.time() < until and not _stopped.is_set():
-        before = len(Story(path).ended)
+        before, size = len(Story(path).ended), _size(path)
         process = _Process(worker, log, environment)
-        problem = _watch(worker, process, journal, until)
+        problem = _watch(worker, process, journal, size, until)
         story = Story(path)
         if not problem and not story.not_run:
             break
@@ -117,18 +117,20 @@ def _run_worker(worker: Worker, folder: Path, until: float) -> Outcome:
     return Outcome(worker.name, story.ended, story.not_run, problem)
 
 
-def _watch(worker: Worker, process: _Process, journal: Journal, until: float) -> str:
-    """Waits for the end of a process. Returns why the worker must not be started again, or "" if it may."""
-    begun, size = time.time(), -1
-    patience = START
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _watch(worker: Worker, process: _Process, journal: Journal, size: int, until: float) -> str:
+    """Waits for the end of a process, before whose start the journal had `size` bytes. Returns why the worker must not
+    be started again, or "" if it may."""
+    begun, patience = time.time(), START
     while True:
         time.sleep(POLL)
         status, now = process.status(), time.time()
-        grown = journal.path.stat().st_size if journal.path.is_file() else 0
+        grown = _size(journal.path)
         if grown != size:
-            if size >= 0:
-                patience = worker.patience
-            begun, size = now, grown
+            begun, size, patience = now, grown, worker.patience
         if status is None and now < until and now - begun < patience:
             continue
         process.end()

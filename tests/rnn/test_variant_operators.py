@@ -114,14 +114,21 @@ def test_the_type_of_products_decides(mode: str) -> None:
     "changed, message",
     (
         ({"gains": [torch.ones(24)]}, "gains must hold norm_ih, norm_hh, norm_c, bias_c for each of 1 directions"),
-        ({"gains": [torch.ones(24), torch.ones(23), torch.ones(6), torch.ones(6)]}, "norm_hh must have shape"),
-        ({"gains": [torch.ones(24).double(), *[torch.ones(n) for n in (24, 6, 6)]]}, "norm_ih must be float32"),
+        (
+            {"gains": [torch.ones(24), torch.ones(23), torch.ones(6), torch.ones(6)]},
+            r"gains\[1\] \(norm_hh\) must have shape",
+        ),
+        (
+            {"gains": [torch.ones(24).double(), *[torch.ones(n) for n in (24, 6, 6)]]},
+            r"gains\[0\] \(norm_ih\) must be float32",
+        ),
         ({"dropout": torch.ones(1, B, H + 1)}, "dropout must have shape"),
         ({"dropout": torch.ones(1, B, H).double()}, "dropout must be float32"),
         ({"mask_h": torch.ones(1, T, B, H)}, "mask_h must be bool"),
         ({"mask_c": torch.ones(1, T, H, dtype=torch.bool)}, "mask_c must have shape"),
         ({"eps": -1.0}, "eps must not be negative"),
-        ({"zoneout_h": 1.5}, r"must lie in 0\.\.1, got 1\.5"),
+        ({"zoneout_h": 1.5}, r"zoneout_h must lie in 0\.\.1, got 1\.5"),
+        ({"zoneout_c": -0.5}, r"zoneout_c must lie in 0\.\.1, got -0\.5"),
         ({"x": torch.randn(T, B, I + 1)}, "w_ih must have shape"),
         ({"weights": [torch.ones(24, I), torch.ones(24, 2), torch.ones(2, H)]}, "has no projection"),
     ),
@@ -133,7 +140,9 @@ def test_refusals(changed: dict[str, Any], message: str) -> None:
         run("lstm", **changed)
 
 
-def test_the_gru_has_no_mask_of_c() -> None:
+def test_the_gru_has_no_c() -> None:
+    with pytest.raises(ValueError, match=r"zoneout_c must be 0 for a gru, which has no cell state, got 0\.5"):
+        run("gru", zoneout_c=0.5)
     with pytest.raises(RuntimeError, match="mask_c must be None: gru has no cell state"):
         run("gru", mask_c=torch.ones(1, T, B, H, dtype=torch.bool))
 

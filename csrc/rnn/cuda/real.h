@@ -189,6 +189,12 @@ template <class Cell>
 DLK_DEVICE constexpr int hidden_slot(int gate) {
   return gate == Cell::kPartedGate ? Cell::kGates : gate;
 }
+// The inverse: the gate of which a slot is the gradient on the hidden side, or kNone.
+template <class Cell>
+DLK_DEVICE constexpr int hidden_gate_of(int slot) {
+  if (Cell::kHasPartedGate && slot == Cell::kGates) return Cell::kPartedGate;
+  return slot < Cell::kGates && slot != Cell::kPartedGate ? slot : kNone;
+}
 
 }  // namespace gpu
 }  // namespace dlk

@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kVariantThreads, 1)
     return own;
   };
 
-  // For each side, first that of x, and each of its parts: the sums whose means are those of before_norm().
+  // The sums whose means before_norm() takes. Part k of W_ih x has the sum of its products at 2 * k and that of the
+  // products times the normalised values at 2 * k + 1; those of W_hh h begin at 2 * kSide.
   float sums[4 * kSide] = {};
   const auto count_gate = [&](int g, int j, float of_x, float of_h) {
     if (!v.normalised) return;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kVariantThreads, 1)
       DLK_UNROLL
       for (int s = 0; s < Cell::kStateSlot; ++s) slots[s] = slot(s, j);
       slots[Cell::kC] = seen_c;
-      Cell::factors(slots, Real<S>{state_before(j, Record::kC, p.c0)}, to);
+      Cell::factors(slots, Real<S>{state_before(j, Record::kZonedC, p.c0)}, to);
     };
     float of_c[2] = {};
     for (int j = thread; j < H; j += threads) {
@@ -136,6 +137,9 @@ __global__ void __launch_bounds__(kVariantThreads, 1)
     }
   }
 
+  // Before the first step h is 0, so the row adds nothing to W_hh's gradient. Its products with W_hh were all 0, and
+  // their gradient, which is multiplied by 1 / sqrt(eps), may be infinite in float16.
+  const bool no_state = own_step == 0 && !p.h0;
   float scales[2 * kSide] = {};
   if (v.normalised) {
     block.add(sums);
@@ -163,8 +167,9 @@ __global__ void __launch_bounds__(kVariantThreads, 1)
                                sums[2 * of_h + 1], scales[of_h]);
       }
       store_state<1, S>(p.of_input, b, at, left);
-      store_state<1, S>(p.of_hidden, b, at, right);
       hidden[at] = from_float<S>(cut ? 0.0f : right[0]);
+      if (no_state) right[0] = 0.0f;
+      store_state<1, S>(p.of_hidden, b, at, right);
     }
   }
 }
@@ -175,18 +180,15 @@ constexpr int kSumColumns = 32, kSumRows = 8;
 template <class Cell>
 __global__ void __launch_bounds__(kSumColumns* kSumRows) variant_sums(const __grid_constant__ VariantSums p) {
   using Record = VariantRecord<Cell>;
-  constexpr int kSlots = Cell::kGateGrads + Cell::kCellState;
   const Record places(p.H, p.normalised);
   const int lane = static_cast<int>(threadIdx.x) % kSumColumns, turn = static_cast<int>(threadIdx.x) / kSumColumns;
-  const int columns = kSlots * p.H, column = static_cast<int>(blockIdx.x) * kSumColumns + lane;
+  const int columns = kVariantGrads<Cell> * p.H, column = static_cast<int>(blockIdx.x) * kSumColumns + lane;
   const int slot = column / p.H, unit = column % p.H;
   const int64_t each = (p.rows + gridDim.y - 1) / gridDim.y, first = blockIdx.y * each;
   const int64_t end = first + each < p.rows ? first + each : p.rows;
   // The gate whose products on the input side, and on the hidden side, this column is the gradient of; or none.
   const int input_gate = slot < Cell::kGates ? slot : kNone;
-  int hidden_gate = kNone;
-  if (slot < Cell::kGates && slot != Cell::kPartedGate) hidden_gate = slot;
-  if (Cell::kHasPartedGate && slot == Cell::kGates) hidden_gate = Cell::kPartedGate;
+  const int hidden_gate = hidden_gate_of<Cell>(slot);
   float sums[kVariantSums] = {};
   for (int64_t r = first + turn; column < columns && r < end; r += kSumRows) {
     if (p.lengths) {
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) variant_sums(const __gr
       sums[1] = fmaf(value, record[places.input() + static_cast<int64_t>(input_gate) * p.H + unit], sums[1]);
     } else if (slot >= Cell::kGateGrads) {  // of the normalised c'
       const float* moments = record + places.moments();
-      const float c = record[places.slot(Record::kBefore) + unit];
+      const float c = record[places.slot(Cell::kStateSlot) + unit];
       sums[1] = fmaf(value, (c - moments[kMeanOfC]) * moments[kOfC], sums[1]);
     }
     if (hidden_gate != kNone) {
@@ -232,7 +234,7 @@ __global__ void __launch_bounds__(kCellThreads) variant_results(const __grid_con
   const int i = static_cast<int>(blockIdx.x) * kCellThreads + static_cast<int>(threadIdx.x);
   if (i >= Cell::kGates * p.H) return;
   const int gate = i / p.H, unit = i % p.H;
-  const int64_t columns = static_cast<int64_t>(Cell::kGateGrads + Cell::kCellState) * p.H;
+  const int64_t columns = static_cast<int64_t>(kVariantGrads<Cell>) * p.H;
   const auto total = [&](int slot, int which) {
     float sum = 0.0f;
     for (int s = 0; s < variant_segments(p.rows); ++s) {

@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kVariantThreads, 1)
       if (record) {
         DLK_UNROLL
         for (int s = 0; s < Cell::kSaved; ++s) record[places.slot(s) + j] = slots[s].v;
-        record[places.slot(Record::kC) + j] = next;
+        record[places.slot(Record::kZonedC) + j] = next;
       }
       if (v.normalised) {
         // The products of this unit are not needed any more, so their place keeps c' and o.

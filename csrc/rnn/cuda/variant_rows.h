@@ -9,10 +9,10 @@
 namespace dlk {
 namespace gpu {
 
-// At most. The 1 behind it in __launch_bounds__ gives such a block all registers of a multiprocessor; without it ptxas
-// spills some.
+// The most threads of a block. The kernels have __launch_bounds__(kVariantThreads, 1): with one block on a
+// multiprocessor ptxas may use all of its registers, and otherwise it spills some.
 constexpr int kVariantThreads = 512;
-constexpr int kMostSums = 8;  // that are added up at once
+constexpr int kMostSums = 8;  // the most sums of one BlockSums::add()
 
 // Adds up numbers over the threads of the block, in an order that depends on the number of threads alone. All threads
 // call it together. The partial sums of the warps alternate between two buffers: a thread that writes to a buffer has

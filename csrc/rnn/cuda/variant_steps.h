@@ -49,7 +49,7 @@ struct VariantBackwardSteps {
   void *dh0, *dc0;                // [D, B, H] in the layer's dtype, or null
 };
 
-// `multiply` reads hidden[d] and writes product = hidden W_hh, in float32.
+// `multiply` reads hidden[d], which the last step writes first, and writes product = hidden W_hh, in float32. T > 0.
 int run_variant_backward(const VariantBackwardSteps& params, DType dtype, const StepProduct& multiply, void* stream);
 
 // The h of one direction that W_hh multiplies at each step, dropout included: where it is, but for `to`.

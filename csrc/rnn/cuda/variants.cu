@@ -46,10 +46,14 @@ int launch_variant_cell(const VariantCellBackward& params, DType dtype, void* st
 }
 
 int launch_variant_sums(const VariantSums& params, void* stream) {
+  // store_number() has no other dtypes.
+  for (const DType dtype : {params.of_weights, params.normalised ? params.gains.dtype : DType::f32}) {
+    if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16) return gpu::kInvalidValue;
+  }
   return gpu::with_variant_cell(params.cell, [&](auto cell) {
     using Cell = decltype(cell);
     LaunchShape shape;
-    shape.grid_x = gpu::blocks(int64_t{variant_grads(params.cell)} * params.H, gpu::kSumColumns);
+    shape.grid_x = gpu::blocks(int64_t{kVariantGrads<Cell>} * params.H, gpu::kSumColumns);
     shape.grid_y = static_cast<unsigned>(variant_segments(params.rows));
     shape.threads = gpu::kSumColumns * gpu::kSumRows;
     shape.shared_bytes = static_cast<int>(shape.threads * kVariantSums * sizeof(float));

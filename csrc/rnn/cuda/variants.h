@@ -18,6 +18,30 @@ struct StepVariant {
   const float* dropout;  // [B, H]: multiplies h where it enters W_hh h; null = ones
 };
 
+// What the forward saves of a row: variant_record values of float32. lstm: i, f, g, o, c' before zoneout, c' after it,
+// h'; gru: r, z, n, W_hn h + b_hn after normalisation, h'; [H] each. With layer normalisation the normalised W_ih x and
+// W_hh h follow, [G*H] each, and kMoments numbers.
+template <class Cell>
+struct VariantRecord {
+  static constexpr int kZonedC = Cell::kStateSlot + 1;                          // lstm: c' after zoneout
+  static constexpr int kH = Cell::kCellState ? kZonedC + 1 : Cell::kStateSlot;  // h'
+  static constexpr int kSlots = kH + 1;
+
+  constexpr VariantRecord(int64_t H, bool normalised)
+      : size(kSlots * H + (normalised ? 2 * Cell::kGates * H + kMoments : 0)), H(H) {}
+  const int64_t size, H;
+  // The first value of a slot, of the normalised products, and of the moments.
+  constexpr int64_t slot(int k) const { return k * H; }
+  constexpr int64_t input() const { return kSlots * H; }
+  constexpr int64_t hidden() const { return input() + Cell::kGates * H; }
+  constexpr int64_t moments() const { return hidden() + Cell::kGates * H; }
+};
+
+constexpr int64_t variant_record(CellKind cell, int64_t H, bool normalised) {
+  return cell_traits(cell).cell_state ? VariantRecord<CellConstants<CellKind::lstm>>(H, normalised).size
+                                      : VariantRecord<CellConstants<CellKind::gru>>(H, normalised).size;
+}
+
 struct VariantCellForward {
   CellKind cell;
   int B, H;
@@ -36,6 +60,8 @@ struct VariantCellForward {
 // Values of H in what the backward computes of a row in float32: the gradients of the gates, gate_grad_slots, and for
 // the lstm that of the c' that h' reads, which is the normalised c' times its gain plus its bias.
 constexpr int variant_grads(CellKind cell) { return gate_grad_slots(cell) + cell_traits(cell).cell_state; }
+template <class Cell>
+constexpr int kVariantGrads = Cell::kGateGrads + Cell::kCellState;
 
 struct VariantCellBackward {
   CellKind cell;
@@ -52,8 +78,8 @@ struct VariantCellBackward {
                    // They become those for the step before
   StateRows<float*> grads;     // receives variant_grads values of H a row
   StateRows<void*> of_input;   // receives the gradients of W_ih x, G*H a row, in the layer's dtype
-  StateRows<void*> of_hidden;  // those of W_hh h; absent = they are the same. Both: 0 in rows not alive
-  void* hidden;                // [B, G*H] in the layer's dtype: those of W_hh h, 0 at a cut
+  StateRows<void*> of_hidden;  // those of W_hh h; absent = they are the same. Both: 0 in padded rows not alive
+  void* hidden;                // [B, G*H] in the layer's dtype: those of W_hh h, 0 at a cut and in rows not alive
 };
 
 // The gradients of biases and gains, sums over the rows of all steps.
@@ -71,8 +97,8 @@ struct VariantSums {
   Gains<void*> gains;  // null without layer normalisation
 };
 
-// The rows are summed in segments, and each column of `grads` has so many sums: of itself, and times the normalised
-// values of the input side and of the hidden side.
+// The rows are summed in segments. Each column of `grads` has three sums: of its values, of these times the normalised
+// values of the input side (for the column of c' times the normalised c'), and of these times those of the hidden side.
 constexpr int kVariantSums = 3;
 constexpr int variant_segments(int64_t rows) { return rows < 64 * 64 ? static_cast<int>((rows + 63) / 64) : 64; }
 

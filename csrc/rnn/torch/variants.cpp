@@ -1,8 +1,7 @@
 // The operators of layers with layer normalisation, zoneout and recurrent dropout on the CPU.
-#include "rnn/variants.h"
+#include "rnn/torch/variants.h"
 
 #include "rnn/torch/sequence_call.h"
-#include "rnn/torch/variants.h"
 
 namespace dlk::on_cpu {
 namespace {
@@ -21,9 +20,8 @@ Variant take_variant(const Arguments& a, Sequence* call) {
   const GainList list = gain_list(call->shape, a.weights, a.gains);
   for (int d = 0; d < call->shape.D && variant.normalised; ++d) {
     const Tensor* of = &a.gains[static_cast<size_t>(d) * list.count];
-    variant.gains[d] = {call->dtypes.of(of[0]), call->inputs.contiguous(of[0]), call->inputs.contiguous(of[1]),
-                        list.of_c ? call->inputs.contiguous(of[2]) : nullptr,
-                        list.bias ? call->inputs.contiguous(of[3]) : nullptr};
+    variant.gains[d] = gains_at<const void*>(list, call->dtypes.of(of[0]), of,
+                                             [&](const Tensor& gain) { return call->inputs.contiguous(gain); });
   }
   return variant;
 }
@@ -76,9 +74,9 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
     take_weight_gradients(grads, a.weights.size(), shape.D, &layer);
     const GainList list = gain_list(shape, a.weights, a.gains);
     for (int d = 0; d < shape.D && list.count; ++d) {
-      const Tensor* g = &grads[3 + a.weights.size() + static_cast<size_t>(d) * list.count];
-      params.gains[d] = {params.variant.gains[d].dtype, g[0].data(), g[1].data(), list.of_c ? g[2].data() : nullptr,
-                         list.bias ? g[3].data() : nullptr};
+      const Tensor* of = &grads[3 + a.weights.size() + static_cast<size_t>(d) * list.count];
+      params.gains[d] =
+          gains_at<void*>(list, params.variant.gains[d].dtype, of, [](const Tensor& grad) { return grad.data(); });
     }
   }
   if (shape.B > 0) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "rnn/torch/checks.h"
+#include "rnn/variants.h"
 
 namespace dlk {
 
@@ -18,10 +19,18 @@ inline GainList gain_list(const LayerShape& shape, const TensorList& weights, co
   return {gains.empty() ? 0 : size_t{2} + of_c + bias, of_c, bias};
 }
 
+// The gains of one direction, from the first of their tensors on; pointer_of() gives the pointer to a tensor's data.
+template <class Pointer, class PointerOf>
+Gains<Pointer> gains_at(const GainList& list, DType dtype, const Tensor* g, const PointerOf& pointer_of) {
+  if (list.count == 0) return {};
+  return {dtype, pointer_of(g[0]), pointer_of(g[1]), list.of_c ? pointer_of(g[2]) : nullptr,
+          list.bias ? pointer_of(g[3]) : nullptr};
+}
+
 // Checks what read_sequence() does not; `device` is null for the CPU.
 template <class Arguments>
 void check_variant(const Arguments& a, const Dtypes& dtypes, const Device* device, const LayerShape& shape) {
-  DLK_CHECK(shape.P == 0, "weights: a layer with zoneout or recurrent dropout has no projection");
+  DLK_CHECK(shape.P == 0, "weights: a layer with layer normalisation, zoneout or recurrent dropout has no projection");
   const int64_t gates = gate_count(shape.cell) * shape.H;
   const GainList list = gain_list(shape, a.weights, a.gains);
   const size_t expected = list.count * static_cast<size_t>(shape.D);
@@ -31,7 +40,8 @@ void check_variant(const Arguments& a, const Dtypes& dtypes, const Device* devic
   for (size_t k = 0; k < a.gains.size(); ++k) {
     const size_t which = k % list.count;
     const char* const names[] = {"norm_ih", "norm_hh", "norm_c", "bias_c"};
-    check_tensor(a.gains[k], names[which], torch_dtype(dtypes.of(a.gains[0])), {which < 2 ? gates : shape.H}, device);
+    const std::string name = "gains[" + std::to_string(k) + "] (" + names[which] + ")";
+    check_tensor(a.gains[k], name.c_str(), torch_dtype(dtypes.of(a.gains[0])), {which < 2 ? gates : shape.H}, device);
   }
   if (a.dropout)
     check_tensor(a.dropout, "dropout", torch_dtype(compute_type(shape.dtype)), {shape.D, shape.B, shape.H}, device);
@@ -47,8 +57,13 @@ void check_variant(const Arguments& a, const Dtypes& dtypes, const Device* devic
   check_mask(a.mask_c, "mask_c");
   check_mask(a.mask_h, "mask_h");
   DLK_CHECK_VALUE(a.eps >= 0, "eps must not be negative, got ", a.eps);
-  for (const double rate : {a.zoneout_c, a.zoneout_h})
-    DLK_CHECK_VALUE(rate >= 0 && rate <= 1, "zoneout_c and zoneout_h must lie in 0..1, got ", rate);
+  const auto check_rate = [](double rate, const char* what) {
+    DLK_CHECK_VALUE(rate >= 0 && rate <= 1, what, " must lie in 0..1, got ", rate);
+  };
+  check_rate(a.zoneout_c, "zoneout_c");
+  check_rate(a.zoneout_h, "zoneout_h");
+  DLK_CHECK_VALUE(list.of_c || a.zoneout_c == 0, "zoneout_c must be 0 for a gru, which has no cell state, got ",
+                  a.zoneout_c);
 }
 
 }  // namespace dlk

@@ -28,8 +28,9 @@ _MOMENTS = 8
 def record_size(
     kind: Kind, hidden: int, normalised: bool, changes_c: bool, dtype: torch.dtype, device: torch.device
 ) -> int:  # fmt: skip
-    """The size of the record of a row, in values of the compute type (csrc/rnn/variants.h has its layout). `dtype` is
-    the type to which products may be rounded, and `changes_c` says whether there is zoneout of c."""
+    """The size of the record of a row, in values of the compute type (layouts: csrc/rnn/cpu/variants/record.h and
+    csrc/rnn/cuda/variants.h, which has c' before and after zoneout in any case). `dtype` is the type to which products
+    may be rounded, and `changes_c` says whether there is zoneout of c."""
     others = kind.bounded + (1 if kind.has_cell_state else kind.narrow) + (2 * kind.gates if normalised else 0)
     of_c = kind.has_cell_state * (2 if changes_c or device.type == "cuda" else 1)
     moments = _MOMENTS if normalised else 0

@@ -176,28 +176,15 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
 
   TensorList grads;
   grads.reserve(a.weights.size() + 5);
-  const auto state_grad = [&](bool wanted) -> void* {
-    grads.push_back(wanted ? call.on.empty({shape.D, shape.B, shape.H}, call.dtype) : call.on.absent(call.dtype));
-    return data_if(wanted, grads.back());
-  };
-  grads.push_back(a.need_x ? empty_like(a.x) : call.on.absent(a.x.dtype()));
-  void* dh0 = state_grad(a.need_state);
-  void* dc0 = state_grad(a.need_state && lstm);
-  for (const Tensor& w : a.weights) grads.push_back(a.need_weights ? empty_like(w) : call.on.absent(w.dtype()));
+  void *dh0, *dc0;
+  add_input_gradients(a, call, &grads, &dh0, &dc0);
+  add_weight_gradients(a, a.weights, call, &grads);
   const size_t record = grads.size();
   if (a.gate_grads) {
     grads.push_back(call.empty_gate_grads());
     grads.push_back(call.on.absent(aoti_torch_dtype_float32()));
   }
-  const auto returned = [&] {
-    grads[1] = returned_as(std::move(grads[1]), (a.h0 ? a.h0 : a.x).dtype());
-    grads[2] = returned_as(std::move(grads[2]), (a.c0 ? a.c0 : a.x).dtype());
-    return std::move(grads);
-  };
-  if (shape.B == 0) {
-    for (const Tensor& grad : grads) zero(grad);
-    return returned();
-  }
+  if (shape.B == 0) return zero_gradients(a, std::move(grads));
 
   const SequencePlan plan = sequence_plan(shape, capped(gpu_limits(call.on.device().index)), true);
   const bool by_steps = plan.kind == SequencePlan::steps;
@@ -259,7 +246,7 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   }
   products_of_gate_grads(call, dgates, saved, h0, a.need_x ? &grads[0] : nullptr, call.dtypes.of(a.x),
                          a.need_weights ? dweights : nullptr);
-  return returned();
+  return returned_gradients(a, std::move(grads));
 }
 
 }  // namespace on_cuda

@@ -40,8 +40,7 @@ struct VariantTensors {
         gains[d][k] = contiguous_as(a.gains[static_cast<size_t>(d) * list.count + k], f32);
       variant.b_ih = floats_of(biases[d][0]);
       variant.b_hh = floats_of(biases[d][1]);
-      variant.gains = {DType::f32, floats_of(gains[d][0]), floats_of(gains[d][1]), floats_of(gains[d][2]),
-                       floats_of(gains[d][3])};
+      variant.gains = gains_at<const float*>(list, DType::f32, gains[d], floats_of);
     }
     if (a.mask_c) mask_c = contiguous_as(a.mask_c, aoti_torch_dtype_bool());
     if (a.mask_h) mask_h = contiguous_as(a.mask_h, aoti_torch_dtype_bool());
@@ -146,8 +145,8 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
   read_variant(a, &call);
   const LayerShape& shape = call.shape;
   const bool lstm = call.lstm(), normalised = !a.gains.empty();
-  const int64_t H = shape.H, gates = call.gates();
-  check_sequence_gradients(a, call.dtypes, &call.on.device(), shape, variant_record(cell, H, normalised));
+  const int64_t H = shape.H, gates = call.gates(), record = variant_record(cell, H, normalised);
+  check_sequence_gradients(a, call.dtypes, &call.on.device(), shape, record);
   take_arguments(a, !a.need_x, &call);
   const VariantTensors own(a, call);
   const OptionalTensor h0 = call.operand_or_absent(a.h0), c0 = call.operand_or_absent(a.c0);
@@ -157,26 +156,12 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
 
   TensorList grads;
   grads.reserve(3 + a.weights.size() + a.gains.size());
-  const auto state_grad = [&](bool wanted) -> void* {
-    grads.push_back(wanted ? call.on.empty({shape.D, shape.B, H}, call.dtype) : call.on.absent(call.dtype));
-    return wanted ? grads.back().data() : nullptr;
-  };
-  grads.push_back(a.need_x ? empty_like(a.x) : call.on.absent(a.x.dtype()));
-  void* dh0 = state_grad(a.need_state);
-  void* dc0 = state_grad(a.need_state && lstm);
-  for (const TensorList* list : {&a.weights, &a.gains})
-    for (const Tensor& w : *list) grads.push_back(a.need_weights ? empty_like(w) : call.on.absent(w.dtype()));
-  const auto returned = [&] {
-    grads[1] = returned_as(std::move(grads[1]), (a.h0 ? a.h0 : a.x).dtype());
-    grads[2] = returned_as(std::move(grads[2]), (a.c0 ? a.c0 : a.x).dtype());
-    return std::move(grads);
-  };
-  if (shape.B == 0) {
-    for (const Tensor& grad : grads) zero(grad);
-    return returned();
-  }
-
   VariantBackwardSteps p{};
+  add_input_gradients(a, call, &grads, &p.dh0, &p.dc0);
+  add_weight_gradients(a, a.weights, call, &grads);
+  add_weight_gradients(a, a.gains, call, &grads);
+  if (shape.B == 0) return zero_gradients(a, std::move(grads));
+
   p.layer = own.layer;
   p.bptt_steps = a.bptt_steps;
   p.saved = static_cast<const float*>(saved.data());
@@ -207,8 +192,6 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
     of_hidden[d] = call.on.empty({shape.rows, gates}, call.dtype);
     p.of_hidden[d] = call.rows(of_hidden[d].data(), gates, shape.dtype);
   }
-  p.dh0 = dh0;
-  p.dc0 = dc0;
   const auto multiply_by_weights = [&](int d) {
     multiply(of_direction(hidden, d, gates), call.weights[d].w_hh, product);
     return 0;
@@ -216,7 +199,7 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
   check_launch(run_variant_backward(p, shape.dtype, multiply_by_weights, call.on.stream()));
 
   if (a.need_x) input_gradient(call, of_input, grads[0], call.dtypes.of(a.x));
-  if (!a.need_weights) return returned();
+  if (!a.need_weights) return returned_gradients(a, std::move(grads));
   const Tensor inputs = alive_inputs(call), before = call.on.empty({shape.rows, H}, call.dtype);
   const Tensor partial = call.on.floats({variant_segments(shape.rows), kVariantSums, values});
   const size_t count = a.weights.size() / static_cast<size_t>(shape.D);
@@ -229,7 +212,6 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
     check_launch(launch_hidden_before(place, shape.dtype, call.on.stream()));
     multiply(transposed(one_side ? of_input[d] : of_hidden[d]), before, dw[1]);
     if (count < 4 && !normalised) continue;
-    const int64_t record = variant_record(cell, H, normalised);
     VariantSums sums{cell,
                      own.layer.T,
                      own.layer.B,
@@ -245,13 +227,13 @@ TensorList variant_backward(CellKind cell, const VariantBackwardArguments& a) {
                      count < 4 ? nullptr : dw[3].data(),
                      {}};
     if (normalised) {
-      const Tensor* g = &grads[3 + a.weights.size() + static_cast<size_t>(d) * list.count];
-      sums.gains = {call.dtypes.of(a.gains[0]), g[0].data(), g[1].data(), list.of_c ? g[2].data() : nullptr,
-                    list.bias ? g[3].data() : nullptr};
+      const Tensor* of = &grads[3 + a.weights.size() + static_cast<size_t>(d) * list.count];
+      sums.gains =
+          gains_at<void*>(list, call.dtypes.of(a.gains[0]), of, [](const Tensor& grad) { return grad.data(); });
     }
     check_launch(launch_variant_sums(sums, call.on.stream()));
   }
-  return returned();
+  return returned_gradients(a, std::move(grads));
 }
 
 }  // namespace on_cuda
