@@ -18,7 +18,7 @@ DEV_STAMP := $(VENV)/.dlkernels-dev
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 O0_NATIVE := build/O0/_C.so
 
-.PHONY: help venv build build-O0 test test-O0 test-integrations test-thirdparty test-install test-wheel bench lint \
+.PHONY: help venv dev build build-O0 test test-O0 test-integrations test-thirdparty test-install test-wheel bench lint \
 	format native-test native-asan native-tsan cuda-test abi-check gpuless gpu-check mutants wheel sdist docs clean
 
 help:
@@ -51,6 +51,8 @@ $(ENV_STAMP): pyproject.toml setup.py
 	$(PIP) install 'setuptools>=77' ninja 'pybind11>=2.13'
 	DLKERNELS_NO_NATIVE=1 $(PIP) install --no-build-isolation -e '.[bench,test]'
 	rm -f $(VENV)/.dlkernels-torch* && touch $@
+
+dev: $(DEV_STAMP)
 
 # What `docs` needs is installed here too, because pip must not exchange the package while .ci/run tests it.
 $(DEV_STAMP): $(ENV_STAMP)

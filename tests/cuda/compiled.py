@@ -259,9 +259,10 @@ def blocks_at_once(registers: int, shared: int, threads: int) -> int:
     return min(THREADS // threads, REGISTERS // of_warp // (threads // 32), SHARED // (shared + RESERVED))
 
 
-def check_resident() -> None:
+def check_resident(quick: bool) -> None:
     """Checks for every plan that the blocks that wait for each other at a barrier can all run at the same time, with
-    the registers and the shared memory that the compiled kernel uses, and that some plan selects every kernel."""
+    the registers and the shared memory that the compiled kernel uses, and that some plan selects every kernel. With
+    `quick` a float16 kernel counts as the bfloat16 kernel (left_out())."""
     program = BUILD / "plans"
     must([tool("g++"), "-std=c++17", "-O1", f"-I{CSRC}", HERE / "plans.cpp", CUDA / "sequence_plan.cpp", "-o", program])
     kernels = {
@@ -277,7 +278,8 @@ def check_resident() -> None:
         cell, dtype, *_, way, kind, slices, groups, at_once, units, columns, threads, shared = line.split()
         if kind == "steps":
             continue
-        sequence = Sequence(way, cell, dtype, kind == "cluster", int(units), int(columns))
+        taken = "bf16" if quick and dtype == "f16" else dtype
+        sequence = Sequence(way, cell, taken, kind == "cluster", int(units), int(columns))
         selected.add(sequence)
         kernel = kernels[sequence]
         on_one = blocks_at_once(kernel.registers, kernel.static_shared + int(shared), int(threads))
@@ -294,13 +296,16 @@ def check_resident() -> None:
         raise Failure(f"no plan selects {sorted(unused)}")
 
 
-def left_out(file: str, arch: str) -> bool:
-    """Whether --short leaves out this compilation. Everything is compiled for sm_90a. A float16 kernel takes the
-    registers of the bfloat16 kernel, since the sizes are the same and only the conversion differs, so it is compiled
-    for no other architecture. Of the other two, sm_100a gets the forward kernels and sm_80 the backward ones: for
-    sm_100a ptxas takes four times as long, and for backward kernels longer than for forward ones."""
-    if arch == "90a" or "sequence" not in file:
+def left_out(file: str, arch: str, quick: bool) -> bool:
+    """Whether --short, or with `quick` --quick, leaves out this compilation. --short compiles everything for sm_90a. A
+    float16 kernel takes the registers of the bfloat16 kernel, since the sizes are the same and only the conversion
+    differs, so it is compiled for no other architecture, and by --quick for none. Of the other two, sm_100a gets the
+    forward kernels and sm_80 the backward ones: for sm_100a ptxas takes four times as long, and for backward kernels
+    longer than for forward ones."""
+    if "sequence" not in file:
         return False
+    if arch == "90a":
+        return quick and "_f16" in file
     return "_f16" in file or (arch == "80") == ("forward" in file)
 
 
@@ -308,7 +313,7 @@ def units(short: bool = False, quick: bool = False) -> list[Unit]:
     all_units = []
     for arch in ("90a",) if quick else ARCHS:
         for file in files():
-            if short and left_out(file, arch):
+            if short and left_out(file, arch, quick):
                 continue
             seconds = SECONDS.get(file.removesuffix(".cu").rsplit("_", 1)[0], 1) * ARCH_FACTORS[arch]
             seconds *= 0.8 if "f32" in file else 1
@@ -320,5 +325,5 @@ def units(short: bool = False, quick: bool = False) -> list[Unit]:
         run = partial(check_planted, number, planted)
         all_units.append(Unit("compile", f"planted in machine code {number}", 5, run))
     sequences = tuple(name for name in compiled if "sequence" in name and name.endswith("sm_90a"))
-    all_units.append(Unit("resident", "resident", 3, check_resident, sequences))
+    all_units.append(Unit("resident", "resident", 3, partial(check_resident, quick), sequences))
     return all_units

@@ -14,8 +14,9 @@ This needs nvcc with its headers, g++, and clang++ with the runtimes of its sani
 libclang-rt-14-dev). A rung that lacks one of them fails. MAX_JOBS is the number of commands that run at a time (2);
 with --more-jobs each byte on standard input adds one. NICE is their niceness. The times in the report are processor
 times. --short, which `make gpuless` uses, leaves out one schedule of each shape and compiles everything for sm_90a
-only, but some of it for the others too. --quick, which .ci/run uses, also leaves out the other architectures and what
-only tests the tests: emulation, mutants and the bugs planted in machine code.
+only, but some of it for the others too. --quick, which .ci/run uses, runs one schedule of each shape, and leaves out
+the other architectures, float16 sequence kernels for nvcc, the program of the rung `linked`, and what only tests the
+tests: emulation, mutants and the bugs planted in machine code.
 """
 
 from __future__ import annotations
@@ -63,13 +64,13 @@ def main() -> None:
     quick = "--quick" in sys.argv[1:]
     short = quick or "--short" in sys.argv[1:]
     wanted = [rung for rung in sys.argv[1:] if not rung.startswith("--")]
-    wanted = wanted or [rung for rung in RUNGS if not quick or rung not in ("emulation", "mutants")]
+    wanted = wanted or [rung for rung in RUNGS if not quick or rung not in ("emulation", "mutants", "linked")]
     unknown = set(wanted) - set(RUNGS)
     if unknown:
         raise SystemExit(f"no such rung: {', '.join(unknown)}; there are {', '.join(RUNGS)}")
     BUILD.mkdir(parents=True, exist_ok=True)
     units = chosen_units(
-        [*emulated.units(short), *boundary.units(), *compiled.units(short, quick), *on_gpu.units()], wanted
+        [*emulated.units(short, quick), *boundary.units(), *compiled.units(short, quick), *on_gpu.units()], wanted
     )
     begin = time.monotonic()
     outcomes = run_units(units, sys.stdin.fileno() if "--more-jobs" in sys.argv[1:] else None)

@@ -23,7 +23,7 @@ faulthandler.enable()
 interpreter.install_bfloat16()
 interpreter.install_shortcuts()
 CASES = pairwise(FACTORS)
-# Small tiles, so that 97 rows take several.
+# Small tiles, so that 81 rows take several.
 SMALL = Tile(64, 32, 4, 1)
 TILES = (SMALL, Tile(64, 64, 4, 1), Tile(128, 32, 4, 1), Tile(32, 128, 4, 1))
 
@@ -88,16 +88,16 @@ def test_pairs_of_features(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
     compare(build(case, index, place=interpreter.guard), case["dtype"])
 
 
-PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | {"lengths": (97, 97), "widths": (16, 8)}
+PLAIN: dict[str, Any] = {name: values[0] for name, values in FACTORS.items()} | {"lengths": (81, 81), "widths": (16, 8)}
 SPLIT_CASES = {
-    "decode": {"lengths": (1, 97), "group": 4},
-    "sinks": {"lengths": (1, 97), "group": 4, "sinks": True, "alibi": "BH"},
-    "causal": {"lengths": (7, 97), "group": 2, "causal": 2, "window": (40, -1)},
-    "top_left": {"lengths": (7, 97), "causal": 1},
-    "mask": {"lengths": (7, 97), "mask": "bool full", "group": 2},
-    "dropout": {"lengths": (7, 97), "group": 4, "dropout": 0.3, "softcap": 3.0, "mask": "float HMN"},
-    "varlen": {"lengths": (7, 97), "group": 4, "mask": "varlen", "causal": 2, "sinks": True},
-    "several_tiles": {"lengths": (97, 97), "causal": 1},
+    "decode": {"lengths": (1, 81), "group": 4},
+    "sinks": {"lengths": (1, 81), "group": 4, "sinks": True, "alibi": "BH"},
+    "causal": {"lengths": (7, 81), "group": 2, "causal": 2, "window": (40, -1)},
+    "top_left": {"lengths": (7, 81), "causal": 1},
+    "mask": {"lengths": (7, 81), "mask": "bool full", "group": 2},
+    "dropout": {"lengths": (7, 81), "group": 4, "dropout": 0.3, "softcap": 3.0, "mask": "float HMN"},
+    "varlen": {"lengths": (7, 81), "group": 4, "mask": "varlen", "causal": 2, "sinks": True},
+    "several_tiles": {"lengths": (81, 81), "causal": 1},
 }  # fmt: skip
 
 
@@ -135,7 +135,7 @@ def test_a_query_that_sees_one_key_has_no_gradient() -> None:
 
 HIDDEN = {
     "causal": {"causal": 1},
-    "bottom_right": {"causal": 2, "lengths": (33, 97)},
+    "bottom_right": {"causal": 2, "lengths": (33, 81)},
     "window": {"window": (20, 10)},
     "bool": {"mask": "bool full"},
     "float": {"mask": "float full"},
@@ -190,7 +190,7 @@ def test_nan_in_hidden_mask_entries() -> None:
     case = PLAIN | {"causal": 1, "mask": "float full"}
     inputs = build(case, 6, batch=1)
     expected = ours(inputs)
-    above = torch.ones(97, 97, dtype=torch.bool).triu(1)
+    above = torch.ones(81, 81, dtype=torch.bool).triu(1)
     mask = inputs.features["mask"].masked_fill(above, float("nan"))
     o, lse, gradients = ours(inputs._replace(features=inputs.features | {"mask": mask}))
     torch.testing.assert_close(o, expected[0], rtol=0, atol=0)
@@ -258,7 +258,7 @@ def test_nothing_of_size_m_times_n(machine: list[tuple[int, ...]]) -> None:
         mask = inputs.features["mask"]
         allowed = mask.numel() if mask is not None and mask.is_floating_point() else 0
         largest = max(torch.Size(shape).numel() for shape in machine)
-        linear = 2 * 4 * 97 * 16
+        linear = 2 * 4 * 81 * 16
         assert len(machine) > 5 and largest <= max(allowed, linear), (kind, largest)
 
 
@@ -267,9 +267,9 @@ def test_nothing_of_size_m_times_n(machine: list[tuple[int, ...]]) -> None:
 )
 def test_attention_map(name: str, rows: int, cols: int) -> None:
     extra: dict[str, Any] = {
-        "plain": {}, "few": {"lengths": (7, 13)}, "causal": {"causal": 2, "window": (20, -1), "lengths": (97, 33)},
+        "plain": {}, "few": {"lengths": (7, 13)}, "causal": {"causal": 2, "window": (20, -1), "lengths": (81, 33)},
         "all": {
-            "lengths": (7, 97), "causal": 1, "mask": "float full", "alibi": "BH", "softcap": 3.0, "sinks": True,
+            "lengths": (7, 81), "causal": 1, "mask": "float full", "alibi": "BH", "softcap": 3.0, "sinks": True,
             "group": 2,
         },
     }[name]  # fmt: skip
@@ -333,7 +333,7 @@ def test_rows_that_begin_anywhere(width: int, stride: int, offset: int) -> None:
         view = memory[..., offset:].unflatten(2, (x.size(2), stride))[..., : x.size(3)]
         return view.copy_(x)
 
-    mask = moved(inputs.features["mask"], 97 + stride - width)
+    mask = moved(inputs.features["mask"], 81 + stride - width)
     for name in ("q", "k", "v", "do"):
         found = ours(inputs._replace(**{name: moved(getattr(inputs, name), stride)}))
         assert torch.equal(found[0], expected[0]), name
@@ -363,9 +363,9 @@ def test_refusals() -> None:
 
 
 FAR = {
-    "rows": {"mask": "float full", "lengths": (7, 97)},
-    "keys": {"mask": "float keys", "lengths": (7, 97), "causal": 2},
-    "everything": {"mask": "float HMN", "lengths": (33, 97), "sinks": True, "alibi": "H", "dropout": 0.3, "group": 2},
+    "rows": {"mask": "float full", "lengths": (7, 81)},
+    "keys": {"mask": "float keys", "lengths": (7, 81), "causal": 2},
+    "everything": {"mask": "float HMN", "lengths": (33, 81), "sinks": True, "alibi": "H", "dropout": 0.3, "group": 2},
 }
 
 
@@ -404,7 +404,7 @@ def test_extreme_sinks(sink: float, dtype: torch.dtype, splits: int, monkeypatch
     """Results are right for finite sinks of any size, and the log-sum-exp of rows that see no key is the sink."""
     plan = heuristics.forward_plan
     monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
-    inputs = build(PLAIN | {"mask": "bool queries", "lengths": (7, 97), "dlse": True, "dtype": dtype}, 16)
+    inputs = build(PLAIN | {"mask": "bool queries", "lengths": (7, 81), "dlse": True, "dtype": dtype}, 16)
     inputs = inputs._replace(features=inputs.features | {"sinks": torch.tensor([sink, 0.5])})
     compare(inputs, dtype)
     _, lse, _ = ours(inputs)
@@ -421,7 +421,7 @@ def test_numbers_that_float32_does_not_hold(
     """A float64 sink beyond the range of float32 counts as the nearest float32, and so does a mask value in base 2."""
     plan = heuristics.forward_plan
     monkeypatch.setattr(heuristics, "forward_plan", lambda *args: plan(*args)._replace(splits=splits))
-    inputs = build(PLAIN | {"mask": "float full", "lengths": (7, 97), "dlse": True, "dtype": dtype}, 17)
+    inputs = build(PLAIN | {"mask": "float full", "lengths": (7, 81), "dlse": True, "dtype": dtype}, 17)
     most = torch.finfo(torch.float32).max
 
     def results(**features: Tensor) -> list[Tensor]:

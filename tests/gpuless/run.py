@@ -5,7 +5,7 @@ architecture, each configuration with one of the releases: they take turns, so t
 every kind of call and for every architecture. --all compiles everything with each release, also the tiles that are
 candidates for a sweep on a GPU, and runs all of tests/cuda/run.py; without it that runs its short form. The usual run
 is meant to take at most 12 minutes on two cores. --quick, which .ci/run uses, leaves out the compilation for other
-architectures than 9.0 and the tests of the tests.
+architectures than 9.0, there every second configuration, and the tests of the tests.
 
 The tests of the CUDA kernels, tests/cuda/run.py, run beside the others as one more rung, which is reported last. When
 the others have ended, that rung uses all processors.
@@ -58,7 +58,7 @@ class Result(NamedTuple):
 
 def rungs(specs: list[str], everything: bool, quick: bool = False) -> list[Rung]:
     """All rungs but that of the CUDA kernels, the longest first."""
-    shares = 1 if everything else len(specs)
+    shares = 1 if everything else len(specs) * (2 if quick else 1)
     interpreted = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     # Line numbers in the binaries would take a tenth of the compile time.
     compiled = {"TRITON_DISABLE_LINE_INFO": "1", "OMP_NUM_THREADS": "1"}

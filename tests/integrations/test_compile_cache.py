@@ -19,12 +19,12 @@ X = torch.randn(3, 4)
 
 
 def attention(q: Tensor) -> Tensor:
-    return dlkernels.functional.attention(q, q, q).sin()
+    return dlkernels.functional.attention(q, q, q)
 
 
 def cell() -> Callable[[Tensor], Tensor]:
     layer = dlkernels.nn.GRUCell(4, 6)
-    return lambda x: layer(x).sin()
+    return lambda x: layer(x)
 
 
 @pytest.mark.parametrize("what", ["attention", "cell"])

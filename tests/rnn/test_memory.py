@@ -46,7 +46,7 @@ for name, kwargs in (("LSTM", {}), ("GRU", {}), ("RNN", {}), ("LSTM proj", {"pro
     for package in (torch.nn, dlkernels.nn):
         layer = getattr(package, name.split()[0])(I, H, **kwargs)
         peaks = []
-        for steps in (8, 100, 200, 300):
+        for steps in (8, 50, 100, 150):
             x = torch.randn(steps, B, I, requires_grad=True)
             if steps == 8:
                 for _ in range(3):
@@ -77,12 +77,12 @@ def test_peak_of_training() -> None:
 # it frees what it saved while it computes the gradients one after another.
 MORE_THAN_TORCH = {"grucell-train-f32-B16-I256-H256-1t": 1.01, "grucell-train-f32-B128-I512-H512-1t": 1.04}
 # The working memory that is kept for later calls, which comes in units of 2 MiB.
-KEPT_MIB = {"lstm-train-f32": 6, "gru-train-f32": 6, "lstm-train-bf16": 8, "gru-train-bf16": 6}
+KEPT_MIB = {"lstm-train-f32": 6, "gru-train-f32": 6, "lstm-train-bf16": 8}
 
 
 def test_allocations_of_the_benchmark(tmp_path: Path) -> None:
     """Counts bytes, so the result is the same on every run."""
-    out, only = tmp_path / "peaks.json", ("f32-B16", "bf16-B16", "cell-train-f32-B128")
+    out, only = tmp_path / "peaks.json", ("f32-B16", "lstm-train-bf16-B16", "grucell-train-f32-B128")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.peak_memory", "--out", str(out), "--only", *only],
         capture_output=True, text=True, timeout=240, env=environment(), cwd=ROOT,
@@ -90,7 +90,7 @@ def test_allocations_of_the_benchmark(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     cases = json.loads(out.read_text())["cases"]
-    assert len(cases) == 12
+    assert len(cases) == 8
     for name, row in cases.items():
         step = row["step"]
         assert step["ratio"] <= MORE_THAN_TORCH.get(name, 1.0), f"{name}: {step}"

@@ -54,11 +54,11 @@ def differences(case: Case, dtype: torch.dtype) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("mode", MODES)
 def test_values_and_gradients(mode: str, dtype: torch.dtype, isa: str) -> None:
-    """Each mode and dtype takes half of the pairs of a shape and a form, so that two neighbours take all."""
+    """Each mode and dtype takes a third of the pairs of a shape and a form, so that three neighbours take all."""
     found: list[str] = []
-    half = (MODES.index(mode) + DTYPES.index(dtype)) % 2
+    third = (MODES.index(mode) + DTYPES.index(dtype)) % 3
     for at, (shape, form) in enumerate(itertools.product(SHAPES, FORMS)):
-        if (SHAPES.index(shape) + FORMS.index(form)) % 2 != half:
+        if (SHAPES.index(shape) + FORMS.index(form)) % 3 != third:
             continue
         case = case_of(mode, shape, form, dtype=dtype, resets=(0.1, 0.5, 1.0)[at % 3], seed=at)
         if mode.startswith("lstm"):
@@ -67,11 +67,11 @@ def test_values_and_gradients(mode: str, dtype: torch.dtype, isa: str) -> None:
     assert not found, "\n".join(found[:10])
 
 
-@pytest.mark.parametrize("threads", (1, 2, 3))
+@pytest.mark.parametrize("threads", (2, 3))
 @pytest.mark.parametrize("mode", MODES)
 def test_threads(mode: str, threads: int) -> None:
     with num_threads(threads):
-        for shape, form in itertools.product(((9, 2, 8, 256, 64), (9, 65, 8, 64, 16)), FORMS[:3]):
+        for shape, form in itertools.product(((9, 2, 8, 256, 64), (9, 65, 8, 64, 16)), FORMS[1:3]):
             case = case_of(mode, shape, form, resets=0.3, cells=mode.startswith("lstm"))
             assert not differences(case, torch.float32)
 

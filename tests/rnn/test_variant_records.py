@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.support.variant_cases import Case, check, variants
 
 VARIANTS = variants()
-SIZES = ({"H": 2, "I": 16, "T": 9}, {"H": 33, "I": 1, "T": 9}, {"H": 96, "I": 40, "T": 40})
+SIZES = ({"H": 2, "I": 16, "T": 9}, {"H": 33, "I": 1, "T": 9}, {"H": 96, "I": 40, "T": 20})
 
 
 @pytest.mark.parametrize("variant", ("LayerNormLSTM", "LayerNormGRU", "LayerNormLSTM-all", "LSTM-zoneout-c"))
