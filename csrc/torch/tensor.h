@@ -161,6 +161,9 @@ inline Tensor empty_like(const Tensor& other, const char* what = "a result") {
 // Stands for an output that is not wanted or does not exist.
 inline Tensor absent(int32_t dtype) { return empty({0}, dtype); }
 
+// Where a kernel writes a result, null if it is not wanted.
+inline void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
+
 inline void fill_with_zeros(const Tensor& tensor) { std::memset(tensor.data(), 0, tensor.byte_count()); }
 
 inline Tensor contiguous_copy(const Tensor& tensor) {

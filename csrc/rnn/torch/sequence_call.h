@@ -148,6 +148,4 @@ inline void take_weight_gradients(const TensorList& grads, size_t weights, int d
   }
 }
 
-inline void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
-
 }  // namespace dlk::on_cpu

@@ -47,8 +47,6 @@ Params common_params(const SequenceCall& call, const OptionalTensor& h0, const O
   return p;
 }
 
-void* data_if(bool wanted, const Tensor& tensor) { return wanted ? tensor.data() : nullptr; }
-
 }  // namespace
 
 namespace on_cuda {
@@ -164,7 +162,7 @@ TensorList sequence_backward(CellKind cell, const SequenceBackwardArguments& a) 
   read_call(a, &call);
   check_sequence_gradients(a, call.dtypes, &call.on.device(), call.shape, call.shape.record());
   const LayerShape& shape = call.shape;
-  const bool lstm = call.lstm(), bias = call.weights[0].bias;
+  const bool bias = call.weights[0].bias;
   const int64_t count = bias ? 4 : 2, slots = call.slots();
   take_arguments(a, !a.need_x, &call);
   const OptionalTensor h0 = call.operand_or_absent(a.h0), c0 = call.operand_or_absent(a.c0);
