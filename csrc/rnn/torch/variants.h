@@ -37,11 +37,12 @@ void check_variant(const Arguments& a, const Dtypes& dtypes, const Device* devic
   DLK_CHECK(a.gains.size() == expected, "gains must hold norm_ih, norm_hh", list.of_c ? ", norm_c" : "",
             list.bias ? ", bias_c" : "", " for each of ", shape.D, " directions, or nothing, got ", a.gains.size(),
             " tensors");
+  // The number of a gain, 0 to 7, is set in these names, so that a call makes no strings.
+  char names[][20] = {"gains[0] (norm_ih)", "gains[0] (norm_hh)", "gains[0] (norm_c)", "gains[0] (bias_c)"};
   for (size_t k = 0; k < a.gains.size(); ++k) {
     const size_t which = k % list.count;
-    const char* const names[] = {"norm_ih", "norm_hh", "norm_c", "bias_c"};
-    const std::string name = "gains[" + std::to_string(k) + "] (" + names[which] + ")";
-    check_tensor(a.gains[k], name.c_str(), torch_dtype(dtypes.of(a.gains[0])), {which < 2 ? gates : shape.H}, device);
+    names[which][6] = static_cast<char>('0' + k);
+    check_tensor(a.gains[k], names[which], torch_dtype(dtypes.of(a.gains[0])), {which < 2 ? gates : shape.H}, device);
   }
   if (a.dropout)
     check_tensor(a.dropout, "dropout", torch_dtype(compute_type(shape.dtype)), {shape.D, shape.B, shape.H}, device);
